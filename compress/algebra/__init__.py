@@ -1,0 +1,1 @@
+"""Pure tensor functions: grids, bit streams, and what later passes solve with."""

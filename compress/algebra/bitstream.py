@@ -1,0 +1,55 @@
+"""Bit streams: codes of b bits, one after the other, least significant bit first.
+
+One rule for every width: value i of a row lies at bits [i*b, i*b + b) of the row's little-endian stream, and a
+row is padded with zero bits to whole 32-bit words. It is the order of GPTQ and of compressed-tensors,
+so codes move between formats as bytes. The oracle in the tests is Python's own big integers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of one packed row, padded to whole 32-bit words."""
+    return math.ceil(columns * bits / 32) * 4
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes `[..., columns]` in 0 .. 2^bits - 1 -> uint8 stream `[..., row_bytes]`."""
+    columns = codes.shape[-1]
+    padded = row_bytes(columns, bits) * 8 // bits if bits != 3 else math.ceil(columns / 32) * 32
+    if padded != columns:
+        codes = torch.nn.functional.pad(codes, (0, padded - columns))
+    codes = codes.contiguous()
+    if bits == 8:
+        return codes
+    # Neighbours are joined pairwise through a view twice as wide: (low | high << w) folds to (low | high << used).
+    pairs = codes.view(torch.int16)
+    joined = (pairs | (pairs >> (8 - bits))).to(torch.uint8).view(torch.int16)
+    if bits == 4:
+        return joined.view(torch.uint8)
+    if bits == 2:
+        return (joined | (joined >> 4)).to(torch.uint8)
+    # Three bits: 12 of each 16 are used, then 24 of each 32, which are three whole bytes.
+    fours = ((joined & 0x3F) | ((joined >> 2) & 0xFC0)).view(torch.int32)
+    eights = (fours & 0xFFF) | ((fours >> 4) & 0xFFF000)
+    stream = eights.view(torch.uint8).unflatten(-1, (-1, 4))[..., :3].flatten(-2)
+    return stream[..., : row_bytes(columns, bits)].contiguous()
+
+
+def unpack(stream: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """uint8 stream `[..., row_bytes]` -> uint8 codes `[..., columns]`."""
+    if bits == 8:
+        return stream[..., :columns].contiguous()
+    if bits in (2, 4):
+        mask = (1 << bits) - 1
+        parts = [(stream >> shift) & mask for shift in range(0, 8, bits)]
+        return torch.stack(parts, dim=-1).flatten(-2)[..., :columns].contiguous()
+    missing = -stream.shape[-1] % bits
+    bytes_ = torch.nn.functional.pad(stream, (0, missing)).reshape(*stream.shape[:-1], -1, bits).to(torch.int64)
+    words = (bytes_ << (torch.arange(bits, dtype=torch.int64) * 8)).sum(-1)
+    parts = [(words >> (bits * i)) & ((1 << bits) - 1) for i in range(8)]
+    return torch.stack(parts, dim=-1).flatten(-2).to(torch.uint8)[..., :columns].contiguous()

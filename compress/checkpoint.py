@@ -1,0 +1,266 @@
+"""Checkpoint: an immutable directory, opened by its headers; a tensor is a reference until it is read.
+
+Opening checks everything that headers can tell: the index against the files, every file against its header,
+no path out of the directory, no pickle, a readable `config.json`. Reads use pread, never mmap: with
+mmap, resident memory counts every page touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import InputError
+from compress.facts import DENSE, State
+from compress.manifest import FILE as MANIFEST_FILE
+from compress.manifest import Manifest
+from compress.shards import TensorRef, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_NOT_CARRIED = {MANIFEST_FILE, "config.json"}
+CANONICAL = "compress"
+"""`quant_method` of a checkpoint that holds canonical codes, so that no other reader takes it for a dense one."""
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A weight as passes see it: dense dtype and stored shape, whatever form its bytes are in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    state: State
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose headers have been read and found sound."""
+
+    path: Path
+    refs: dict[str, TensorRef]
+    config: dict[str, Any]
+    side_files: tuple[str, ...]
+    manifest: Manifest | None = None
+    left_behind: tuple[str, ...] = ()
+    """Folders, and weights in other formats, that lie in the directory and are not carried along."""
+    name: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Hub commit, licence and dataset ids where the source came from the Hub."""
+
+    @property
+    def logical(self) -> dict[str, Logical]:
+        """Every weight by its source name, canonical parts folded into one entry, in stored order."""
+        records = self.manifest.weights if self.manifest and self.manifest.format == "canonical" else {}
+        found: dict[str, Logical] = {}
+        for ref in self.refs.values():
+            whole, _, part = ref.name.rpartition(".")
+            if part in ("codes", "scale", "zero") and whole in records:
+                record = records[whole]
+                found[whole] = Logical(record.dtype, record.shape, State.parse(record.state), record.transposed)
+            else:
+                found[ref.name] = Logical(ref.dtype, ref.shape, DENSE, False)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor payload."""
+        return sum(ref.nbytes for ref in self.refs.values())
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        return {}
+
+    def descriptor(self, file: str) -> int:
+        """An open descriptor of a shard; shards stay open as long as the checkpoint lives."""
+        if file not in self._files:
+            self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[file]
+
+    def close(self) -> None:
+        """Closes the shards that were opened."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def chunks(self, name: str, chunk_bytes: int = 16 << 20) -> Iterator[bytearray]:
+        """The bytes of a tensor, piece by piece."""
+        ref = self.refs[name]
+        for start in range(0, ref.nbytes, chunk_bytes):
+            yield self._pread(ref, start, min(chunk_bytes, ref.nbytes - start))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The tensor, or rows `start:stop` of its first dimension."""
+        import torch
+
+        ref = self.refs[name]
+        dtype = torch_dtype(ref.dtype)
+        if not ref.nbytes:
+            return torch.empty(ref.shape, dtype=dtype)
+        rows = ref.shape[0] if ref.shape else 1
+        stop = rows if stop is None else stop
+        row_bytes = ref.nbytes // rows
+        data = self._pread(ref, start * row_bytes, (stop - start) * row_bytes)
+        return torch.frombuffer(data, dtype=dtype).reshape((stop - start, *ref.shape[1:]) if ref.shape else ())
+
+    def _pread(self, ref: TensorRef, start: int, length: int) -> bytearray:
+        data = bytearray(length)
+        view, done, descriptor = memoryview(data), 0, self.descriptor(ref.file)
+        while done < length:
+            try:
+                got = os.preadv(descriptor, [view[done:]], ref.offset + start + done)
+            except OSError as error:
+                raise InputError(str(self.path / ref.file), "a readable file", error.strerror or str(error)) from None
+            if not got:
+                raise InputError(
+                    str(self.path / ref.file),
+                    f"{length} bytes of '{ref.name}'",
+                    f"{done} bytes: the file was cut while we read it",
+                )
+            done += got
+        return data
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a safetensors dtype name."""
+    import torch
+
+    names = {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+        "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
+        "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    }  # fmt: skip
+    dtype = getattr(torch, names[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(str(path), "a readable file", error.strerror or str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), "a JSON object", str(error)) from None
+    if not isinstance(content, dict):
+        raise InputError(str(path), "a JSON object", type(content).__name__)
+    return content
+
+
+def inside(directory: Path, file: Any, index: str) -> Path:
+    """`directory / file`, if that is a plain name in it. Raises InputError for a path that leads out."""
+    if not isinstance(file, str) or not file or Path(file).name != file or file in (".", ".."):
+        raise InputError(index, "names of files in the same directory", f"'{file}'", "refused: a path out of it")
+    return directory / file
+
+
+def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = None) -> Checkpoint:
+    """Opens a directory by its headers. Raises InputError; nothing but headers and JSON is read."""
+    if not path.is_dir():
+        raise InputError(str(path), "a directory with config.json and safetensors", "no such directory")
+    files = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    shard_files = _shard_files(path, files)
+    refs: dict[str, TensorRef] = {}
+    for file in shard_files:
+        for ref in _local_header(path / file):
+            if ref.name in refs:
+                raise InputError(str(path / file), "each tensor once", f"'{ref.name}', also in {refs[ref.name].file}")
+            refs[ref.name] = ref
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise InputError(str(config_path), "the model's config.json", "no such file")
+    side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not _is_weights(f))
+    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in shard_files)]
+    left += sorted(f"{entry.name}/" for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    label = name or path.resolve().name
+    manifest = Manifest.read(path)
+    checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), label, origin or {})
+    check_index(checkpoint, path, files, set(shard_files))
+    check_records(checkpoint)
+    return checkpoint
+
+
+def _is_weights(file: str) -> bool:
+    return file.endswith((".safetensors", ".safetensors.index.json", *_PICKLES)) or file.endswith(".index.json")
+
+
+def _shard_files(path: Path, files: list[str]) -> list[str]:
+    """The safetensors files that make up the model: those of the index, or the single one."""
+    if "model.safetensors.index.json" in files:
+        index = path / "model.safetensors.index.json"
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(str(index), "a weight_map", "none")
+        wanted = sorted({inside(path, file, str(index)).name for file in weight_map.values()})
+        missing = [file for file in wanted if not (path / file).is_file()]
+        if missing:
+            raise InputError(str(index), "every file that it names", f"missing: {', '.join(missing)}", "fetch them")
+        if stray := [f for f in wanted if not f.endswith(".safetensors")]:
+            raise InputError(str(index), "safetensors files", ", ".join(stray))
+        return wanted
+    if "model.safetensors" in files:
+        return ["model.safetensors"]
+    single = [file for file in files if file.endswith(".safetensors")]
+    if len(single) == 1:
+        return single
+    if not single and (pickles := [file for file in files if file.endswith(_PICKLES)]):
+        raise InputError(
+            str(path),
+            "safetensors",
+            f"only {', '.join(pickles[:3])}: a pickle can run code when it is opened, so it is refused",
+            "save the model with save_pretrained, which writes safetensors",
+        )
+    got = f"{len(single)} safetensors files and no index" if single else "no safetensors file"
+    raise InputError(str(path), "model.safetensors, or model.safetensors.index.json with its shards", got)
+
+
+def _local_header(path: Path) -> list[TensorRef]:
+    target = path.resolve()
+    if not target.is_file():
+        raise InputError(str(path), "a file", "a link that leads nowhere")
+    with open(path, "rb") as stream:
+
+        def read(offset: int, length: int) -> bytes:
+            stream.seek(offset)
+            return stream.read(length)
+
+        return read_header(read, os.fstat(stream.fileno()).st_size, path.name)[0]
+
+
+def check_index(checkpoint: Checkpoint, path: Path, files: list[str], shards: set[str]) -> None:
+    """The index and the shards must name the same tensors."""
+    if "model.safetensors.index.json" not in files:
+        return
+    index = path / "model.safetensors.index.json"
+    weight_map = read_json(index)["weight_map"]
+    for tensor, file in weight_map.items():
+        ref = checkpoint.refs.get(tensor)
+        if ref is None or ref.file != file:
+            where = f"it is in {ref.file}" if ref else "no shard has it"
+            raise InputError(str(index), f"'{tensor}' in {file}", where, "fetch the checkpoint again")
+    if extra := sorted(set(checkpoint.refs) - set(weight_map)):
+        raise InputError(str(index), "every tensor of its shards", f"{len(extra)} that it does not name: {extra[0]}")
+
+
+def check_records(checkpoint: Checkpoint) -> None:
+    """A manifest must speak of the tensors that are there."""
+    manifest = checkpoint.manifest
+    if manifest is None:
+        return
+    where = str(checkpoint.path / MANIFEST_FILE)
+    if set(manifest.digests) != set(checkpoint.refs):
+        odd = sorted(set(manifest.digests) ^ set(checkpoint.refs))
+        raise InputError(where, "the tensors of the shards", f"{len(odd)} that differ: {odd[0]}", "make it anew")
+    if manifest.format == "canonical":
+        for name in manifest.weights:
+            if name not in checkpoint.logical:
+                raise InputError(where, f"'{name}' in the shards", "no such tensor", "make it anew")
+
+

@@ -1,0 +1,205 @@
+"""The contract: Context, Pass and its shapes, Format. A pass is its fields, and has no other state.
+
+    TensorPass   data-free, weight by weight       driver: stream
+Later shapes (LinearPass, BlockPass, TrainPass) stand beside it with drivers of their own.
+
+A pass module defines exactly one Pass class. Its fields are the recipe keys, the flags and the help text; its
+docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
+help and plans of recipes start fast.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from compress import targets as _targets
+from compress.errors import UsageError
+from compress.facts import Note, State, TensorSpec, Weight
+from compress.recipe import Line, Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.names import Model
+    from compress.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a run needs to know of its surroundings; passed explicitly, there is no global."""
+
+    seed: int = 0
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    device: str = "cpu"
+    dtype: str = "float32"
+    rank: int = 0
+    world_size: int = 1
+    events: Callable[[dict[str, Any]], None] = lambda event: None
+    """Receives progress and log events as dicts; the CLI renders them or prints them as JSON lines."""
+
+    @property
+    def is_main(self) -> bool:
+        """Only rank 0 locks, makes directories, publishes and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Sends an event, from rank 0 only."""
+        if self.is_main:
+            self.events({"event": kind, **facts})
+
+
+@lru_cache(maxsize=1)
+def isa() -> str:
+    """The instruction set that torch's CPU kernels use; together with the thread count it decides rounding."""
+    import torch
+
+    return f"{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}"
+
+
+class Pass(BaseModel):
+    """A frozen set of options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+    revision: ClassVar[int] = 1
+    """Raised by hand when the same options give other bytes."""
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """`quantize.rtn` for the class in `passes/quantize/rtn.py`."""
+        return cls.__module__.removeprefix("compress.passes.")
+
+    def line(self) -> Line:
+        """The recipe line that makes this pass: options that differ from their defaults."""
+        options = self.model_dump(mode="json", exclude_defaults=True)
+        return Line(self.pass_name(), {key: _value(value) for key, value in options.items()})
+
+    def identity(self) -> dict[str, Any]:
+        """What of this pass goes into a step's id: every option, defaults included, and the revision."""
+        return {"pass": self.pass_name(), "revision": self.revision, "options": self.model_dump(mode="json")}
+
+
+def _value(value: Any) -> Value:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class TensorPass(Pass):
+    """Data-free work, one weight at a time; lifted to directory in, directory out by `stream`."""
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights that this pass targets."""
+        raise TypeError(f"{type(self).__name__} does not say which weights it targets")
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        """What a targeted weight is after this pass. Raises Refusal with the reason. Reads no bytes."""
+        raise TypeError(f"{type(self).__name__} does not say what a weight becomes")
+
+    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
+        """The new value and its relative error, None where the value means the same as before.
+
+        A dense value comes as [experts?, rows, columns].
+        """
+        raise TypeError(f"{type(self).__name__} does not transform")
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        """Counted lines for the manifest about choices this pass made; `states` are those after it."""
+        return []
+
+
+class TargetedPass(TensorPass):
+    """A pass with the two fields that say which weights it works on."""
+
+    targets: tuple[str, ...] = Field(
+        ("linear",),
+        description="weights to work on: linear, attention, mlp, experts, embeddings, head, re:REGEX or a name",
+    )
+    skip: tuple[str, ...] = Field((), description="weights to leave alone, by the same selectors; wins over targets")
+
+    @field_validator("targets", "skip", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("targets", "skip")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            _targets.check(value)
+        except UsageError as error:
+            raise ValueError(error.problems[0].got) from None
+        return value
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        return _targets.select(weights, self.targets, self.skip)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one reader loads an artifact: yes, no or unknown, and why."""
+
+    reader: str
+    loads: str
+    reason: str
+
+
+class Format:
+    """Where the bits lie, for one reader. One subclass per folder of `kernels/`, in its `layout.py`."""
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, dequantize: bool = False) -> None:
+        self.dequantize = dequantize
+
+    def refuse(self, weight: Weight, state: State) -> None:
+        """Raises Refusal where the reader cannot hold this weight in this state."""
+
+    def refuse_together(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[str, str, str]]:
+        """(weight, reason, what to do) for what only shows when all weights are seen together."""
+        return []
+
+    def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
+        """The tensors that hold `weight`, in order."""
+        raise TypeError(f"{self.name} writes nothing")
+
+    def copies(self, weight: Weight, state: State) -> dict[str, str]:
+        """Tensors of this format whose bytes the canonical form has already: name here -> name there."""
+        return {}
+
+    def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
+        """Tensors by name, as `specs` says."""
+        raise TypeError(f"{self.name} does not encode")
+
+    def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
+        """The inverse of `encode`."""
+        raise TypeError(f"{self.name} does not decode")
+
+    def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
+        """`quantization_config` for config.json."""
+        raise TypeError(f"{self.name} has no config")
+
+    def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
+        """The reader matrix of an artifact in this format."""
+        return []

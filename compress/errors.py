@@ -1,0 +1,102 @@
+"""The error tree, and the exit status that each branch ends a command with.
+
+CompressError                      1   anything else that is ours to say
+├── UsageError                     2   an option, a selector or a name is wrong
+│   └── RecipeError                2   every problem of every line of a recipe, at once
+├── InputError                     3   the checkpoint that came in cannot be used
+├── CoverageError                  4   a targeted weight would have stayed as it was
+├── FormatError                    5   the format's reader could not load the artifact
+└── EnvironmentProblem             6   disk, lock, permission, a missing library
+
+A message has four parts: where, expected, got, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, in the four parts of a message; empty parts are left out when printed."""
+
+    where: str
+    expected: str = ""
+    got: str = ""
+    do: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.where]
+        for label, text in (("expected", self.expected), ("got", self.got), ("do", self.do)):
+            if text:
+                lines.append(f"  {label + ':':<10}{text}")
+        return "\n".join(lines)
+
+
+class CompressError(Exception):
+    """Base of every error that is meant for a user. Carries one problem or several."""
+
+    exit_status = 1
+
+    def __init__(self, where: str | Iterable[Problem], expected: str = "", got: str = "", do: str = "") -> None:
+        if isinstance(where, str):
+            self.problems: tuple[Problem, ...] = (Problem(where, expected, got, do),)
+        else:
+            self.problems = tuple(where)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class UsageError(CompressError):
+    """An option, a selector or a name is wrong."""
+
+    exit_status = 2
+
+
+class RecipeError(UsageError):
+    """A recipe cannot be read, or its options do not fit its passes; lists every problem."""
+
+
+class InputError(CompressError):
+    """The input checkpoint is damaged, dangerous, unknown or already quantized."""
+
+    exit_status = 3
+
+
+class CoverageError(CompressError):
+    """Weights that a pass targets cannot be transformed by it; names each of them."""
+
+    exit_status = 4
+
+
+class FormatError(CompressError):
+    """What would be packed is nothing that the format's reader can load."""
+
+    exit_status = 5
+
+
+class EnvironmentProblem(CompressError):
+    """The machine stands in the way: disk, lock, permission, a missing library."""
+
+    exit_status = 6
+
+
+class Refusal(Exception):
+    """Raised by a pass or a format for one weight; the message is the reason, in words.
+
+    Never reaches a user by itself: the pipeline collects refusals and raises one
+    CoverageError or FormatError that names every weight, or counts them as skips.
+    """
+
+    def __init__(self, reason: str, do: str = "") -> None:
+        self.reason = reason
+        self.do = do
+        super().__init__(reason)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name nearest to `word`, or the empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

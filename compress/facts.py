@@ -1,0 +1,128 @@
+"""Facts: what is true of each weight of a checkpoint, before and after every pass.
+
+A Weight is one tensor of the source, by its name on disk, with its place in the model.
+A State is what holds for it: `dense`, or `codes(scheme)`. Replaying states over a recipe
+is a type check that costs no bytes: a pass says what a weight becomes, or refuses it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from compress.scheme import Scheme
+
+Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "other"]
+MATRICES: frozenset[str] = frozenset({"linear", "expert", "embedding", "head"})
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+FLOATS: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: name on disk, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the source checkpoint and its place in the model.
+
+    `shape` is the stored one: `[out, in]`, or `[in, out]` when `transposed` (Conv1D, GPT-OSS), with
+    the experts in front when they are fused. `module` is the path in transformers' model, which
+    differs from the name on disk where transformers renames or fuses on load.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind = "other"
+    module: str = ""
+    module_class: str = ""
+    stack: str = ""
+    block: int | None = None
+    transposed: bool = False
+    converted: bool = False
+    """Whether transformers fuses, splits or permutes this tensor while it loads."""
+    unclear: str = ""
+    """Why a matrix cannot be read as one (an orientation that nothing tells), or empty."""
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the quantized form: outputs. A Conv1D keeps its stored order, as its only reader does."""
+        return self.shape[0] if len(self.shape) == 2 else self.out_features
+
+    @property
+    def columns(self) -> int:
+        """Columns of the quantized form, along which groups run: inputs, outputs for a Conv1D."""
+        return self.shape[1] if len(self.shape) == 2 else self.in_features
+
+    @property
+    def experts(self) -> int | None:
+        """Leading dimension of fused experts, None for a plain matrix."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class State:
+    """What holds for one weight: `dense` (scheme None) or `codes(scheme)`; parses and prints back."""
+
+    scheme: Scheme | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> State:
+        match = re.fullmatch(r"dense|codes\((?P<scheme>[^()]+)\)", text)
+        if match is None:
+            raise ValueError(f"unknown state '{text}'")
+        return cls(Scheme.parse(match["scheme"]) if match["scheme"] else None)
+
+    def __str__(self) -> str:
+        return "dense" if self.scheme is None else f"codes({self.scheme})"
+
+
+DENSE = State()
+
+
+@dataclass(frozen=True)
+class Note:
+    """A counted line of the manifest: something a reader of the result must know of.
+
+    `what` is a short stable word (`untouched`, `skipped`, `ragged`, ...), `reason` says why in words.
+    """
+
+    what: str
+    reason: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.names)

@@ -1,0 +1,97 @@
+"""Intake: one read of the whole source before anything is written: its identity, and no NaN or Inf.
+
+Gives the sha256 of every tensor and side file. Steps are named after this content, so the same input is
+recognised whatever its path or sharding; and a tensor that is carried along unchanged needs no second hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.checkpoint import Checkpoint, torch_dtype
+from compress.contract import Context
+from compress.errors import InputError, Problem
+from compress.manifest import content_fingerprint
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What a checkpoint is: digests by tensor and by side file, and the fingerprint over both."""
+
+    digests: dict[str, str]
+    files: dict[str, str]
+    fingerprint: str
+    nonfinite: tuple[str, ...] = ()
+
+
+def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False) -> Intake:
+    """Reads every byte once. Raises InputError for NaN or Inf, or where a manifest's digest does not match."""
+    names = list(checkpoint.refs)
+    for file in {ref.file for ref in checkpoint.refs.values()}:
+        checkpoint.descriptor(file)
+    total, done = checkpoint.nbytes, [0]
+    lock = threading.Lock()
+
+    def one(name: str) -> tuple[str, bool]:
+        digest, finite = hashlib.sha256(), True
+        dtype = checkpoint.refs[name].dtype
+        for chunk in checkpoint.chunks(name, _CHUNK_BYTES):
+            digest.update(chunk)
+            finite = finite and _finite(chunk, dtype)
+            with lock:
+                done[0] += len(chunk)
+                ctx.tell("progress", step="read", done_bytes=done[0], total_bytes=total)
+        return digest.hexdigest(), finite
+
+    with ThreadPoolExecutor(max_workers=max(1, min(ctx.threads, 8)), initializer=single_threaded) as pool:
+        try:
+            results = list(pool.map(one, names))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    digests = {name: result[0] for name, result in zip(names, results, strict=True)}
+    nonfinite = tuple(name for name, result in zip(names, results, strict=True) if not result[1])
+    if nonfinite and not allow_nonfinite:
+        raise InputError(
+            [Problem(f"{checkpoint.refs[n].file}: '{n}'", "finite numbers", "NaN or Inf",
+                     "repair the checkpoint, or pass --allow-nonfinite") for n in nonfinite[:20]]
+        )  # fmt: skip
+    manifest = checkpoint.manifest
+    if manifest is not None:
+        if changed := [name for name in names if manifest.digests[name] != digests[name]]:
+            raise InputError(
+                f"{checkpoint.path}: '{changed[0]}'", "the bytes that manifest.json names", "other bytes", "make it anew"
+            )
+        return Intake(digests, dict(manifest.files), manifest.fingerprint, nonfinite)
+    files = {name: file_digest(checkpoint.path / name) for name in ("config.json", *checkpoint.side_files)}
+    return Intake(digests, files, content_fingerprint(digests, files), nonfinite)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def single_threaded() -> None:
+    """For worker threads: each works alone on its tensor; nested thread pools would fight over the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _finite(chunk: bytearray, dtype: str) -> bool:
+    """Whether floats are finite. One sum finds any NaN or Inf; only an overflowing sum needs the slow look."""
+    if dtype not in ("F16", "BF16", "F32", "F64") or not chunk:
+        return True
+    import torch
+
+    values = torch.frombuffer(chunk, dtype=torch_dtype(dtype))
+    total = values.sum(dtype=torch.float32 if dtype != "F64" else torch.float64)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())

@@ -1,0 +1,124 @@
+"""Manifest: how a checkpoint came to be; a checkpoint explains itself.
+
+`manifest.json` lies beside the shards. Everything but `measured` (timings, peak memory, the
+date, where the source lay) goes into the fingerprint, so that the same input, recipe, seed, threads and
+instruction set give the same manifest, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import InputError
+
+SCHEMA_VERSION = 1
+FILE = "manifest.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightRecord(_Model):
+    """What holds for one weight that a pass has touched."""
+
+    state: str
+    dtype: str = Field(description="safetensors dtype of the dense weight")
+    shape: tuple[int, ...] = Field(description="stored shape of the dense weight")
+    transposed: bool = False
+    bits: float = Field(description="bits per weight as stored, scales and padding included")
+    error: float | None = Field(None, description="|W - W'| / |W|, Frobenius")
+
+
+class NoteRecord(_Model):
+    """A counted line: skips, ragged groups, untouched towers, unused tensors."""
+
+    what: str
+    reason: str
+    count: int
+    names: tuple[str, ...]
+
+
+class Step(_Model):
+    """One pass of the lineage."""
+
+    id: str = Field(description="hash of parent, options, revision and seed")
+    parent: str = Field(description="fingerprint of the checkpoint that this step read")
+    text: str
+    options: dict[str, Any]
+    revision: int
+
+
+class Source(_Model):
+    """Where the first checkpoint came from. `name` is a Hub id or a directory's last part."""
+
+    name: str
+    commit: str | None = None
+    licence: str | None = None
+    datasets: tuple[str, ...] = ()
+    fingerprint: str
+
+
+class Manifest(_Model):
+    """The content of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    compress_version: str
+    fingerprint: str = ""
+    parent: str = Field(description="fingerprint of the checkpoint this one was made from")
+    source: Source
+    lineage: tuple[Step, ...]
+    seed: int
+    threads: int
+    isa: str
+    format: str = Field(description="'canonical', or the packed format")
+    coverage: dict[str, int] = Field(description="targeted, transformed and skipped weights of the last pass")
+    weights: dict[str, WeightRecord]
+    notes: tuple[NoteRecord, ...] = ()
+    digests: dict[str, str] = Field(description="sha256 of each stored tensor's bytes")
+    files: dict[str, str] = Field(description="sha256 of every other file")
+    measured: dict[str, Any] = Field(default_factory=dict)
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its fingerprint filled in."""
+        return self.model_copy(update={"fingerprint": self.compute_fingerprint()})
+
+    def compute_fingerprint(self) -> str:
+        content = self.model_dump(mode="json", exclude={"fingerprint", "measured"})
+        return hash_json(content)
+
+    def to_text(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest | None:
+        """The manifest of `directory`, None if it has none. Raises InputError if it was altered."""
+        path = directory / FILE
+        if not path.is_file():
+            return None
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except (ValidationError, UnicodeDecodeError) as error:
+            detail = str(error).splitlines()[0]
+            raise InputError(str(path), "a manifest that this version can read", detail, "make it anew") from None
+        if manifest.compute_fingerprint() != manifest.fingerprint:
+            raise InputError(
+                str(path), "a manifest that matches its fingerprint", "one that was edited", "make the checkpoint anew"
+            )
+        return manifest
+
+
+def hash_json(content: Any) -> str:
+    """sha256 of the canonical JSON text of `content`."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_fingerprint(digests: dict[str, str], files: dict[str, str]) -> str:
+    """The identity of a checkpoint that has no manifest: its tensors and side files, whatever the sharding."""
+    return hash_json({"tensors": digests, "files": files})

@@ -1,0 +1,326 @@
+"""Names: where each tensor on disk lands in the model, by transformers' own mapping on a meta instance.
+
+transformers renames, fuses and splits tensors while it loads. That mapping is run here on tensors without data:
+each tensor on disk finds its module, and with it its kind (linear, expert, embedding, head, router, norm), its
+stack and block, and its orientation. The same run checks every shape against the config. No table of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
+from compress.errors import InputError, Problem, did_you_mean
+from compress.facts import FLOATS, Kind, Weight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
+_ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
+_TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the names of a checkpoint mean."""
+
+    weights: tuple[Weight, ...]
+    """Every tensor on disk, in stored order."""
+    linears: dict[str, str] = field(default_factory=dict)
+    """Every linear module of the model: path -> class name (Linear or Conv1D)."""
+    unused: tuple[str, ...] = ()
+    """Tensors on disk that the model does not take; carried along."""
+    duplicates: dict[str, str] = field(default_factory=dict)
+    """Tensors on disk that config.json ties to another one on disk: alias -> source."""
+    family: str = ""
+    stacks: dict[str, int] = field(default_factory=dict)
+    """Blocks per stack."""
+
+    def by_name(self) -> dict[str, Weight]:
+        return {weight.name: weight for weight in self.weights}
+
+
+def model_class(config: dict[str, Any]) -> tuple[type, Any]:
+    """transformers' class for a config, and the config object. Never runs code that the checkpoint brings."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        do = "update transformers" if not config.get("auto_map") else "code from the checkpoint (auto_map) is not run"
+        near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
+        raise InputError("config.json", "a model_type that transformers knows", f"'{kind}'{near}", do)
+    tables = [
+        getattr(modeling_auto, name)
+        for name in dir(modeling_auto)
+        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+    ]
+    known = {
+        cls for table in tables for cls in ([table[kind]] if isinstance(table.get(kind), str) else table.get(kind, ()))
+    }
+    wanted = (config.get("architectures") or [None])[0]
+    if wanted is None:
+        wanted = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or modeling_auto.MODEL_MAPPING_NAMES.get(kind)
+    if wanted not in known:
+        raise InputError(
+            "config.json", f"architectures: one of {', '.join(sorted(known))}", f"'{wanted}' for model_type '{kind}'"
+        )
+    clean = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    try:
+        return getattr(transformers, wanted), CONFIG_MAPPING[kind].from_dict(clean)
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise InputError("config.json", f"a valid config of '{kind}'", str(error).strip().splitlines()[0]) from error
+
+
+def meta_model(config: dict[str, Any]) -> nn.Module:
+    """The model without data."""
+    import torch
+
+    cls, parsed = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = cls(parsed)
+    except Exception as error:  # sizes that contradict each other surface as whatever the model's code raises
+        raise InputError("config.json", "sizes that fit together", str(error).strip().splitlines()[0]) from error
+    assert isinstance(model, torch.nn.Module)
+    return model.eval()
+
+
+def resolve(checkpoint: Checkpoint, allow_dtype_mismatch: bool = False) -> Model:
+    """The place of every tensor of `checkpoint`. Raises InputError with every shape, dtype and name that is wrong."""
+    refuse_quantized(checkpoint)
+    model = meta_model(checkpoint.config)
+    return _Resolver(checkpoint, model).run(allow_dtype_mismatch)
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a checkpoint that another tool, or our own `pack`, has quantized."""
+    quantization = checkpoint.config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return
+    method = quantization.get("quant_method", "unknown")
+    canonical = method == CANONICAL and checkpoint.manifest is not None and checkpoint.manifest.format == "canonical"
+    if not canonical:
+        raise InputError(
+            str(checkpoint.path), "a dense or canonical checkpoint", f"one that is already quantized ({method})",
+            "start from the model it was made from",
+        )  # fmt: skip
+
+
+class _Resolver:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        self.checkpoint, self.model = checkpoint, model
+        self.logical = checkpoint.logical
+        self.problems: list[Problem] = []
+        self.converted: set[str] = set()
+        self.state = model.state_dict()
+        self.modules = dict(model.named_modules())
+        self.stacks = _stacks(model)
+        text = model.config.get_text_config()
+        self.hidden = getattr(text, "hidden_size", None)
+        self.experts = {getattr(text, name) for name in _EXPERT_COUNTS if isinstance(getattr(text, name, None), int)}
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        self.embeddings = [module for module in (inputs, getattr(model, "shared", None)) if module is not None]
+        self.head = outputs
+
+    def run(self, allow_dtype_mismatch: bool) -> Model:
+        places = self.places()
+        weights, unused = [], []
+        for name, entry in self.logical.items():
+            parameter, transposed = places.get(name, ("", False))
+            if parameter not in self.state:
+                unused.append(name)
+                weights.append(Weight(name, entry.dtype, entry.shape))
+                continue
+            weights.append(self.weight(name, entry, parameter, transposed))
+        if not allow_dtype_mismatch:
+            self.check_dtypes(weights)
+        reached = {parameter for parameter, _ in places.values()}
+        self.check_missing(reached | self.produced)
+        if self.problems:
+            raise InputError(self.problems[:20])
+        on_disk = {parameter: name for name, (parameter, _) in places.items()}
+        duplicates = {
+            on_disk[alias]: on_disk[source] for alias, source in self.tied.items() if {alias, source} <= on_disk.keys()
+        }
+        from transformers.pytorch_utils import Conv1D
+
+        linears = {path: type(m).__name__ for path, m in self.modules.items() if _is_linear(m) or isinstance(m, Conv1D)}
+        lengths = {stack: length for _, stack, length in self.stacks}
+        return Model(tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths)
+
+    def places(self) -> dict[str, tuple[str, bool]]:
+        """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes on the way."""
+        import torch
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, dot_natural_key
+        from transformers.core_model_loading import rename_source_key as rename
+
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self.model.base_model_prefix
+        places: dict[str, tuple[str, bool]] = {}
+        fused: dict[str, Any] = {}
+        sources: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.logical, key=dot_natural_key):
+            parameter, pattern = rename(name, renamings, converters, prefix, self.state)
+            if parameter not in self.state and name in self.state:
+                parameter, pattern = rename(name, [], [], prefix, self.state)
+            if parameter not in self.state:
+                continue
+            entry = self.logical[name]
+            if pattern is None:
+                if entry.shape != tuple(self.state[parameter].shape):
+                    self.wrong(name, f"shape {list(self.state[parameter].shape)} by config.json", f"{list(entry.shape)}")
+                places[name] = (parameter, False)
+                continue
+            converter = fused.setdefault(parameter, copy.deepcopy(by_pattern[pattern]))
+            converter.add_tensor(parameter, name, pattern, torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta"))
+            sources[parameter].append(name)
+            self.converted.add(name)
+            places[name] = (parameter, any(isinstance(op, Transpose) for op in converter.operations))
+        self.produced = self.convert(fused, sources)
+        return places
+
+    def convert(self, fused: dict[str, Any], sources: dict[str, list[str]]) -> set[str]:
+        """Runs transformers' fusing and splitting without data; every result must have its parameter's shape."""
+        produced: set[str] = set()
+        for parameter, converter in fused.items():
+            try:
+                results = converter.convert(parameter, model=self.model, config=self.model.config)
+            except Exception as error:  # the operations raise whatever torch raises on shapes that do not fit
+                self.wrong(sources[parameter][0], f"tensors that make up {parameter}", str(error).splitlines()[0])
+                produced.add(parameter)
+                continue
+            for name, value in results.items():
+                got = value[0] if isinstance(value, list) else value
+                produced.add(name)
+                if name in self.state and got.shape != self.state[name].shape:
+                    self.wrong(sources[parameter][0], f"shape {list(self.state[name].shape)} of {name}", f"{list(got.shape)}")
+        return produced
+
+    def wrong(self, name: str, expected: str, got: str, do: str = "") -> None:
+        ref = self.checkpoint.refs.get(name)
+        self.problems.append(Problem(f"{ref.file}: '{name}'" if ref else f"'{name}'", expected, got, do))
+
+    def weight(self, name: str, entry: Logical, parameter: str, transposed: bool) -> Weight:
+        """The kind, place and orientation of one tensor."""
+        path, _, attribute = parameter.rpartition(".")
+        module = self.modules[path]
+        stack, block = self.block(path)
+        kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
+        flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
+        return Weight(name, entry.dtype, entry.shape, kind, path, type(module).__name__, stack, block, flipped, name in self.converted, unclear)
+
+    def kind(
+        self, name: str, path: str, module: nn.Module, attribute: str, shape: tuple[int, ...], block: int | None
+    ) -> tuple[Kind, bool, str]:
+        """(kind, stored as [in, out], why its orientation is unclear)."""
+        from transformers.pytorch_utils import Conv1D
+
+        label, last = type(module).__name__.lower(), path.rpartition(".")[2]
+        if "bias" in attribute:
+            return "bias", False, ""
+        if "norm" in label:
+            return "norm", False, ""
+        if any(module is embedding for embedding in self.embeddings):
+            return "embedding", False, ""
+        if module is self.head:
+            return "head", False, ""
+        if "router" in label or "topk" in label or (last in _ROUTER_NAMES and shape[0] in {*self.experts, 1}):
+            return "router", False, ""
+        if isinstance(module, Conv1D) and attribute == "weight":
+            return "linear", True, ""
+        expert = re.search(r"experts\.\d+\.", name) is not None
+        if _is_linear(module) and attribute == "weight" and len(shape) == 2:
+            return ("expert" if expert else "linear"), False, ""
+        parameter = self.state[f"{path}.{attribute}"]
+        if block is not None and parameter.dim() == 3 and parameter.shape[0] in self.experts and min(parameter.shape) > 1:
+            flipped, unclear = self.orientation(module, attribute if attribute != "weight" else last, parameter.shape)
+            return "expert", flipped, unclear
+        return "other", False, ""
+
+    def orientation(self, module: nn.Module, word: str, shape: Any) -> tuple[bool, str]:
+        """Whether fused experts are stored [experts, in, out]: transformers' own mark, else the hidden size."""
+        mark = getattr(module, "is_transposed", None)
+        if isinstance(mark, bool):
+            return mark, ""
+        if shape[1] != shape[2] and self.hidden in shape[1:]:
+            reads_hidden = not re.search(r"down|output|w2|wo\b", word)
+            return (shape[1] == self.hidden) == reads_hidden, ""
+        return False, f"nothing tells which of {list(shape)} is the input dimension of fused experts"
+
+    def block(self, path: str) -> tuple[str, int | None]:
+        for prefix, stack, _ in self.stacks:
+            if path.startswith(prefix + "."):
+                return stack, int(path[len(prefix) + 1 :].split(".")[0])
+        return "", None
+
+    def check_dtypes(self, weights: list[Weight]) -> None:
+        """Matrices must have the dtype that config.json promises: readers cast to it without a word."""
+        config = self.checkpoint.config
+        promised = config.get("dtype") or config.get("torch_dtype")
+        names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        for weight in weights:
+            if weight.kind not in ("linear", "expert", "embedding", "head"):
+                continue
+            if weight.dtype not in FLOATS:
+                self.wrong(weight.name, "BF16, F16 or F32", weight.dtype, "start from the model this was made from")
+            elif promised in names and weight.dtype != names[promised]:
+                self.wrong(weight.name, f"{names[promised]}, config.json's dtype", weight.dtype,
+                           "correct config.json, or pass --allow-dtype-mismatch: readers will cast it")  # fmt: skip
+
+    def check_missing(self, reached: set[str]) -> None:
+        ignored = [re.compile(p) for p in getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()]
+        buffers = {name for name, _ in self.model.named_buffers()}
+        for parameter in self.state:
+            source = self.tied.get(parameter)
+            if parameter in reached or source in reached or parameter in buffers:
+                continue
+            if any(alias in reached for alias, target in self.tied.items() if target == parameter):
+                continue
+            if not any(pattern.search(parameter) for pattern in ignored):
+                self.problems.append(Problem(f"'{parameter}'", "a tensor for it on disk", "none", "fetch the model again"))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, str, int]]:
+    """(path, name, blocks) of every outermost list of blocks."""
+    from torch import nn
+
+    found: list[tuple[str, str, int]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer, _, _ in found):
+            continue
+        has_matrix = any(p.dim() >= 2 for child in module for p in child.parameters())
+        if len(module) and has_matrix and all(list(child.children()) for child in module):
+            found.append((path, "", len(module)))
+    named: list[tuple[str, str, int]] = []
+    towers = {path: next((word for word, regex in _TOWERS if regex.search(path)), "") for path, _, _ in found}
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    for path, _, length in found:
+        if towers[path]:
+            name = f"tower:{towers[path]}"
+        elif "encoder" in path:
+            name = "encoder"
+        elif "decoder" in path or encoder_decoder:
+            name = "decoder"
+        else:
+            name = "text" if any(towers.values()) else "decoder"
+        taken = sum(other == name or other.startswith(f"{name}:") for _, other, _ in named)
+        named.append((path, name if not taken else f"{name}:{taken + 1}", length))
+    return named

@@ -1,0 +1,251 @@
+"""Plan: replays facts over a recipe and tells exact bytes, skips and peak memory, from headers only.
+
+The plan is what the run then does: the shards it lays out are the ones that get written, so its sizes are exact
+by construction. What cannot be done is refused here, with every weight named, before any byte moves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress import qtensor
+from compress.checkpoint import CANONICAL, Checkpoint
+from compress.contract import Format, Pass, TensorPass, Verdict
+from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
+from compress.facts import DENSE, Note, State, TensorSpec, Weight
+from compress.names import Model
+from compress.recipe import Recipe
+from compress.resolve import resolve
+from compress.shards import Shard, arrange, index_text
+
+SHARD_BYTES = 5_000_000_000
+INTERPRETER_BYTES = 480 << 20
+"""Resident bytes of Python with torch, transformers and one model class imported, measured on Linux x86-64."""
+MAX_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One pass over one checkpoint: what every weight becomes, and where its bytes will lie."""
+
+    number: int
+    pass_: TensorPass
+    targeted: tuple[str, ...]
+    skipped: dict[str, str]
+    before: dict[str, State]
+    after: dict[str, State]
+    format: Format | None
+    shards: list[Shard]
+    config_text: str
+    notes: tuple[Note, ...]
+    workspace_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.pass_.pass_name()
+
+    @property
+    def transformed(self) -> list[str]:
+        return [name for name in self.targeted if name not in self.skipped]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of tensors."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the shards with their headers, the index and config.json."""
+        index = index_text(self.shards) or ""
+        return sum(shard.nbytes for shard in self.shards) + len(index.encode()) + len(self.config_text.encode())
+
+    def specs(self, weight: Weight) -> list[TensorSpec]:
+        """The tensors that hold `weight` after this step."""
+        return layout_specs(self.format, weight, self.after[weight.name])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step of a recipe over one model."""
+
+    model: Model
+    passes: list[Pass]
+    steps: list[StepPlan]
+    source_bytes: int
+    threads: int
+    verdicts: tuple[Verdict, ...] = ()
+    dropped: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weights that are written: tied duplicates left out."""
+        return [weight for weight in self.model.weights if weight.name not in self.dropped]
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run adds to the disk at its end: every step and the output."""
+        return sum(step.disk_bytes for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident memory at most: the interpreter and, per worker, one tensor in work."""
+        workers = min(self.threads, MAX_WORKERS)
+        return INTERPRETER_BYTES + workers * max((step.workspace_bytes for step in self.steps), default=0)
+
+    def bits(self, step: StepPlan, names: Sequence[str] | None = None) -> float:
+        """Bits per weight after `step`, scales and padding included; of `names`, or of the whole model."""
+        chosen = set(names) if names is not None else None
+        weights = [w for w in self.weights if chosen is None or w.name in chosen]
+        numel = sum(weight.numel for weight in weights)
+        return sum(spec.nbytes for w in weights for spec in step.specs(w)) * 8 / numel if numel else 0.0
+
+
+def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:
+    """Canonical tensors, or those of a format; what is dense stays as it is in both."""
+    if fmt is None or state.scheme is None:
+        return qtensor.specs(weight, state)
+    return fmt.specs(weight, state)
+
+
+def make_plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    model: Model,
+    threads: int,
+    allow_skips: Sequence[str] = (),
+    dropped: frozenset[str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Replays facts over all lines. Raises RecipeError, CoverageError or FormatError with everything that is wrong."""
+    passes = resolve(recipe)
+    dropped = frozenset(model.duplicates) if dropped is None else dropped
+    weights = [weight for weight in model.weights if weight.name not in dropped]
+    states = {name: entry.state for name, entry in checkpoint.logical.items() if name not in dropped}
+    skips = [_regex(text) for text in allow_skips]
+    steps: list[StepPlan] = []
+    problems: list[Problem] = []
+    verdicts: tuple[Verdict, ...] = ()
+    kind: type[CoverageError | FormatError] = CoverageError
+    shared = _shared_notes(checkpoint, model, dropped)
+    for number, pass_ in enumerate(passes, start=1):
+        assert isinstance(pass_, TensorPass)
+        where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
+        fmt: Format | None = pass_.target_format() if hasattr(pass_, "target_format") else None
+        if steps and steps[-1].format is not None:
+            raise RecipeError(where, "pack as the last pass", f"a pass after {steps[-1].name}", "move it before pack")
+        step, wrong = _step(number, pass_, fmt, weights, states, skips, shared, checkpoint, model, shard_bytes)
+        problems += [Problem(f"{where}: '{name}'", "", reason, do) for name, reason, do in wrong]
+        kind = FormatError if wrong and fmt is not None else kind
+        if step is None:
+            continue
+        steps.append(step)
+        states = step.after
+        if fmt is not None:
+            verdicts = tuple(fmt.readers(weights, states))
+    if problems:
+        raise kind([*_folded(problems)])
+    return Plan(model, list(passes), steps, checkpoint.nbytes, threads, verdicts, dropped)
+
+
+def _step(
+    number: int, pass_: TensorPass, fmt: Format | None, weights: list[Weight], before: dict[str, State],
+    skips: list[re.Pattern[str]], shared: list[Note], checkpoint: Checkpoint, model: Model, shard_bytes: int,
+) -> tuple[StepPlan | None, list[tuple[str, str, str]]]:  # fmt: skip
+    """One step, or the (weight, reason, what to do) of everything that stands in its way."""
+    chosen = pass_.chosen(weights)
+    if fmt is not None:
+        chosen = [weight for weight in chosen if before[weight.name].scheme is not None]
+        if not chosen:
+            return None, [("*", "nothing is quantized, so there is nothing to pack", "quantize first")]
+    after, refused = dict(before), []
+    for weight in chosen:
+        try:
+            after[weight.name] = pass_.becomes(weight, before[weight.name])
+        except Refusal as refusal:
+            refused.append((weight.name, refusal.reason, refusal.do))
+    if fmt is not None and not refused:
+        refused += fmt.refuse_together(weights, after)
+    # A format's refusal cannot be skipped: the weight is in codes already and no reader would have it.
+    wrong = [r for r in refused if fmt is not None or not any(regex.search(r[0]) for regex in skips)]
+    if wrong:
+        return None, wrong
+    skipped = {name: reason for name, reason, _ in refused}
+    touched = [weight for weight in chosen if weight.name not in skipped]
+    notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
+    notes += _untouched(weights, after)
+    shards = arrange([spec for w in weights for spec in layout_specs(fmt, w, after[w.name])], shard_bytes)
+    work = max((_workspace(weight, after[weight.name], fmt) for weight in touched), default=0)
+    step = StepPlan(
+        number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
+        _config_text(checkpoint.config, fmt, model, after), tuple(notes), max(work, 32 << 20),
+    )  # fmt: skip
+    return step, []
+
+
+def _workspace(weight: Weight, after: State, fmt: Format | None) -> int:
+    """Bytes one worker holds at most: the dense tensor, byte codes, the stream being packed and its parts."""
+    stream = sum(spec.nbytes for spec in layout_specs(fmt, weight, after))
+    dense = 0 if fmt is not None else weight.nbytes
+    return dense + weight.numel + 2 * stream + weight.numel // 2 + (16 << 20)
+
+
+def _config_text(config: dict[str, Any], fmt: Format | None, model: Model, states: dict[str, State]) -> str:
+    """config.json after a step; a canonical checkpoint says so, or readers would take missing weights for new ones."""
+    content = {key: value for key, value in config.items() if key != "quantization_config"}
+    if fmt is not None:
+        content["quantization_config"] = fmt.config(model, states)
+    elif any(state != DENSE for state in states.values()):
+        content["quantization_config"] = {"quant_method": CANONICAL, "format": "canonical"}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError(f"--allow-skips '{text}'", "a regular expression", str(error)) from None
+
+
+def _grouped(what: str, reasons: dict[str, str]) -> list[Note]:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
+
+
+def _untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+    """What stays dense, by kind and tower, so that a reader of the manifest need not guess."""
+    reasons = {}
+    for weight in weights:
+        if states[weight.name] == DENSE:
+            place = f" of {weight.stack}" if weight.stack else ""
+            reasons[weight.name] = f"{weight.kind}{place}"
+    return _grouped("untouched", reasons)
+
+
+def _shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:
+    notes = []
+    if model.unused:
+        notes.append(Note("unused", "tensors that the model does not take; carried along", model.unused))
+    for alias in sorted(dropped):
+        notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
+    if checkpoint.left_behind:
+        notes.append(Note("left behind", "weights in other formats, and folders", checkpoint.left_behind))
+    return notes
+
+
+def _folded(problems: list[Problem]) -> list[Problem]:
+    """Problems with one reason become one message that names the first weights and counts the rest."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        place, _, name = problem.where.rpartition(": ")
+        groups.setdefault((place, problem.got, problem.do), []).append(name)
+    folded = []
+    for (place, got, do), names in groups.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        folded.append(Problem(f"{place}: {', '.join(names[:3])}{more}", "", got, do))
+    return folded

@@ -1,0 +1,81 @@
+"""Resolve: recipe lines become passes; every error of every line is reported at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from compress.contract import Pass
+from compress.discover import load_pass
+from compress.errors import Problem, RecipeError, UsageError, did_you_mean
+from compress.recipe import Line, Recipe
+
+
+def resolve_line(line: Line) -> tuple[Pass | None, list[Problem]]:
+    """The pass that a line makes, or what is wrong with the line."""
+    try:
+        cls = load_pass(line.name)
+    except UsageError as error:
+        problem = error.problems[0]
+        return None, [Problem(line.where or line.name, problem.expected, f"'{line.name}'{problem.got[len('an unknown name'):]}")]
+    try:
+        return cls.model_validate(dict(line.options)), []
+    except ValidationError as error:
+        return None, [_problem(line, cls, detail) for detail in error.errors()]
+
+
+def _problem(line: Line, cls: type[Pass], detail: Any) -> Problem:
+    option = str(detail["loc"][0]) if detail["loc"] else ""
+    where = f"{line.where or line.name}: {line.name}.{option}".rstrip(".")
+    known = list(cls.model_fields)
+    if detail["type"] == "extra_forbidden":
+        return Problem(where, f"one of {', '.join(known)}", f"an unknown option{did_you_mean(option, known)}")
+    described = cls.model_fields[option].description if option in known else ""
+    if detail["type"] == "missing":
+        return Problem(where, described or "a value", "nothing", f"give {option}=...")
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message.removeprefix("Input should be ")
+    return Problem(where, message, f"{detail['input']!r}", described or "")
+
+
+def resolve(recipe: Recipe) -> list[Pass]:
+    """All passes. Raises RecipeError with every problem of every line."""
+    passes, problems = [], []
+    for line in recipe.lines:
+        found, wrong = resolve_line(line)
+        problems += wrong
+        if found is not None:
+            passes.append(found)
+    if problems:
+        raise RecipeError(problems)
+    return passes
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipe files, from the passes that are installed."""
+    from compress.discover import caption, pass_files
+
+    definitions: dict[str, Any] = {}
+    lines = []
+    for name in pass_files():
+        schema = load_pass(name).model_json_schema()
+        definitions.update(schema.pop("$defs", {}))
+        definitions[name] = {**schema, "title": name, "description": caption(name)}
+        lines.append(
+            {"type": "object", "properties": {name: {"$ref": f"#/$defs/{name}"}}, "required": [name], "additionalProperties": False}
+        )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "compress recipe",
+        "type": "object",
+        "properties": {
+            "version": {"const": 1},
+            "model": {"type": "string", "description": "a directory or a Hub id, with @revision"},
+            "seed": {"type": "integer", "minimum": 0, "default": 0},
+            "passes": {"type": "array", "minItems": 1, "items": {"anyOf": [*lines, {"enum": list(pass_files())}]}},
+        },
+        "required": ["version", "passes"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

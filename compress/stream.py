@@ -1,0 +1,105 @@
+"""Stream: lifts a TensorPass to directory in, directory out, with one tensor per worker in memory.
+
+Every weight is one of three cases: its bytes are carried over inside the kernel (nothing changes), moved part by
+part (a format that stores the same streams under other names), or loaded, transformed and written. Weights are
+shared out over ranks by size; every rank writes its own at places that the headers fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from compress import qtensor
+from compress.checkpoint import Checkpoint
+from compress.contract import Context
+from compress.facts import DENSE, Weight
+from compress.intake import single_threaded
+from compress.plan import MAX_WORKERS, StepPlan
+from compress.writer import Writer, trim_memory
+
+
+def stream(
+    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], writer: Writer, ctx: Context
+) -> None:
+    """Writes every weight that the journal does not have yet. `digests` are those of `source`'s tensors."""
+    mine = share(weights, ctx.rank, ctx.world_size)
+    total = sum(weight.nbytes for weight in mine)
+    done, lock = [0], threading.Lock()
+    for file in {ref.file for ref in source.refs.values()}:
+        source.descriptor(file)
+    touched = set(step.transformed)
+
+    def one(weight: Weight) -> None:
+        started = time.perf_counter()
+        if not writer.is_done(weight.name):
+            written, error = _move(step, source, weight, weight.name in touched, digests, writer)
+            writer.record(weight.name, written, {} if error is None else {"error": error})
+        with lock:
+            done[0] += weight.nbytes
+            ctx.tell(
+                "progress", step=step.name, weight=weight.name, seconds=time.perf_counter() - started,
+                done_bytes=done[0], total_bytes=total,
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(max_workers=max(1, min(ctx.threads, MAX_WORKERS)), initializer=single_threaded) as pool:
+        try:
+            for _ in pool.map(one, mine):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    trim_memory()
+
+
+def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
+    """This rank's weights, in stored order: largest first to the rank with the least so far."""
+    if world_size == 1:
+        return weights
+    loads = [0] * world_size
+    owner: dict[str, int] = {}
+    for weight in sorted(weights, key=lambda w: (-w.nbytes, w.name)):
+        lightest = loads.index(min(loads))
+        owner[weight.name] = lightest
+        loads[lightest] += weight.nbytes
+    return [weight for weight in weights if owner[weight.name] == rank]
+
+
+def _move(
+    step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer
+) -> tuple[dict[str, str], float | None]:
+    """Writes one weight; returns the digests of what was written and the relative error."""
+    before, after = step.before[weight.name], step.after[weight.name]
+    names = [spec.name for spec in qtensor.specs(weight, before)]
+    if not touched:
+        for name in names:
+            _carry(source, writer, name, name)
+        return {name: digests[name] for name in names}, None
+    same = step.format.copies(weight, after) if step.format and before == after else {}
+    for there, here in same.items():
+        _carry(source, writer, there, here)
+    written = {there: digests[here] for there, here in same.items()}
+    wanted = [spec.name for spec in step.specs(weight)]
+    if set(wanted) == set(written):
+        return written, None
+    value: Any = {name: source.read(name) for name in names}
+    value = qtensor.as_matrix(weight, value[weight.name]) if before == DENSE else qtensor.decode(weight, before, value)
+    result, error = step.pass_.tensor(weight, after, value)
+    del value
+    if isinstance(result, qtensor.QTensor):
+        encode = step.format.encode if step.format else qtensor.encode
+        parts = encode(weight, result)
+    else:
+        parts = {weight.name: qtensor.as_matrix(weight, result)}
+    del result
+    for name in wanted:
+        if name not in written:
+            written[name] = writer.put(name, parts[name])
+    return written, error
+
+
+def _carry(source: Checkpoint, writer: Writer, there: str, here: str) -> None:
+    ref = source.refs[here]
+    writer.copy(there, source.descriptor(ref.file), ref.offset)

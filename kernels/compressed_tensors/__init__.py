@@ -1,0 +1,1 @@
+"""compressed-tensors: the layout that transformers and vLLM read."""

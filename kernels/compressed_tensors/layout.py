@@ -1,0 +1,202 @@
+"""compressed-tensors `pack-quantized`: integer codes for transformers and vLLM.
+
+A linear `NAME.weight` [out, in] becomes
+    NAME.weight_packed      int32 [out, ceil(in * b / 32)]   codes u = q + 2^(b-1), one bit stream per row
+    NAME.weight_scale       model dtype [out, groups]        [out, 1] per channel
+    NAME.weight_shape       int64 [2]
+    NAME.weight_zero_point  int32 [ceil(out * b / 32), groups]   asymmetric only; streams run down the rows
+The canonical form has the same streams, so a symmetric weight moves over as bytes and nothing is rounded again.
+
+What the reader cannot hold is refused here, from experiments with compressed-tensors 0.20 and transformers 5.23:
+fused 3-D experts (no layout loads: experts stay random), asymmetric weights and Conv1D unless it expands at
+load (`dequantize`), asymmetric experts, experts of unequal schemes (loaded silently wrong), mixed schemes
+under `dequantize` (silently wrong), groups that do not divide the columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from compress.contract import Format, Verdict
+from compress.errors import Refusal
+from compress.facts import DENSE, State, TensorSpec, Weight
+from compress.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.names import Model
+    from compress.qtensor import QTensor
+
+VERSION = "0.20.0"
+"""The version of the format that is written into config.json."""
+
+
+class CompressedTensors(Format):
+    """Integer codes packed for compressed-tensors; `dequantize` makes the reader expand them at load."""
+
+    name = "compressed-tensors"
+
+    def refuse(self, weight: Weight, state: State) -> None:
+        scheme = state.scheme
+        if scheme is None:
+            return
+        at_load = "pack with dequantize=true: the reader then expands the weights while loading"
+        if weight.experts is not None:
+            raise Refusal(
+                "the reader loads no layout of fused experts (they would stay random)", "leave them dense: skip=[experts]"
+            )
+        if weight.kind == "embedding":
+            raise Refusal("the reader holds no quantized embeddings", "leave them out of targets")
+        if weight.converted and weight.kind != "expert":
+            raise Refusal("transformers splits or permutes this tensor while loading, codes cannot follow", "skip it")
+        if weight.columns % (scheme.group or weight.columns):
+            raise Refusal(f"groups of {scheme.group} do not divide {weight.columns} columns", "quantize with ragged=divide")
+        if not scheme.symmetric and weight.kind == "expert":
+            raise Refusal("the reader loads no asymmetric experts", "use a symmetric scheme for them")
+        if not scheme.symmetric and not self.dequantize:
+            raise Refusal("the reader fails on packed zero points (asymmetric)", f"{at_load}; or use a symmetric scheme")
+        if weight.transposed and not self.dequantize:
+            raise Refusal("the reader re-initialises a packed Conv1D", at_load)
+        if not weight.name.endswith(".weight"):
+            raise Refusal("the reader looks for names that end in .weight", "skip it")
+
+    def refuse_together(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[str, str, str]]:
+        refused: list[tuple[str, str, str]] = []
+        experts = [weight for weight in weights if weight.kind == "expert" and weight.experts is None]
+        if len({states[weight.name] for weight in experts}) > 1:
+            kinds = ", ".join(sorted({str(states[weight.name]) for weight in experts}))
+            reason = f"transformers takes one scheme for all experts and would load others silently wrong; here: {kinds}"
+            refused += [(w.name, reason, "give all experts one scheme, or skip=[experts]") for w in experts]
+        schemes = {str(state.scheme) for state in states.values() if state.scheme}
+        if self.dequantize and len(schemes) > 1:
+            reason = f"with dequantize the reader takes one scheme for all linears, silently; here: {', '.join(sorted(schemes))}"
+            refused += [(w.name, reason, "use one scheme") for w in weights if states[w.name].scheme]
+        return refused
+
+    def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
+        scheme = state.scheme
+        if scheme is None:
+            return [TensorSpec(weight.name, weight.dtype, weight.shape)]
+        groups = scheme.groups(weight.columns)
+        found = [
+            TensorSpec(f"{weight.name}_packed", "I32", (weight.rows, _words(weight.columns, scheme))),
+            TensorSpec(f"{weight.name}_scale", weight.dtype, (weight.rows, groups)),
+            TensorSpec(f"{weight.name}_shape", "I64", (2,)),
+        ]
+        if not scheme.symmetric:
+            found.append(TensorSpec(f"{weight.name}_zero_point", "I32", (_words(weight.rows, scheme), groups)))
+        return found
+
+    def copies(self, weight: Weight, state: State) -> dict[str, str]:
+        return {f"{weight.name}_packed": f"{weight.name}.codes", f"{weight.name}_scale": f"{weight.name}.scale"}
+
+    def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        from compress.algebra import bitstream
+
+        bits = value.scheme.bits
+        tensors = {
+            f"{weight.name}_packed": bitstream.pack(value.codes, bits).view(torch.int32),
+            f"{weight.name}_scale": value.scale,
+            f"{weight.name}_shape": torch.tensor([weight.rows, weight.columns], dtype=torch.int64),
+        }
+        if value.zero is not None:
+            down = bitstream.pack(value.zero.T.contiguous(), bits).view(torch.int32)
+            tensors[f"{weight.name}_zero_point"] = down.T.contiguous()
+        return tensors
+
+    def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
+        import torch
+
+        from compress.algebra import bitstream
+        from compress.qtensor import QTensor
+
+        assert state.scheme is not None
+        bits = state.scheme.bits
+        codes = bitstream.unpack(tensors[f"{weight.name}_packed"].view(torch.uint8), bits, weight.columns)
+        zero = None
+        if not state.scheme.symmetric:
+            down = tensors[f"{weight.name}_zero_point"].T.contiguous().view(torch.uint8)
+            zero = bitstream.unpack(down, bits, weight.rows).T.contiguous()
+        return QTensor(state.scheme, codes, tensors[f"{weight.name}_scale"], zero)
+
+    def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
+        members: dict[Scheme, list[Weight]] = defaultdict(list)
+        for weight in model.weights:
+            scheme = states[weight.name].scheme
+            if scheme is not None:
+                members[scheme].append(weight)
+        quantized = {_module(weight) for group in members.values() for weight in group}
+        dense = [path for path in model.linears if path not in quantized]
+        dense += [_module(w) for w in model.weights if w.kind in ("router", "expert") and states[w.name] == DENSE]
+        groups = {}
+        for number, (scheme, weights) in enumerate(sorted(members.items(), key=lambda item: str(item[0]))):
+            others = [path for path in {*model.linears, *quantized} if path not in {_module(w) for w in weights}]
+            classes = sorted({model.linears.get(w.module, "Linear") for w in weights})
+            targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
+            groups[f"group_{number:03d}"] = {
+                "targets": targets, "format": "pack-quantized", "weights": _weights(scheme),
+                "input_activations": None, "output_activations": None,
+            }  # fmt: skip
+        ignore = patterns(sorted(set(dense)), sorted(quantized))
+        found = {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "version": VERSION, "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ignore,
+            "config_groups": groups, "sparsity_config": {}, "transform_config": {},
+        }  # fmt: skip
+        return {**found, "dequantize": True} if self.dequantize else found
+
+    def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
+        schemes = {state.scheme for state in states.values() if state.scheme}
+        when = "while loading" if self.dequantize else "in the first forward"
+        verdicts = [Verdict("transformers", "yes", f"with compressed-tensors installed; expands the weights {when}")]
+        wide = [s for s in schemes if s.bits in (2, 3)]
+        odd = [s for s in schemes if s.group not in (None, 32, 64, 128)]
+        conv = any(w.transposed and states[w.name].scheme for w in weights)
+        if wide:
+            verdicts.append(Verdict("vllm", "no", f"no kernel for {', '.join(sorted(map(str, wide)))}"))
+        elif odd:
+            verdicts.append(Verdict("vllm", "no", f"groups other than 32, 64, 128: {', '.join(sorted(map(str, odd)))}"))
+        elif conv or any(not s.symmetric for s in schemes):
+            verdicts.append(Verdict("vllm", "unknown", "asymmetric or Conv1D"))
+        else:
+            verdicts.append(Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme"))
+        mixed = len(schemes) > 1
+        verdicts.append(Verdict("sglang", "no" if mixed or wide else "unknown", "mishandles mixed groups" if mixed else "not run"))
+        return verdicts
+
+
+def _words(values: int, scheme: Scheme) -> int:
+    return -(-values * scheme.bits // 32)
+
+
+def _module(weight: Weight) -> str:
+    """The path a reader matches: the module, or for experts, which transformers fuses, the name on disk."""
+    return weight.name.removesuffix(".weight") if weight.kind == "expert" else weight.module
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    strategy = {"strategy": "group", "group_size": scheme.group} if scheme.group else {"strategy": "channel"}
+    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy, "dynamic": False}
+
+
+def patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The fewest of our regexes that match all of `wanted` and none of `others`; exact names where none can.
+
+    Names that differ only in their numbers share a regex. Disjoint by construction, because readers that find two
+    matching targets take the alphabetically first.
+    """
+    shapes: dict[str, list[str]] = defaultdict(list)
+    for name in wanted:
+        shapes[re.sub(r"\d+", "#", name)].append(name)
+    found = []
+    for shape, names in shapes.items():
+        regex = re.escape(shape).replace(r"\#", r"\d+").replace("#", r"\d+")
+        alone = len(names) == 1 or any(re.fullmatch(regex, other) for other in others)
+        found += sorted(names) if alone else [f"re:{regex}$"]
+    return sorted(found)

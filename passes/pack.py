@@ -1,0 +1,54 @@
+"""Pack: lays codes out for one reader, and writes the config that this reader looks for.
+
+Codes are moved, never rounded again. What the format's reader could not load is refused before any byte moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator
+
+from compress.contract import Format, TensorPass
+from compress.facts import State, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.qtensor import QTensor
+
+
+class Pack(TensorPass):
+    """Writes the artifact that another reader loads."""
+
+    format: str = Field("compressed-tensors", description="the layout to write; `compress list` shows them")
+    dequantize: bool = Field(False, description="tell the reader to expand the weights while loading (asymmetric codes and Conv1D need it)")
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from compress.kernels.dispatch import formats
+        from compress.errors import did_you_mean
+
+        if value not in formats():
+            raise ValueError(f"one of {', '.join(formats())}{did_you_mean(value, formats())}")
+        return value
+
+    def target_format(self) -> Format:
+        """The format that this pass writes."""
+        from compress.kernels.dispatch import load_format
+
+        return load_format(self.format)(dequantize=self.dequantize)
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        return list(weights)
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        self.target_format().refuse(weight, state)
+        return state
+
+    def tensor(
+        self, weight: Weight, after: State, value: torch.Tensor | QTensor
+    ) -> tuple[torch.Tensor | QTensor, float | None]:
+        return value, None

@@ -1,0 +1,9 @@
+"""Finds packages in the three rooms, so that a new folder or data file needs no edit here."""
+
+from setuptools import find_packages, setup
+
+ROOMS = {"compress": "compress", "compress.passes": "passes", "compress.kernels": "kernels", "compress.recipes": "recipes"}
+packages = [name for room, folder in ROOMS.items() for name in [room, *(f"{room}.{p}" for p in find_packages(folder))]]
+data = ["*.cu", "*.cubin", "*.ptx", "*.yaml", "*.md", "*.json", "*.jsonl", "*.safetensors", "py.typed", "model/*", "text/*"]
+
+setup(package_dir=ROOMS, packages=packages, package_data={name: data for name in packages})
