@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,14 @@ from compress.errors import InputError
 from compress.facts import DENSE, State
 from compress.manifest import FILE as MANIFEST_FILE
 from compress.manifest import Manifest
-from compress.shards import TensorRef, read_header
+from compress.shards import CANONICAL_STEM, STEM, TensorRef, read_header
 
 if TYPE_CHECKING:
     import torch
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _NOT_CARRIED = {MANIFEST_FILE, "config.json"}
+INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CANONICAL = "compress"
 """`quant_method` of a checkpoint that holds canonical codes, so that no other reader takes it for a dense one."""
 
@@ -89,11 +90,14 @@ class Checkpoint:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def chunks(self, name: str, chunk_bytes: int = 16 << 20) -> Iterator[bytearray]:
-        """The bytes of a tensor, piece by piece."""
+    def chunks(self, name: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
+        """The bytes of a tensor, piece by piece, in one buffer that each piece overwrites."""
         ref = self.refs[name]
+        buffer = memoryview(bytearray(min(chunk_bytes, ref.nbytes)))
         for start in range(0, ref.nbytes, chunk_bytes):
-            yield self._pread(ref, start, min(chunk_bytes, ref.nbytes - start))
+            piece = buffer[: min(chunk_bytes, ref.nbytes - start)]
+            self._fill(ref, start, piece)
+            yield piece
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The tensor, or rows `start:stop` of its first dimension."""
@@ -106,13 +110,14 @@ class Checkpoint:
         rows = ref.shape[0] if ref.shape else 1
         stop = rows if stop is None else stop
         row_bytes = ref.nbytes // rows
-        data = self._pread(ref, start * row_bytes, (stop - start) * row_bytes)
+        data = bytearray((stop - start) * row_bytes)
+        self._fill(ref, start * row_bytes, memoryview(data))
         return torch.frombuffer(data, dtype=dtype).reshape((stop - start, *ref.shape[1:]) if ref.shape else ())
 
-    def _pread(self, ref: TensorRef, start: int, length: int) -> bytearray:
-        data = bytearray(length)
-        view, done, descriptor = memoryview(data), 0, self.descriptor(ref.file)
-        while done < length:
+    def _fill(self, ref: TensorRef, start: int, view: memoryview) -> None:
+        """Reads bytes of a tensor, from `start`, until `view` is full."""
+        done, descriptor = 0, self.descriptor(ref.file)
+        while done < len(view):
             try:
                 got = os.preadv(descriptor, [view[done:]], ref.offset + start + done)
             except OSError as error:
@@ -120,11 +125,10 @@ class Checkpoint:
             if not got:
                 raise InputError(
                     str(self.path / ref.file),
-                    f"{length} bytes of '{ref.name}'",
+                    f"{len(view)} bytes of '{ref.name}'",
                     f"{done} bytes: the file was cut while we read it",
                 )
             done += got
-        return data
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -166,40 +170,50 @@ def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = 
     if not path.is_dir():
         raise InputError(str(path), "a directory with config.json and safetensors", "no such directory")
     files = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-    shard_files = _shard_files(path, files)
+    folders = sorted(f"{entry.name}/" for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    label = name or path.resolve().name
+    return assemble(path, files, folders, lambda file: local_header(path / file), label, origin or {})
+
+
+def assemble(
+    path: Path, files: list[str], others: list[str], header: Callable[[str], list[TensorRef]], name: str, origin: dict[str, Any]
+) -> Checkpoint:
+    """The checkpoint that `files` make up, checked. Raises InputError.
+
+    JSON is read from `path`; `header` reads that of a shard, which may lie elsewhere. `others` are not carried along.
+    """
+    shards = shard_files(path, files)
     refs: dict[str, TensorRef] = {}
-    for file in shard_files:
-        for ref in _local_header(path / file):
+    for file in shards:
+        for ref in header(file):
             if ref.name in refs:
                 raise InputError(str(path / file), "each tensor once", f"'{ref.name}', also in {refs[ref.name].file}")
             refs[ref.name] = ref
     config_path = path / "config.json"
-    if not config_path.is_file():
+    if "config.json" not in files:
         raise InputError(str(config_path), "the model's config.json", "no such file")
-    side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not _is_weights(f))
-    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in shard_files)]
-    left += sorted(f"{entry.name}/" for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    label = name or path.resolve().name
-    manifest = Manifest.read(path)
-    checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), label, origin or {})
-    check_index(checkpoint, path, files, set(shard_files))
+    side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not is_weights(f))
+    left = [f for f in files if f.endswith(PICKLES) or (f.endswith(".safetensors") and f not in shards)] + others
+    checkpoint = Checkpoint(path, refs, read_json(config_path), side, Manifest.read(path), tuple(left), name, origin)
+    check_index(checkpoint, path, files, set(shards))
     check_records(checkpoint)
     return checkpoint
 
 
-def _is_weights(file: str) -> bool:
-    return file.endswith((".safetensors", ".safetensors.index.json", *_PICKLES)) or file.endswith(".index.json")
+def is_weights(file: str) -> bool:
+    """Whether a file holds weights or says where they are, by its name."""
+    return file.endswith((".safetensors", ".safetensors.index.json", *PICKLES)) or file.endswith(".index.json")
 
 
-def _shard_files(path: Path, files: list[str]) -> list[str]:
+def shard_files(path: Path, files: list[str]) -> list[str]:
     """The safetensors files that make up the model: those of the index, or the single one."""
-    if "model.safetensors.index.json" in files:
-        index = path / "model.safetensors.index.json"
+    if indexes := [file for file in INDEXES if file in files]:
+        index = path / indexes[0]
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(str(index), "a weight_map", "none")
         wanted = sorted({inside(path, file, str(index)).name for file in weight_map.values()})
-        missing = [file for file in wanted if not (path / file).is_file()]
+        missing = [file for file in wanted if file not in files]
         if missing:
             raise InputError(str(index), "every file that it names", f"missing: {', '.join(missing)}", "fetch them")
         if stray := [f for f in wanted if not f.endswith(".safetensors")]:
@@ -210,7 +224,7 @@ def _shard_files(path: Path, files: list[str]) -> list[str]:
     single = [file for file in files if file.endswith(".safetensors")]
     if len(single) == 1:
         return single
-    if not single and (pickles := [file for file in files if file.endswith(_PICKLES)]):
+    if not single and (pickles := [file for file in files if file.endswith(PICKLES)]):
         raise InputError(
             str(path),
             "safetensors",
@@ -221,7 +235,8 @@ def _shard_files(path: Path, files: list[str]) -> list[str]:
     raise InputError(str(path), "model.safetensors, or model.safetensors.index.json with its shards", got)
 
 
-def _local_header(path: Path) -> list[TensorRef]:
+def local_header(path: Path) -> list[TensorRef]:
+    """The tensors of one local file. Raises InputError."""
     target = path.resolve()
     if not target.is_file():
         raise InputError(str(path), "a file", "a link that leads nowhere")
@@ -236,9 +251,10 @@ def _local_header(path: Path) -> list[TensorRef]:
 
 def check_index(checkpoint: Checkpoint, path: Path, files: list[str], shards: set[str]) -> None:
     """The index and the shards must name the same tensors."""
-    if "model.safetensors.index.json" not in files:
+    indexes = [file for file in INDEXES if file in files]
+    if not indexes:
         return
-    index = path / "model.safetensors.index.json"
+    index = path / indexes[0]
     weight_map = read_json(index)["weight_map"]
     for tensor, file in weight_map.items():
         ref = checkpoint.refs.get(tensor)

@@ -188,6 +188,10 @@ class Format:
         """Tensors of this format whose bytes the canonical form has already: name here -> name there."""
         return {}
 
+    def constants(self, weight: Weight, state: State) -> dict[str, torch.Tensor]:
+        """Tensors of this format that say nothing of the values, such as shapes."""
+        return {}
+
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
         """Tensors by name, as `specs` says."""
         raise TypeError(f"{self.name} does not encode")

@@ -17,8 +17,6 @@ from compress.contract import Context
 from compress.errors import InputError, Problem
 from compress.manifest import content_fingerprint
 
-_CHUNK_BYTES = 16 << 20
-
 
 @dataclass(frozen=True)
 class Intake:
@@ -41,7 +39,7 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
     def one(name: str) -> tuple[str, bool]:
         digest, finite = hashlib.sha256(), True
         dtype = checkpoint.refs[name].dtype
-        for chunk in checkpoint.chunks(name, _CHUNK_BYTES):
+        for chunk in checkpoint.chunks(name):
             digest.update(chunk)
             finite = finite and _finite(chunk, dtype)
             with lock:
@@ -86,7 +84,7 @@ def single_threaded() -> None:
     torch.set_num_threads(1)
 
 
-def _finite(chunk: bytearray, dtype: str) -> bool:
+def _finite(chunk: memoryview, dtype: str) -> bool:
     """Whether floats are finite. One sum finds any NaN or Inf; only an overflowing sum needs the slow look."""
     if dtype not in ("F16", "BF16", "F32", "F64") or not chunk:
         return True

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
 from compress.errors import InputError, Problem, did_you_mean
@@ -40,6 +41,10 @@ class Model:
     family: str = ""
     stacks: dict[str, int] = field(default_factory=dict)
     """Blocks per stack."""
+    by_weight: frozenset[str] = frozenset()
+    """Tensors on disk that transformers fuses, splits or permutes under a pattern that ends in `.weight`."""
+    initialised: frozenset[str] = frozenset()
+    """Linear modules whose `.weight` transformers' own initialisation takes without asking whether it is there."""
 
     def by_name(self) -> dict[str, Weight]:
         return {weight.name: weight for weight in self.weights}
@@ -72,8 +77,10 @@ def model_class(config: dict[str, Any]) -> tuple[type, Any]:
             "config.json", f"architectures: one of {', '.join(sorted(known))}", f"'{wanted}' for model_type '{kind}'"
         )
     clean = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    parser = CONFIG_MAPPING[kind]
     try:
-        return getattr(transformers, wanted), CONFIG_MAPPING[kind].from_dict(clean)
+        # from_dict alone does not know how save_pretrained writes an infinity.
+        return getattr(transformers, wanted), parser.from_dict(parser._decode_special_floats(clean))
     except Exception as error:  # transformers validates with exceptions of many kinds
         raise InputError("config.json", f"a valid config of '{kind}'", str(error).strip().splitlines()[0]) from error
 
@@ -119,6 +126,7 @@ class _Resolver:
         self.logical = checkpoint.logical
         self.problems: list[Problem] = []
         self.converted: set[str] = set()
+        self.by_weight: set[str] = set()
         self.state = model.state_dict()
         self.modules = dict(model.named_modules())
         self.stacks = _stacks(model)
@@ -154,7 +162,10 @@ class _Resolver:
 
         linears = {path: type(m).__name__ for path, m in self.modules.items() if _is_linear(m) or isinstance(m, Conv1D)}
         lengths = {stack: length for _, stack, length in self.stacks}
-        return Model(tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths)
+        return Model(
+            tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths,
+            frozenset(self.by_weight), _initialised(self.model, linears),
+        )  # fmt: skip
 
     def places(self) -> dict[str, tuple[str, bool]]:
         """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes on the way."""
@@ -187,6 +198,8 @@ class _Resolver:
             converter.add_tensor(parameter, name, pattern, torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta"))
             sources[parameter].append(name)
             self.converted.add(name)
+            if all(source.endswith(".weight") for source in converter.source_patterns):
+                self.by_weight.add(name)
             places[name] = (parameter, any(isinstance(op, Transpose) for op in converter.operations))
         self.produced = self.convert(fused, sources)
         return places
@@ -296,6 +309,37 @@ def _is_linear(module: nn.Module) -> bool:
     from torch import nn
 
     return isinstance(module, nn.Linear)
+
+
+def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
+    """The linears without whose `.weight` transformers' initialisation fails; found by taking it away, one of each kind.
+
+    transformers initialises a model that it has loaded as well; a reader that has packed tensors in the weight's place
+    then fails, although nothing is left to initialise.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    alike: dict[str, list[str]] = defaultdict(list)
+    for path in linears:
+        alike[re.sub(r"\d+", "#", path)].append(path)
+    found: set[str] = set()
+    for paths in alike.values():
+        steps = paths[0].split(".")
+        chain = [model.get_submodule(".".join(steps[:length])) for length in range(len(steps) + 1)]
+        parameters, owner = chain[-1]._parameters, cast(Any, model)
+        weight = parameters.pop("weight")
+        for module in chain:
+            owner = module if isinstance(module, PreTrainedModel) else owner
+            try:
+                with torch.no_grad():
+                    owner._init_weights(module)
+            except AttributeError as error:
+                found.update(paths if "'weight'" in str(error) else ())
+            except Exception:  # some initialisations cannot run without data; only the missing weight counts here
+                continue
+        parameters["weight"] = weight
+    return frozenset(found)
 
 
 def _stacks(model: nn.Module) -> list[tuple[str, str, int]]:

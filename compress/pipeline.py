@@ -183,7 +183,7 @@ def _manifest(
         datasets=tuple(source.origin.get("datasets", ())), fingerprint=intake.fingerprint,
     )  # fmt: skip
     notes = list(step.notes)
-    if intake.nonfinite:
+    if intake.nonfinite and before is None:
         notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
     kept = [n for n in (before.notes if before else ()) if n.what in ("skipped", "ragged", "nonfinite")]
     return Manifest(
@@ -258,17 +258,17 @@ def locked(out: Path, ctx: Context) -> Iterator[None]:
         stream_ = open(folder / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise EnvironmentProblem(str(folder), "a place to write", error.strerror or str(error)) from None
-    try:
+    with stream_:
         try:
             fcntl.flock(stream_, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EnvironmentProblem(
                 str(out), "an output that no other run is writing", "a run that holds its lock", "wait for it, or choose another OUT"
             ) from None
-        yield
-    finally:
-        stream_.close()
-        tidy(folder)
+        try:
+            yield
+        finally:
+            tidy(folder)
 
 
 def tidy(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress import qtensor
@@ -20,7 +20,7 @@ from compress.facts import DENSE, Note, State, TensorSpec, Weight
 from compress.names import Model
 from compress.recipe import Recipe
 from compress.resolve import resolve
-from compress.shards import Shard, arrange, index_text
+from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file
 
 SHARD_BYTES = 5_000_000_000
 INTERPRETER_BYTES = 480 << 20
@@ -60,8 +60,8 @@ class StepPlan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of the shards with their headers, the index and config.json."""
-        index = index_text(self.shards) or ""
-        return sum(shard.nbytes for shard in self.shards) + len(index.encode()) + len(self.config_text.encode())
+        index = index_file(self.shards) or ("", "")
+        return sum(shard.nbytes for shard in self.shards) + len(index[1].encode()) + len(self.config_text.encode())
 
     def specs(self, weight: Weight) -> list[TensorSpec]:
         """The tensors that hold `weight` after this step."""
@@ -177,11 +177,13 @@ def _step(
     touched = [weight for weight in chosen if weight.name not in skipped]
     notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
     notes += _untouched(weights, after)
-    shards = arrange([spec for w in weights for spec in layout_specs(fmt, w, after[w.name])], shard_bytes)
+    canonical = fmt is None and any(after[w.name] != DENSE for w in weights)
+    specs = [spec for w in weights for spec in layout_specs(fmt, w, after[w.name])]
+    shards = arrange(specs, shard_bytes, CANONICAL_STEM if canonical else STEM)
     work = max((_workspace(weight, after[weight.name], fmt) for weight in touched), default=0)
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
-        _config_text(checkpoint.config, fmt, model, after), tuple(notes), max(work, 32 << 20),
+        _config_text(checkpoint.config, fmt, replace(model, weights=tuple(weights)), after), tuple(notes), max(work, 32 << 20),
     )  # fmt: skip
     return step, []
 

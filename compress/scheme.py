@@ -74,8 +74,7 @@ class Scheme:
             try:
                 return cls.parse(text)
             except UsageError as error:
-                problem = error.problems[0]
-                raise ValueError(f"{problem.where}: expected {problem.expected}, got {problem.got}") from None
+                raise ValueError(error.problems[0].expected) from None
 
         return core_schema.no_info_plain_validator_function(
             read, serialization=core_schema.plain_serializer_function_ser_schema(str)

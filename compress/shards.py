@@ -19,6 +19,9 @@ from compress.facts import DTYPE_BYTES, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
 _ALIGN = 8
+STEM, CANONICAL_STEM = "model", "canonical"
+"""File names of shards. Canonical codes have a name of their own: transformers only warns of a `quant_method` it does not
+know and then fills the weights at random; a file that it does not find stops it."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
-def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = "model") -> list[Shard]:
+def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = STEM) -> list[Shard]:
     """Cuts tensors into shards of at most `shard_bytes` (one tensor may exceed it), named as transformers does."""
     runs: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -136,10 +139,11 @@ def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = "model") 
     return [Shard(name, write_header(run, {"format": "pt"}), tuple(run)) for name, run in zip(names, runs, strict=True)]
 
 
-def index_text(shards: list[Shard], stem: str = "model") -> str | None:
-    """The text of `model.safetensors.index.json`, None for a single file."""
+def index_file(shards: list[Shard]) -> tuple[str, str] | None:
+    """Name and text of the index (`model.safetensors.index.json`), None for a single file."""
     if len(shards) == 1:
         return None
     total = sum(spec.nbytes for shard in shards for spec in shard.specs)
     weight_map = {spec.name: shard.file for shard in shards for spec in shard.specs}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+    return shards[0].file.split("-")[0] + ".safetensors.index.json", text + "\n"

@@ -77,13 +77,16 @@ def _move(
         for name in names:
             _carry(source, writer, name, name)
         return {name: digests[name] for name in names}, None
-    same = step.format.copies(weight, after) if step.format and before == after else {}
-    for there, here in same.items():
-        _carry(source, writer, there, here)
-    written = {there: digests[here] for there, here in same.items()}
+    written: dict[str, str] = {}
     wanted = [spec.name for spec in step.specs(weight)]
-    if set(wanted) == set(written):
-        return written, None
+    if step.format and before == after:
+        for there, here in step.format.copies(weight, after).items():
+            _carry(source, writer, there, here)
+            written[there] = digests[here]
+        for there, tensor in step.format.constants(weight, after).items():
+            written[there] = writer.put(there, tensor)
+        if written.keys() == set(wanted):
+            return written, None
     value: Any = {name: source.read(name) for name in names}
     value = qtensor.as_matrix(weight, value[weight.name]) if before == DENSE else qtensor.decode(weight, before, value)
     result, error = step.pass_.tensor(weight, after, value)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import EnvironmentProblem
-from compress.shards import Shard, index_text
+from compress.shards import Shard, index_file
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +139,8 @@ class Writer:
     def publish(self, texts: dict[str, str], side_files: Iterable[Path], target: Path) -> None:
         """Adds index, texts and side files, makes all of it durable, and renames the directory to `target`."""
         with _said(self.path):
-            index = index_text(self.shards)
-            for name, text in {**({"model.safetensors.index.json": index} if index else {}), **texts}.items():
+            index = index_file(self.shards)
+            for name, text in [*([index] if index else []), *texts.items()]:
                 (self.path / name).write_text(text, encoding="utf-8")
             for file in side_files:
                 shutil.copyfile(file, self.path / file.name)

@@ -25,7 +25,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         codes = torch.nn.functional.pad(codes, (0, padded - columns))
     codes = codes.contiguous()
     if bits == 8:
-        return codes
+        # A dimension of one may carry any stride; the detour gives the plain strides that callers view as words.
+        return codes.reshape(-1).reshape(codes.shape)
     # Neighbours are joined pairwise through a view twice as wide: (low | high << w) folds to (low | high << used).
     pairs = codes.view(torch.int16)
     joined = (pairs | (pairs >> (8 - bits))).to(torch.uint8).view(torch.int16)

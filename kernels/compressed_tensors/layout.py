@@ -10,7 +10,9 @@ The canonical form has the same streams, so a symmetric weight moves over as byt
 What the reader cannot hold is refused here, from experiments with compressed-tensors 0.20 and transformers 5.23:
 fused 3-D experts (no layout loads: experts stay random), asymmetric weights and Conv1D unless it expands at
 load (`dequantize`), asymmetric experts, experts of unequal schemes (loaded silently wrong), mixed schemes
-under `dequantize` (silently wrong), groups that do not divide the columns.
+under `dequantize` (silently wrong), groups that do not divide the columns. Of whole models: dense experts that
+lie one by one (lost beside packed tensors), Llama 4's experts, and, unless expanded at load, linears whose weight
+transformers' initialisation asks for (T5, Falcon).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.contract import Format, Verdict
-from compress.errors import Refusal
+from compress.errors import FormatError, Problem, Refusal
 from compress.facts import DENSE, State, TensorSpec, Weight
 from compress.scheme import Scheme
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 VERSION = "0.20.0"
 """The version of the format that is written into config.json."""
+_AT_LOAD = "pack with dequantize=true: the reader then expands the weights while loading"
+_NEVER = "no artifact of this model fits this format"
+_SPLIT = "transformers splits these experts in every quantized model and finds no tensors for the parts"
 
 
 class CompressedTensors(Format):
@@ -44,7 +49,8 @@ class CompressedTensors(Format):
         scheme = state.scheme
         if scheme is None:
             return
-        at_load = "pack with dequantize=true: the reader then expands the weights while loading"
+        if weight.module_class in _split_experts():
+            raise Refusal(_SPLIT, _NEVER)
         if weight.experts is not None:
             raise Refusal(
                 "the reader loads no layout of fused experts (they would stay random)", "leave them dense: skip=[experts]"
@@ -58,9 +64,9 @@ class CompressedTensors(Format):
         if not scheme.symmetric and weight.kind == "expert":
             raise Refusal("the reader loads no asymmetric experts", "use a symmetric scheme for them")
         if not scheme.symmetric and not self.dequantize:
-            raise Refusal("the reader fails on packed zero points (asymmetric)", f"{at_load}; or use a symmetric scheme")
+            raise Refusal("the reader fails on packed zero points (asymmetric)", f"{_AT_LOAD}; or use a symmetric scheme")
         if weight.transposed and not self.dequantize:
-            raise Refusal("the reader re-initialises a packed Conv1D", at_load)
+            raise Refusal("the reader re-initialises a packed Conv1D", _AT_LOAD)
         if not weight.name.endswith(".weight"):
             raise Refusal("the reader looks for names that end in .weight", "skip it")
 
@@ -70,12 +76,26 @@ class CompressedTensors(Format):
         if len({states[weight.name] for weight in experts}) > 1:
             kinds = ", ".join(sorted({str(states[weight.name]) for weight in experts}))
             reason = f"transformers takes one scheme for all experts and would load others silently wrong; here: {kinds}"
-            refused += [(w.name, reason, "give all experts one scheme, or skip=[experts]") for w in experts]
+            refused += [(w.name, reason, "give all experts one scheme") for w in experts]
         schemes = {str(state.scheme) for state in states.values() if state.scheme}
         if self.dequantize and len(schemes) > 1:
             reason = f"with dequantize the reader takes one scheme for all linears, silently; here: {', '.join(sorted(schemes))}"
             refused += [(w.name, reason, "use one scheme") for w in weights if states[w.name].scheme]
         return refused
+
+    def refuse_model(self, model: Model, states: dict[str, State]) -> list[tuple[list[str], str, str]]:
+        """(weights, reason, what to do) for what the reader's code for this model would lose or stumble over."""
+        swapped = [w.name for w in model.weights if w.module_class in _split_experts()]
+        lost = [w for w in model.weights if w.name in model.by_weight and states[w.name] == DENSE]
+        asked = [w.name for w in model.weights if w.module in model.initialised and states[w.name].scheme]
+        loses = "transformers fuses this tensor while loading, takes it for a packed one and loses it"
+        found = [
+            (swapped, _SPLIT, _NEVER),
+            ([w.name for w in lost if w.kind == "expert"], loses, "quantize the experts as well, in 8 bits if need be"),
+            ([w.name for w in lost if w.kind != "expert"], loses, _NEVER),
+            ([] if self.dequantize else asked, "transformers' initialisation asks for this weight and fails without", _AT_LOAD),
+        ]
+        return [entry for entry in found if entry[0]]
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
         scheme = state.scheme
@@ -94,6 +114,11 @@ class CompressedTensors(Format):
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
         return {f"{weight.name}_packed": f"{weight.name}.codes", f"{weight.name}_scale": f"{weight.name}.scale"}
 
+    def constants(self, weight: Weight, state: State) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {f"{weight.name}_shape": torch.tensor([weight.rows, weight.columns], dtype=torch.int64)}
+
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
         import torch
 
@@ -103,10 +128,11 @@ class CompressedTensors(Format):
         tensors = {
             f"{weight.name}_packed": bitstream.pack(value.codes, bits).view(torch.int32),
             f"{weight.name}_scale": value.scale,
-            f"{weight.name}_shape": torch.tensor([weight.rows, weight.columns], dtype=torch.int64),
+            **self.constants(weight, State(value.scheme)),
         }
         if value.zero is not None:
-            down = bitstream.pack(value.zero.T.contiguous(), bits).view(torch.int32)
+            # A clone, because a single group's transpose counts as contiguous with strides that cannot be viewed as words.
+            down = bitstream.pack(value.zero.T.clone(memory_format=torch.contiguous_format), bits).view(torch.int32)
             tensors[f"{weight.name}_zero_point"] = down.T.contiguous()
         return tensors
 
@@ -126,6 +152,9 @@ class CompressedTensors(Format):
         return QTensor(state.scheme, codes, tensors[f"{weight.name}_scale"], zero)
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
+        """`quantization_config`. Raises FormatError for a model of which no config makes a loadable artifact."""
+        if refused := self.refuse_model(model, states):
+            raise FormatError([Problem(f"pack: {_few(names)}", "", reason, do) for names, reason, do in refused])
         members: dict[Scheme, list[Weight]] = defaultdict(list)
         for weight in model.weights:
             scheme = states[weight.name].scheme
@@ -135,7 +164,9 @@ class CompressedTensors(Format):
         dense = [path for path in model.linears if path not in quantized]
         dense += [_module(w) for w in model.weights if w.kind in ("router", "expert") and states[w.name] == DENSE]
         groups = {}
-        for number, (scheme, weights) in enumerate(sorted(members.items(), key=lambda item: str(item[0]))):
+        # Experts first: transformers takes the first group whose regexes mention experts, shared ones too, for theirs.
+        for number, scheme in enumerate(sorted(members, key=lambda s: (all(w.kind != "expert" for w in members[s]), str(s)))):
+            weights = members[scheme]
             others = [path for path in {*model.linears, *quantized} if path not in {_module(w) for w in weights}]
             classes = sorted({model.linears.get(w.module, "Linear") for w in weights})
             targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
@@ -169,6 +200,19 @@ class CompressedTensors(Format):
         mixed = len(schemes) > 1
         verdicts.append(Verdict("sglang", "no" if mixed or wide else "unknown", "mishandles mixed groups" if mixed else "not run"))
         return verdicts
+
+
+def _split_experts() -> set[str]:
+    """Classes of fused experts that transformers replaces by one module per expert before it loads this format."""
+    from transformers.quantizers import base
+
+    patched = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    return {name for name, patch in patched.items() if CompressedTensors.name in patch["quantization_methods"]}
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"'{name}'" for name in names[:3]) + more
 
 
 def _words(values: int, scheme: Scheme) -> int:

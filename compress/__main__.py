@@ -1,0 +1,40 @@
+"""`compress` and `python -m compress`: warns of shadowed packages, then hands over to the typer app."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def shadowed() -> list[str]:
+    """Top-level folders named compress or kernels that would be imported in place of the installed ones.
+
+    `python -m` puts the working directory first on the path: a folder `kernels` there is taken by transformers for
+    the package of that name. `python -P -m compress` or PYTHONSAFEPATH=1 avoids it.
+    """
+    if sys.flags.safe_path or not sys.path or sys.path[0] not in ("", str(Path.cwd())):
+        return []
+    here = Path(__file__).resolve().parent
+    found = []
+    for name in ("compress", "kernels"):
+        spec = importlib.util.find_spec(name)
+        where = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else None
+        if where is not None and where.resolve().parent == Path.cwd().resolve() and where.resolve() != here:
+            found.append(str(where))
+    return found
+
+
+def main() -> None:
+    """The entry point of both commands."""
+    if sys.platform == "win32":
+        sys.exit("compress runs on Linux and macOS: it relies on pread, flock and atomic renames. Use WSL on Windows.")
+    for folder in shadowed():
+        print(f"warning: {folder} shadows a package of that name; run with PYTHONSAFEPATH=1", file=sys.stderr)
+    from compress.cli.app import build
+
+    build(sys.argv[1:])()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""`compress clean`: removes the steps that a run has kept."""
+
+from __future__ import annotations
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+
+
+def register(app: typer.Typer) -> None:
+    app.command("clean")(verb)
+
+
+@guarded
+def verb(out: options.Out, debug: options.Debug = False) -> None:
+    """Remove OUT's steps; OUT itself stays."""
+    from compress.contract import Context
+    from compress.pipeline import clean, steps_folder
+
+    freed = clean(out, Context())
+    print(f"removed {steps_folder(out)}: {console.size(freed)}" if freed else f"nothing to clean beside {out}")

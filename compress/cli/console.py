@@ -1,0 +1,66 @@
+"""Console: numbers and tables as people read them, and progress while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def size(nbytes: float) -> str:
+    """`16.0 MB`, in decimal units as disks are sold and the Hub counts."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    """Prints a plain table; numbers to the right. Wide cells wrap only on a terminal."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    right = [all(_number(row[i]) for row in cells) and bool(cells) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip()
+
+    if title:
+        print(title)
+    print(line(head))
+    print("  ".join("-" * width for width in widths))
+    for row in cells:
+        print(line(row))
+
+
+def _number(text: str) -> bool:
+    return text[:1].isdigit() or text in ("", "-")
+
+
+@contextmanager
+def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A receiver of a run's events: JSON lines on stdout, a rich progress bar with ETA on a terminal, or nothing."""
+    if as_json:
+        yield lambda event: print(json.dumps(event, ensure_ascii=False), flush=True)
+        return
+    if quiet or not sys.stderr.isatty():
+        yield lambda event: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def receive(event: dict[str, Any]) -> None:
+            if event["event"] != "progress":
+                return
+            name = event["step"]
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=event["total_bytes"])
+            progress.update(tasks[name], completed=event["done_bytes"])
+
+        yield receive

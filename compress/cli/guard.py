@@ -1,0 +1,53 @@
+"""Guard: every verb's way out. Messages instead of tracebacks, and an exit status per kind of error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from compress.errors import CompressError
+
+INTERNAL = 70
+INTERRUPTED = 130
+
+
+def guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a verb; its keyword arguments `json_` and `debug`, where it has them, are obeyed here."""
+
+    @functools.wraps(verb)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except CompressError as error:
+            if kwargs.get("debug"):
+                raise
+            fail(error, bool(kwargs.get("json_")))
+        except KeyboardInterrupt:
+            print("stopped. Nothing is lost: the same command goes on where it was.", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            sys.exit(0)
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
+            print("  do:       run the command again with --debug and report what it prints", file=sys.stderr)
+            sys.exit(INTERNAL)
+
+    return wrapper
+
+
+def fail(error: CompressError, as_json: bool) -> None:
+    """Prints every problem of `error` and ends with its status."""
+    if as_json:
+        problems = [problem.__dict__ for problem in error.problems]
+        print(json.dumps({"event": "error", "kind": type(error).__name__, "problems": problems}, ensure_ascii=False))
+    else:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if len(error.problems) > 1:
+            print(f"{len(error.problems)} problems", file=sys.stderr)
+    sys.exit(error.exit_status)

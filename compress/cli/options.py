@@ -1,0 +1,41 @@
+"""Options that several verbs share, so that one flag has one spelling and one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DANGER = "Dangerous options"
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id with @revision.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
+Passes = Annotated[
+    str | None, typer.Option("-p", "--passes", metavar="TEXT", help="Passes as a one-liner: 'a.b(option=value) | pack'.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Override an option; by position: 2.scheme=...")]
+Seed = Annotated[int | None, typer.Option(help="Seed; the recipe's own, or 0, without it.", min=0)]
+AllowSkips = Annotated[
+    list[str] | None, typer.Option("--allow-skips", metavar="REGEX", help="Let targeted weights that match stay as they are; counted.")
+]
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest shard to write, e.g. 500MB or 5GB.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take a source with NaN or Inf in it.", rich_help_panel=DANGER)]
+AllowDtype = Annotated[
+    bool, typer.Option("--allow-dtype-mismatch", help="Take weights whose dtype is not config.json's.", rich_help_panel=DANGER)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `500MB`, `5GB`, `4GiB`. Raises UsageError."""
+    import re
+
+    from compress.errors import UsageError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError("--shard-size", "a size such as 500MB or 5GB", f"'{text}'")
+    base = 1024 if match[3] else 1000
+    return max(1, int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")))

@@ -1,0 +1,102 @@
+"""A command per pass: its fields are the flags, their descriptions the help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from compress.cli import options
+from compress.cli.guard import guarded
+from compress.cli.run import execute
+from compress.contract import Pass
+from compress.discover import load_pass
+from compress.recipe import Line, Recipe, Value
+
+_COMMON = {
+    "seed": (options.Seed, None), "allow_skips": (options.AllowSkips, None), "shard_size": (options.ShardSize, "5GB"),
+    "allow_nonfinite": (options.AllowNonfinite, False), "allow_dtype_mismatch": (options.AllowDtype, False),
+    "json_": (options.Json, False), "quiet": (options.Quiet, False), "debug": (options.Debug, False),
+}  # fmt: skip
+
+
+def placeholder(name: str) -> Callable[[], None]:
+    """Stands for a pass in a help page; never run, because the page that runs it asks for `command_for`."""
+
+    def function() -> None:
+        raise AssertionError(name)
+
+    return function
+
+
+def command_for(name: str) -> Callable[..., None]:
+    """The command of one pass, with a signature made from its fields."""
+    cls = load_pass(name)
+
+    def function(model: str, out: Path, **given: Any) -> None:
+        common = {key: given.pop(key) for key in _COMMON if key != "debug"}
+        given.pop("debug")
+        chosen = {key: value for key, value in given.items() if value not in (None, [])}
+        line = Line(name, {key: as_value(value) for key, value in chosen.items()}, name)
+        execute(Recipe((line,)), model, out, **common)
+
+    parameters = [
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=options.Model),
+        inspect.Parameter("out", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=options.Out),
+        *(_parameter(key, cls) for key in cls.model_fields),
+        *(
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for key, (annotation, default) in _COMMON.items()
+        ),
+    ]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__name__ = name.replace(".", "_")
+    return guarded(function)
+
+
+def as_value(value: Any) -> Value:
+    """What typer gives, as a recipe would have it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def kind_of(annotation: Any) -> tuple[type, str]:
+    """(what typer parses, what the help shows) for a field's type; pydantic checks the value itself."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return kind_of(next(arg for arg in args if arg is not NoneType))
+    if origin is Literal:
+        return str, "|".join(map(str, args))
+    if origin in (tuple, list):
+        return list, kind_of(args[0])[1]
+    if annotation in (bool, int, float):
+        return annotation, annotation.__name__.upper()
+    return str, "TEXT" if annotation is str else annotation.__name__.upper()
+
+
+def default_of(field: FieldInfo) -> str:
+    """`required`, or the default as a user would type it."""
+    if field.is_required():
+        return "required"
+    default = field.get_default()
+    if isinstance(default, bool):
+        return f"default: {'on' if default else 'off'}"
+    return f"default: {', '.join(map(str, default)) if isinstance(default, tuple) else default}" if default not in (None, ()) else "default: none"
+
+
+def _parameter(key: str, cls: type[Pass]) -> inspect.Parameter:
+    field = cls.model_fields[key]
+    kind, shown = kind_of(field.annotation)
+    text = f"{field.description} ({default_of(field)})"
+    flag = f"--{key.replace('_', '-')}"
+    if kind is bool:
+        option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)
+        annotation: Any = Annotated[bool | None, option]
+    else:
+        option = typer.Option(flag, metavar=shown, help=text, show_default=False)
+        annotation = Annotated[list[str] | None, option] if kind is list else Annotated[kind | None, option]
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -1,0 +1,100 @@
+"""`compress plan`: exact sizes, skips, peak memory and readers, from headers only."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+from compress.cli.run import chosen_recipe
+
+if TYPE_CHECKING:
+    from compress.plan import Plan
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(verb)
+
+
+@guarded
+def verb(
+    model: options.Model,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.")] = None,
+    passes: options.Passes = None,
+    set_: options.Set = None,
+    allow_skips: options.AllowSkips = None,
+    shard_size: options.ShardSize = "5GB",
+    layers: Annotated[bool, typer.Option("--layers", help="Print every weight.")] = False,
+    allow_dtype_mismatch: options.AllowDtype = False,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what a recipe would make of MODEL; a Hub id is planned from its headers, without a download."""
+    found = chosen_recipe(recipe, passes, set_)
+    limit = options.parse_size(shard_size)
+    from compress.contract import Context
+    from compress.names import resolve
+    from compress.plan import make_plan
+    from compress.resolve import resolve as resolve_recipe
+    from compress.source import open_headers
+
+    resolve_recipe(found)
+    checkpoint = open_headers((found.model or model) if model == "-" else model)
+    names = resolve(checkpoint, allow_dtype_mismatch)
+    plan = make_plan(found, checkpoint, names, Context().threads, tuple(allow_skips or ()), shard_bytes=limit)
+    if json_:
+        print(json.dumps(facts(plan, layers), ensure_ascii=False))
+    else:
+        show(plan, checkpoint.name, layers)
+
+
+def facts(plan: Plan, layers: bool) -> dict[str, Any]:
+    """The plan as JSON."""
+    found: dict[str, Any] = {
+        "source_bytes": plan.source_bytes,
+        "peak_resident_bytes": plan.peak_bytes,
+        "added_disk_bytes": plan.disk_bytes,
+        "steps": [
+            {
+                "pass": str(step.pass_.line()), "payload_bytes": step.payload_bytes, "disk_bytes": step.disk_bytes,
+                "bits_per_weight": plan.bits(step), "bits_per_targeted_weight": plan.bits(step, step.transformed),
+                "targeted": len(step.targeted), "skipped": step.skipped,
+                "notes": [{"what": n.what, "reason": n.reason, "count": n.count} for n in step.notes],
+            }
+            for step in plan.steps
+        ],
+        "readers": [verdict.__dict__ for verdict in plan.verdicts],
+    }  # fmt: skip
+    if layers:
+        last = plan.steps[-1]
+        found["weights"] = {w.name: {"state": str(last.after[w.name]), "bits": plan.bits(last, [w.name])} for w in plan.weights}
+    return found
+
+
+def show(plan: Plan, name: str, layers: bool) -> None:
+    """The plan as tables."""
+    print(f"model:    {name} ({plan.model.family}), {console.size(plan.source_bytes)}, "
+          + ", ".join(f"{blocks} {stack} blocks" for stack, blocks in plan.model.stacks.items()))  # fmt: skip
+    rows = [
+        (
+            step.pass_.line(), f"{step.payload_bytes:,}", f"{step.disk_bytes:,}", f"{plan.bits(step, step.transformed):.3f}",
+            f"{plan.bits(step):.3f}", f"{len(step.transformed)}/{len(step.targeted)}",
+        )
+        for step in plan.steps
+    ]  # fmt: skip
+    console.table(("pass", "tensor bytes", "bytes on disk", "bits/weight", "over all", "weights"), rows)
+    for note in plan.steps[-1].notes:
+        print(f"{note.what}: {note.count} ({note.reason})")
+    if layers:
+        last = plan.steps[-1]
+        console.table(
+            ("weight", "kind", "shape", "becomes", "bits"),
+            [(w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{plan.bits(last, [w.name]):.3f}") for w in plan.weights],
+        )
+    print(f"memory:   at most {console.size(plan.peak_bytes)} resident")
+    print(f"disk:     {plan.disk_bytes:,} bytes added until `compress clean`")
+    for verdict in plan.verdicts:
+        print(f"reader:   {verdict.reader}: {verdict.loads} ({verdict.reason})")

@@ -1,0 +1,148 @@
+"""`compress run`: a recipe over a model, from a file or a one-liner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+from compress.errors import RecipeError, UsageError
+from compress.recipe import Recipe, override, parse_one_liner, read
+
+if TYPE_CHECKING:
+    from compress.contract import Context
+    from compress.pipeline import Result
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(verb)
+
+
+@guarded
+def verb(
+    model: options.Model,
+    out: options.Out,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.")] = None,
+    passes: options.Passes = None,
+    set_: options.Set = None,
+    seed: options.Seed = None,
+    allow_skips: options.AllowSkips = None,
+    shard_size: options.ShardSize = "5GB",
+    allow_nonfinite: options.AllowNonfinite = False,
+    allow_dtype_mismatch: options.AllowDtype = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run a recipe: MODEL goes in, OUT comes out.
+
+    `compress run MODEL OUT recipe.yaml`, or `compress run MODEL OUT -p 'quantize.rtn(scheme=w4a16g64) | pack'`.
+    A MODEL of `-` is the one that the recipe names.
+    """
+    found = chosen_recipe(recipe, passes, set_)
+    execute(
+        found, model, out, seed, allow_skips, shard_size, allow_nonfinite, allow_dtype_mismatch, json_, quiet
+    )  # fmt: skip
+
+
+def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None) -> Recipe:
+    """The recipe that the command line means: a file, an installed one, or a one-liner; with `--set` applied."""
+    if (recipe is None) == (passes is None):
+        raise UsageError("run", "a recipe file or -p 'passes'", "both" if recipe else "neither", "see `compress recipes ls`")
+    if passes is not None:
+        found = parse_one_liner(passes)
+    else:
+        from compress.cli.recipes import find
+
+        assert recipe is not None
+        found = read(find(recipe))
+    return override(found, set_ or [])
+
+
+def execute(
+    recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
+    allow_nonfinite: bool, allow_dtype_mismatch: bool, json_: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Runs and prints; what `run` and the command of every pass share."""
+    limit = options.parse_size(shard_size)
+    from compress.resolve import resolve
+
+    resolve(recipe)  # mistakes in a recipe are told before torch is imported
+    from compress.pipeline import Options, run
+    from compress.source import open_source
+
+    if model == "-":
+        if recipe.model is None:
+            raise RecipeError("model", "a model in the recipe, or as an argument", "neither")
+        model = recipe.model
+    opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit)
+    with console.events(json_, quiet) as receive:
+        ctx = context(recipe.seed if seed is None else seed, receive)
+        result = run(recipe, open_source(model), out, ctx, opts)
+    if not ctx.is_main or quiet:
+        return
+    if json_:
+        ctx.tell("done", **summary(result))
+    else:
+        report(result)
+
+
+def context(seed: int, receive: object) -> Context:
+    """The Context of this process; joins the other ranks under torchrun."""
+    from compress.contract import Context
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+    return Context(seed=seed, rank=int(os.environ.get("RANK", "0")), world_size=world, events=receive)  # type: ignore[arg-type]
+
+
+def summary(result: Result) -> dict[str, object]:
+    """The last lines of a run as facts."""
+    last = result.plan.steps[-1]
+    touched = list(result.manifest.weights)
+    return {
+        "out": str(result.out),
+        "fresh": result.fresh,
+        "before_bytes": result.plan.source_bytes,
+        "after_bytes": last.payload_bytes,
+        "bits_per_weight": round(result.plan.bits(last), 4),
+        "bits_per_targeted_weight": round(result.plan.bits(last, touched), 4),
+        "coverage": result.manifest.coverage,
+        "notes": [{"what": n.what, "count": n.count, "reason": n.reason} for n in result.manifest.notes],
+        "seconds": round(result.seconds, 2),
+        "fingerprint": result.manifest.fingerprint,
+    }
+
+
+def report(result: Result) -> None:
+    """The last lines of a run: where, before, after, bits per weight, what to do next."""
+    facts = summary(result)
+    if not result.fresh:
+        print(f"up to date: {result.out}")
+        return
+    last, coverage = result.plan.steps[-1], result.manifest.coverage
+    for note in result.manifest.notes:
+        if note.what in ("skipped", "ragged", "unused", "tied", "left behind", "nonfinite") or "tower" in note.reason:
+            print(f"{note.what}: {note.count} ({note.reason})")
+    before, after = result.plan.source_bytes, last.payload_bytes
+    print(f"where:    {result.out}")
+    print(f"before:   {console.size(before)}")
+    print(f"after:    {console.size(after)} ({after / before:.1%}), {coverage['transformed']} of {coverage['targeted']} weights")
+    print(f"bits:     {facts['bits_per_targeted_weight']} per targeted weight, {facts['bits_per_weight']} over all")
+    print(f"took:     {result.seconds:.1f} s, peak memory {console.size(result.manifest.measured['peak_resident_bytes'])}")
+    print(f"next:     {next_command(result)}")
+
+
+def next_command(result: Result) -> str:
+    """What a user would do now."""
+    if result.manifest.format == "canonical":
+        return f"compress pack {result.out} {result.out}-packed"
+    return f"compress show {result.out}    (steps are kept: compress clean {result.out})"

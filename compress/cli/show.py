@@ -1,0 +1,69 @@
+"""`compress show`: how a checkpoint came to be, and what is in it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+from compress.errors import InputError
+
+if TYPE_CHECKING:
+    from compress.manifest import Manifest, WeightRecord
+
+
+def register(app: typer.Typer) -> None:
+    app.command("show")(verb)
+
+
+@guarded
+def verb(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint that compress made.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row per weight, not per kind of weight.")] = False,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show lineage, bits and errors per layer, sizes, and every counted line."""
+    from compress.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(directory)
+    manifest = checkpoint.manifest
+    if manifest is None:
+        raise InputError(str(directory), "a checkpoint that compress made (manifest.json)", "one without", "run a recipe on it")
+    if json_:
+        print(manifest.to_text(), end="")
+        return
+    source = manifest.source
+    extra = [x for x in (source.commit and f"commit {source.commit}", source.licence and f"licence {source.licence}") if x]
+    print(f"source:   {source.name}" + (f" ({', '.join(extra)})" if extra else ""))
+    for number, step in enumerate(manifest.lineage, start=1):
+        print(f"step {number}:   {step.text}   [{step.id[:12]}]")
+    print(f"format:   {manifest.format}, {console.size(checkpoint.nbytes)} of tensors, fingerprint {manifest.fingerprint[:12]}")
+    print(f"made by:  compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}")
+    print(f"coverage: {manifest.coverage['transformed']} of {manifest.coverage['targeted']} targeted, {manifest.coverage['skipped']} skipped")
+    console.table(("weights", "count", "state", "shape", "bits", "error"), _rows(manifest, layers))
+    for note in manifest.notes:
+        print(f"{note.what}: {note.count} ({note.reason})")
+    measured = manifest.measured
+    print(f"measured: {measured['seconds']} s in the last step, peak memory {console.size(measured['peak_resident_bytes'])}")
+
+
+def _rows(manifest: Manifest, layers: bool) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, ...], list[WeightRecord]] = defaultdict(list)
+    for name, record in manifest.weights.items():
+        label = name if layers else re.sub(r"\d+", "*", name)
+        groups[(label, record.state, "x".join(map(str, record.shape)))].append(record)
+    rows = []
+    for (label, state, shape), records in groups.items():
+        errors = [record.error for record in records if record.error is not None]
+        bits = sum(record.bits for record in records) / len(records)
+        error = "-"
+        if errors:
+            error = f"{min(errors):.4f} to {max(errors):.4f}" if len(errors) > 1 else f"{errors[0]:.4f}"
+        rows.append((label, str(len(records)), state, shape, f"{bits:.3f}", error))
+    return rows

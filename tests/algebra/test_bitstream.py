@@ -1,0 +1,30 @@
+"""Bit streams against Python's big integers."""
+
+import pytest
+import torch
+
+from compress.algebra import bitstream
+
+
+def oracle(row: list[int], bits: int) -> bytes:
+    number = sum(code << (bits * i) for i, code in enumerate(row))
+    return number.to_bytes(bitstream.row_bytes(len(row), bits), "little")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 31, 32, 33, 43, 172, 256])
+def test_pack_is_the_little_endian_stream_and_unpack_its_inverse(bits: int, columns: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 5, columns), dtype=torch.uint8)
+    packed = bitstream.pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (3, 5, bitstream.row_bytes(columns, bits))
+    for i in range(3):
+        for j in range(5):
+            assert bytes(packed[i, j].tolist()) == oracle(codes[i, j].tolist(), bits)
+    assert torch.equal(bitstream.unpack(packed, bits, columns), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_non_contiguous_codes(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (64, 48), dtype=torch.uint8).T
+    assert torch.equal(bitstream.unpack(bitstream.pack(codes, bits), bits, 64), codes)

@@ -1,0 +1,26 @@
+"""Fixtures: the embedded trained model, and a tiny Llama made on the spot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The trained model that the package ships."""
+    import compress.demo
+
+    return Path(compress.demo.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two blocks in bf16 with random weights; do not write into it."""
+    from support import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")

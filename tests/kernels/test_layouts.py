@@ -1,0 +1,108 @@
+"""Every format: unpack(pack(q)) == q, declared shapes are true, and the reader's own code agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress import qtensor
+from compress.algebra.grid import round_to_nearest
+from compress.contract import Format
+from compress.errors import Refusal
+from compress.facts import State, Weight
+from compress.kernels.compressed_tensors.layout import CompressedTensors, patterns
+from compress.kernels.dispatch import formats, load_format
+from compress.qtensor import QTensor
+from compress.scheme import Scheme
+
+SCHEMES = ["w2a16g32", "w3a16g32", "w4a16g32", "w8a16g32", "w4a16", "w3a16g43", "w2a16g32-asym", "w3a16g32-asym", "w4a16g32-asym", "w8a16-asym"]
+SHAPES = [(1, 32), (7, 64), (33, 96), (64, 172), (96, 86)]
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def example(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> tuple[Weight, QTensor]:
+    weight = Weight("m.layers.0.q.weight", DTYPES[dtype], shape, "linear", "m.layers.0.q", "Linear", "decoder", 0)
+    found = round_to_nearest(torch.randn(shape).to(dtype), scheme, dtype)
+    return weight, QTensor(scheme, found.codes, found.scale, found.zero)
+
+
+def equal(a: QTensor, b: QTensor) -> bool:
+    zeros = (a.zero is None) == (b.zero is None) and (a.zero is None or b.zero is None or torch.equal(a.zero, b.zero))
+    return a.scheme == b.scheme and torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and zeros
+
+
+@pytest.mark.parametrize("name", ["canonical", *formats()])
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpack_inverts_pack_and_shapes_are_declared(name: str, text: str, shape: tuple[int, int]) -> None:
+    scheme = Scheme.parse(text)
+    weight, q = example(shape, scheme)
+    state = State(scheme)
+    fmt: Format | None = None if name == "canonical" else load_format(name)(dequantize=True)
+    if fmt is not None:
+        try:
+            fmt.refuse(weight, state)
+        except Refusal as refusal:
+            assert shape[1] % (scheme.group or 1), refusal
+            return
+    tensors = (fmt.encode if fmt else qtensor.encode)(weight, q)
+    specs = fmt.specs(weight, state) if fmt else qtensor.specs(weight, state)
+    assert {s.name: (s.shape, s.nbytes) for s in specs} == {n: (tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items()}
+    assert equal((fmt.decode if fmt else qtensor.decode)(weight, state, tensors), q)
+
+
+@pytest.mark.parametrize("name", formats())
+@pytest.mark.parametrize("text", [t for t in SCHEMES if "g43" not in t])
+def test_what_a_format_copies_from_the_canonical_form_is_what_it_encodes(name: str, text: str) -> None:
+    weight, q = example((64, 96), Scheme.parse(text))
+    fmt = load_format(name)(dequantize=True)
+    encoded, canonical = fmt.encode(weight, q), qtensor.encode(weight, q)
+    for there, here in fmt.copies(weight, State(q.scheme)).items():
+        assert torch.equal(encoded[there].view(torch.uint8), canonical[here].view(torch.uint8))
+    for there, tensor in fmt.constants(weight, State(q.scheme)).items():
+        assert torch.equal(encoded[there], tensor)
+
+
+@pytest.mark.parametrize("text", [t for t in SCHEMES if "g43" not in t])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compressed_tensors_itself_decodes_the_same_values(text: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = Scheme.parse(text)
+    weight, q = example((64, 96), scheme, dtype)
+    fmt = CompressedTensors(dequantize=True)
+    local = {name.rpartition("weight")[1] + name.rpartition("weight")[2]: t for name, t in fmt.encode(weight, q).items()}
+    from compress.kernels.compressed_tensors.layout import _weights
+
+    args = QuantizationScheme(targets=["Linear"], weights=_weights(scheme))
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    theirs = compressor.decompress({k: v.clone() for k, v in local.items()}, args)["weight"]
+    assert torch.equal(theirs.float(), q.dequantize().to(theirs.dtype).float())
+
+
+def test_fused_experts_keep_their_layout() -> None:
+    scheme = Scheme.parse("w4a16g32")
+    stored = torch.randn(3, 64, 40).bfloat16()
+    weight = Weight("e.gate_up_proj", "BF16", (3, 64, 40), "expert", transposed=True)
+    matrix = qtensor.as_matrix(weight, stored)
+    assert matrix.shape == (3, 40, 64)
+    found = round_to_nearest(matrix.reshape(-1, 64), scheme, torch.bfloat16)
+    q = QTensor(scheme, found.codes.reshape(3, 40, 64), found.scale.reshape(3, 40, 2))
+    back = qtensor.decode(weight, State(scheme), qtensor.encode(weight, q))
+    assert equal(back, q)
+    assert (qtensor.as_matrix(weight, back.dequantize()) - stored.float()).norm() / stored.float().norm() < 0.12
+
+
+@pytest.mark.parametrize(
+    ("wanted", "others", "found"),
+    [
+        (["a.0.x", "a.1.x"], ["a.0.y"], [r"re:a\.\d+\.x$"]),
+        (["a.0.x", "a.2.x"], ["a.1.x"], ["a.0.x", "a.2.x"]),
+        (["lm_head"], ["a.0.x"], ["lm_head"]),
+        ([], ["a"], []),
+    ],
+)
+def test_patterns_match_all_that_is_wanted_and_nothing_else(wanted: list[str], others: list[str], found: list[str]) -> None:
+    assert patterns(wanted, others) == found

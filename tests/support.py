@@ -1,0 +1,107 @@
+"""What several tests need: tiny models from configs, the dense meaning of a canonical checkpoint, logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from compress import pipeline, qtensor
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.contract import Context
+from compress.names import resolve
+from compress.pipeline import Options, Result
+from compress.recipe import parse_one_liner
+
+SHARED = Path(__file__).parents[2] / "shared"
+"""Trained models and texts that may lie beside a checkout; tests that use them are skipped without."""
+
+
+def run(source: Path | Checkpoint, out: Path, recipe: str, **options: Any) -> Result:
+    """Runs a one-liner over a directory, quietly."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    return pipeline.run(parse_one_liner(recipe), checkpoint, out, Context(threads=2), Options(**options))
+
+
+def step_of(out: Path, name: str) -> Path:
+    """The directory of a step of `out`, by the name of its pass."""
+    return next(path for path in pipeline.steps_folder(out).iterdir() if path.is_dir() and f"-{name}-" in path.name)
+
+
+def dense_meaning(canonical: Path, target: Path) -> Path:
+    """Writes the dense checkpoint that a canonical one means, by QTensor.dequantize and nothing else."""
+    source = open_checkpoint(canonical)
+    assert source.manifest is not None
+    tensors = {}
+    for weight in resolve(source).weights:
+        state = source.logical[weight.name].state
+        parts = {spec.name: source.read(spec.name) for spec in qtensor.specs(weight, state)}
+        if state.scheme is None:
+            tensors[weight.name] = parts[weight.name]
+            continue
+        q = qtensor.decode(weight, state, parts)
+        dense = qtensor.as_matrix(weight, q.dequantize())
+        tensors[weight.name] = dense.to(q.scale.dtype).contiguous()
+    target.mkdir(parents=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    for name in source.side_files:
+        shutil.copyfile(canonical / name, target / name)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def load(directory: Path, **options: Any) -> torch.nn.Module:
+    """The model of a directory by transformers' own loader; refuses one with missing or unexpected tensors."""
+    import transformers
+
+    cls = getattr(transformers, json.loads((directory / "config.json").read_text())["architectures"][0])
+    model, info = cls.from_pretrained(directory, output_loading_info=True, **options)
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["mismatched_keys"], info["mismatched_keys"]
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, length: int = 24) -> torch.Tensor:
+    """Logits [2, length, vocabulary] on fixed token ids (or on fixed features for an audio encoder)."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(3, vocabulary, (2, length), generator=generator)
+    if hasattr(model.config, "num_mel_bins"):
+        frames = 2 * model.config.max_source_positions
+        features = torch.randn(2, model.config.num_mel_bins, frames, generator=generator).to(model.dtype)
+        return model(input_features=features, decoder_input_ids=ids).logits.float()
+    if model.config.is_encoder_decoder:
+        return model(input_ids=ids, decoder_input_ids=ids).logits.float()
+    return model(input_ids=ids).logits.float()
+
+
+def tiny_llama(directory: Path, max_shard_size: str = "5GB", **changes: Any) -> Path:
+    """Saves a random Llama (hidden 64, ffn 96, two blocks, vocabulary 128)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "dtype": "bfloat16",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+    model.to(getattr(torch, changes.get("dtype", "bfloat16"))).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory with its bytes; the manifest without what differs from run to run."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        found[path.name] = path.read_bytes()
+        if path.name == "manifest.json":
+            content = json.loads(found[path.name])
+            content.pop("measured")
+            found[path.name] = json.dumps(content).encode()
+    return found

@@ -1,0 +1,109 @@
+"""Recipe: one grammar in two notations, both printing back; every problem at once, with its place."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.errors import CompressError, RecipeError
+from compress.recipe import Line, Recipe, override, parse_one_liner, parse_value, parse_yaml, print_value
+from compress.resolve import resolve
+
+scalars = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False) | st.text(
+    st.characters(exclude_categories=["Cs", "Cc"]), max_size=12
+)
+values = scalars | st.lists(scalars, max_size=3).map(tuple)
+names = st.from_regex(r"[a-z][a-z0-9_]{0,5}(\.[a-z][a-z0-9_]{0,5})?", fullmatch=True)
+lines = st.builds(Line, names, st.dictionaries(st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True), values, max_size=3))
+recipes = st.builds(Recipe, st.lists(lines, min_size=1, max_size=3).map(tuple))
+
+
+@settings(max_examples=300, deadline=None)
+@given(recipes)
+def test_both_notations_print_back(recipe: Recipe) -> None:
+    assert parse_one_liner(recipe.one_liner()) == recipe
+    assert parse_yaml(recipe.to_yaml()) == recipe
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_is_a_recipe_or_an_error_of_ours(text: str) -> None:
+    for parse in (parse_one_liner, parse_yaml):
+        with contextlib.suppress(RecipeError):
+            parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2:4", "2:4"), ("1e-4", 1e-4), ("0.5", 0.5), ("'0.5'", "0.5"), ("yes", "yes"), ("true", True), ("017", 17), ("[a, 2]", ("a", 2)), ("~", None)],
+)
+def test_values_are_typed_as_in_yaml_1_2(text: str, value: object) -> None:
+    assert parse_value(text) == value
+    assert parse_yaml(f"version: 1\npasses:\n- x: {{a: {text}}}").lines[0].options["a"] == value
+
+
+def test_numbers_print_as_numbers() -> None:
+    assert print_value(1e-05) == "1e-05"
+    assert parse_value(print_value(1e-05)) == 1e-05
+
+
+def test_every_problem_of_every_line_is_told_with_its_place() -> None:
+    text = "version: 1\npasses:\n- quantize.rtn: {scheme: w5a16}\n- quantize.rtm: {}\n- pack: {formt: x}\n"
+    with pytest.raises(RecipeError) as caught:
+        resolve(parse_yaml(text, "r.yaml"))
+    said = str(caught.value)
+    assert len(caught.value.problems) == 3
+    for part in ("r.yaml:3:3", "r.yaml:4:3", "r.yaml:5:3", "did you mean 'quantize.rtn'", "did you mean 'format'", "2, 3, 4, 8"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("version: 2\npasses: [pack]", "r:1:1", "version: 1"),
+        ("passes: [pack]", "r", "no version"),
+        ("version: 1", "r", "a list"),
+        ("version: 1\npasses: []", "r:2:9", "a list"),
+        ("version: 1\npasses: [pack]\nmodle: x", "r:3:1", "did you mean 'model'"),
+        ("version: 1\npasses: [{a: 1, b: 2}]", "r:2", "one pass"),
+        ("version: 1\npasses: [{a: {b: {c: 1}}}]", "r:2", "flat list"),
+        ("version: 1\nseed: -1\npasses: [pack]", "r:2:7", ">= 0"),
+        ("a: &x 1\nb: *x", "r:1:4", "anchor"),
+        ("a: !!python/name:os.system x", "r:1:4", "tag"),
+        ("[" * 50, "r:1", "nesting"),
+        ("a: [", "r:1", "YAML"),
+        ("x" * (1 << 21), "r", "at most"),
+        ("version: 1\nversion: 1\npasses: [pack]", "r", "YAML"),
+    ],
+)
+def test_bad_yaml_names_its_place(text: str, place: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_yaml(text, "r")
+    assert caught.value.problems[0].where.startswith(place)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "said"),
+    [
+        ("a(", 3, "option"), ("a(b)", 4, "'='"), ("a(b=)", 5, "a value"), ("a | ", 5, "name of a pass"), ("a(b=1) c", 8, "'|'"),
+        ("a(b=1, b=2)", 8, "once"), ('a(b="x)', 5, "closing"), ("a(b=[1,2)", 9, "']'"), ("A", 1, "name of a pass"), ("", 1, "name of a pass"),
+    ],
+)  # fmt: skip
+def test_bad_one_liners_name_their_column(text: str, column: int, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_one_liner(text)
+    assert caught.value.problems[0].where == f"-p:1:{column}"
+    assert said in str(caught.value)
+
+
+def test_set_changes_one_line_by_name_or_position() -> None:
+    recipe = parse_one_liner("quantize.rtn(scheme=w4a16) | quantize.rtn(scheme=w8a16) | pack")
+    assert override(recipe, ["pack.format=gptq"]).lines[2].options == {"format": "gptq"}
+    assert override(recipe, ["2.scheme=w3a16"]).lines[1].options == {"scheme": "w3a16"}
+    for bad in ("quantize.rtn.scheme=x", "4.scheme=x", "pak.format=x", "nonsense", "pack.format"):
+        with pytest.raises(CompressError, match="expected"):
+            override(recipe, [bad])
