@@ -86,8 +86,10 @@ def show(plan: Plan, name: str, layers: bool) -> None:
         for step in plan.steps
     ]  # fmt: skip
     console.table(("pass", "tensor bytes", "bytes on disk", "bits/weight", "over all", "weights"), rows)
-    for note in plan.steps[-1].notes:
-        print(f"{note.what}: {note.count} ({note.reason})")
+    for step in plan.steps:
+        for note in step.notes:
+            if step is plan.steps[-1] or note.what in ("skipped", "ragged"):
+                print(f"{note.what}: {note.count} ({note.reason})")
     if layers:
         last = plan.steps[-1]
         console.table(

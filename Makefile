@@ -1,0 +1,66 @@
+# compress: one command each. `make demo` and `make test` work on a machine with nothing but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+# Torch first, so that nothing else pulls in another build of it. TORCH_INDEX names another package index, if any.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+export PYTHONSAFEPATH = 1
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
+
+.PHONY: demo test slow gpu bench lint types wheel demo-model clean
+
+demo: $(VENV)/demo
+	$(BIN)/compress demo
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+slow: $(VENV)/test
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+gpu: $(VENV)/test
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+bench: $(VENV)/test
+	$(BIN)/python tests/benchmarks/stream.py $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Against a copy that is installed, not editable: the three rooms are one package only there.
+types: $(VENV)/dev wheel
+	rm -rf build/types && mkdir -p build/types
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types dist/*.whl
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) --python-executable $(abspath $(BIN)/python) -p compress
+
+wheel: $(VENV)/dev
+	rm -rf dist build/lib
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+
+# The embedded model anew, from the sources of the CPython that runs this; about half an hour on 2 cores.
+demo-model: $(VENV)/demo
+	$(BIN)/python -m compress.demo.make_model
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable ".[readers]"
+	touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable ".[readers,test]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/test
+	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
