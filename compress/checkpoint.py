@@ -24,7 +24,7 @@ from compress.shards import CANONICAL_STEM, STEM, TensorRef, read_header
 if TYPE_CHECKING:
     import torch
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _NOT_CARRIED = {MANIFEST_FILE, "config.json"}
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CANONICAL = "compress"
@@ -193,7 +193,7 @@ def assemble(
     if "config.json" not in files:
         raise InputError(str(config_path), "the model's config.json", "no such file")
     side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not is_weights(f))
-    left = [f for f in files if f.endswith(PICKLES) or (f.endswith(".safetensors") and f not in shards)] + others
+    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in shards)] + others
     checkpoint = Checkpoint(path, refs, read_json(config_path), side, Manifest.read(path), tuple(left), name, origin)
     check_index(checkpoint, path, files, set(shards))
     check_records(checkpoint)
@@ -202,7 +202,7 @@ def assemble(
 
 def is_weights(file: str) -> bool:
     """Whether a file holds weights or says where they are, by its name."""
-    return file.endswith((".safetensors", ".safetensors.index.json", *PICKLES)) or file.endswith(".index.json")
+    return file.endswith((".safetensors", ".safetensors.index.json", *_PICKLES)) or file.endswith(".index.json")
 
 
 def shard_files(path: Path, files: list[str]) -> list[str]:
@@ -224,7 +224,7 @@ def shard_files(path: Path, files: list[str]) -> list[str]:
     single = [file for file in files if file.endswith(".safetensors")]
     if len(single) == 1:
         return single
-    if not single and (pickles := [file for file in files if file.endswith(PICKLES)]):
+    if not single and (pickles := [file for file in files if file.endswith(_PICKLES)]):
         raise InputError(
             str(path),
             "safetensors",

@@ -176,8 +176,8 @@ class Format:
     def refuse(self, weight: Weight, state: State) -> None:
         """Raises Refusal where the reader cannot hold this weight in this state."""
 
-    def refuse_together(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[str, str, str]]:
-        """(weight, reason, what to do) for what only shows when all weights are seen together."""
+    def refuse_together(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
+        """(weight, reason, what to do) for what only shows when the whole model is seen."""
         return []
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:

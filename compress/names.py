@@ -195,7 +195,8 @@ class _Resolver:
                 places[name] = (parameter, False)
                 continue
             converter = fused.setdefault(parameter, copy.deepcopy(by_pattern[pattern]))
-            converter.add_tensor(parameter, name, pattern, torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta"))
+            value = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
+            converter.add_tensor(parameter, name, pattern, value)
             sources[parameter].append(name)
             self.converted.add(name)
             if all(source.endswith(".weight") for source in converter.source_patterns):
@@ -232,7 +233,10 @@ class _Resolver:
         stack, block = self.block(path)
         kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
         flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
-        return Weight(name, entry.dtype, entry.shape, kind, path, type(module).__name__, stack, block, flipped, name in self.converted, unclear)
+        return Weight(
+            name, entry.dtype, entry.shape, kind, path, type(module).__name__, stack, block, flipped,
+            name in self.converted, unclear,
+        )  # fmt: skip
 
     def kind(
         self, name: str, path: str, module: nn.Module, attribute: str, shape: tuple[int, ...], block: int | None
@@ -327,7 +331,7 @@ def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
     for paths in alike.values():
         steps = paths[0].split(".")
         chain = [model.get_submodule(".".join(steps[:length])) for length in range(len(steps) + 1)]
-        parameters, owner = chain[-1]._parameters, cast(Any, model)
+        parameters, owner = chain[-1]._parameters, cast("Any", model)
         weight = parameters.pop("weight")
         for module in chain:
             owner = module if isinstance(module, PreTrainedModel) else owner

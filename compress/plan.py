@@ -129,38 +129,43 @@ def make_plan(
     steps: list[StepPlan] = []
     problems: list[Problem] = []
     verdicts: tuple[Verdict, ...] = ()
-    kind: type[CoverageError | FormatError] = CoverageError
+    kind: type[CoverageError | FormatError] | None = None
     shared = _shared_notes(checkpoint, model, dropped)
+    written = replace(model, weights=tuple(weights))
+    packed_by = ""
     for number, pass_ in enumerate(passes, start=1):
         assert isinstance(pass_, TensorPass)
         where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
         fmt: Format | None = pass_.target_format() if hasattr(pass_, "target_format") else None
-        if steps and steps[-1].format is not None:
-            raise RecipeError(where, "pack as the last pass", f"a pass after {steps[-1].name}", "move it before pack")
-        step, wrong = _step(number, pass_, fmt, weights, states, skips, shared, checkpoint, model, shard_bytes)
-        problems += [Problem(f"{where}: '{name}'", "", reason, do) for name, reason, do in wrong]
-        kind = FormatError if wrong and fmt is not None else kind
-        if step is None:
+        if packed_by:
+            raise RecipeError(where, "pack as the last pass", f"a pass after {packed_by}", "move it before pack")
+        packed_by = pass_.pass_name() if fmt is not None else ""
+        step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, checkpoint, written, shard_bytes)
+        if wrong and kind is None:
+            kind = FormatError if fmt is not None else CoverageError
+        elif fmt is not None and kind is not None:
+            # What packing would say of weights that an earlier line could not take is no news.
             continue
-        steps.append(step)
-        states = step.after
+        problems += [Problem(f"{where}: '{name}'", "", reason, do) for name, reason, do in wrong]
+        if step is not None:
+            steps.append(step)
         if fmt is not None:
             verdicts = tuple(fmt.readers(weights, states))
-    if problems:
-        raise kind([*_folded(problems)])
+    if kind is not None:
+        raise kind(_folded(problems))
     return Plan(model, list(passes), steps, checkpoint.nbytes, threads, verdicts, dropped)
 
 
 def _step(
     number: int, pass_: TensorPass, fmt: Format | None, weights: list[Weight], before: dict[str, State],
     skips: list[re.Pattern[str]], shared: list[Note], checkpoint: Checkpoint, model: Model, shard_bytes: int,
-) -> tuple[StepPlan | None, list[tuple[str, str, str]]]:  # fmt: skip
-    """One step, or the (weight, reason, what to do) of everything that stands in its way."""
+) -> tuple[StepPlan | None, list[tuple[str, str, str]], dict[str, State]]:  # fmt: skip
+    """One step, or the (weight, reason, what to do) of everything that stands in its way; and the states after it."""
     chosen = pass_.chosen(weights)
     if fmt is not None:
         chosen = [weight for weight in chosen if before[weight.name].scheme is not None]
         if not chosen:
-            return None, [("*", "nothing is quantized, so there is nothing to pack", "quantize first")]
+            return None, [("*", "nothing is quantized, so there is nothing to pack", "quantize first")], before
     after, refused = dict(before), []
     for weight in chosen:
         try:
@@ -168,11 +173,11 @@ def _step(
         except Refusal as refusal:
             refused.append((weight.name, refusal.reason, refusal.do))
     if fmt is not None and not refused:
-        refused += fmt.refuse_together(weights, after)
+        refused += fmt.refuse_together(model, after)
     # A format's refusal cannot be skipped: the weight is in codes already and no reader would have it.
     wrong = [r for r in refused if fmt is not None or not any(regex.search(r[0]) for regex in skips)]
     if wrong:
-        return None, wrong
+        return None, wrong, after
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
     notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
@@ -183,9 +188,9 @@ def _step(
     work = max((_workspace(weight, after[weight.name], fmt) for weight in touched), default=0)
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
-        _config_text(checkpoint.config, fmt, replace(model, weights=tuple(weights)), after), tuple(notes), max(work, 32 << 20),
+        _config_text(checkpoint.config, fmt, model, after), tuple(notes), max(work, 32 << 20),
     )  # fmt: skip
-    return step, []
+    return step, [], after
 
 
 def _workspace(weight: Weight, after: State, fmt: Format | None) -> int:
@@ -236,7 +241,7 @@ def _shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str])
     for alias in sorted(dropped):
         notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
     if checkpoint.left_behind:
-        notes.append(Note("left behind", "weights in other formats, and folders", checkpoint.left_behind))
+        notes.append(Note("left behind", "files of other kinds, and folders", checkpoint.left_behind))
     return notes
 
 

@@ -62,6 +62,9 @@ def select(weights: Sequence[Weight], targets: Sequence[str], skip: Sequence[str
     check([*targets, *skip])
     for selector in [*targets, *skip]:
         if not any(matches(selector, weight) for weight in weights):
+            if selector == "head":
+                do = "it shares its tensor with the embeddings: use embeddings, or leave it out"
+                raise UsageError("target 'head'", "a head with a tensor of its own", "none on disk: it is tied", do)
             known = [*CLASSES, *(weight.name for weight in weights)]
             raise UsageError(
                 f"target '{selector}'",

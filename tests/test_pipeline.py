@@ -210,6 +210,16 @@ def test_what_cannot_be_is_refused_before_any_work(case: str, tiny: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_facts_of_all_lines_are_told_at_once(tiny: Path, tmp_path: Path) -> None:
+    recipe = "quantize.rtn(scheme=w4a16g128, targets=[attention]) | quantize.rtn(scheme=w4a16g80, targets=[mlp]) | pack"
+    with pytest.raises(CoverageError) as caught:
+        run(tiny, tmp_path / "out", recipe)
+    said = str(caught.value)
+    assert "-p:1:1" in said
+    assert "-p:1:58" in said
+    assert "nothing to pack" not in said
+
+
 def test_named_skips_become_counted_lines(tiny: Path, tmp_path: Path) -> None:
     recipe = "quantize.rtn(scheme=w4a16g64) | pack"
     result = run(tiny, tmp_path / "out", recipe, allow_skips=["down_proj"])

@@ -80,9 +80,10 @@ def execute(
             raise RecipeError("model", "a model in the recipe, or as an argument", "neither")
         model = recipe.model
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit)
+    source = open_source(model)
     with console.events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, receive)
-        result = run(recipe, open_source(model), out, ctx, opts)
+        result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:
         return
     if json_:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.contract import Format, Verdict
-from compress.errors import FormatError, Problem, Refusal
+from compress.errors import Refusal
 from compress.facts import DENSE, State, TensorSpec, Weight
 from compress.scheme import Scheme
 
@@ -70,8 +70,9 @@ class CompressedTensors(Format):
         if not weight.name.endswith(".weight"):
             raise Refusal("the reader looks for names that end in .weight", "skip it")
 
-    def refuse_together(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[str, str, str]]:
-        refused: list[tuple[str, str, str]] = []
+    def refuse_together(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
+        weights = model.weights
+        refused = self._refuse_model(model, states)
         experts = [weight for weight in weights if weight.kind == "expert" and weight.experts is None]
         if len({states[weight.name] for weight in experts}) > 1:
             kinds = ", ".join(sorted({str(states[weight.name]) for weight in experts}))
@@ -83,19 +84,21 @@ class CompressedTensors(Format):
             refused += [(w.name, reason, "use one scheme") for w in weights if states[w.name].scheme]
         return refused
 
-    def refuse_model(self, model: Model, states: dict[str, State]) -> list[tuple[list[str], str, str]]:
-        """(weights, reason, what to do) for what the reader's code for this model would lose or stumble over."""
-        swapped = [w.name for w in model.weights if w.module_class in _split_experts()]
-        lost = [w for w in model.weights if w.name in model.by_weight and states[w.name] == DENSE]
-        asked = [w.name for w in model.weights if w.module in model.initialised and states[w.name].scheme]
+    def _refuse_model(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
+        """What transformers' code for this model would lose or stumble over, whatever the layout."""
         loses = "transformers fuses this tensor while loading, takes it for a packed one and loses it"
-        found = [
-            (swapped, _SPLIT, _NEVER),
-            ([w.name for w in lost if w.kind == "expert"], loses, "quantize the experts as well, in 8 bits if need be"),
-            ([w.name for w in lost if w.kind != "expert"], loses, _NEVER),
-            ([] if self.dequantize else asked, "transformers' initialisation asks for this weight and fails without", _AT_LOAD),
-        ]
-        return [entry for entry in found if entry[0]]
+        refused = []
+        for weight in model.weights:
+            quantized = states[weight.name] != DENSE
+            if weight.module_class in _split_experts() and not quantized:
+                refused.append((weight.name, _SPLIT, _NEVER))
+            if weight.name in model.by_weight and not quantized:
+                expert = weight.kind == "expert"
+                refused.append((weight.name, loses, "quantize the experts as well, in 8 bits if need be" if expert else _NEVER))
+            if weight.module in model.initialised and quantized and not self.dequantize:
+                reason = "transformers' initialisation asks for this weight and fails without"
+                refused.append((weight.name, reason, _AT_LOAD))
+        return refused
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
         scheme = state.scheme
@@ -152,9 +155,6 @@ class CompressedTensors(Format):
         return QTensor(state.scheme, codes, tensors[f"{weight.name}_scale"], zero)
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
-        """`quantization_config`. Raises FormatError for a model of which no config makes a loadable artifact."""
-        if refused := self.refuse_model(model, states):
-            raise FormatError([Problem(f"pack: {_few(names)}", "", reason, do) for names, reason, do in refused])
         members: dict[Scheme, list[Weight]] = defaultdict(list)
         for weight in model.weights:
             scheme = states[weight.name].scheme
@@ -198,7 +198,8 @@ class CompressedTensors(Format):
         else:
             verdicts.append(Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme"))
         mixed = len(schemes) > 1
-        verdicts.append(Verdict("sglang", "no" if mixed or wide else "unknown", "mishandles mixed groups" if mixed else "not run"))
+        sglang = "no" if mixed or wide else "unknown"
+        verdicts.append(Verdict("sglang", sglang, "mishandles mixed groups" if mixed else "not run"))
         return verdicts
 
 
@@ -208,11 +209,6 @@ def _split_experts() -> set[str]:
 
     patched = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
     return {name for name, patch in patched.items() if CompressedTensors.name in patch["quantization_methods"]}
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"'{name}'" for name in names[:3]) + more
 
 
 def _words(values: int, scheme: Scheme) -> int:

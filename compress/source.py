@@ -1,0 +1,247 @@
+"""Source: what MODEL names, a local directory or a model of the Hub, and opens it.
+
+    path/to/model                      a directory; so is all that begins with . / or ~
+    owner/name, name, owner/name@v1    a model of the Hub, at a branch, tag or commit
+
+Of the Hub's files the ones that an artifact carries are fetched, at one commit, into the Hub's own cache: the safetensors
+that the index names, JSON, tokenizer and text files. Pickles and Python files never are. A plan needs less: config.json,
+the index, and the headers by range requests. Messages hold no URL and no header, for either may carry a credential.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from compress.checkpoint import Checkpoint, assemble, is_weights, local_header, open_checkpoint, shard_files
+from compress.errors import CompressError, EnvironmentProblem, InputError
+from compress.manifest import FILE as MANIFEST_FILE
+from compress.shards import TensorRef, read_header
+
+_HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE)
+_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "tokenizer*", "vocab*", "LICEN[CS]E*", "NOTICE*")
+_UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+_WORKERS = 8
+
+
+def open_source(model: str) -> Checkpoint:
+    """Opens a directory or a model of the Hub, fetching what is not in the cache yet. Raises CompressError."""
+    if (directory := _directory(model)) is not None:
+        return open_checkpoint(directory)
+    repo = _look_up(model)
+    with repo.named():
+        shards = shard_files(repo.folder, repo.files)
+        repo.fetch([*shards, *(file for file in repo.files if not is_weights(file))])
+        return assemble(repo.folder, repo.files, repo.others, lambda f: local_header(repo.folder / f), repo.id, repo.origin)
+
+
+def open_headers(model: str) -> Checkpoint:
+    """The same without the data of tensors: enough for a plan. Raises CompressError."""
+    if (directory := _directory(model)) is not None:
+        return open_checkpoint(directory)
+    repo = _look_up(model)
+    with repo.named():
+        shards = shard_files(repo.folder, repo.files)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            headers = dict(zip(shards, pool.map(repo.header, shards), strict=True))
+        return assemble(repo.folder, repo.files, repo.others, headers.__getitem__, repo.id, repo.origin)
+
+
+def _directory(model: str) -> Path | None:
+    """The local directory that `model` names, None if it names a model of the Hub. Raises InputError."""
+    if "://" in model:
+        raise InputError("MODEL", "a directory, or a Hub id like owner/name", "a URL", "leave out all but owner/name")
+    path = os.path.expanduser(model)
+    if model and os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise InputError(model, "a directory with config.json and safetensors", "a file", "name the directory that it is in")
+    if model.startswith((".", "/", "~")) or model.partition("@")[0].count(os.sep) > 1:
+        raise InputError(model, "a directory with config.json and safetensors", "no such directory")
+    # `./owner` is there: a slip in a path is likelier than a model of the Hub. A revision tells them apart.
+    if "@" not in model and (parent := os.path.dirname(path)) and os.path.isdir(parent):
+        do = f"for the Hub's model of that name, write {model}@main"
+        raise InputError(model, "a directory with config.json and safetensors", f"no such directory in {parent}", do)
+    return None
+
+
+@dataclass(frozen=True)
+class _Repo:
+    """A model of the Hub at one commit; `folder` is its snapshot in the cache."""
+
+    model: str
+    folder: Path
+    sizes: dict[str, int]
+    origin: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.model.partition("@")[0]
+
+    @property
+    def files(self) -> list[str]:
+        """The files at the top that are weights or are carried along."""
+        return sorted(file for file in self.sizes if "/" not in file and (is_weights(file) or _carried(file)))
+
+    @property
+    def others(self) -> list[str]:
+        """What else is there: other files, and folders."""
+        top = {file if "/" not in file else file.partition("/")[0] + "/" for file in self.sizes}
+        return sorted(file for file in top - set(self.files) if not file.startswith("."))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Names the repository, not its place in the cache, in what is wrong with it."""
+        try:
+            yield
+        except InputError as error:
+            wheres = [os.path.relpath(os.path.join(self.folder, p.where), self.folder) for p in error.problems]
+            raise InputError(
+                replace(problem, where=os.path.normpath(os.path.join(self.id, where)))
+                for problem, where in zip(error.problems, wheres, strict=True)
+            ) from None
+
+    def fetch(self, files: list[str]) -> None:
+        """Downloads `files` into the snapshot; what the cache has is not read again."""
+        with _hub_errors(self.model):
+            _snapshot(self.id, self.folder.name, files)
+
+    def header(self, file: str) -> list[TensorRef]:
+        """The tensors of a shard, from the cache or by range requests."""
+        if (self.folder / file).is_file():
+            return local_header(self.folder / file)
+        return read_header(lambda offset, length: self.read(file, offset, length), self.sizes[file], file)[0]
+
+    def read(self, file: str, offset: int, length: int) -> bytes:
+        """A few bytes of a file. A server that knows no ranges sends all of it; reading stops where they end."""
+        from huggingface_hub import constants, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, http_stream_backoff  # type: ignore[attr-defined]
+
+        if not length:
+            return b""
+        url = hf_hub_url(self.id, file, revision=self.folder.name)
+        wanted = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        data = bytearray()
+        # Statuses are retried, exceptions are not: http_stream_backoff cannot take one back from the body of its `with`.
+        options: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}
+        headers = {**build_hf_headers(), **wanted}
+        with _hub_errors(self.model), http_stream_backoff("GET", url, headers=headers, **options) as response:
+            hf_raise_for_status(response)
+            start = 0 if response.status_code == 206 else offset
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= start + length:
+                    break
+        if len(data) < start + length:
+            got = f"{len(data)} bytes: the read was cut"
+            raise EnvironmentProblem(f"{self.id}/{file}", f"{start + length} bytes", got, "run it again")
+        return bytes(data[start : start + length])
+
+
+def _carried(file: str) -> bool:
+    """Whether an artifact takes this file along; weights, pickles among them, are told apart by `is_weights`."""
+    return not file.endswith(".py") and any(fnmatchcase(file, pattern) for pattern in _CARRIED)
+
+
+def _look_up(model: str) -> _Repo:
+    """Finds the commit, the files and the card of `model`, and fetches its small files."""
+    from huggingface_hub import HfApi, get_cached_repo_tree, is_offline_mode
+
+    name, at, revision = model.partition("@")
+    if at and not revision:
+        raise InputError(model, "a branch, tag or commit after '@'", "nothing", "leave '@' out for the main branch")
+    with _hub_errors(model):
+        # Resolves the revision once; what follows names the commit.
+        folder = _snapshot(name, revision or None, _HEADS, quiet=True)
+        if is_offline_mode():
+            card = _cached_card(folder / "README.md")
+        else:
+            found = HfApi().model_info(name, revision=folder.name).card_data
+            card = vars(found) if found else {}
+        sizes = {entry.path: entry.size for entry in get_cached_repo_tree(name, revision=folder.name)}
+    named = "license_name" if card.get("license") == "other" and card.get("license_name") else "license"
+    licence = ", ".join(_texts(card.get(named))) or None
+    return _Repo(model, folder, sizes, {"commit": folder.name, "licence": licence, "datasets": _texts(card.get("datasets"))})
+
+
+def _snapshot(name: str, revision: str | None, files: Iterable[str], quiet: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Quiet(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    patterns, bars = [glob.escape(file) for file in files], Quiet if quiet else None
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bars))
+
+
+def _cached_card(readme: Path) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(readme) or {}
+    except Exception:  # no card, or whatever YAML makes of a broken one: the Hub takes it for none, too
+        return {}
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Turns what the Hub's library raises into a message; its own texts hold URLs."""
+    from huggingface_hub import errors
+
+    # HTTPError is httpx's or httpx2's, as the library's version has it; RuntimeError is what its xet client raises.
+    http: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    expected = (OSError, ValueError, RuntimeError, http, errors.CachedRepoTreeNotFoundError)
+    try:
+        yield
+    except expected as error:
+        raise _told(model, error) from None
+
+
+def _told(model: str, error: Exception) -> CompressError:
+    from huggingface_hub import constants, errors, get_token
+
+    while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    (name, _, revision), host, kind = model.partition("@"), urlsplit(constants.ENDPOINT).hostname, type(error).__name__
+    answer, again = f"an answer of {host}", "run it again: what has been fetched is kept"
+    if isinstance(error, errors.HFValidationError):
+        return InputError(model or "MODEL", "a directory, or a Hub id like owner/name", "neither")
+    if isinstance(error, errors.GatedRepoError):
+        got = "it is gated, and " + ("the token in use has no access" if get_token() else "no token is set")
+        do = f"ask for access on its page, https://{host}/{name}, then set HF_TOKEN to a token of that account"
+        return EnvironmentProblem(name, "access to the model", got, do)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        do = "check the name; if it is private, set HF_TOKEN to a token that may read it"
+        return InputError(name, f"a directory here, or a model of {host}", "neither, or a private one", do)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(model, f"a branch, tag or commit of {name}", f"no revision '{revision or 'main'}'")
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.CachedRepoTreeNotFoundError):
+        do = "unset HF_HUB_OFFLINE, or name a local directory"
+        return EnvironmentProblem(model, "the model in the Hub's cache", "not all of it, and the Hub is off (HF_HUB_OFFLINE)", do)
+    if isinstance(error, errors.HfHubHTTPError):
+        do = "set HF_TOKEN to a valid token" if error.response.status_code in (401, 403) else again
+        return EnvironmentProblem(model, answer, f"HTTP status {error.response.status_code}", do)
+    if kind in _UNREACHED:
+        do = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what the cache has"
+        return EnvironmentProblem(model, answer, f"no connection ({kind})", do)
+    if isinstance(error, OSError) and error.errno is not None:
+        do = "free some space there, or set HF_HUB_CACHE to another place"
+        return EnvironmentProblem(constants.HF_HUB_CACHE, "a place to write", error.strerror or kind, do)
+    if isinstance(error, ValueError):
+        return EnvironmentProblem(model, answer, f"something else ({kind})", "check HF_ENDPOINT and the proxy")
+    return EnvironmentProblem(model, answer, f"the read was cut ({kind})", again)

@@ -1,0 +1,131 @@
+"""Tiny models of many families, from transformers' own configs: random weights, fixed seed, bf16, two blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY, HIDDEN, INTERMEDIATE, BLOCKS, EXPERTS = 128, 64, 96, 2, 4
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_VISION: dict[str, Any] = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+_ROUTED: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny model: its config, and how many weights of its blocks a human counts as linear."""
+
+    model_type: str
+    linears: int
+    """Two-dimensional linears on disk, each expert counted, or each fused stack of experts as one."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What its config says besides, or instead of, `_SIZES`."""
+    cls: str = ""
+    """transformers' class; the causal language model of the type where empty."""
+
+
+FAMILIES: dict[str, Family] = {
+    # dense decoders
+    "llama": Family("llama", 2 * 7),
+    "tied": Family("llama", 2 * 7, {"tie_word_embeddings": True}),
+    "mistral": Family("mistral", 2 * 7),
+    "head_dim": Family("mistral", 2 * 7, {"head_dim": 32}),
+    "qwen2": Family("qwen2", 2 * 7),
+    "qwen3": Family("qwen3", 2 * 7, {"head_dim": 16}),
+    "gemma2": Family("gemma2", 2 * 7, {"head_dim": 16}),
+    "gemma3": Family("gemma3_text", 2 * 7, {"head_dim": 16}),
+    "phi3": Family("phi3", 2 * 4),
+    "gpt2": Family("gpt2", 2 * 4),
+    "gpt_neox": Family("gpt_neox", 2 * 4),
+    "opt": Family("opt", 2 * 6, {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
+    "bloom": Family("bloom", 2 * 4),
+    "falcon": Family("falcon", 2 * 4),
+    "starcoder2": Family("starcoder2", 2 * 6),
+    "cohere": Family("cohere", 2 * 7),
+    "olmo2": Family("olmo2", 2 * 7),
+    "stablelm": Family("stablelm", 2 * 7),
+    "glm4": Family("glm4", 2 * 6, {"head_dim": 16}),
+    "granite": Family("granite", 2 * 7),
+    # state spaces and linear attention; mamba2's config.json has an infinity, olmo_hybrid's convolutions are fused on load
+    "mamba2": Family("mamba2", 2 * 2, {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}),
+    "olmo_hybrid": Family(
+        "olmo_hybrid", 3 * (7 + 3) + (4 + 3),
+        {"num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
+         "linear_num_value_heads": 4},
+    ),
+    # experts, one tensor each on disk
+    "mixtral": Family("mixtral", 2 * (4 + 3 * EXPERTS), {"num_local_experts": EXPERTS}),
+    "qwen2_moe": Family("qwen2_moe", 2 * (4 + 3 * EXPERTS + 3), {**_ROUTED, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": Family("qwen3_moe", 2 * (4 + 3 * EXPERTS), {**_ROUTED, "head_dim": 16}),
+    "olmoe": Family("olmoe", 2 * (4 + 3 * EXPERTS), _ROUTED),
+    # block 0 is dense, blocks 1 and 2 have routed and shared experts
+    "deepseek_v3": Family(
+        "deepseek_v3", (5 + 3) + 2 * (5 + 3 * EXPERTS + 3),
+        {
+            "num_hidden_layers": 3,
+            "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1,
+            "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+            "v_head_dim": 16, "num_key_value_heads": 4, "num_mtp_layers": 0,
+        },
+    ),
+    # experts fused into one tensor on disk
+    "gpt_oss": Family("gpt_oss", 2 * (4 + 2), {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 16}),
+    "llama4": Family(
+        "llama4_text", 2 * (4 + 2 + 3),
+        {"num_local_experts": EXPERTS, "head_dim": 16, "intermediate_size_mlp": INTERMEDIATE},
+        "Llama4ForCausalLM",
+    ),
+    "granitemoe": Family("granitemoe", 2 * (4 + 2), {"num_local_experts": EXPERTS}),
+    # other stacks than one decoder; gte's qkv and gate_up are split on load
+    "gte": Family("gte", 2 * 4, cls="GteForMaskedLM"),
+    "bert": Family("bert", 2 * 6, cls="BertForMaskedLM"),
+    "t5": Family(
+        "t5", 2 * 6 + 2 * 10,
+        {"d_model": HIDDEN, "d_ff": INTERMEDIATE, "d_kv": 16, "num_layers": BLOCKS, "num_heads": 4, "decoder_start_token_id": 0},
+        "T5ForConditionalGeneration",
+    ),
+    "whisper": Family(
+        "whisper", 2 * 6 + 2 * 10,
+        {
+            "d_model": HIDDEN, "encoder_layers": BLOCKS, "decoder_layers": BLOCKS, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": INTERMEDIATE, "decoder_ffn_dim": INTERMEDIATE,
+            "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64, "decoder_start_token_id": 1,
+        },
+        "WhisperForConditionalGeneration",
+    ),
+    "llava": Family(
+        "llava", 2 * 7,
+        {"text_config": {"model_type": "llama", **_SIZES}, "vision_config": _VISION, "image_token_id": 0},
+        "LlavaForConditionalGeneration",
+    ),
+}  # fmt: skip
+
+
+def build(name: str, directory: Path) -> Path:
+    """Saves the model of a family under `directory`; returns its directory.
+
+    Every parameter is random, norms and biases included: one that got lost would show in the logits.
+    """
+    family = FAMILIES[name]
+    sizes = {} if "text_config" in family.config else _SIZES
+    config = transformers.AutoConfig.for_model(family.model_type, **{**sizes, **family.config})
+    cls = getattr(transformers, family.cls) if family.cls else transformers.AutoModelForCausalLM
+    model = cls(config) if family.cls else cls.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) / 8
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+    model.to(torch.bfloat16).save_pretrained(directory / name)
+    return directory / name

@@ -1,0 +1,200 @@
+"""Every family, end to end: what a human counts is quantized, and transformers reads back exactly what the codes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build
+from safetensors.torch import load_file
+from support import dense_meaning, load, logits, run
+
+from compress.checkpoint import open_checkpoint
+from compress.errors import FormatError
+from compress.names import resolve
+from compress.pipeline import Result, steps_folder
+
+EXPANDED = {
+    "gpt2": "Conv1D",
+    "falcon": "initialisation asks for this weight",
+    "mamba2": "initialisation asks for this weight",
+    "t5": "initialisation asks for this weight",
+}
+"""Families that the reader takes only with `dequantize=true`, and why it does not take them otherwise."""
+LONE_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
+FUSED_EXPERTS = ("gpt_oss", "llama4", "granitemoe")
+HELD_IN_PART = ("gte", "olmo_hybrid", *FUSED_EXPERTS)
+Source = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The directory of a family's model, made at its first use."""
+    folder = tmp_path_factory.mktemp("families")
+    return lambda name: folder / name if (folder / name).exists() else build(name, folder)
+
+
+def meaning(result: Result, target: Path) -> Path:
+    """The dense checkpoint that the last step before pack means."""
+    step = result.plan.steps[-2]
+    canonical = next(steps_folder(result.out).glob(f"{step.number}-{step.name}-*"))
+    return dense_meaning(canonical, target)
+
+
+def check_reader(model: Path, recipe: str, folder: Path) -> Result:
+    """Runs `recipe`; transformers' logits of the artifact must be those of its meaning, and not those of the source."""
+    result = run(model, folder / "out", recipe)
+    got, meant = logits(load(result.out)), logits(load(meaning(result, folder / "meaning")))
+    assert torch.equal(got, meant), f"off by {(got - meant).abs().max()}"
+    assert not torch.equal(got, logits(load(model)))
+    return result
+
+
+def refused(model: Path, recipe: str, folder: Path, reason: str) -> str:
+    """The text of the FormatError that `recipe` ends in; nothing may be published."""
+    with pytest.raises(FormatError, match=reason) as error:
+        run(model, folder / "refused", recipe)
+    assert not (folder / "refused").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linears_are_those_a_human_counts(name: str, source: Source) -> None:
+    weights = resolve(open_checkpoint(source(name))).weights
+    linears = [w for w in weights if w.kind in ("linear", "expert") and w.block is not None and not w.stack.startswith("tower:")]
+    assert len(linears) == FAMILIES[name].linears
+    assert not [w.name for w in weights if w.unclear]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in HELD_IN_PART])
+def test_reader_loads_what_was_meant(name: str, source: Source, tmp_path: Path) -> None:
+    pack = "pack(dequantize=true)" if name in EXPANDED else "pack"
+    result = check_reader(source(name), f"quantize.rtn(scheme=w4a16g32) | {pack}", tmp_path)
+    count = FAMILIES[name].linears
+    assert result.plan.steps[0].targeted == tuple(result.manifest.weights)
+    assert result.manifest.coverage == {"targeted": count, "transformed": count, "skipped": 0}
+    assert not [weight for weight in result.manifest.weights if "vision" in weight]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_plan_tells_the_bytes_on_disk(name: str, source: Source, tmp_path: Path) -> None:
+    pack = "pack(dequantize=true)" if name in EXPANDED else "pack"
+    result = run(source(name), tmp_path / "out", f"quantize.rtn(scheme=w4a16g32) | {pack}", shard_bytes=50_000)
+    step = result.plan.steps[-1]
+    assert step.payload_bytes == open_checkpoint(result.out).nbytes
+    files = [*result.out.glob("*.safetensors"), *result.out.glob("*.index.json"), result.out / "config.json"]
+    assert len(files) > 3
+    assert step.disk_bytes == sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_default_load_is_refused_where_the_reader_would_fail(name: str, source: Source, tmp_path: Path) -> None:
+    text = refused(source(name), "quantize.rtn(scheme=w4a16g32) | pack", tmp_path, EXPANDED[name])
+    assert "dequantize=true" in text
+
+
+@pytest.mark.parametrize("name", FUSED_EXPERTS)
+def test_fused_experts_become_canonical_but_are_not_packed(name: str, source: Source, tmp_path: Path) -> None:
+    weights = resolve(open_checkpoint(source(name))).weights
+    experts = [weight for weight in weights if weight.experts is not None and weight.kind == "expert"]
+    assert {(w.experts, w.in_features) for w in experts} == {(4, 64), (4, 96)}
+    text = refused(source(name), "quantize.rtn(scheme=w4a16g32) | pack", tmp_path, "experts")
+    assert f"'{experts[0].name}'" in text
+    result = run(source(name), tmp_path / "canonical", "quantize.rtn(scheme=w4a16g32)")
+    count = FAMILIES[name].linears
+    assert result.manifest.coverage == {"targeted": count, "transformed": count, "skipped": 0}
+    assert all(record.error and record.error < 0.2 for record in result.manifest.weights.values())
+    meant, model = (
+        load_file(folder / "model.safetensors") for folder in (dense_meaning(result.out, tmp_path / "meaning"), source(name))
+    )
+    for weight in result.manifest.weights:
+        assert 0 < (meant[weight] - model[weight]).float().norm() / model[weight].float().norm() < 0.2
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_the_rest_is_packed_beside_fused_experts(name: str, source: Source, tmp_path: Path) -> None:
+    result = check_reader(source(name), "quantize.rtn(scheme=w4a16g32, skip=[experts]) | pack", tmp_path)
+    assert len(result.manifest.weights) == 2 * 4
+
+
+@pytest.mark.parametrize("pack", ["pack", "pack(dequantize=true)"])
+def test_llama4_is_refused_even_with_dense_experts(pack: str, source: Source, tmp_path: Path) -> None:
+    text = refused(source("llama4"), f"quantize.rtn(scheme=w4a16g32, skip=[experts]) | {pack}", tmp_path, "splits these experts")
+    assert "feed_forward.experts" in text
+
+
+@pytest.mark.parametrize("pack", ["pack", "pack(dequantize=true)"])
+@pytest.mark.parametrize("name", LONE_EXPERTS)
+def test_dense_lone_experts_are_refused_beside_packed_weights(name: str, pack: str, source: Source, tmp_path: Path) -> None:
+    text = refused(source(name), f"quantize.rtn(scheme=w4a16g32, skip=[experts]) | {pack}", tmp_path, "loses it")
+    assert ".experts.0." in text
+    assert "quantize the experts as well" in text
+
+
+def test_convolutions_that_are_fused_on_load_are_refused(source: Source, tmp_path: Path) -> None:
+    assert "conv1d" in refused(source("olmo_hybrid"), "quantize.rtn(scheme=w4a16g32) | pack", tmp_path, "loses it")
+
+
+def test_linears_that_are_split_on_load_stay_dense(source: Source, tmp_path: Path) -> None:
+    text = refused(source("gte"), "quantize.rtn(scheme=w4a16g32) | pack", tmp_path, "splits or permutes")
+    assert "qkv_proj" in text
+    skip = "quantize.rtn(scheme=w4a16g32, skip=['re:.*(qkv_proj|up_gate_proj)']) | pack"
+    assert len(check_reader(source("gte"), skip, tmp_path).manifest.weights) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("llama", "w8a16g32, targets=[attention]", "w4a16g32, targets=[mlp]"),
+        ("llama", "w3a16g32, targets=[attention]", "w4a16, targets=[mlp]"),
+        ("mixtral", "w8a16g32, targets=[attention]", "w4a16g32, targets=[experts]"),
+        ("mixtral", "w2a16g16, targets=[attention]", "w3a16g32, targets=[experts]"),
+        # The reader takes the first group that speaks of experts for theirs, and the shared ones are called so as well.
+        ("deepseek_v3", "w4a16g32, targets=[attention, mlp]", "w8a16g32, targets=[experts]"),
+        ("deepseek_v3", "w8a16g32, targets=[attention, mlp]", "w4a16g32, targets=[experts]"),
+        ("whisper", "w8a16g32, targets=['re:model.decoder.*(proj|fc.).weight']", "w4a16g32, skip=['re:model.decoder']"),
+        ("llava", "w8a16g32, targets=['re:.*vision_tower.*(proj|fc.).weight']", "w4a16g32"),
+    ],
+)
+def test_groups_of_different_schemes(name: str, first: str, second: str, source: Source, tmp_path: Path) -> None:
+    check_reader(source(name), f"quantize.rtn(scheme={first}) | quantize.rtn(scheme={second}) | pack", tmp_path)
+
+
+def test_unequal_experts_are_refused(source: Source, tmp_path: Path) -> None:
+    first = "quantize.rtn(scheme=w4a16g32, targets=['re:.*layers.0.*experts'])"
+    second = "quantize.rtn(scheme=w8a16g32, targets=['re:.*layers.1.*experts'])"
+    refused(source("mixtral"), f"{first} | {second} | pack", tmp_path, "one scheme for all experts")
+    refused(source("mixtral"), f"{first} | pack", tmp_path, "one scheme for all experts")
+
+
+def test_mixed_groups_are_refused_where_the_reader_expands_at_load(source: Source, tmp_path: Path) -> None:
+    lines = "quantize.rtn(scheme=w8a16g32, targets=[attention]) | quantize.rtn(scheme=w4a16g32, targets=[mlp])"
+    refused(source("llama"), f"{lines} | pack(dequantize=true)", tmp_path, "one scheme for all linears")
+
+
+@pytest.mark.parametrize("scheme", ["w2a16g16", "w3a16g32", "w8a16", "w4a16"])
+def test_symmetric_schemes(scheme: str, source: Source, tmp_path: Path) -> None:
+    check_reader(source("llama"), f"quantize.rtn(scheme={scheme}) | pack", tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["w2a16g16-asym", "w3a16g32-asym", "w4a16g32-asym", "w8a16-asym"])
+def test_asymmetric_schemes_need_expanding_at_load(scheme: str, source: Source, tmp_path: Path) -> None:
+    recipe = f"quantize.rtn(scheme={scheme}) | pack"
+    assert "dequantize=true" in refused(source("llama"), recipe, tmp_path, "zero points")
+    check_reader(source("llama"), f"{recipe}(dequantize=true)", tmp_path)
+
+
+def test_asymmetric_experts_are_refused(source: Source, tmp_path: Path) -> None:
+    refused(source("mixtral"), "quantize.rtn(scheme=w4a16g32-asym) | pack(dequantize=true)", tmp_path, "asymmetric experts")
+
+
+@pytest.mark.parametrize("ragged", ["divide", "channel"])
+def test_ragged_groups(ragged: str, source: Source, tmp_path: Path) -> None:
+    result = check_reader(source("llama"), f"quantize.rtn(scheme=w4a16g64, ragged={ragged}) | pack", tmp_path)
+    assert [note.count for note in result.manifest.notes if note.what == "ragged"] == [2]
+
+
+def test_head_is_packed_where_it_is_named(source: Source, tmp_path: Path) -> None:
+    check_reader(source("llama"), "quantize.rtn(scheme=w4a16g32, targets=[linear, head]) | pack", tmp_path)
