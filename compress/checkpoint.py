@@ -278,5 +278,3 @@ def check_records(checkpoint: Checkpoint) -> None:
         for name in manifest.weights:
             if name not in checkpoint.logical:
                 raise InputError(where, f"'{name}' in the shards", "no such tensor", "make it anew")
-
-

@@ -6,7 +6,7 @@ CompressError                      1   anything else that is ours to say
 ├── InputError                     3   the checkpoint that came in cannot be used
 ├── CoverageError                  4   a targeted weight would have stayed as it was
 ├── FormatError                    5   the format's reader could not load the artifact
-└── EnvironmentProblem             6   disk, lock, permission, a missing library
+└── MachineError             6   disk, lock, permission, a missing library
 
 A message has four parts: where, expected, got, what to do.
 """
@@ -75,13 +75,13 @@ class FormatError(CompressError):
     exit_status = 5
 
 
-class EnvironmentProblem(CompressError):
+class MachineError(CompressError):
     """The machine stands in the way: disk, lock, permission, a missing library."""
 
     exit_status = 6
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 (no error: an answer that the pipeline counts)
     """Raised by a pass or a format for one weight; the message is the reason, in words.
 
     Never reaches a user by itself: the pipeline collects refusals and raises one

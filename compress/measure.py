@@ -73,5 +73,3 @@ def compare(source: nn.Module, artifact: nn.Module, windows: torch.Tensor, batch
         windows.numel(), windows.shape[1], math.exp(nll[0] / scored), math.exp(nll[1] / scored),
         float(kl.mean()), error, same / scored,
     )  # fmt: skip
-
-

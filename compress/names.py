@@ -66,9 +66,7 @@ def model_class(config: dict[str, Any]) -> tuple[type, Any]:
         for name in dir(modeling_auto)
         if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
     ]
-    known = {
-        cls for table in tables for cls in ([table[kind]] if isinstance(table.get(kind), str) else table.get(kind, ()))
-    }
+    known = {cls for table in tables for cls in ([table[kind]] if isinstance(table.get(kind), str) else table.get(kind, ()))}
     wanted = (config.get("architectures") or [None])[0]
     if wanted is None:
         wanted = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or modeling_auto.MODEL_MAPPING_NAMES.get(kind)
@@ -121,7 +119,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 class _Resolver:
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self.checkpoint, self.model = checkpoint, model
         self.logical = checkpoint.logical
         self.problems: list[Problem] = []
@@ -155,9 +153,7 @@ class _Resolver:
         if self.problems:
             raise InputError(self.problems[:20])
         on_disk = {parameter: name for name, (parameter, _) in places.items()}
-        duplicates = {
-            on_disk[alias]: on_disk[source] for alias, source in self.tied.items() if {alias, source} <= on_disk.keys()
-        }
+        duplicates = {on_disk[alias]: on_disk[source] for alias, source in self.tied.items() if {alias, source} <= on_disk.keys()}
         from transformers.pytorch_utils import Conv1D
 
         linears = {path: type(m).__name__ for path, m in self.modules.items() if _is_linear(m) or isinstance(m, Conv1D)}

@@ -25,7 +25,7 @@ from typing import Any
 from compress import __version__
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.contract import Context, Pass, isa
-from compress.errors import EnvironmentProblem, InputError
+from compress.errors import InputError, MachineError
 from compress.facts import DENSE, Note, Weight
 from compress.intake import Intake, file_digest, take_in
 from compress.manifest import FILE, Manifest, NoteRecord, Source, Step, WeightRecord, hash_json
@@ -149,7 +149,7 @@ def _verify(writer: Writer, weights: list[Weight], entries: dict[str, dict[str, 
             head = stream_.read(len(shard.header))
             size = os.fstat(stream_.fileno()).st_size
         if head != shard.header or size != shard.nbytes:
-            raise EnvironmentProblem(
+            raise MachineError(
                 str(writer.path / shard.file), f"{shard.nbytes} bytes with the planned header", f"{size} bytes",
                 "something else wrote there: run again",
             )  # fmt: skip
@@ -234,13 +234,13 @@ def _existing(out: Path, intake: Intake, passes: list[Pass], seed: int) -> Manif
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Raises EnvironmentProblem where the steps and the output would not fit."""
+    """Raises MachineError where the steps and the output would not fit."""
     parent = out.parent if out.parent.exists() else Path.cwd()
     kept = sum(f.stat().st_blocks * 512 for f in steps_folder(out).rglob("*") if f.is_file()) if steps_folder(out).is_dir() else 0
     free = shutil.disk_usage(parent).free + kept
     need = plan.disk_bytes + (64 << 20)
     if need > free:
-        raise EnvironmentProblem(
+        raise MachineError(
             str(parent), f"{need:,} bytes free for {len(plan.steps)} steps", f"{free:,} bytes",
             "free some space, or choose an OUT on another disk",
         )  # fmt: skip
@@ -248,7 +248,7 @@ def check_disk(plan: Plan, out: Path) -> None:
 
 @contextmanager
 def locked(out: Path, ctx: Context) -> Iterator[None]:
-    """Holds OUT for this run. Raises EnvironmentProblem if another run has it."""
+    """Holds OUT for this run. Raises MachineError if another run has it."""
     if not ctx.is_main:
         yield
         return
@@ -257,13 +257,16 @@ def locked(out: Path, ctx: Context) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stream_ = open(folder / "lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise EnvironmentProblem(str(folder), "a place to write", error.strerror or str(error)) from None
+        raise MachineError(str(folder), "a place to write", error.strerror or str(error)) from None
     with stream_:
         try:
             fcntl.flock(stream_, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EnvironmentProblem(
-                str(out), "an output that no other run is writing", "a run that holds its lock", "wait for it, or choose another OUT"
+            raise MachineError(
+                str(out),
+                "an output that no other run is writing",
+                "a run that holds its lock",
+                "wait for it, or choose another OUT",
             ) from None
         try:
             yield

@@ -59,10 +59,7 @@ def specs(weight: Weight, state: State) -> list[TensorSpec]:
     if state.scheme is None:
         return [TensorSpec(weight.name, weight.dtype, weight.shape)]
     dtypes = {"codes": "U8", "scale": weight.dtype, "zero": "U8"}
-    return [
-        TensorSpec(f"{weight.name}.{part}", dtypes[part], shape)
-        for part, shape in part_shapes(weight, state.scheme).items()
-    ]
+    return [TensorSpec(f"{weight.name}.{part}", dtypes[part], shape) for part, shape in part_shapes(weight, state.scheme).items()]
 
 
 def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:

@@ -93,9 +93,6 @@ def print_value(value: Value) -> str:
     return value if bare else json.dumps(value, ensure_ascii=False)
 
 
-# --- the one-liner ---------------------------------------------------------------------------------------------
-
-
 class _Cursor:
     """A place in a one-liner; every reader below moves it on or raises RecipeError at its column."""
 
@@ -216,9 +213,6 @@ def parse_one_liner(text: str, origin: str = "-p") -> Recipe:
     return Recipe(tuple(lines))
 
 
-# --- YAML ------------------------------------------------------------------------------------------------------
-
-
 def _events(text: str, origin: str) -> None:
     """Refuses what a recipe has no use for and a hostile file might: anchors, aliases, tags, deep nesting."""
     from ruamel.yaml import YAML
@@ -268,17 +262,19 @@ class _Tree:
     def wrong(self, where: str, expected: str, got: str, do: str = "") -> None:
         self.problems.append(Problem(where, expected, got, do))
 
-    def recipe(self, tree: Any) -> Recipe:
-        if not isinstance(tree, dict):
-            raise RecipeError(self.origin, "a mapping with version and passes", _kind(tree))
+    def recipe(self, root: object) -> Recipe:
+        if not isinstance(root, dict):
+            raise RecipeError(self.origin, "a mapping with version and passes", _kind(root))
+        tree: Any = root  # ruamel's mapping, which knows its lines and columns
         known = ("version", "model", "seed", "passes")
         for key in tree:
             if key not in known:
                 where = self.at(tree.lc.key(key))
                 self.wrong(where, f"one of {', '.join(known)}", f"'{key}'{did_you_mean(str(key), known)}")
         if tree.get("version") != 1 or isinstance(tree.get("version"), bool):
-            self.wrong(self.at(tree.lc.key("version") if "version" in tree else None), "version: 1",
-                       f"version {tree['version']}" if "version" in tree else "no version", "begin with `version: 1`")  # fmt: skip
+            where = self.at(tree.lc.key("version") if "version" in tree else None)
+            got = f"version {tree['version']}" if "version" in tree else "no version"
+            self.wrong(where, "version: 1", got, "begin with `version: 1`")
         model, seed = tree.get("model"), tree.get("seed", 0)
         if model is not None and not isinstance(model, str):
             self.wrong(self.at(tree.lc.value("model")), "a directory or a Hub id", _kind(model))
@@ -291,7 +287,8 @@ class _Tree:
             where = self.at(tree.lc.value("passes") if "passes" in tree else None)
             self.wrong(where, "passes: a list of `- name: {options}`", _kind(passes))
         else:
-            lines = [line for i, entry in enumerate(passes) if (line := self.line(entry, passes.lc.item(i)))]
+            marks: Any = passes  # ruamel's list
+            lines = [line for i, entry in enumerate(passes) if (line := self.line(entry, marks.lc.item(i)))]
         if self.problems:
             raise RecipeError(self.problems)
         return Recipe(tuple(lines), str(model) if model is not None else None, int(seed))
@@ -313,8 +310,9 @@ class _Tree:
             self.wrong(where, f"options of {name} as a mapping", _kind(options))
             return None
         values: dict[str, Value] = {}
+        marks: Any = options
         for key, value in options.items():
-            spot = self.at(options.lc.value(key))
+            spot = self.at(marks.lc.value(key))
             if not isinstance(key, str):
                 self.wrong(spot, "the name of an option", f"'{key}'")
             elif isinstance(value, list) and all(_is_scalar(item) for item in value):
@@ -339,11 +337,8 @@ def _plain(value: Any) -> Scalar:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: f"the text '{value}'", type(None): "nothing"}
+    names: dict[type, str] = {dict: "a mapping", list: "a list", str: f"the text '{value}'", type(None): "nothing"}
     return next((name for kind, name in names.items() if isinstance(value, kind)), f"the value {value}")
-
-
-# --- reading and overriding ------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> Recipe:
@@ -372,8 +367,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         if len(found) != 1:
             got = f"{len(found)} lines of that name" if found else "no such line"
             near = "" if found else did_you_mean(target, [line.name for line in lines])
-            raise RecipeError(origin, "one line of the recipe", f"{got}{near}",
-                              "name it by position: " + ", ".join(f"{i}. {line.name}" for i, line in enumerate(lines, 1)))  # fmt: skip
+            numbered = ", ".join(f"{i}. {line.name}" for i, line in enumerate(lines, 1))
+            raise RecipeError(origin, "one line of the recipe", f"{got}{near}", f"name it by position: {numbered}")
         line = lines[found[0]]
         value = parse_value(text, origin)
         lines[found[0]] = replace(line, options={**line.options, option: value}, where=origin)

@@ -18,7 +18,7 @@ def resolve_line(line: Line) -> tuple[Pass | None, list[Problem]]:
         cls = load_pass(line.name)
     except UsageError as error:
         problem = error.problems[0]
-        return None, [Problem(line.where or line.name, problem.expected, f"'{line.name}'{problem.got[len('an unknown name'):]}")]
+        return None, [Problem(line.where or line.name, problem.expected, f"'{line.name}'{problem.got[len('an unknown name') :]}")]
     try:
         return cls.model_validate(dict(line.options)), []
     except ValidationError as error:
@@ -63,7 +63,12 @@ def json_schema() -> dict[str, Any]:
         definitions.update(schema.pop("$defs", {}))
         definitions[name] = {**schema, "title": name, "description": caption(name)}
         lines.append(
-            {"type": "object", "properties": {name: {"$ref": f"#/$defs/{name}"}}, "required": [name], "additionalProperties": False}
+            {
+                "type": "object",
+                "properties": {name: {"$ref": f"#/$defs/{name}"}},
+                "required": [name],
+                "additionalProperties": False,
+            }
         )
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -43,9 +43,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_header(
-    read: Callable[[int, int], bytes], size_bytes: int, file: str
-) -> tuple[list[TensorRef], dict[str, str]]:
+def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -> tuple[list[TensorRef], dict[str, str]]:
     """The tensors of one file, by offset, and its metadata. `size_bytes` is the whole file's size."""
 
     def bad(expected: str, got: str) -> InputError:

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from compress.checkpoint import Checkpoint, assemble, is_weights, local_header, open_checkpoint, shard_files
-from compress.errors import CompressError, EnvironmentProblem, InputError
+from compress.errors import CompressError, InputError, MachineError
 from compress.manifest import FILE as MANIFEST_FILE
 from compress.shards import TensorRef, read_header
 
@@ -142,7 +142,7 @@ class _Repo:
                     break
         if len(data) < start + length:
             got = f"{len(data)} bytes: the read was cut"
-            raise EnvironmentProblem(f"{self.id}/{file}", f"{start + length} bytes", got, "run it again")
+            raise MachineError(f"{self.id}/{file}", f"{start + length} bytes", got, "run it again")
         return bytes(data[start : start + length])
 
 
@@ -224,7 +224,7 @@ def _told(model: str, error: Exception) -> CompressError:
     if isinstance(error, errors.GatedRepoError):
         got = "it is gated, and " + ("the token in use has no access" if get_token() else "no token is set")
         do = f"ask for access on its page, https://{host}/{name}, then set HF_TOKEN to a token of that account"
-        return EnvironmentProblem(name, "access to the model", got, do)
+        return MachineError(name, "access to the model", got, do)
     if isinstance(error, errors.RepositoryNotFoundError):
         do = "check the name; if it is private, set HF_TOKEN to a token that may read it"
         return InputError(name, f"a directory here, or a model of {host}", "neither, or a private one", do)
@@ -232,16 +232,16 @@ def _told(model: str, error: Exception) -> CompressError:
         return InputError(model, f"a branch, tag or commit of {name}", f"no revision '{revision or 'main'}'")
     if isinstance(error, errors.OfflineModeIsEnabled | errors.CachedRepoTreeNotFoundError):
         do = "unset HF_HUB_OFFLINE, or name a local directory"
-        return EnvironmentProblem(model, "the model in the Hub's cache", "not all of it, and the Hub is off (HF_HUB_OFFLINE)", do)
+        return MachineError(model, "the model in the Hub's cache", "not all of it, and the Hub is off (HF_HUB_OFFLINE)", do)
     if isinstance(error, errors.HfHubHTTPError):
         do = "set HF_TOKEN to a valid token" if error.response.status_code in (401, 403) else again
-        return EnvironmentProblem(model, answer, f"HTTP status {error.response.status_code}", do)
+        return MachineError(model, answer, f"HTTP status {error.response.status_code}", do)
     if kind in _UNREACHED:
         do = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what the cache has"
-        return EnvironmentProblem(model, answer, f"no connection ({kind})", do)
+        return MachineError(model, answer, f"no connection ({kind})", do)
     if isinstance(error, OSError) and error.errno is not None:
         do = "free some space there, or set HF_HUB_CACHE to another place"
-        return EnvironmentProblem(constants.HF_HUB_CACHE, "a place to write", error.strerror or kind, do)
+        return MachineError(constants.HF_HUB_CACHE, "a place to write", error.strerror or kind, do)
     if isinstance(error, ValueError):
-        return EnvironmentProblem(model, answer, f"something else ({kind})", "check HF_ENDPOINT and the proxy")
-    return EnvironmentProblem(model, answer, f"the read was cut ({kind})", again)
+        return MachineError(model, answer, f"something else ({kind})", "check HF_ENDPOINT and the proxy")
+    return MachineError(model, answer, f"the read was cut ({kind})", again)

@@ -13,7 +13,7 @@ A selector is one of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from compress.errors import UsageError, did_you_mean
 from compress.facts import Weight
@@ -25,7 +25,7 @@ def _in_block(weight: Weight) -> bool:
     return weight.kind in ("linear", "expert") and weight.block is not None and not weight.stack.startswith("tower:")
 
 
-CLASSES = {
+CLASSES: dict[str, Callable[[Weight], bool]] = {
     "linear": _in_block,
     "attention": lambda w: _in_block(w) and w.kind == "linear" and bool(_ATTENTION.search(w.name)),
     "mlp": lambda w: _in_block(w) and w.kind == "linear" and not _ATTENTION.search(w.name),

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import EnvironmentProblem
+from compress.errors import MachineError
 from compress.shards import Shard, index_file
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Writer:
         file, at, nbytes = self._places[name]
         flat = tensor.contiguous().reshape(-1)
         assert flat.numel() * flat.element_size() == nbytes, (name, tensor.shape, tensor.dtype, nbytes)
-        view = memoryview(flat.view(torch.uint8).numpy()) if nbytes else memoryview(b"")
+        view = memoryview(flat.view(torch.uint8).numpy().data) if nbytes else memoryview(b"")
         with _said(self.path):
             _pwrite(self._descriptors[file], view, at)
         return hashlib.sha256(view).hexdigest()
@@ -110,13 +110,18 @@ class Writer:
                 try:
                     moved = os.copy_file_range(source, target, nbytes - done, offset + done, at + done)
                 except (AttributeError, OSError) as error:
-                    if isinstance(error, OSError) and error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    if isinstance(error, OSError) and error.errno not in (
+                        errno.EXDEV,
+                        errno.EINVAL,
+                        errno.ENOSYS,
+                        errno.EOPNOTSUPP,
+                    ):
                         raise
                     piece = os.pread(source, min(_COPY_BYTES, nbytes - done), offset + done)
                     _pwrite(target, memoryview(piece), at + done)
                     moved = len(piece)
                 if not moved:
-                    raise EnvironmentProblem(str(self.path), f"{nbytes} bytes of '{name}'", f"{done}: the source was cut")
+                    raise MachineError(str(self.path), f"{nbytes} bytes of '{name}'", f"{done}: the source was cut")
                 done += moved
 
     def record(self, weight: str, digests: dict[str, str], facts: dict[str, Any]) -> None:
@@ -181,7 +186,7 @@ class _said:  # noqa: N801 (a context manager that reads as a word)
             do = "free some space and run the same command again: it goes on where it stopped"
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 do = "give the command a place it may write to"
-            raise EnvironmentProblem(str(self.path), "a place to write", error.strerror or str(error), do) from error
+            raise MachineError(str(self.path), "a place to write", error.strerror or str(error), do) from error
 
 
 def trim_memory() -> None:

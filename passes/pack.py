@@ -23,13 +23,15 @@ class Pack(TensorPass):
     """Writes the artifact that another reader loads."""
 
     format: str = Field("compressed-tensors", description="the layout to write; `compress list` shows them")
-    dequantize: bool = Field(False, description="tell the reader to expand the weights while loading (asymmetric codes and Conv1D need it)")
+    dequantize: bool = Field(
+        False, description="tell the reader to expand the weights while loading (asymmetric codes and Conv1D need it)"
+    )
 
     @field_validator("format")
     @classmethod
     def _known(cls, value: str) -> str:
-        from compress.kernels.dispatch import formats
         from compress.errors import did_you_mean
+        from compress.kernels.dispatch import formats
 
         if value not in formats():
             raise ValueError(f"one of {', '.join(formats())}{did_you_mean(value, formats())}")
@@ -48,7 +50,5 @@ class Pack(TensorPass):
         self.target_format().refuse(weight, state)
         return state
 
-    def tensor(
-        self, weight: Weight, after: State, value: torch.Tensor | QTensor
-    ) -> tuple[torch.Tensor | QTensor, float | None]:
+    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
         return value, None

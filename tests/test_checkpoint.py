@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import run, tiny_llama, tree
 
 from compress.checkpoint import open_checkpoint
 from compress.errors import CompressError, InputError
+from support import run, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-@pytest.fixture()
+@pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     return tiny_llama(tmp_path / "sharded", "60KB")
 

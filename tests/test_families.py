@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build
 from safetensors.torch import load_file
-from support import dense_meaning, load, logits, run
 
 from compress.checkpoint import open_checkpoint
 from compress.errors import FormatError
 from compress.names import resolve
 from compress.pipeline import Result, steps_folder
+from families import FAMILIES, build
+from support import dense_meaning, load, logits, run
 
 EXPANDED = {
     "gpt2": "Conv1D",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import SHARED, dense_meaning, load, logits, run, step_of
 
 from compress.checkpoint import open_checkpoint
 from compress.measure import compare, token_windows
 from compress.model import build
+from support import SHARED, dense_meaning, load, logits, run, step_of
 
 pytest.importorskip("compressed_tensors")
 MODELS = {"stories260k": 64, "tiny-llama-3m": 32, "tiny-llama-8m": 64, "tiny-mixtral-9m": 64}
@@ -29,7 +29,9 @@ def model(request: pytest.FixtureRequest, demo_model: Path) -> tuple[Path, int]:
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_packed_logits_are_the_canonical_ones(model: tuple[Path, int], bits: int, tmp_path: Path) -> None:
     source, group = model
-    result = run(source, tmp_path / "out", f"quantize.rtn(scheme=w{bits}a16g{group}, ragged=divide) | pack(format=compressed-tensors)")
+    result = run(
+        source, tmp_path / "out", f"quantize.rtn(scheme=w{bits}a16g{group}, ragged=divide) | pack(format=compressed-tensors)"
+    )
     plan = result.plan
     assert plan.steps[-1].payload_bytes == open_checkpoint(tmp_path / "out").nbytes
     assert result.manifest.coverage["transformed"] == result.manifest.coverage["targeted"] > 0

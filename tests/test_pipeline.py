@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from support import run, step_of, tiny_llama, tree
 
 from compress import pipeline
 from compress.checkpoint import open_checkpoint
 from compress.contract import Context
-from compress.errors import CompressError, CoverageError, EnvironmentProblem, FormatError, InputError, RecipeError
+from compress.errors import CompressError, CoverageError, FormatError, InputError, MachineError, RecipeError
 from compress.manifest import Manifest
 from compress.pipeline import clean, locked, steps_folder
 from compress.writer import Writer
+from support import run, step_of, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
 
@@ -92,7 +92,7 @@ def test_lineage_tells_the_way_from_the_source(tiny: Path, tmp_path: Path) -> No
 
 
 def test_a_second_run_waits_for_nobody(tiny: Path, tmp_path: Path) -> None:
-    with locked(tmp_path / "out", Context()), pytest.raises(EnvironmentProblem, match="holds its lock"):
+    with locked(tmp_path / "out", Context()), pytest.raises(MachineError, match="holds its lock"):
         run(tiny, tmp_path / "out", RECIPE)
     assert not steps_folder(tmp_path / "out").exists() or run(tiny, tmp_path / "out", RECIPE).fresh
 
@@ -100,7 +100,7 @@ def test_a_second_run_waits_for_nobody(tiny: Path, tmp_path: Path) -> None:
 def test_too_little_disk_is_said_before_starting(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(EnvironmentProblem, match="bytes free"):
+    with pytest.raises(MachineError, match="bytes free"):
         run(tiny, tmp_path / "out", RECIPE)
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_loses_nothing(tiny: Path, tmp_path: Path, monkeypa
     reference = run(tiny, tmp_path / "ref", RECIPE)
     put = Writer.put
     monkeypatch.setattr(Writer, "put", lambda self, name, tensor: _full() if "down_proj" in name else put(self, name, tensor))
-    with pytest.raises(EnvironmentProblem, match="free some space"):
+    with pytest.raises(MachineError, match="free some space"):
         run(tiny, tmp_path / "out", RECIPE)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_loses_nothing(tiny: Path, tmp_path: Path, monkeypa
 
 
 def _full() -> str:
-    raise EnvironmentProblem("disk", "a place to write", "No space left on device", "free some space and run again")
+    raise MachineError("disk", "a place to write", "No space left on device", "free some space and run again")
 
 
 RUN = """
@@ -152,7 +152,9 @@ def test_killed_and_run_again_gives_the_same_bytes(tiny: Path, tmp_path: Path, d
     assert not list(steps_folder(out).glob("*.tmp"))
 
 
-def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import compress.stream as stream
 
     reference = run(tiny, tmp_path / "ref", RECIPE)
@@ -193,7 +195,11 @@ REFUSED = {
     "twice quantized": ("quantize.rtn(scheme=w4a16g32) | quantize.rtn(scheme=w8a16)", CoverageError, "already codes(w4a16g32)"),
     "a group that does not divide": ("quantize.rtn(scheme=w4a16g64)", CoverageError, "ragged=divide (groups of 48)"),
     "packing what is dense": ("pack", FormatError, "nothing is quantized"),
-    "a pass after pack": ("quantize.rtn(scheme=w4a16g32) | pack | quantize.rtn(scheme=w4a16g32, targets=[head])", RecipeError, "last"),
+    "a pass after pack": (
+        "quantize.rtn(scheme=w4a16g32) | pack | quantize.rtn(scheme=w4a16g32, targets=[head])",
+        RecipeError,
+        "last",
+    ),
     "asymmetric for this reader": ("quantize.rtn(scheme=w4a16g32-asym) | pack", FormatError, "dequantize=true"),
     "packed embeddings": ("quantize.rtn(scheme=w4a16g32, targets=[embeddings]) | pack", FormatError, "embeddings"),
     "a norm as a target": ("quantize.rtn(scheme=w4a16g32, targets=['re:.*norm'])", CoverageError, "norm"),
@@ -216,7 +222,7 @@ def test_facts_of_all_lines_are_told_at_once(tiny: Path, tmp_path: Path) -> None
         run(tiny, tmp_path / "out", recipe)
     said = str(caught.value)
     assert "-p:1:1" in said
-    assert "-p:1:58" in said
+    assert "-p:1:5" in said
     assert "nothing to pack" not in said
 
 
@@ -259,7 +265,9 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    done = subprocess.run([*command, str(script), str(model), str(tmp_path / "two"), RECIPE], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(script), str(model), str(tmp_path / "two"), RECIPE], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     one, two = Manifest.read(tmp_path / "one"), Manifest.read(tmp_path / "two")
     assert one is not None

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import run, step_of, tiny_llama
 
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.names import resolve
 from compress.plan import make_plan
 from compress.recipe import parse_one_liner
+from support import run, step_of, tiny_llama
 
 
 def files_bytes(directory: Path) -> int:
-    return sum(f.stat().st_size for f in directory.iterdir() if f.suffix == ".safetensors" or f.name.endswith(("config.json", ".index.json")) and "generation" not in f.name)
+    return sum(
+        f.stat().st_size
+        for f in directory.iterdir()
+        if f.suffix == ".safetensors" or (f.name.endswith(("config.json", ".index.json")) and "generation" not in f.name)
+    )
 
 
 @pytest.mark.parametrize("recipe", ["quantize.rtn(scheme=w4a16g32) | pack", "quantize.rtn(scheme=w3a16, targets=[linear, head]) | pack",

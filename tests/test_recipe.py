@@ -12,8 +12,12 @@ from compress.errors import CompressError, RecipeError
 from compress.recipe import Line, Recipe, override, parse_one_liner, parse_value, parse_yaml, print_value
 from compress.resolve import resolve
 
-scalars = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False) | st.text(
-    st.characters(exclude_categories=["Cs", "Cc"]), max_size=12
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 )
 values = scalars | st.lists(scalars, max_size=3).map(tuple)
 names = st.from_regex(r"[a-z][a-z0-9_]{0,5}(\.[a-z][a-z0-9_]{0,5})?", fullmatch=True)
@@ -38,7 +42,17 @@ def test_any_text_is_a_recipe_or_an_error_of_ours(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2:4", "2:4"), ("1e-4", 1e-4), ("0.5", 0.5), ("'0.5'", "0.5"), ("yes", "yes"), ("true", True), ("017", 17), ("[a, 2]", ("a", 2)), ("~", None)],
+    [
+        ("2:4", "2:4"),
+        ("1e-4", 1e-4),
+        ("0.5", 0.5),
+        ("'0.5'", "0.5"),
+        ("yes", "yes"),
+        ("true", True),
+        ("017", 17),
+        ("[a, 2]", ("a", 2)),
+        ("~", None),
+    ],
 )
 def test_values_are_typed_as_in_yaml_1_2(text: str, value: object) -> None:
     assert parse_value(text) == value

@@ -21,7 +21,14 @@ def test_known_spellings_print_back(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("w5a16", "2, 3, 4, 8"), ("w4a8", "a16"), ("w4", "w4a16g128"), ("w4a16g4", "at least 8"), ("W4A16", "w4a16g128"), ("", "w4a16")],
+    [
+        ("w5a16", "2, 3, 4, 8"),
+        ("w4a8", "a16"),
+        ("w4", "w4a16g128"),
+        ("w4a16g4", "at least 8"),
+        ("W4A16", "w4a16g128"),
+        ("", "w4a16"),
+    ],
 )
 def test_wrong_text_is_refused_with_what_would_do(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import SIGNATURE, Hub, serve
 from safetensors.torch import save_file
-from support import run, tiny_llama, tree
 
 from compress.checkpoint import Checkpoint
-from compress.errors import CompressError, EnvironmentProblem, InputError
+from compress.errors import CompressError, InputError, MachineError
 from compress.names import resolve
 from compress.plan import make_plan
 from compress.recipe import parse_one_liner
 from compress.source import open_headers, open_source
+from hub_server import SIGNATURE, Hub, serve
+from support import run, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
 NAME = "someone/tiny"
@@ -277,7 +277,7 @@ def test_each_refusal_of_the_hub(
     hub.add(NAME, tiny)
     assert "no revision 'v9'" in said(f"{NAME}@v9", InputError, opener)
     hub.repos[NAME].gated = True
-    text = said(NAME, EnvironmentProblem, opener)
+    text = said(NAME, MachineError, opener)
     assert ("the token in use has no access" if token else "no token is set") in text
     assert "ask for access" in text
     assert "HF_TOKEN" in text
@@ -290,7 +290,7 @@ def test_each_refusal_of_the_hub(
 def test_a_hub_out_of_order(hub: Hub, tiny: Path, status: int) -> None:
     hub.add(NAME, tiny)
     hub.status = status
-    text = said(NAME, EnvironmentProblem)
+    text = said(NAME, MachineError)
     assert f"HTTP status {status}" in text
     assert ("HF_TOKEN" in text) == (status < 500)
 
@@ -300,7 +300,7 @@ def test_no_connection(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://someone:hf_secret123@127.0.0.1:9")
-    text = said(NAME, EnvironmentProblem, opener)
+    text = said(NAME, MachineError, opener)
     assert "no connection" in text
     assert "127.0.0.1" in text
     assert "HF_HUB_OFFLINE=1" in text
@@ -311,7 +311,7 @@ def test_offline_without_the_model(hub: Hub, opener: Opener, monkeypatch: pytest
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in said(NAME, EnvironmentProblem, opener)
+    assert "HF_HUB_OFFLINE" in said(NAME, MachineError, opener)
     assert not hub.requests
 
 
@@ -322,7 +322,7 @@ def test_offline_with_a_part_of_the_model(hub: Hub, local: Path, monkeypatch: py
     open_headers(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for opener in (open_headers, open_source):
-        assert "not all of it" in said(NAME, EnvironmentProblem, opener)
+        assert "not all of it" in said(NAME, MachineError, opener)
 
 
 @pytest.mark.parametrize("opener", [open_source, open_headers])
@@ -372,9 +372,9 @@ def test_a_read_that_is_cut(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     publish(hub, local)
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.cuts, hub.cut_after = 1, 3
-    assert "the read was cut" in said(NAME, EnvironmentProblem)
+    assert "the read was cut" in said(NAME, MachineError)
     hub.cuts, hub.cut_after = 1000, 0
-    text = said(NAME, EnvironmentProblem, open_source)
+    text = said(NAME, MachineError, open_source)
     assert "the read was cut" in text
     assert "what has been fetched is kept" in text
     hub.cuts, hub.cut_after = 2, 100_000

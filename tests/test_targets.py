@@ -36,7 +36,9 @@ def test_selection(targets: list[str], skip: list[str], found: list[int]) -> Non
     assert select(WEIGHTS, targets, skip) == [WEIGHTS[i] for i in found]
 
 
-@pytest.mark.parametrize(("targets", "said"), [(["lineer"], "did you mean 'linear'"), (["re:("], "regular expression"), (["re:nothing"], "no match")])
+@pytest.mark.parametrize(
+    ("targets", "said"), [(["lineer"], "did you mean 'linear'"), (["re:("], "regular expression"), (["re:nothing"], "no match")]
+)
 def test_wrong_selectors(targets: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         select(WEIGHTS, targets)

@@ -37,7 +37,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     # Three bits: 12 of each 16 are used, then 24 of each 32, which are three whole bytes.
     fours = ((joined & 0x3F) | ((joined >> 2) & 0xFC0)).view(torch.int32)
     eights = (fours & 0xFFF) | ((fours >> 4) & 0xFFF000)
-    stream = eights.view(torch.uint8).unflatten(-1, (-1, 4))[..., :3].flatten(-2)
+    stream: torch.Tensor = eights.view(torch.uint8).reshape(*codes.shape[:-1], -1, 4)[..., :3].flatten(-2)
     return stream[..., : row_bytes(columns, bits)].contiguous()
 
 

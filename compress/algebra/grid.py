@@ -3,8 +3,8 @@
 Legend: w [rows, columns]; s scale, z zero point, q code, all per row and group of columns;
 w' = s (q - z). Symmetric: s = absmax / ((2^b - 1) / 2) and z = 2^(b-1), so the grid is
 -2^(b-1) .. 2^(b-1) - 1 and the largest weight errs by at most s/2 (the convention of GPTQ and
-llm-compressor; 19.1 dB on Gaussian weights at 4 bits and groups of 128, where s = absmax / 7 gives 18.6). Asymmetric: the range is stretched to include
-zero, s = (max - min) / (2^b - 1), z = round(-min / s).
+llm-compressor; 19.1 dB on Gaussian weights at 4 bits and groups of 128, where s = absmax / 7 gives 18.6).
+Asymmetric: the range is stretched to include zero, s = (max - min) / (2^b - 1), z = round(-min / s).
 Scales are rounded to the dtype they will be stored in *before* codes are computed, so that what is stored is
 what was rounded against. All-zero groups get s = 1 and the code of zero.
 """
@@ -105,5 +105,8 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     columns = codes.shape[-1]
     group = scheme.group or columns
     z = zero.float() if zero is not None else torch.full_like(scale, scheme.middle, dtype=torch.float32)
-    spread = lambda t: t.repeat_interleave(group, dim=-1)[..., :columns]  # noqa: E731
+
+    def spread(per_group: torch.Tensor) -> torch.Tensor:
+        return per_group.repeat_interleave(group, dim=-1)[..., :columns]
+
     return (codes.float() - spread(z)) * spread(scale.float())

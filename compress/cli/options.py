@@ -13,13 +13,18 @@ Out = Annotated[Path, typer.Argument(help="The directory to make.", show_default
 Passes = Annotated[
     str | None, typer.Option("-p", "--passes", metavar="TEXT", help="Passes as a one-liner: 'a.b(option=value) | pack'.")
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Override an option; by position: 2.scheme=...")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Override an option; by position: 2.scheme=...")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed; the recipe's own, or 0, without it.", min=0)]
 AllowSkips = Annotated[
-    list[str] | None, typer.Option("--allow-skips", metavar="REGEX", help="Let targeted weights that match stay as they are; counted.")
+    list[str] | None,
+    typer.Option("--allow-skips", metavar="REGEX", help="Let targeted weights that match stay as they are; counted."),
 ]
 ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest shard to write, e.g. 500MB or 5GB.")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take a source with NaN or Inf in it.", rich_help_panel=DANGER)]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Take a source with NaN or Inf in it.", rich_help_panel=DANGER)
+]
 AllowDtype = Annotated[
     bool, typer.Option("--allow-dtype-mismatch", help="Take weights whose dtype is not config.json's.", rich_help_panel=DANGER)
 ]

@@ -85,7 +85,11 @@ def default_of(field: FieldInfo) -> str:
     default = field.get_default()
     if isinstance(default, bool):
         return f"default: {'on' if default else 'off'}"
-    return f"default: {', '.join(map(str, default)) if isinstance(default, tuple) else default}" if default not in (None, ()) else "default: none"
+    return (
+        f"default: {', '.join(map(str, default)) if isinstance(default, tuple) else default}"
+        if default not in (None, ())
+        else "default: none"
+    )
 
 
 def _parameter(key: str, cls: type[Pass]) -> inspect.Parameter:

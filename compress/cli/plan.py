@@ -94,7 +94,10 @@ def show(plan: Plan, name: str, layers: bool) -> None:
         last = plan.steps[-1]
         console.table(
             ("weight", "kind", "shape", "becomes", "bits"),
-            [(w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{plan.bits(last, [w.name]):.3f}") for w in plan.weights],
+            [
+                (w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{plan.bits(last, [w.name]):.3f}")
+                for w in plan.weights
+            ],
         )
     print(f"memory:   at most {console.size(plan.peak_bytes)} resident")
     print(f"disk:     {plan.disk_bytes:,} bytes added until `compress clean`")

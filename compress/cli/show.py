@@ -45,7 +45,8 @@ def verb(
         print(f"step {number}:   {step.text}   [{step.id[:12]}]")
     print(f"format:   {manifest.format}, {console.size(checkpoint.nbytes)} of tensors, fingerprint {manifest.fingerprint[:12]}")
     print(f"made by:  compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}")
-    print(f"coverage: {manifest.coverage['transformed']} of {manifest.coverage['targeted']} targeted, {manifest.coverage['skipped']} skipped")
+    covered = manifest.coverage
+    print(f"coverage: {covered['transformed']} of {covered['targeted']} targeted, {covered['skipped']} skipped")
     console.table(("weights", "count", "state", "shape", "bits", "error"), _rows(manifest, layers))
     for note in manifest.notes:
         print(f"{note.what}: {note.count} ({note.reason})")
@@ -58,7 +59,7 @@ def _rows(manifest: Manifest, layers: bool) -> list[tuple[str, ...]]:
     for name, record in manifest.weights.items():
         label = name if layers else re.sub(r"\d+", "*", name)
         groups[(label, record.state, "x".join(map(str, record.shape)))].append(record)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (label, state, shape), records in groups.items():
         errors = [record.error for record in records if record.error is not None]
         bits = sum(record.bits for record in records) / len(records)

@@ -31,10 +31,12 @@ class Rtn(TargetedPass):
     """Rounds weights to the nearest code."""
 
     scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a16")
-    clip: Literal["none", "mse"] = Field("none", description="range of a group: its largest magnitude, or a search for least squared error")
+    clip: Literal["none", "mse"] = Field(
+        "none", description="range of a group: its largest magnitude, or a search for least squared error"
+    )
     ragged: Literal["refuse", "divide", "channel"] = Field(
         "refuse",
-        description="columns that the group does not divide: refuse; divide = the largest group that divides; channel = one scale per row",
+        description="columns that the group does not divide: refuse, or take the largest group that does, or one scale per row",
     )
 
     def becomes(self, weight: Weight, state: State) -> State:
@@ -61,18 +63,18 @@ class Rtn(TargetedPass):
         near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
         raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
 
-    def tensor(
-        self, weight: Weight, after: State, value: torch.Tensor | QTensor
-    ) -> tuple[torch.Tensor | QTensor, float | None]:
+    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
         from compress.algebra.grid import round_to_nearest
         from compress.qtensor import QTensor
 
-        assert after.scheme is not None and not isinstance(value, QTensor)
+        assert after.scheme is not None
+        assert not isinstance(value, QTensor)
         flat = value.reshape(-1, weight.columns)
         result = round_to_nearest(flat, after.scheme, value.dtype, self.clip)
         lead = value.shape[:-1]
         shaped = [None if t is None else t.reshape(*lead, -1) for t in (result.codes, result.scale, result.zero)]
-        assert shaped[0] is not None and shaped[1] is not None
+        assert shaped[0] is not None
+        assert shaped[1] is not None
         error = (result.squared_error / result.squared_norm) ** 0.5 if result.squared_norm else 0.0
         return QTensor(after.scheme, shaped[0], shaped[1], shaped[2]), error
 

@@ -13,7 +13,17 @@ from compress.algebra import grid
 from compress.algebra.grid import dequantize, round_to_nearest
 from compress.scheme import Scheme
 
-SCHEMES = ["w2a16g32", "w3a16g32", "w4a16g32", "w8a16g32", "w4a16", "w2a16g32-asym", "w3a16g32-asym", "w4a16g32-asym", "w8a16-asym"]
+SCHEMES = [
+    "w2a16g32",
+    "w3a16g32",
+    "w4a16g32",
+    "w8a16g32",
+    "w4a16",
+    "w2a16g32-asym",
+    "w3a16g32-asym",
+    "w4a16g32-asym",
+    "w8a16-asym",
+]
 
 
 def oracle(row: list[float], scheme: Scheme, dtype: torch.dtype) -> tuple[list[int], list[float], list[int]]:
@@ -106,7 +116,9 @@ def test_mse_clip_never_loses_per_group(text: str) -> None:
         assert float(errors[1].sum()) < 0.9 * float(errors[0].sum())
 
 
-@pytest.mark.parametrize(("text", "decibel"), [("w4a16g128-asym", 19.94), ("w3a16g128-asym", 13.33), ("w2a16g128-asym", 5.97), ("w2a16g64-asym", 6.81)])
+@pytest.mark.parametrize(
+    ("text", "decibel"), [("w4a16g128-asym", 19.94), ("w3a16g128-asym", 13.33), ("w2a16g128-asym", 5.97), ("w2a16g64-asym", 6.81)]
+)
 def test_signal_to_noise_on_gaussian_weights(text: str, decibel: float) -> None:
     w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     found = round_to_nearest(w, Scheme.parse(text), torch.float32)

@@ -45,7 +45,9 @@ def main() -> None:
                 f"{q.perplexity:.3f}", f"{q.kl:.5f}", f"{q.kl_error:.5f}", f"{q.top1:.2%}", f"{result.seconds:.1f}",
             ))  # fmt: skip
     table(("recipe", "tensor bytes", "bits/weight", "perplexity", "KL", "+-", "same top-1", "s"), rows)
-    print(f"source: {args.model.name}, {source.nbytes:,} bytes, perplexity {q.source_perplexity:.3f} on {args.text.name}, {q.protocol}")
+    print(
+        f"source: {args.model.name}, {source.nbytes:,} bytes, perplexity {q.source_perplexity:.3f} on {args.text.name}, {q.protocol}"
+    )
 
 
 if __name__ == "__main__":

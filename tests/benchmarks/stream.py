@@ -77,7 +77,9 @@ def synthetic(folder: Path, layers: int) -> Path:
         shard = {}
         for i in range(start, min(layers, start + 5)):
             shard.update({f"model.layers.{i}.{name}.weight": shape for name, shape in shapes.items()})
-            shard.update({f"model.layers.{i}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")})
+            shard.update(
+                {f"model.layers.{i}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+            )
         shards.append(shard)
     shards.append({"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)})
     for number, shard in enumerate(shards, start=1):
@@ -116,7 +118,9 @@ def main() -> None:
             rows["compress"].append(measure(sys.executable, OURS, source, Path(scratch) / "ours"))
             if args.peer:
                 rows["llm-compressor"].append(measure(args.peer, PEER, source, Path(scratch) / "theirs"))
-    print(f"device: CPU; source {source_bytes / 1e9:.2f} GB bf16, {args.layers} layers of 2048 / 5632; W4A16 g128; best of {args.rounds}")
+    print(
+        f"device: CPU; source {source_bytes / 1e9:.2f} GB bf16, {args.layers} layers of 2048 / 5632; W4A16 g128; best of {args.rounds}"
+    )
     best = {}
     for name, runs in rows.items():
         if runs:

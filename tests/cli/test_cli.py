@@ -16,7 +16,9 @@ from compress.errors import UsageError
 
 def compress(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-m", "compress", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", "compress", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
 
 
 def ok(*arguments: object, cwd: Path | None = None) -> str:
@@ -46,7 +48,10 @@ def test_a_recipe_file_may_name_its_model(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_events_are_json_lines(tiny: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in ok("run", tiny, tmp_path / "out", "rtn_w4", "--set", "1.scheme=w4a16g32", "--json").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in ok("run", tiny, tmp_path / "out", "rtn_w4", "--set", "1.scheme=w4a16g32", "--json").splitlines()
+    ]
     kinds = [line["event"] for line in lines]
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
@@ -60,7 +65,20 @@ def test_quiet_says_nothing(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_pass_by_itself(tiny: Path, tmp_path: Path) -> None:
-    said = ok("quantize", "rtn", tiny, tmp_path / "codes", "--scheme", "w4a16g32", "--targets", "attention", "--skip", "re:.*o_proj", "--clip", "mse")
+    said = ok(
+        "quantize",
+        "rtn",
+        tiny,
+        tmp_path / "codes",
+        "--scheme",
+        "w4a16g32",
+        "--targets",
+        "attention",
+        "--skip",
+        "re:.*o_proj",
+        "--clip",
+        "mse",
+    )
     assert "6 of 6 weights" in said
     assert f"compress pack {tmp_path / 'codes'}" in said
     assert "where:" in ok("pack", tmp_path / "codes", tmp_path / "packed", "--format", "compressed-tensors")
@@ -68,7 +86,9 @@ def test_a_pass_by_itself(tiny: Path, tmp_path: Path) -> None:
 
 def test_plan_prints_the_bytes_that_are_written(tiny: Path, artifact: Path) -> None:
     facts = json.loads(ok("plan", tiny, "-p", "quantize.rtn(scheme=w4a16g32) | pack", "--json", "--layers"))
-    assert facts["steps"][-1]["disk_bytes"] == sum((artifact / name).stat().st_size for name in ("model.safetensors", "config.json"))
+    assert facts["steps"][-1]["disk_bytes"] == sum(
+        (artifact / name).stat().st_size for name in ("model.safetensors", "config.json")
+    )
     assert len(facts["weights"]) == 21
     said = ok("plan", tiny, "rtn_w4")
     for word in ("2 decoder blocks", "ragged: 2", "memory:", "disk:", "reader:   transformers: yes"):
@@ -77,7 +97,14 @@ def test_plan_prints_the_bytes_that_are_written(tiny: Path, artifact: Path) -> N
 
 def test_show_tells_lineage_errors_and_notes(artifact: Path) -> None:
     said = ok("show", artifact)
-    for word in ("source:", "step 1:   quantize.rtn(scheme=w4a16g32)", "step 2:   pack()", "compressed-tensors", "codes(w4a16g32)", "untouched"):
+    for word in (
+        "source:",
+        "step 1:   quantize.rtn(scheme=w4a16g32)",
+        "step 2:   pack()",
+        "compressed-tensors",
+        "codes(w4a16g32)",
+        "untouched",
+    ):
         assert word in said
     assert "model.layers.1.mlp.up_proj.weight" in ok("show", artifact, "--layers")
     assert json.loads(ok("show", artifact, "--json"))["format"] == "compressed-tensors"
@@ -161,12 +188,16 @@ def test_a_folder_named_kernels_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
-    done = subprocess.run([sys.executable, "-m", "compress", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert "kernels shadows a package" in done.stderr
 
 
-@pytest.mark.parametrize(("text", "nbytes"), [("500MB", 500_000_000), ("5GB", 5_000_000_000), ("1GiB", 1 << 30), ("2048", 2048), ("1.5kB", 1500)])
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("500MB", 500_000_000), ("5GB", 5_000_000_000), ("1GiB", 1 << 30), ("2048", 2048), ("1.5kB", 1500)]
+)
 def test_sizes(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 

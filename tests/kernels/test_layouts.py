@@ -15,7 +15,18 @@ from compress.kernels.dispatch import formats, load_format
 from compress.qtensor import QTensor
 from compress.scheme import Scheme
 
-SCHEMES = ["w2a16g32", "w3a16g32", "w4a16g32", "w8a16g32", "w4a16", "w3a16g43", "w2a16g32-asym", "w3a16g32-asym", "w4a16g32-asym", "w8a16-asym"]
+SCHEMES = [
+    "w2a16g32",
+    "w3a16g32",
+    "w4a16g32",
+    "w8a16g32",
+    "w4a16",
+    "w3a16g43",
+    "w2a16g32-asym",
+    "w3a16g32-asym",
+    "w4a16g32-asym",
+    "w8a16-asym",
+]
 SHAPES = [(1, 32), (7, 64), (33, 96), (64, 172), (96, 86)]
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -43,11 +54,13 @@ def test_unpack_inverts_pack_and_shapes_are_declared(name: str, text: str, shape
         try:
             fmt.refuse(weight, state)
         except Refusal as refusal:
-            assert shape[1] % (scheme.group or 1), refusal
+            assert "do not divide" in str(refusal) and shape[1] % (scheme.group or 1)  # noqa: PT017, PT018
             return
     tensors = (fmt.encode if fmt else qtensor.encode)(weight, q)
     specs = fmt.specs(weight, state) if fmt else qtensor.specs(weight, state)
-    assert {s.name: (s.shape, s.nbytes) for s in specs} == {n: (tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items()}
+    assert {s.name: (s.shape, s.nbytes) for s in specs} == {
+        n: (tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items()
+    }
     assert equal((fmt.decode if fmt else qtensor.decode)(weight, state, tensors), q)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from support import run, step_of, tree
 
 from compress.checkpoint import open_checkpoint
 from compress.contract import Pass
@@ -14,6 +13,7 @@ from compress.discover import caption, load_pass, pass_files
 from compress.names import resolve as resolve_names
 from compress.recipe import Recipe, parse_one_liner, parse_yaml
 from compress.resolve import json_schema, resolve
+from support import run, step_of, tree
 
 EXAMPLES = {"quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)", "pack": "quantize.rtn(scheme=w4a16g32) | pack"}
 """A recipe that ends in each pass; a pass without one here must work with its defaults."""
