@@ -41,7 +41,7 @@ wheel: $(VENV)/dev
 	rm -rf dist build/lib
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
 
-# The embedded model anew, from the sources of the CPython that runs this; about half an hour on 2 cores.
+# The embedded model anew, from the sources of the CPython that runs this; about 20 minutes on 2 idle cores.
 demo-model: $(VENV)/demo
 	$(BIN)/python -m compress.demo.make_model
 

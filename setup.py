@@ -1,4 +1,4 @@
-"""Finds packages in the three rooms, so that a new folder or data file needs no edit here."""
+"""Finds packages in the rooms, so that a new folder needs no edit here."""
 
 from setuptools import find_packages, setup
 

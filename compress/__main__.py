@@ -1,4 +1,4 @@
-"""`compress` and `python -m compress`: warns of shadowed packages, then hands over to the typer app."""
+"""The entry point: warns of shadowed packages, then hands over to the app."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract: Context, Pass and its shapes, Format. A pass is its fields, and has no other state.
+"""The contract: Context, Pass and its shapes, Format.
 
     TensorPass   data-free, weight by weight       driver: stream
 Later shapes (LinearPass, BlockPass, TrainPass) stand beside it with drivers of their own.

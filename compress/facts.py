@@ -1,4 +1,4 @@
-"""Facts: what is true of each weight of a checkpoint, before and after every pass.
+"""Facts: what is true of each weight, before and after every pass.
 
 A Weight is one tensor of the source, by its name on disk, with its place in the model.
 A State is what holds for it: `dense`, or `codes(scheme)`. Replaying states over a recipe

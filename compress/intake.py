@@ -1,4 +1,4 @@
-"""Intake: one read of the whole source before anything is written: its identity, and no NaN or Inf.
+"""Intake: one read of the whole source; its identity, no NaN, no Inf.
 
 Gives the sha256 of every tensor and side file. Steps are named after this content, so the same input is
 recognised whatever its path or sharding; and a tensor that is carried along unchanged needs no second hash.
@@ -91,5 +91,4 @@ def _finite(chunk: memoryview, dtype: str) -> bool:
     import torch
 
     values = torch.frombuffer(chunk, dtype=torch_dtype(dtype))
-    total = values.sum(dtype=torch.float32 if dtype != "F64" else torch.float64)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

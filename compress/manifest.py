@@ -1,7 +1,7 @@
 """Manifest: how a checkpoint came to be; a checkpoint explains itself.
 
-`manifest.json` lies beside the shards. Everything but `measured` (timings, peak memory, the
-date, where the source lay) goes into the fingerprint, so that the same input, recipe, seed, threads and
+`manifest.json` lies beside the shards. Everything but `measured` (timings, peak memory, ranks, the
+date) goes into the fingerprint, so that the same input, recipe, seed, threads and
 instruction set give the same manifest, byte for byte.
 """
 

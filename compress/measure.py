@@ -1,4 +1,4 @@
-"""Measure: perplexity of two models and the divergence between them, with the protocol beside the numbers.
+"""Measure: perplexity and KL of two models, with the protocol beside them.
 
 Windows of `length` tokens without overlap, no BOS added, the first token of a window not scored, logits in fp32.
 KL(source || artifact) is in nats per scored token; its standard error takes windows as independent.

@@ -1,4 +1,4 @@
-"""Model: a runnable transformers model from a checkpoint in any state: dense, canonical codes, packed.
+"""Model: a runnable model from a checkpoint in any state.
 
 Codes are expanded to the dense dtype by QTensor.dequantize, the one meaning they have; transformers then places
 the tensors by its own mapping. Meant for models that fit in memory.

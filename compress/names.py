@@ -1,4 +1,4 @@
-"""Names: where each tensor on disk lands in the model, by transformers' own mapping on a meta instance.
+"""Names: where each tensor on disk lands, by transformers' own mapping.
 
 transformers renames, fuses and splits tensors while it loads. That mapping is run here on tensors without data:
 each tensor on disk finds its module, and with it its kind (linear, expert, embedding, head, router, norm), its

@@ -1,4 +1,4 @@
-"""Pipeline: check, skip what is done, run the rest in a .tmp sibling, verify, publish by one rename.
+"""Pipeline: check, skip what is done, run, verify, publish by one rename.
 
     OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
     OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock
@@ -204,7 +204,6 @@ def _manifest(
             "seconds": round(seconds, 3),
             "peak_resident_bytes": peak_resident_bytes(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "source_path": str(source.path.resolve()),
             "ranks": ctx.world_size,
         },
     ).sealed()

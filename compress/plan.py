@@ -1,4 +1,4 @@
-"""Plan: replays facts over a recipe and tells exact bytes, skips and peak memory, from headers only.
+"""Plan: replays facts over a recipe; exact bytes, from headers only.
 
 The plan is what the run then does: the shards it lays out are the ones that get written, so its sizes are exact
 by construction. What cannot be done is refused here, with every weight named, before any byte moves.

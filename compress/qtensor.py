@@ -1,4 +1,4 @@
-"""QTensor: the one canonical quantized form between quantize and pack, and how it lies on disk.
+"""QTensor: the one canonical quantized form, and how it lies on disk.
 
 `codes` uint8 [experts?, rows, columns] in 0 .. levels - 1, `scale` [experts?, rows, groups] in the dense
 weight's dtype, `zero` uint8 [experts?, rows, groups] (None when symmetric: the zero is then the middle code).

@@ -1,4 +1,4 @@
-"""Recipe: an ordered list of passes, read from YAML or a one-liner; prints back to the same text.
+"""Recipe: a list of passes, from YAML or a one-liner; prints back.
 
     version: 1                            quantize.rtn(scheme=w4a16g64) | pack(format=compressed-tensors)
     passes:

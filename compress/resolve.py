@@ -1,4 +1,4 @@
-"""Resolve: recipe lines become passes; every error of every line is reported at once."""
+"""Resolve: recipe lines become passes; all errors of all lines at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors headers: reading with every check, and writing before the data exists.
+"""Safetensors headers: read with every check, written before the data.
 
 A file is `u64 n`, n bytes of JSON, then the tensors without gaps. Headers are read through a function
 `read(offset, length)`, so that a local file and a range request to the Hub take the same checks. Raises

@@ -1,4 +1,4 @@
-"""Source: what MODEL names, a local directory or a model of the Hub, and opens it.
+"""Source: opens what MODEL names, a local directory or one of the Hub.
 
     path/to/model                      a directory; so is all that begins with . / or ~
     owner/name, name, owner/name@v1    a model of the Hub, at a branch, tag or commit

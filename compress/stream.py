@@ -1,4 +1,4 @@
-"""Stream: lifts a TensorPass to directory in, directory out, with one tensor per worker in memory.
+"""Stream: lifts a TensorPass to directory in, directory out.
 
 Every weight is one of three cases: its bytes are carried over inside the kernel (nothing changes), moved part by
 part (a format that stores the same streams under other names), or loaded, transformed and written. Weights are

@@ -1,4 +1,4 @@
-"""Writer: shards behind headers computed beforehand, a journal, and one rename at the end.
+"""Writer: shards behind headers computed beforehand, and a journal.
 
 Every tensor's place is known before any data exists, so tensors are written with pwrite in whatever order they
 are ready, by several threads or ranks, with one tensor in memory. A tensor that is written gets a line in the

@@ -1,1 +1,1 @@
-"""Formats and the kernels that execute them: one folder per format, `layout.py` in plain torch inside it."""
+"""Formats and the kernels that run them: one folder per format."""

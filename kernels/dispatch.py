@@ -1,4 +1,4 @@
-"""Dispatch: which formats there are, found by path; each folder with a `layout.py` is one."""
+"""Dispatch: which formats there are, found by path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lays codes out for one reader, and writes the config that this reader looks for.
+"""Lays codes out for one reader, with the config that it looks for.
 
 Codes are moved, never rounded again. What the format's reader could not load is refused before any byte moves.
 """

@@ -1,1 +1,1 @@
-"""Recipes that are worth running; each begins with the command that runs it and the result it measured."""
+"""Recipes worth running; each begins with its command and what it measured."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.discover import caption_of
+
 ROOT = Path(__file__).parents[1]
 ROOMS = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FLOORS = {
@@ -89,17 +91,31 @@ def test_files_have_a_caption_and_stay_short(module: str) -> None:
     path = modules()[module]
     caption = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
     assert caption, f"{path} has no caption"
-    assert len(caption[0]) < 110, f"{path}: the caption is {len(caption[0])} characters"
+    assert len(caption[0]) < 80, f"{path}: the caption is {len(caption[0])} characters"
     assert len(path.read_text().splitlines()) <= 400, f"{path} is over 400 lines"
 
 
 def test_readme_maps_every_file() -> None:
-    """The code map in README has one line for each file, and none for files that are gone."""
+    """The code map in README has one line for each file, its caption, and none for files that are gone."""
+    files = sorted(path for path in modules().values() if path.name != "__init__.py")
+    wanted = [f"| `{path.relative_to(ROOT)}` | {caption_of(path)} |" for path in files]
+    assert block("code map") == wanted, "make it anew: python tests/test_floors.py"
+
+
+def test_readme_has_the_options_of_every_pass() -> None:
+    """The text of `compress list`, the same that --help and the schema show."""
+    assert block("passes")[1:-1] == options_text().splitlines()
+
+
+def block(name: str) -> list[str]:
     text = (ROOT / "README.md").read_text()
-    block = text.split("<!-- code map -->")[1].split("<!-- end -->")[0]
-    named = {line.split("`")[1] for line in block.splitlines() if line.startswith("| `")}
-    files = {str(path.relative_to(ROOT)) for path in modules().values() if path.name != "__init__.py"}
-    assert named == files
+    lines = text.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0].strip().splitlines()
+    return [line for line in lines if not line.startswith(("| file", "| ---"))]
+
+
+def options_text() -> str:
+    command = [sys.executable, "-P", "-m", "compress", "list"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["quantize", "rtn", "--help"], ["recipes", "ls"]])
@@ -117,6 +133,21 @@ finally:
     assert done.returncode == 0, done.stderr
 
 
+def test_public_names_are_sorted_and_there() -> None:
+    import compress
+
+    assert sorted(compress.__all__) == compress.__all__
+    for name in compress.__all__:
+        assert getattr(compress, name).__name__ == name
+
+
 def test_import_compress_is_light() -> None:
     code = "import sys, compress; assert not {'torch', 'pydantic', 'typer'} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+if __name__ == "__main__":  # prints the blocks that README holds
+    print("| file | what it is |\n| --- | --- |")
+    for path in sorted(path for path in modules().values() if path.name != "__init__.py"):
+        print(f"| `{path.relative_to(ROOT)}` | {caption_of(path)} |")
+    print(f"\n```text\n{options_text()}\n```")

@@ -244,30 +244,12 @@ def test_untouched_towers_are_said(tiny: Path, tmp_path: Path) -> None:
     assert reasons["embedding"] == 1
 
 
-RANKS = """
-import sys
-from pathlib import Path
-import torch.distributed as dist
-from compress.checkpoint import open_checkpoint
-from compress.cli.run import context
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
-ctx = context(0, print)
-assert dist.get_world_size() == 2 and ctx.world_size == 2, "two processes were asked for"
-run(parse_one_liner(sys.argv[3]), open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), ctx)
-dist.destroy_process_group()
-"""
-
-
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "m", num_hidden_layers=3)
     run(model, tmp_path / "one", RECIPE)
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), str(model), str(tmp_path / "two"), RECIPE], capture_output=True, text=True, timeout=300
-    )
+    arguments = ["-m", "compress", "run", str(model), str(tmp_path / "two"), "-p", RECIPE]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = Manifest.read(tmp_path / "one"), Manifest.read(tmp_path / "two")
     assert one is not None

@@ -1,4 +1,4 @@
-"""Bit streams: codes of b bits, one after the other, least significant bit first.
+"""Bit streams: codes of b bits one after the other, lowest bit first.
 
 One rule for every width: value i of a row lies at bits [i*b, i*b + b) of the row's little-endian stream, and a
 row is padded with zero bits to whole 32-bit words. It is the order of GPTQ and of compressed-tensors,

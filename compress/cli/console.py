@@ -1,4 +1,4 @@
-"""Console: numbers and tables as people read them, and progress while a run goes on."""
+"""Console: numbers and tables as people read them, and progress."""
 
 from __future__ import annotations
 

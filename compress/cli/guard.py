@@ -1,4 +1,4 @@
-"""Guard: every verb's way out. Messages instead of tracebacks, and an exit status per kind of error."""
+"""Guard: every verb's way out; messages and exit statuses, no tracebacks."""
 
 from __future__ import annotations
 

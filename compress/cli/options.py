@@ -1,4 +1,4 @@
-"""Options that several verbs share, so that one flag has one spelling and one help text."""
+"""Options that verbs share: one flag, one spelling, one help text."""
 
 from __future__ import annotations
 

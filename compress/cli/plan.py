@@ -1,4 +1,4 @@
-"""`compress plan`: exact sizes, skips, peak memory and readers, from headers only."""
+"""`compress plan`: exact sizes, skips, memory and readers, from headers."""
 
 from __future__ import annotations
 

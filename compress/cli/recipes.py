@@ -1,4 +1,4 @@
-"""`compress recipes`: the recipes that are installed; list, show, copy, check, and the schema."""
+"""`compress recipes`: list, show, copy and check recipes; the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compressed-tensors `pack-quantized`: integer codes for transformers and vLLM.
+"""compressed-tensors `pack-quantized`: codes for transformers and vLLM.
 
 A linear `NAME.weight` [out, in] becomes
     NAME.weight_packed      int32 [out, ceil(in * b / 32)]   codes u = q + 2^(b-1), one bit stream per row

@@ -1,0 +1,1 @@
+"""The embedded trained model and its few KB of text, as package data."""
