@@ -32,7 +32,7 @@ _HOMES = {
     "parse_yaml": "recipe",
     "run": "pipeline",
 }
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
