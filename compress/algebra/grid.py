@@ -60,7 +60,7 @@ def round_to_nearest(w: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, 
             if zero is not None:
                 zero[rs, g0:g1] = z.squeeze(-1).to(torch.uint8)
             error = q.sub_(z).mul_(s).sub_(part)
-            for i, values in enumerate((error.view(-1), part.view(-1))):
+            for i, values in enumerate((error.reshape(-1), part.reshape(-1))):
                 sums[i] += float(torch.dot(values, values))
     return Rounded(codes, scale, zero, sums[0], sums[1])
 

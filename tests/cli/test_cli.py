@@ -146,7 +146,7 @@ WRONG = {
     "unknown option": (["run", "a", "b", "--sed", "1"], 2, "No such option"),
     "no recipe": (["run", "{tiny}", "{out}"], 2, "neither"),
     "file and one-liner": (["run", "{tiny}", "{out}", "rtn_w4", "-p", "pack"], 2, "both"),
-    "unknown recipe": (["run", "{tiny}", "{out}", "rtn_w5"], 2, "did you mean 'rtn_w4'"),
+    "unknown recipe": (["run", "{tiny}", "{out}", "rtn_mixd"], 2, "did you mean 'rtn_mixed'"),
     "unknown pass": (["run", "{tiny}", "{out}", "-p", "quantise.rtn"], 2, "did you mean 'quantize.rtn'"),
     "unknown option of a pass": (["run", "{tiny}", "{out}", "-p", "quantize.rtn(sheme=w4a16)"], 2, "did you mean 'scheme'"),
     "bad scheme": (["quantize", "rtn", "{tiny}", "{out}", "--scheme", "w5a16"], 2, "2, 3, 4, 8"),
