@@ -65,7 +65,8 @@ class Writer:
             self.journal = self.read_journals()
             self._journal_stream = open(self.path / f"journal.{self.rank}", "ab", buffering=0)  # noqa: SIM115
             # A crash may have cut the last line; the next one must not be glued to it.
-            self._journal_stream.write(b"\n")
+            if self._journal_stream.tell():
+                self._journal_stream.write(b"\n")
 
     def read_journals(self) -> dict[str, dict[str, Any]]:
         """Entries of every rank's journal by weight name; a line cut off by a crash is left out."""
