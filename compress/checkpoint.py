@@ -82,7 +82,10 @@ class Checkpoint:
     def descriptor(self, file: str) -> int:
         """An open descriptor of a shard; shards stay open as long as the checkpoint lives."""
         if file not in self._files:
-            self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise InputError(str(self.path / file), "a readable file", error.strerror or str(error)) from None
         return self._files[file]
 
     def close(self) -> None:

@@ -126,6 +126,7 @@ def make_plan(
     weights = [weight for weight in model.weights if weight.name not in dropped]
     states = {name: entry.state for name, entry in checkpoint.logical.items() if name not in dropped}
     skips = [_regex(text) for text in allow_skips]
+    skipped: set[str] = set()
     steps: list[StepPlan] = []
     problems: list[Problem] = []
     verdicts: tuple[Verdict, ...] = ()
@@ -147,12 +148,18 @@ def make_plan(
             # What packing would say of weights that an earlier line could not take is no news.
             continue
         problems += [Problem(f"{where}: '{name}'", "", reason, do) for name, reason, do in wrong]
+        skipped.update(step.skipped if step is not None else ())
         if step is not None:
             steps.append(step)
         if fmt is not None:
             verdicts = tuple(fmt.readers(weights, states))
     if kind is not None:
         raise kind(_folded(problems))
+    for regex in skips:
+        if not any(regex.search(name) for name in skipped):
+            raise UsageError(
+                f"--allow-skips '{regex.pattern}'", "a weight that cannot be transformed", "none that matches", "leave it out"
+            )
     return Plan(model, list(passes), steps, checkpoint.nbytes, threads, verdicts, dropped)
 
 

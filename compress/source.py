@@ -11,6 +11,7 @@ the index, and the headers by range requests. Messages hold no URL and no header
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,10 +207,16 @@ def _hub_errors(model: str) -> Iterator[None]:
     # HTTPError is httpx's or httpx2's, as the library's version has it; RuntimeError is what its xet client raises.
     http: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     expected = (OSError, ValueError, RuntimeError, http, errors.CachedRepoTreeNotFoundError)
+    # The library's warnings of interrupted downloads quote signed URLs, which open the file to whoever reads the log.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except expected as error:
         raise _told(model, error) from None
+    finally:
+        logger.setLevel(level)
 
 
 def _told(model: str, error: Exception) -> CompressError:

@@ -46,6 +46,9 @@ class Writer:
     def open(self, step_id: str) -> None:
         """Makes or reopens the directory. What an interrupted run of the same step has finished is kept."""
         stamp = self.path / "step"
+        # The same step cut into other shards is another layout: what lies there is of no use then.
+        layout = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
+        step_id = f"{step_id} {layout}"
         if self.path.exists() and (not stamp.is_file() or stamp.read_text() != step_id):
             shutil.rmtree(self.path)
         with _said(self.path):

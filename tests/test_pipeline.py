@@ -16,7 +16,7 @@ import pytest
 from compress import pipeline
 from compress.checkpoint import open_checkpoint
 from compress.contract import Context
-from compress.errors import CompressError, CoverageError, FormatError, InputError, MachineError, RecipeError
+from compress.errors import CompressError, CoverageError, FormatError, InputError, MachineError, RecipeError, UsageError
 from compress.manifest import Manifest
 from compress.pipeline import clean, locked, steps_folder
 from compress.writer import Writer
@@ -152,6 +152,33 @@ def test_killed_and_run_again_gives_the_same_bytes(tiny: Path, tmp_path: Path, d
     assert not list(steps_folder(out).glob("*.tmp"))
 
 
+def test_going_on_with_other_shards_starts_that_step_over(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.stream as stream
+
+    reference = run(tiny, tmp_path / "ref", RECIPE)
+    move, left = stream._move, [9]
+
+    def stopping(*args: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return move(*args)
+
+    monkeypatch.setattr(stream, "_move", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "out", RECIPE)
+    monkeypatch.undo()
+    assert run(tiny, tmp_path / "out", RECIPE, shard_bytes=20_000).manifest.digests == reference.manifest.digests
+
+
+def test_a_damaged_output_is_not_up_to_date(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "out", RECIPE)
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="truncated"):
+        run(tiny, tmp_path / "out", RECIPE)
+
+
 def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +260,8 @@ def test_named_skips_become_counted_lines(tiny: Path, tmp_path: Path) -> None:
     assert [(note.count, "do not divide 96 columns" in note.reason) for note in skipped] == [(2, True)]
     assert step_of(tmp_path / "out", "quantize.rtn")
     assert Manifest.read(step_of(tmp_path / "out", "quantize.rtn")).coverage == {"targeted": 14, "transformed": 12, "skipped": 2}  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="none that matches"):
+        run(tiny, tmp_path / "never", "quantize.rtn(scheme=w4a16g32)", allow_skips=["down_proj"])
     divided = run(tiny, tmp_path / "divided", "quantize.rtn(scheme=w4a16g64, ragged=divide) | pack")
     assert [(n.what, n.count) for n in divided.manifest.notes if n.what == "ragged"] == [("ragged", 2)]
 

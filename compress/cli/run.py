@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,6 +80,8 @@ def execute(
         if recipe.model is None:
             raise RecipeError("model", "a model in the recipe, or as an argument", "neither")
         model = recipe.model
+    elif recipe.model not in (None, model) and not quiet:
+        print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit)
     source = open_source(model)
     with console.events(json_, quiet) as receive:
