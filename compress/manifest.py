@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import InputError
 
-SCHEMA_VERSION = 1
 FILE = "manifest.json"
 
 
@@ -67,7 +66,7 @@ class Source(_Model):
 class Manifest(_Model):
     """The content of `manifest.json`."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     compress_version: str
     fingerprint: str = ""
     parent: str = Field(description="fingerprint of the checkpoint this one was made from")

@@ -46,9 +46,6 @@ class Model:
     initialised: frozenset[str] = frozenset()
     """Linear modules whose `.weight` transformers' own initialisation takes without asking whether it is there."""
 
-    def by_name(self) -> dict[str, Weight]:
-        return {weight.name: weight for weight in self.weights}
-
 
 def model_class(config: dict[str, Any]) -> tuple[type, Any]:
     """transformers' class for a config, and the config object. Never runs code that the checkpoint brings."""

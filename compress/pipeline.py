@@ -80,7 +80,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     plan = planned(None)
     with locked(out, ctx):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
-        truly_tied = frozenset(a for a, s in model.duplicates.items() if intake.digests[a] == intake.digests[s])
+        truly_tied = frozenset(a for a, s in model.duplicates.items() if intake.digests.get(a, a) == intake.digests.get(s, s))
         if truly_tied != plan.dropped:
             plan = planned(truly_tied)
         existing = ctx.broadcast(_existing(out, intake, plan.passes, ctx.seed) if ctx.is_main else None)
