@@ -67,7 +67,8 @@ class Checkpoint:
                 record = records[whole]
                 found[whole] = Logical(record.dtype, record.shape, State.parse(record.state), record.transposed)
             else:
-                found[ref.name] = Logical(ref.dtype, ref.shape, DENSE, False)
+                state = State.parse(records[ref.name].state) if ref.name in records else DENSE
+                found[ref.name] = Logical(ref.dtype, ref.shape, state, False)
         return found
 
     @property

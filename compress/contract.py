@@ -124,6 +124,10 @@ class TensorPass(Pass):
         """
         raise TypeError(f"{type(self).__name__} does not transform")
 
+    def workspace_bytes(self, weight: Weight) -> int:
+        """Memory for the work on one weight, besides its tensor before and after: byte codes and temporaries."""
+        return weight.numel * 3 // 2
+
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
         """Counted lines for the manifest about choices this pass made; `states` are those after it."""
         return []

@@ -1,8 +1,8 @@
 """Facts: what is true of each weight, before and after every pass.
 
 A Weight is one tensor of the source, by its name on disk, with its place in the model.
-A State is what holds for it: `dense`, or `codes(scheme)`. Replaying states over a recipe
-is a type check that costs no bytes: a pass says what a weight becomes, or refuses it.
+A State is what holds for it: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are masked too. Replaying
+states over a recipe is a type check that costs no bytes: a pass says what a weight becomes, or refuses it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compress.scheme import Scheme
+from compress.sparsity import Sparsity
 
 Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "other"]
 MATRICES: frozenset[str] = frozenset({"linear", "expert", "embedding", "head"})
@@ -94,19 +95,26 @@ class Weight:
 
 @dataclass(frozen=True)
 class State:
-    """What holds for one weight: `dense` (scheme None) or `codes(scheme)`; parses and prints back."""
+    """What holds for one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`.
+
+    Without a scheme the weight is stored as a plain tensor. Parses and prints back.
+    """
 
     scheme: Scheme | None = None
+    sparsity: Sparsity | None = None
 
     @classmethod
     def parse(cls, text: str) -> State:
-        match = re.fullmatch(r"dense|codes\((?P<scheme>[^()]+)\)", text)
-        if match is None:
+        match = re.fullmatch(r"dense|(codes\((?P<scheme>[^()]+)\))?\+?(masked\((?P<sparsity>[^()]+)\))?", text)
+        if match is None or not text:
             raise ValueError(f"unknown state '{text}'")
-        return cls(Scheme.parse(match["scheme"]) if match["scheme"] else None)
+        scheme = Scheme.parse(match["scheme"]) if match["scheme"] else None
+        return cls(scheme, Sparsity.parse(match["sparsity"]) if match["sparsity"] else None)
 
     def __str__(self) -> str:
-        return "dense" if self.scheme is None else f"codes({self.scheme})"
+        parts = [f"codes({self.scheme})"] if self.scheme else []
+        parts += [f"masked({self.sparsity})"] if self.sparsity else []
+        return "+".join(parts) or "dense"
 
 
 DENSE = State()

@@ -163,7 +163,7 @@ def _manifest(
     records: dict[str, WeightRecord] = {}
     for weight in plan.weights:
         state = step.after[weight.name]
-        if state == DENSE and weight.name not in step.transformed:
+        if state == DENSE:
             continue
         old = earlier.get(weight.name)
         error = entries[weight.name].get("error", old.error if old else None)

@@ -189,10 +189,10 @@ def _step(
     touched = [weight for weight in chosen if weight.name not in skipped]
     notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
     notes += _untouched(weights, after)
-    canonical = fmt is None and any(after[w.name] != DENSE for w in weights)
+    canonical = fmt is None and any(after[w.name].scheme for w in weights)
     specs = [spec for w in weights for spec in layout_specs(fmt, w, after[w.name])]
     shards = arrange(specs, shard_bytes, CANONICAL_STEM if canonical else STEM)
-    work = max((_workspace(weight, after[weight.name], fmt) for weight in touched), default=0)
+    work = max((_workspace(pass_, weight, after[weight.name], fmt) for weight in touched), default=0)
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
         _config_text(checkpoint.config, fmt, model, after), tuple(notes), max(work, 32 << 20),
@@ -200,11 +200,11 @@ def _step(
     return step, [], after
 
 
-def _workspace(weight: Weight, after: State, fmt: Format | None) -> int:
-    """Bytes one worker holds at most: the dense tensor, byte codes, the stream being packed and its parts."""
+def _workspace(pass_: TensorPass, weight: Weight, after: State, fmt: Format | None) -> int:
+    """Bytes one worker holds at most: the dense tensor, the pass's own, the stream being packed and its parts."""
     stream = sum(spec.nbytes for spec in layout_specs(fmt, weight, after))
     dense = 0 if fmt is not None else weight.nbytes
-    return dense + weight.numel + 2 * stream + weight.numel // 2 + (16 << 20)
+    return dense + pass_.workspace_bytes(weight) + 2 * stream + (16 << 20)
 
 
 def _config_text(config: dict[str, Any], fmt: Format | None, model: Model, states: dict[str, State]) -> str:
@@ -212,7 +212,7 @@ def _config_text(config: dict[str, Any], fmt: Format | None, model: Model, state
     content = {key: value for key, value in config.items() if key != "quantization_config"}
     if fmt is not None:
         content["quantization_config"] = fmt.config(model, states)
-    elif any(state != DENSE for state in states.values()):
+    elif any(state.scheme for state in states.values()):
         content["quantization_config"] = {"quant_method": CANONICAL, "format": "canonical"}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 

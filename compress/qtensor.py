@@ -32,6 +32,14 @@ class QTensor:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
 
+    def nonzero(self) -> torch.Tensor:
+        """Which entries mean anything but zero, bool [experts?, rows, columns]."""
+        if self.zero is None:
+            return self.codes != self.scheme.middle
+        group = self.scheme.group or self.codes.shape[-1]
+        spread = self.zero.repeat_interleave(group, dim=-1)[..., : self.codes.shape[-1]]
+        return self.codes != spread
+
     def dequantize(self) -> torch.Tensor:
         """fp32 weights [experts?, rows, columns]."""
         from compress.algebra.grid import dequantize
@@ -42,6 +50,11 @@ class QTensor:
 def as_matrix(weight: Weight, stored: torch.Tensor) -> torch.Tensor:
     """A stored tensor seen as [experts?, rows, columns]; the function is its own inverse."""
     return stored.transpose(-1, -2) if weight.transposed and weight.experts is not None else stored
+
+
+def along_inputs(weight: Weight, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix [experts?, rows, columns] with its inputs last; its own inverse. Only a Conv1D has them elsewhere."""
+    return matrix.transpose(-1, -2) if weight.transposed and weight.experts is None else matrix
 
 
 def part_shapes(weight: Weight, scheme: Scheme) -> dict[str, tuple[int, ...]]:

@@ -15,9 +15,10 @@ from typing import Any
 from compress import qtensor
 from compress.checkpoint import Checkpoint
 from compress.contract import Context
-from compress.facts import DENSE, Weight
+from compress.facts import Weight
 from compress.intake import single_threaded
 from compress.plan import MAX_WORKERS, StepPlan
+from compress.sparsity import Sparsity
 from compress.writer import Writer, trim_memory
 
 
@@ -88,9 +89,11 @@ def _move(
         if written.keys() == set(wanted):
             return written, None
     value: Any = {name: source.read(name) for name in names}
-    value = qtensor.as_matrix(weight, value[weight.name]) if before == DENSE else qtensor.decode(weight, before, value)
+    value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
     result, error = step.pass_.tensor(weight, after, value)
     del value
+    if after.sparsity is not None:
+        check_mask(weight, after.sparsity, result)
     if isinstance(result, qtensor.QTensor):
         encode = step.format.encode if step.format else qtensor.encode
         parts = encode(weight, result)
@@ -101,6 +104,15 @@ def _move(
         if name not in written:
             written[name] = writer.put(name, parts[name])
     return written, error
+
+
+def check_mask(weight: Weight, sparsity: Sparsity, value: Any) -> None:
+    """A pass that was to keep, or to make, a pattern of zeros must have done so."""
+    from compress.algebra import masks
+
+    nonzero = value.nonzero() if isinstance(value, qtensor.QTensor) else value != 0
+    if not masks.holds(qtensor.along_inputs(weight, nonzero), sparsity):
+        raise AssertionError(f"{weight.name} is not masked({sparsity}) after this pass")
 
 
 def _carry(source: Checkpoint, writer: Writer, there: str, here: str) -> None:

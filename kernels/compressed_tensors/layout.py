@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.contract import Format, Verdict
 from compress.errors import Refusal
-from compress.facts import DENSE, State, TensorSpec, Weight
+from compress.facts import State, TensorSpec, Weight
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class CompressedTensors(Format):
         weights = model.weights
         refused = self._refuse_model(model, states)
         experts = [weight for weight in weights if weight.kind == "expert" and weight.experts is None]
-        if len({states[weight.name] for weight in experts}) > 1:
+        if len({states[weight.name].scheme for weight in experts}) > 1:
             kinds = ", ".join(sorted({str(states[weight.name]) for weight in experts}))
             reason = f"transformers takes one scheme for all experts and would load others silently wrong; here: {kinds}"
             refused += [(w.name, reason, "give all experts one scheme") for w in experts]
@@ -89,7 +89,7 @@ class CompressedTensors(Format):
         loses = "transformers fuses this tensor while loading, takes it for a packed one and loses it"
         refused = []
         for weight in model.weights:
-            quantized = states[weight.name] != DENSE
+            quantized = states[weight.name].scheme is not None
             if weight.module_class in _split_experts() and not quantized:
                 refused.append((weight.name, _SPLIT, _NEVER))
             if weight.name in model.by_weight and not quantized:
@@ -162,7 +162,7 @@ class CompressedTensors(Format):
                 members[scheme].append(weight)
         quantized = {_module(weight) for group in members.values() for weight in group}
         dense = [path for path in model.linears if path not in quantized]
-        dense += [_module(w) for w in model.weights if w.kind in ("router", "expert") and states[w.name] == DENSE]
+        dense += [_module(w) for w in model.weights if w.kind in ("router", "expert") and not states[w.name].scheme]
         groups = {}
         # Experts first: transformers takes the first group whose regexes mention experts, shared ones too, for theirs.
         for number, scheme in enumerate(sorted(members, key=lambda s: (all(w.kind != "expert" for w in members[s]), str(s)))):

@@ -48,7 +48,7 @@ class Rtn(TargetedPass):
             raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
         if weight.dtype not in FLOATS or len(weight.shape) not in (2, 3) or not weight.numel:
             raise Refusal(f"{weight.dtype} {list(weight.shape)} cannot be rounded", "skip it by name")
-        return State(self._fitting(weight))
+        return State(self._fitting(weight), state.sparsity)
 
     def _fitting(self, weight: Weight) -> Scheme:
         """The scheme with a group that divides this weight's columns."""

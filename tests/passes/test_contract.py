@@ -15,7 +15,11 @@ from compress.recipe import Recipe, parse_one_liner, parse_yaml
 from compress.resolve import json_schema, resolve
 from support import run, step_of, tree
 
-EXAMPLES = {"quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)", "pack": "quantize.rtn(scheme=w4a16g32) | pack"}
+EXAMPLES = {
+    "prune.magnitude": "prune.magnitude(sparsity=2:4)",
+    "quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)",
+    "pack": "quantize.rtn(scheme=w4a16g32) | pack",
+}
 """A recipe that ends in each pass; a pass without one here must work with its defaults."""
 
 
