@@ -198,7 +198,9 @@ def assemble(
         raise InputError(str(config_path), "the model's config.json", "no such file")
     side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not is_weights(f))
     left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in shards)] + others
-    checkpoint = Checkpoint(path, refs, read_json(config_path), side, Manifest.read(path), tuple(left), name, origin)
+    manifest = Manifest.read(path)
+    left += [MANIFEST_FILE] if MANIFEST_FILE in files and manifest is None else []
+    checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), name, origin)
     check_index(checkpoint, path, files, set(shards))
     check_records(checkpoint)
     return checkpoint

@@ -66,15 +66,31 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
             raise InputError(
                 f"{checkpoint.path}: '{changed[0]}'", "the bytes that manifest.json names", "other bytes", "make it anew"
             )
+        for name, digest in manifest.files.items():
+            path = checkpoint.path / name
+            if not path.is_file() or file_digest(path) != digest:
+                got = "other bytes" if path.is_file() else "no such file"
+                raise InputError(str(path), "the bytes that manifest.json names", got, "make the checkpoint anew")
         return Intake(digests, dict(manifest.files), manifest.fingerprint, nonfinite)
     files = {name: file_digest(checkpoint.path / name) for name in ("config.json", *checkpoint.side_files)}
     return Intake(digests, files, content_fingerprint(digests, files), nonfinite)
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """sha256 of a file. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(str(path), "a readable file", error.strerror or str(error)) from None
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are equal, bit by bit."""
+    a, b = checkpoint.refs.get(one), checkpoint.refs.get(other)
+    if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return all(x == y for x, y in zip(checkpoint.chunks(one), checkpoint.chunks(other), strict=True))
 
 
 def single_threaded() -> None:

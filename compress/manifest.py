@@ -94,11 +94,22 @@ class Manifest(_Model):
     def to_text(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
+    @staticmethod
+    def is_ours(path: Path) -> bool:
+        """Whether a `manifest.json` is one of compress; other tools use the name too."""
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(content, dict) and {"compress_version", "lineage"} <= content.keys()
+
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:
-        """The manifest of `directory`, None if it has none. Raises InputError if it was altered."""
+        """The manifest of `directory`, None if it has none of ours. Raises InputError if it was altered."""
         path = directory / FILE
         if not path.is_file():
+            return None
+        if not cls.is_ours(path):
             return None
         try:
             manifest = cls.model_validate_json(path.read_bytes())

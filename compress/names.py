@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
+_MOST_BLOCKS = 2000
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
 
@@ -54,7 +55,7 @@ def model_class(config: dict[str, Any]) -> tuple[type, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         do = "update transformers" if not config.get("auto_map") else "code from the checkpoint (auto_map) is not run"
         near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
         raise InputError("config.json", "a model_type that transformers knows", f"'{kind}'{near}", do)
@@ -64,14 +65,15 @@ def model_class(config: dict[str, Any]) -> tuple[type, Any]:
         if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
     ]
     known = {cls for table in tables for cls in ([table[kind]] if isinstance(table.get(kind), str) else table.get(kind, ()))}
-    wanted = (config.get("architectures") or [None])[0]
+    listed = config.get("architectures") or [None]
+    wanted = listed[0] if isinstance(listed, list) and isinstance(listed[0], str | None) else listed
     if wanted is None:
         wanted = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or modeling_auto.MODEL_MAPPING_NAMES.get(kind)
-    if wanted not in known:
+    if not isinstance(wanted, str) or wanted not in known:
         raise InputError(
             "config.json", f"architectures: one of {', '.join(sorted(known))}", f"'{wanted}' for model_type '{kind}'"
         )
-    clean = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    clean = _without(config, {"auto_map", "quantization_config", "_attn_implementation", "attn_implementation"})
     parser = CONFIG_MAPPING[kind]
     try:
         # from_dict alone does not know how save_pretrained writes an infinity.
@@ -80,11 +82,19 @@ def model_class(config: dict[str, Any]) -> tuple[type, Any]:
         raise InputError("config.json", f"a valid config of '{kind}'", str(error).strip().splitlines()[0]) from error
 
 
+def _without(config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    """A config, nested ones included, without `keys`: what says how to run a model says nothing of its tensors."""
+    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in config.items() if k not in keys}
+
+
 def meta_model(config: dict[str, Any]) -> nn.Module:
     """The model without data."""
     import torch
 
     cls, parsed = model_class(config)
+    blocks = getattr(parsed.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(blocks, int) and not 0 < blocks <= _MOST_BLOCKS:
+        raise InputError("config.json", f"num_hidden_layers from 1 to {_MOST_BLOCKS}", str(blocks))
     try:
         with torch.device("meta"):
             model = cls(parsed)
@@ -104,9 +114,9 @@ def resolve(checkpoint: Checkpoint, allow_dtype_mismatch: bool = False) -> Model
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises InputError for a checkpoint that another tool, or our own `pack`, has quantized."""
     quantization = checkpoint.config.get("quantization_config")
-    if not isinstance(quantization, dict):
+    if quantization is None:
         return
-    method = quantization.get("quant_method", "unknown")
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
     canonical = method == CANONICAL and checkpoint.manifest is not None and checkpoint.manifest.format == "canonical"
     if not canonical:
         raise InputError(
@@ -129,12 +139,17 @@ class _Resolver:
         self.hidden = getattr(text, "hidden_size", None)
         self.experts = {getattr(text, name) for name in _EXPERT_COUNTS if isinstance(getattr(text, name, None), int)}
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+        self.pairs: dict[str, set[str]] = defaultdict(set)
+        for alias, kept in self.tied.items():
+            self.pairs[alias].add(kept)
+            self.pairs[kept].add(alias)
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         self.embeddings = [module for module in (inputs, getattr(model, "shared", None)) if module is not None]
         self.head = outputs
 
     def run(self, allow_dtype_mismatch: bool) -> Model:
         places = self.places()
+        self.reached = {parameter for parameter, _ in places.values()}
         weights, unused = [], []
         for name, entry in self.logical.items():
             parameter, transposed = places.get(name, ("", False))
@@ -145,8 +160,7 @@ class _Resolver:
             weights.append(self.weight(name, entry, parameter, transposed))
         if not allow_dtype_mismatch:
             self.check_dtypes(weights)
-        reached = {parameter for parameter, _ in places.values()}
-        self.check_missing(reached | self.produced)
+        self.check_missing(self.reached | self.produced)
         if self.problems:
             raise InputError(self.problems[:20])
         on_disk = {parameter: name for name, (parameter, _) in places.items()}
@@ -245,7 +259,9 @@ class _Resolver:
         if any(module is embedding for embedding in self.embeddings):
             return "embedding", False, ""
         if module is self.head:
-            return "head", False, ""
+            # The only copy of a tied pair serves both sides, whatever it is called on disk.
+            pair = {f"{path}.{attribute}", *self.pairs.get(f"{path}.{attribute}", ())}
+            return ("head" if len(pair) == 1 or len(pair & self.reached) > 1 else "embedding"), False, ""
         if "router" in label or "topk" in label or (last in _ROUTER_NAMES and shape[0] in {*self.experts, 1}):
             return "router", False, ""
         if isinstance(module, Conv1D) and attribute == "weight":
@@ -299,7 +315,8 @@ class _Resolver:
             if any(alias in reached for alias, target in self.tied.items() if target == parameter):
                 continue
             if not any(pattern.search(parameter) for pattern in ignored):
-                self.problems.append(Problem(f"'{parameter}'", "a tensor for it on disk", "none", "fetch the model again"))
+                do = "fetch the model again, or say in config.json what it is tied to"
+                self.problems.append(Problem(f"'{parameter}'", "a tensor for it on disk", "none", do))
 
 
 def _is_linear(module: nn.Module) -> bool:

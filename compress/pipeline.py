@@ -18,16 +18,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.contract import Context, Pass, isa
-from compress.errors import InputError, MachineError
+from compress.errors import InputError, MachineError, Problem
 from compress.facts import DENSE, Note, Weight
-from compress.intake import Intake, file_digest, take_in
+from compress.intake import Intake, file_digest, same_bytes, take_in
 from compress.manifest import FILE, Manifest, NoteRecord, Source, Step, WeightRecord, hash_json
 from compress.names import resolve
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
@@ -59,7 +59,43 @@ class Result:
 
 def steps_folder(out: Path) -> Path:
     """Where the steps of `out` lie."""
+    out = Path(os.path.abspath(out))
     return out.parent / f"{out.name}.steps"
+
+
+def placed(out: Path, source: Checkpoint) -> Path:
+    """`out` as an absolute path. Raises InputError for a place that no run may take."""
+    out = Path(os.path.abspath(out))
+    if out.is_symlink():
+        raise InputError(str(out), "a directory to make", "a link", "name the place itself")
+    if not out.name or source.path.resolve() in out.resolve().parents:
+        raise InputError(str(out), "a directory outside MODEL", "one inside it", "choose another OUT")
+    return out
+
+
+def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
+    """NaN and Inf may be carried along, never computed with: one would spoil every weight that shares its scale."""
+    touched = {name for step in plan.steps if step.format is None for name in step.transformed}
+    if spoiled := sorted(touched & set(intake.nonfinite)):
+        raise InputError(
+            [Problem(f"'{name}'", "finite numbers in a weight that is to be transformed", "NaN or Inf", "put it under skip")
+             for name in spoiled[:20]]
+        )  # fmt: skip
+
+
+def _kept(place: Path, ctx: Context) -> bool:
+    """Whether a step is there and every byte is what its manifest says; a damaged one is removed, to be made again."""
+    if not place.is_dir():
+        return False
+    try:
+        checkpoint = open_checkpoint(place)
+        take_in(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
+        checkpoint.close()
+    except InputError as error:
+        ctx.tell("damaged", where=str(place), reason=str(error))
+        shutil.rmtree(place)
+        return False
+    return True
 
 
 def step_id(parent: str, pass_: Pass, seed: int) -> str:
@@ -71,19 +107,17 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     """Runs `recipe` over `source` into `out`. Raises CompressError; then nothing is published."""
     started = time.perf_counter()
     options = options or Options()
+    out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
     model = resolve(source, options.allow_dtype_mismatch)
 
-    def planned(dropped: frozenset[str] | None) -> Plan:
-        return make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes)
-
-    plan = planned(None)
+    # config.json may tie what a checkpoint holds twice; only what is equal is written once.
+    dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
+    plan = make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes)
     with locked(out, ctx):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
-        truly_tied = frozenset(a for a, s in model.duplicates.items() if intake.digests.get(a, a) == intake.digests.get(s, s))
-        if truly_tied != plan.dropped:
-            plan = planned(truly_tied)
-        existing = ctx.broadcast(_existing(out, intake, plan.passes, ctx.seed) if ctx.is_main else None)
+        refuse_nonfinite(plan, intake)
+        existing = ctx.broadcast(_existing(out, intake, plan.passes, ctx) if ctx.is_main else None)
         if existing is not None:
             return Result(out, plan, existing, False, time.perf_counter() - started)
         if ctx.is_main:
@@ -95,7 +129,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
             last = step is plan.steps[-1]
             identity = step_id(fingerprint, step.pass_, ctx.seed)
             place = out if last else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
-            if not place.is_dir():
+            if not ctx.broadcast(_kept(place, ctx) if ctx.is_main else None):
                 made = _run_step(step, plan, current, digests, fingerprint, identity, place, intake, manifest, ctx)
                 ctx.tell("step", name=step.name, where=str(place), seconds=made)
             ctx.barrier()
@@ -132,10 +166,8 @@ def _run_step(
         _verify(writer, plan.weights, entries)
         manifest = _manifest(step, plan, source, parent, identity, intake, before, entries, seconds, ctx)
         side = [source.path / name for name in source.side_files]
-        if step is not plan.steps[-1]:
-            for shard in step.shards:
-                os.chmod(writer.path / shard.file, 0o444)
-        writer.publish({"config.json": step.config_text, FILE: manifest.to_text()}, side, place)
+        texts = {"config.json": step.config_text, FILE: manifest.to_text()}
+        writer.publish(texts, side, place, read_only=step is not plan.steps[-1])
     ctx.barrier()
     return seconds
 
@@ -215,21 +247,23 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _existing(out: Path, intake: Intake, passes: list[Pass], seed: int) -> Manifest | None:
-    """OUT's manifest if OUT is what this run would make. Raises InputError if OUT is something else."""
+def _existing(out: Path, intake: Intake, passes: list[Pass], ctx: Context) -> Manifest | None:
+    """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
     if not out.exists():
         return None
-    manifest = Manifest.read(out) if out.is_dir() else None
     do = "choose another OUT, or remove it"
+    manifest = Manifest.read(out) if out.is_dir() else None
     if manifest is None:
-        raise InputError(str(out), "no such directory yet, or one that this recipe made", "something else", do)
-    lineage = list(manifest.lineage)
-    made_here = lineage[-len(passes) :]
+        got = "a directory that compress did not make" if out.is_dir() else "a file"
+        raise InputError(str(out), "no such directory yet, or one that this recipe made", got, do)
+    made_here = list(manifest.lineage)[-len(passes) :]
     same = len(made_here) == len(passes) and made_here[0].parent == intake.fingerprint
-    if same and all(s.id == step_id(s.parent, p, seed) for s, p in zip(made_here, passes, strict=True)):
-        open_checkpoint(out).close()  # its shards must still be what its headers say
+    if same and all(s.id == step_id(s.parent, p, ctx.seed) for s, p in zip(made_here, passes, strict=True)):
+        checkpoint = open_checkpoint(out)
+        take_in(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
+        checkpoint.close()
         return manifest
-    text = " | ".join(step.text for step in lineage)
+    text = " | ".join(step.text for step in manifest.lineage)
     raise InputError(str(out), "what this recipe makes of this source", f"another result: {text}", do)
 
 
@@ -255,12 +289,17 @@ def locked(out: Path, ctx: Context) -> Iterator[None]:
     folder = steps_folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream_ = open(folder / "lock", "w")  # noqa: SIM115
+        # Not through a link, and never truncated: what lies there may be somebody else's.
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise MachineError(str(folder), "a place to write", error.strerror or str(error)) from None
-    with stream_:
+        do = "choose an OUT in a place that you may write to, with no file or link named OUT.steps"
+        raise MachineError(str(folder), "a place to write", error.strerror or str(error), do) from None
+    with open(descriptor, "rb") as stream_:
         try:
             fcntl.flock(stream_, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended while we opened the lock has taken it away; what we hold then keeps nobody out.
+            if not (folder / "lock").exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder / "lock")):
+                raise BlockingIOError
         except BlockingIOError:
             raise MachineError(
                 str(out),

@@ -173,6 +173,8 @@ def _step(
         chosen = [weight for weight in chosen if before[weight.name].scheme is not None]
         if not chosen:
             return None, [("*", "nothing is quantized, so there is nothing to pack", "quantize first")], before
+    if not chosen:
+        return None, [("*", "targets and skip leave no weight to work on", "see `compress plan MODEL ... --layers`")], before
     after, refused = dict(before), []
     for weight in chosen:
         try:

@@ -31,6 +31,7 @@ _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 _BARE = re.compile(r"[^\s,()\[\]{}|'\"#&*!%@`?:][^\s,()\[\]{}|'\"#]*")
 _CONSTANTS: dict[str, Scalar] = {"true": True, "false": False, "null": None, "~": None}
 _MAX_BYTES = 1 << 20
+_MAX_DIGITS = 40
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def scalar(text: str) -> Scalar:
     """The value of an unquoted word, by YAML 1.2's core schema."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= _MAX_DIGITS:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
@@ -360,7 +361,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         origin = f"--set {setting}"
         if not equals or not dot or not _OPTION.fullmatch(option):
             raise RecipeError(origin, "--set pass.option=value or --set N.option=value", "something else")
-        if target.isdigit():
+        if target.isdecimal() and target.isascii() and len(target) < 6:
             found = [int(target) - 1] if 0 < int(target) <= len(lines) else []
         else:
             found = [i for i, line in enumerate(lines) if line.name == target]

@@ -18,7 +18,7 @@ from typing import Any
 
 from compress.errors import UsageError
 
-_GRAMMAR = re.compile(r"w(?P<bits>\d+)a(?P<act>\d+)(?:g(?P<group>\d+))?(?P<asym>-asym)?")
+_GRAMMAR = re.compile(r"w(?P<bits>\d{1,3})a(?P<act>\d{1,3})(?:g(?P<group>\d{1,7}))?(?P<asym>-asym)?", re.ASCII)
 BITS = (2, 3, 4, 8)
 
 

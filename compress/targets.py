@@ -65,7 +65,7 @@ def select(weights: Sequence[Weight], targets: Sequence[str], skip: Sequence[str
             if selector == "head":
                 do = "it shares its tensor with the embeddings: use embeddings, or leave it out"
                 raise UsageError("target 'head'", "a head with a tensor of its own", "none on disk: it is tied", do)
-            known = [*CLASSES, *(weight.name for weight in weights)]
+            known = [word for word in [*CLASSES, *(weight.name for weight in weights)] if word != selector]
             raise UsageError(
                 f"target '{selector}'",
                 "a selector that matches at least one weight",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 _COPY_BYTES = 8 << 20
+_STAMP, _JOURNAL = ".compress-step", ".compress-journal."
+"""Files of a directory in the making; hidden, because hidden files of a source are never carried along."""
 
 
 class Writer:
@@ -45,7 +47,7 @@ class Writer:
 
     def open(self, step_id: str) -> None:
         """Makes or reopens the directory. What an interrupted run of the same step has finished is kept."""
-        stamp = self.path / "step"
+        stamp = self.path / _STAMP
         # The same step cut into other shards is another layout: what lies there is of no use then.
         layout = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
         step_id = f"{step_id} {layout}"
@@ -66,7 +68,7 @@ class Writer:
             for shard in self.shards:
                 self._descriptors[shard.file] = os.open(self.path / shard.file, os.O_RDWR | os.O_CLOEXEC)
             self.journal = self.read_journals()
-            self._journal_stream = open(self.path / f"journal.{self.rank}", "ab", buffering=0)  # noqa: SIM115
+            self._journal_stream = open(self.path / f"{_JOURNAL}{self.rank}", "ab", buffering=0)  # noqa: SIM115
             # A crash may have cut the last line; the next one must not be glued to it.
             if self._journal_stream.tell():
                 self._journal_stream.write(b"\n")
@@ -74,7 +76,7 @@ class Writer:
     def read_journals(self) -> dict[str, dict[str, Any]]:
         """Entries of every rank's journal by weight name; a line cut off by a crash is left out."""
         entries: dict[str, dict[str, Any]] = {}
-        for file in sorted(self.path.glob("journal.*")):
+        for file in sorted(self.path.glob(f"{_JOURNAL}*")):
             for line in file.read_bytes().split(b"\n"):
                 try:
                     entry = json.loads(line)
@@ -147,7 +149,7 @@ class Writer:
             self._descriptors.clear()
             self._journal_stream.close()
 
-    def publish(self, texts: dict[str, str], side_files: Iterable[Path], target: Path) -> None:
+    def publish(self, texts: dict[str, str], side_files: Iterable[Path], target: Path, read_only: bool = False) -> None:
         """Adds index, texts and side files, makes all of it durable, and renames the directory to `target`."""
         with _said(self.path):
             index = index_file(self.shards)
@@ -155,10 +157,15 @@ class Writer:
                 (self.path / name).write_text(text, encoding="utf-8")
             for file in side_files:
                 shutil.copyfile(file, self.path / file.name)
-            for leftover in [*self.path.glob("journal.*"), self.path / "step"]:
-                leftover.unlink()
             for entry in self.path.iterdir():
                 _fsync(entry)
+            # From here a crash leaves a directory without its stamp, which is made again from nothing.
+            (self.path / _STAMP).unlink()
+            for journal in self.path.glob(f"{_JOURNAL}*"):
+                journal.unlink()
+            if read_only:
+                for shard in self.shards:
+                    os.chmod(self.path / shard.file, 0o444)
             _fsync(self.path)
             os.rename(self.path, target)
             _fsync(target.parent)

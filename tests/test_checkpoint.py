@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import open_checkpoint
 from compress.errors import CompressError, InputError
+from compress.names import resolve
 from support import run, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
@@ -72,6 +73,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
     "config is a list": (lambda m: (m / "config.json").write_text("[]"), "JSON object"),
     "config is cut": (lambda m: (m / "config.json").write_text('{"model_type": "lla'), "JSON"),
+    "a list for a model type": (lambda m: edit_config(m, model_type=["llama"]), "model_type"),
+    "architectures of a strange kind": (lambda m: edit_config(m, architectures={"a": 1}), "architectures"),
+    "architectures as one text": (lambda m: edit_config(m, architectures="LlamaForCausalLM", model_type="gpt2"), "architectures"),
+    "no blocks": (lambda m: edit_config(m, num_hidden_layers=0), "num_hidden_layers"),
+    "a million blocks": (lambda m: edit_config(m, num_hidden_layers=1_000_000), "num_hidden_layers"),
+    "quantized in an unknown way": (lambda m: edit_config(m, quantization_config="4bit"), "already quantized"),
     "unknown model type": (lambda m: edit_config(m, model_type="lama"), "did you mean"),
     "remote code": (lambda m: edit_config(m, model_type="mystery", auto_map={"AutoModel": "evil.Model"}), "is not run"),
     "class of another model": (lambda m: edit_config(m, architectures=["GPT2LMHeadModel"]), "architectures"),
@@ -142,6 +149,28 @@ def test_allowed_nonfinite_is_counted(model: Path, tmp_path: Path) -> None:
     edit_tensors(model, set_value("model.norm.weight", float("inf")))
     result = run(model, tmp_path / "out", RECIPE, allow_nonfinite=True)
     assert [(n.what, n.names) for n in result.manifest.notes if n.what == "nonfinite"] == [("nonfinite", ("model.norm.weight",))]
+
+
+def test_nan_in_a_weight_that_is_rounded_is_never_allowed(model: Path, tmp_path: Path) -> None:
+    edit_tensors(model, set_value(Q, float("nan")))
+    with pytest.raises(InputError, match="put it under skip"):
+        run(model, tmp_path / "out", RECIPE, allow_nonfinite=True)
+    run(model, tmp_path / "out", f"quantize.rtn(scheme=w4a16g32, skip=[{Q}]) | pack", allow_nonfinite=True)
+
+
+def test_how_attention_is_run_says_nothing_of_tensors(model: Path, tmp_path: Path) -> None:
+    edit_config(model, _attn_implementation="flash_attention_2")
+    run(model, tmp_path / "out", RECIPE)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["_attn_implementation"] == "flash_attention_2"
+
+
+def test_the_only_copy_of_a_tied_pair_is_the_embedding(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    edit_tensors(model, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    kinds = {weight.name: weight.kind for weight in resolve(open_checkpoint(model)).weights}
+    assert kinds["lm_head.weight"] == "embedding"
+    with pytest.raises(CompressError, match="tied"):
+        run(model, tmp_path / "out", "quantize.rtn(scheme=w4a16g32, targets=[linear, head]) | pack")
 
 
 def test_sharding_changes_nothing(tiny: Path, sharded: Path, tmp_path: Path) -> None:

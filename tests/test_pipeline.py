@@ -44,7 +44,7 @@ def test_another_recipe_on_the_same_output_is_refused(tiny: Path, tmp_path: Path
 def test_a_foreign_directory_is_never_replaced(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("mine")
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="did not make"):
         run(tiny, tmp_path / "out", RECIPE)
     assert (tmp_path / "out" / "diary.txt").read_text() == "mine"
 
@@ -142,7 +142,9 @@ def test_killed_and_run_again_gives_the_same_bytes(tiny: Path, tmp_path: Path, d
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(steps_folder(out).glob("*.tmp/journal.0")) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not list(steps_folder(out).glob("*.tmp/.compress-journal.0")) and time.monotonic() < deadline and process.poll() is None
+    ):
         time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
@@ -179,6 +181,83 @@ def test_a_damaged_output_is_not_up_to_date(tiny: Path, tmp_path: Path) -> None:
         run(tiny, tmp_path / "out", RECIPE)
 
 
+def flip(file: Path, at: int) -> None:
+    mode = file.stat().st_mode
+    file.chmod(0o644)
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0xFF
+    file.write_bytes(data)
+    file.chmod(mode)
+
+
+def test_a_damaged_step_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    reference = run(tiny, tmp_path / "out", RECIPE)
+    before = tree(tmp_path / "out")
+    flip(step_of(tmp_path / "out", "quantize.rtn") / "canonical.safetensors", -9)
+    shutil.rmtree(tmp_path / "out")
+    assert run(tiny, tmp_path / "out", RECIPE).manifest.digests == reference.manifest.digests
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json"])
+def test_an_output_with_other_bytes_is_not_up_to_date(file: str, tiny: Path, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "out", RECIPE)
+    if file == "generation_config.json":
+        (tmp_path / "out" / file).unlink()
+    else:
+        flip(tmp_path / "out" / file, -9 if file.startswith("model") else 3)
+    with pytest.raises(InputError):
+        run(tiny, tmp_path / "out", RECIPE)
+
+
+def test_a_crash_while_side_files_are_copied_is_resumed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = run(tiny, tmp_path / "ref", RECIPE)
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.writer.shutil.copyfile", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "out", RECIPE)
+    half = next(steps_folder(tmp_path / "out").glob("*.tmp"))
+    assert all(os.stat(file).st_mode & 0o200 for file in half.iterdir()), "what is not published must stay writable"
+    monkeypatch.undo()
+    assert run(tiny, tmp_path / "out", RECIPE).manifest.digests == reference.manifest.digests
+
+
+def test_side_files_of_any_name_are_carried(tiny: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny, tmp_path / "source")
+    for name in ("step", "journal.txt", "journal.0", "lock"):
+        (source / name).write_text(name)
+    (source / "manifest.json").write_text('{"name": "a web app"}')
+    result = run(source, tmp_path / "out", RECIPE)
+    for name in ("step", "journal.txt", "journal.0", "lock"):
+        assert (tmp_path / "out" / name).read_text() == name
+    assert [note.names for note in result.manifest.notes if note.what == "left behind"] == [("manifest.json",)]
+
+
+def test_places_that_no_run_may_take(tiny: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny, tmp_path / "source")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").write_text("mine")
+    for out, said in (
+        (source / "out", "inside"),
+        (tmp_path / "link", "a link"),
+        (tmp_path / "file", "a file"),
+        (source, "did not make"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run(source, out, RECIPE)
+    assert (tmp_path / "file").read_text() == "mine"
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "o.steps").mkdir()
+    (tmp_path / "o.steps" / "lock").symlink_to(victim)
+    with pytest.raises(MachineError):
+        run(source, tmp_path / "o", RECIPE)
+    assert victim.read_text() == "precious"
+
+
 def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +276,7 @@ def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out", RECIPE)
     half = next(steps_folder(tmp_path / "out").glob("*.tmp"))
-    journal = [json.loads(line) for line in (half / "journal.0").read_bytes().splitlines()]
+    journal = [json.loads(line) for line in (half / ".compress-journal.0").read_bytes().splitlines()]
     assert 0 < len(journal) <= 9
     torn = next(entry["weight"] for entry in journal)
     data = bytearray((half / "canonical.safetensors").read_bytes())
@@ -207,7 +286,7 @@ def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     ref = next(r for r in read_header(lambda o, n: bytes(data[o : o + n]), len(data), "f")[0] if r.name == name)
     data[ref.offset] ^= 0xFF
     (half / "canonical.safetensors").write_bytes(data)
-    with open(half / "journal.0", "ab") as stream_:
+    with open(half / ".compress-journal.0", "ab") as stream_:
         stream_.write(b'{"weight": "cut o')
     again: list[str] = []
     monkeypatch.setattr(stream, "_move", lambda *args: (again.append(args[2].name), move(*args))[1])
@@ -229,6 +308,8 @@ REFUSED = {
     ),
     "asymmetric for this reader": ("quantize.rtn(scheme=w4a16g32-asym) | pack", FormatError, "dequantize=true"),
     "packed embeddings": ("quantize.rtn(scheme=w4a16g32, targets=[embeddings]) | pack", FormatError, "embeddings"),
+    "nothing targeted": ("quantize.rtn(scheme=w4a16g32, targets=[])", CoverageError, "no weight to work on"),
+    "everything skipped": ("quantize.rtn(scheme=w4a16g32, skip=[linear])", CoverageError, "no weight to work on"),
     "a norm as a target": ("quantize.rtn(scheme=w4a16g32, targets=['re:.*norm'])", CoverageError, "norm"),
 }
 

@@ -59,6 +59,18 @@ def test_values_are_typed_as_in_yaml_1_2(text: str, value: object) -> None:
     assert parse_yaml(f"version: 1\npasses:\n- x: {{a: {text}}}").lines[0].options["a"] == value
 
 
+def test_absurd_numbers_are_errors_of_ours() -> None:
+    for text in (
+        "quantize.rtn(scheme=" + "9" * 5000 + ")",
+        "quantize.rtn(scheme=w4a16g" + "9" * 30 + ")",
+        "quantize.rtn(scheme=w٤a16)",
+    ):
+        with pytest.raises(RecipeError):
+            resolve(parse_one_liner(text))
+    with pytest.raises(RecipeError):
+        override(parse_one_liner("pack"), ["².format=x"])
+
+
 def test_numbers_print_as_numbers() -> None:
     assert print_value(1e-05) == "1e-05"
     assert parse_value(print_value(1e-05)) == 1e-05

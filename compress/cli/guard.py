@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from compress.errors import CompressError
+from compress.errors import CompressError, Problem
 
 INTERNAL = 70
 INTERRUPTED = 130
@@ -33,8 +33,13 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
-            print("  do:       run the command again with --debug and report what it prints", file=sys.stderr)
+            problem = Problem(
+                f"internal error: {type(error).__name__}: {error}", do="run it again with --debug and report what it prints"
+            )
+            if kwargs.get("json_"):
+                print(json.dumps({"event": "error", "kind": "internal", "problems": [problem.__dict__]}, ensure_ascii=False))
+            else:
+                print(problem, file=sys.stderr)
             sys.exit(INTERNAL)
 
     return wrapper

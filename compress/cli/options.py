@@ -39,7 +39,7 @@ def parse_size(text: str) -> int:
 
     from compress.errors import UsageError
 
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise UsageError("--shard-size", "a size such as 500MB or 5GB", f"'{text}'")
     base = 1024 if match[3] else 1000

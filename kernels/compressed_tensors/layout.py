@@ -185,7 +185,13 @@ class CompressedTensors(Format):
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         schemes = {state.scheme for state in states.values() if state.scheme}
         when = "while loading" if self.dequantize else "in the first forward"
-        verdicts = [Verdict("transformers", "yes", f"with compressed-tensors installed; expands the weights {when}")]
+        verdicts = [
+            Verdict(
+                "transformers",
+                "yes",
+                f"with compressed-tensors installed, by config.json's own class; expands the weights {when}",
+            )
+        ]
         wide = [s for s in schemes if s.bits in (2, 3)]
         odd = [s for s in schemes if s.group not in (None, 32, 64, 128)]
         conv = any(w.transposed and states[w.name].scheme for w in weights)

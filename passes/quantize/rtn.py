@@ -57,7 +57,7 @@ class Rtn(TargetedPass):
             return self.scheme
         if self.ragged == "channel":
             return replace(self.scheme, group=None)
-        divisors = [g for g in range(_SMALLEST_GROUP, group) if columns % g == 0]
+        divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
         if self.ragged == "divide" and divisors:
             return replace(self.scheme, group=divisors[-1])
         near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
