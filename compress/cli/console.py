@@ -39,6 +39,12 @@ def _number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
 
 
+def _remarks(event: dict[str, Any]) -> None:
+    """What a person must hear of even when nobody watches the progress."""
+    if event["event"] == "damaged":
+        print(f"note: {event['where']} was damaged and is made again\n{event['reason']}", file=sys.stderr)
+
+
 @contextmanager
 def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A receiver of a run's events: JSON lines on stdout, a rich progress bar with ETA on a terminal, or nothing."""
@@ -46,7 +52,7 @@ def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], No
         yield lambda event: print(json.dumps(event, ensure_ascii=False), flush=True)
         return
     if quiet or not sys.stderr.isatty():
-        yield lambda event: None
+        yield _remarks
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,6 +63,7 @@ def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], No
 
         def receive(event: dict[str, Any]) -> None:
             if event["event"] != "progress":
+                _remarks(event)
                 return
             name = event["step"]
             if name not in tasks:
