@@ -21,8 +21,9 @@ test: $(VENV)/test
 slow: $(VENV)/test
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
+# No test needs a GPU yet; pytest's status 5 says that none ran.
 gpu: $(VENV)/test
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	$(BIN)/python -m pytest -q -m gpu $(ARGS) || [ $$? -eq 5 ]
 
 bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stream.py $(ARGS)
