@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 OURS = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama
 from transformers.models.auto import modeling_auto
@@ -34,19 +34,19 @@ def note(event):
         took[event["name"]] = round(event["seconds"], 2)
 result = run(recipe, open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context(events=note))
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(json.dumps({"seconds": seconds, "peak": peak, "bytes": result.plan.steps[-1].payload_bytes, "steps": took,
                   "planned_peak": result.plan.peak_bytes}))
 """
 PEER = """
-import json, resource, sys, time
+import json, sys, time
 import torch, transformers
 from llmcompressor import model_free_ptq
 start = time.perf_counter()
 model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="W4A16", ignore=["lm_head", "re:.*embed_tokens.*", "re:.*norm.*"],
                max_workers=2, device="cpu")
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(json.dumps({"seconds": seconds, "peak": peak}))
 """
 
