@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UsageError
+from compress.textform import TextForm
 
 _GRAMMAR = re.compile(r"w(?P<bits>\d{1,3})a(?P<act>\d{1,3})(?:g(?P<group>\d{1,7}))?(?P<asym>-asym)?", re.ASCII)
 BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Scheme(TextForm):
     """Integer weight codes: `bits` per code, `group` columns per scale (None: one per output channel)."""
 
     bits: int
@@ -65,20 +66,6 @@ class Scheme:
     def groups(self, columns: int) -> int:
         """Scales per output row for a weight with `columns` inputs (a ragged last group counts)."""
         return 1 if self.group is None else -(-columns // self.group)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
-        def read(text: Any) -> Scheme:
-            try:
-                return cls.parse(text)
-            except UsageError as error:
-                raise ValueError(error.problems[0].expected) from None
-
-        return core_schema.no_info_plain_validator_function(
-            read, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UsageError
+from compress.textform import TextForm
 
 _GRAMMAR = re.compile(r"(?P<kept>\d+):(?P<of>\d+)|(?P<fraction>0?\.\d+)")
 
 
 @dataclass(frozen=True)
-class Sparsity:
+class Sparsity(TextForm):
     """`fraction` of zeros, or `kept` of every `of` inputs; the other form's fields are None."""
 
     fraction: float | None = None
@@ -42,20 +43,6 @@ class Sparsity:
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}" if self.fraction is None else repr(self.fraction)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
-        def read(text: Any) -> Sparsity:
-            try:
-                return cls.parse(text)
-            except UsageError as error:
-                raise ValueError(error.problems[0].expected) from None
-
-        return core_schema.no_info_plain_validator_function(
-            read, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from compress.discover import caption_of
 ROOT = Path(__file__).parents[1]
 ROOMS = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FLOORS = {
-    0: "errors scheme sparsity facts targets recipe manifest",
+    0: "errors textform scheme sparsity facts targets recipe manifest",
     1: "shards checkpoint writer qtensor source algebra",
     2: "contract names kernels intake stream model",
     3: "passes",
