@@ -124,6 +124,10 @@ class TensorPass(Pass):
         """
         raise TypeError(f"{type(self).__name__} does not transform")
 
+    def target_format(self) -> Format | None:
+        """The format that this pass writes; None for the canonical form."""
+        return None
+
     def workspace_bytes(self, weight: Weight) -> int:
         """Memory for the work on one weight, besides its tensor before and after: byte codes and temporaries."""
         return weight.numel * 3 // 2

@@ -83,14 +83,21 @@ def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
         )  # fmt: skip
 
 
+def check_bytes(place: Path, ctx: Context) -> None:
+    """Reads a checkpoint of ours. Raises InputError where a byte is not what its manifest says."""
+    checkpoint = open_checkpoint(place)
+    try:
+        take_in(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
+    finally:
+        checkpoint.close()
+
+
 def _kept(place: Path, ctx: Context) -> bool:
     """Whether a step is there and every byte is what its manifest says; a damaged one is removed, to be made again."""
     if not place.is_dir():
         return False
     try:
-        checkpoint = open_checkpoint(place)
-        take_in(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
-        checkpoint.close()
+        check_bytes(place, ctx)
     except InputError as error:
         ctx.tell("damaged", where=str(place), reason=str(error))
         shutil.rmtree(place)
@@ -201,7 +208,7 @@ def _manifest(
         error = entries[weight.name].get("error", old.error if old else None)
         records[weight.name] = WeightRecord(
             state=str(state), dtype=weight.dtype, shape=weight.shape, transposed=weight.transposed,
-            bits=round(plan.bits(step, [weight.name]), 6), error=round(error, 9) if error is not None else None,
+            bits=round(step.bits([weight]), 6), error=round(error, 9) if error is not None else None,
         )  # fmt: skip
     digests = {name: digest for w in plan.weights for name, digest in entries[w.name]["digests"].items()}
     files = {name: file_digest(source.path / name) for name in source.side_files}
@@ -267,9 +274,7 @@ def _existing(out: Path, intake: Intake, passes: list[Pass], ctx: Context) -> Ma
     made_here = list(manifest.lineage)[-len(passes) :]
     same = len(made_here) == len(passes) and made_here[0].parent == intake.fingerprint
     if same and all(s.id == step_id(s.parent, p, ctx.seed) for s, p in zip(made_here, passes, strict=True)):
-        checkpoint = open_checkpoint(out)
-        take_in(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
-        checkpoint.close()
+        check_bytes(out, ctx)
         return manifest
     text = " | ".join(step.text for step in manifest.lineage)
     raise InputError(str(out), "what this recipe makes of this source", f"another result: {text}", do)

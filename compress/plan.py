@@ -63,6 +63,11 @@ class StepPlan:
         index = index_file(self.shards) or ("", "")
         return sum(shard.nbytes for shard in self.shards) + len(index[1].encode()) + len(self.config_text.encode())
 
+    def bits(self, weights: Sequence[Weight]) -> float:
+        """Bits per weight of `weights` as stored after this step, scales and padding included."""
+        numel = sum(weight.numel for weight in weights)
+        return sum(spec.nbytes for w in weights for spec in self.specs(w)) * 8 / numel if numel else 0.0
+
     def specs(self, weight: Weight) -> list[TensorSpec]:
         """The tensors that hold `weight` after this step."""
         return layout_specs(self.format, weight, self.after[weight.name])
@@ -99,9 +104,7 @@ class Plan:
     def bits(self, step: StepPlan, names: Sequence[str] | None = None) -> float:
         """Bits per weight after `step`, scales and padding included; of `names`, or of the whole model."""
         chosen = set(names) if names is not None else None
-        weights = [w for w in self.weights if chosen is None or w.name in chosen]
-        numel = sum(weight.numel for weight in weights)
-        return sum(spec.nbytes for w in weights for spec in step.specs(w)) * 8 / numel if numel else 0.0
+        return step.bits([w for w in self.weights if chosen is None or w.name in chosen])
 
 
 def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:
@@ -137,7 +140,7 @@ def make_plan(
     for number, pass_ in enumerate(passes, start=1):
         assert isinstance(pass_, TensorPass)
         where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
-        fmt: Format | None = pass_.target_format() if hasattr(pass_, "target_format") else None
+        fmt: Format | None = pass_.target_format()
         if packed_by:
             raise RecipeError(where, "pack as the last pass", f"a pass after {packed_by}", "move it before pack")
         packed_by = pass_.pass_name() if fmt is not None else ""

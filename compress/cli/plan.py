@@ -70,7 +70,7 @@ def facts(plan: Plan, layers: bool) -> dict[str, Any]:
     }  # fmt: skip
     if layers:
         last = plan.steps[-1]
-        found["weights"] = {w.name: {"state": str(last.after[w.name]), "bits": plan.bits(last, [w.name])} for w in plan.weights}
+        found["weights"] = {w.name: {"state": str(last.after[w.name]), "bits": last.bits([w])} for w in plan.weights}
     return found
 
 
@@ -94,10 +94,7 @@ def show(plan: Plan, name: str, layers: bool) -> None:
         last = plan.steps[-1]
         console.table(
             ("weight", "kind", "shape", "becomes", "bits"),
-            [
-                (w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{plan.bits(last, [w.name]):.3f}")
-                for w in plan.weights
-            ],
+            [(w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{last.bits([w]):.3f}") for w in plan.weights],
         )
     print(f"memory:   at most {console.size(plan.peak_bytes)} resident")
     print(f"disk:     {plan.disk_bytes:,} bytes added until `compress clean`")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from compress.contract import Format, Verdict
@@ -209,12 +210,13 @@ class CompressedTensors(Format):
         return verdicts
 
 
-def _split_experts() -> set[str]:
+@lru_cache(maxsize=1)
+def _split_experts() -> frozenset[str]:
     """Classes of fused experts that transformers replaces by one module per expert before it loads this format."""
     from transformers.quantizers import base
 
     patched = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
-    return {name for name, patch in patched.items() if CompressedTensors.name in patch["quantization_methods"]}
+    return frozenset(name for name, patch in patched.items() if CompressedTensors.name in patch["quantization_methods"])
 
 
 def _words(values: int, scheme: Scheme) -> int:
