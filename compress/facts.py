@@ -52,6 +52,8 @@ class Weight:
     shape: tuple[int, ...]
     kind: Kind = "other"
     module: str = ""
+    attribute: str = "weight"
+    """The parameter's name in its module; fused experts have several."""
     module_class: str = ""
     stack: str = ""
     block: int | None = None

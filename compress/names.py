@@ -7,7 +7,6 @@ stack and block, and its orientation. The same run checks every shape against th
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
 from compress.errors import InputError, Problem, did_you_mean
 from compress.facts import FLOATS, Kind, Weight
+from compress.mapping import Mapping
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +46,8 @@ class Model:
     """Tensors on disk that transformers fuses, splits or permutes under a pattern that ends in `.weight`."""
     initialised: frozenset[str] = frozenset()
     """Linear modules whose `.weight` transformers' own initialisation takes without asking whether it is there."""
+    unwatched: frozenset[str] = frozenset()
+    """Modules of experts whose inputs nothing can watch."""
 
 
 def model_class(config: dict[str, Any]) -> tuple[type, Any]:
@@ -107,8 +109,12 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
 def resolve(checkpoint: Checkpoint, allow_dtype_mismatch: bool = False) -> Model:
     """The place of every tensor of `checkpoint`. Raises InputError with every shape, dtype and name that is wrong."""
     refuse_quantized(checkpoint)
-    model = meta_model(checkpoint.config)
-    return _Resolver(checkpoint, model).run(allow_dtype_mismatch)
+    return place(checkpoint, checkpoint.logical, meta_model(checkpoint.config), allow_dtype_mismatch)
+
+
+def place(checkpoint: Checkpoint, logical: dict[str, Logical], model: nn.Module, allow_dtype_mismatch: bool = False) -> Model:
+    """The place of every weight of `logical` in `model`, whatever form its bytes are in. Raises InputError."""
+    return _Resolver(checkpoint, logical, model).run(allow_dtype_mismatch)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -126,15 +132,14 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 class _Resolver:
-    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
-        self.checkpoint, self.model = checkpoint, model
-        self.logical = checkpoint.logical
+    def __init__(self, checkpoint: Checkpoint, logical: dict[str, Logical], model: Any) -> None:
+        self.checkpoint, self.logical, self.model = checkpoint, logical, model
         self.problems: list[Problem] = []
         self.converted: set[str] = set()
         self.by_weight: set[str] = set()
         self.state = model.state_dict()
         self.modules = dict(model.named_modules())
-        self.stacks = _stacks(model)
+        self.stacks = stacks(model)
         text = model.config.get_text_config()
         self.hidden = getattr(text, "hidden_size", None)
         self.experts = {getattr(text, name) for name in _EXPERT_COUNTS if isinstance(getattr(text, name, None), int)}
@@ -168,66 +173,55 @@ class _Resolver:
         from transformers.pytorch_utils import Conv1D
 
         linears = {path: type(m).__name__ for path, m in self.modules.items() if _is_linear(m) or isinstance(m, Conv1D)}
+        from compress.experts import watched
+
         lengths = {stack: length for _, stack, length in self.stacks}
+        experts = {weight.module for weight in weights if weight.kind == "expert"}
+        hidden = {p for p in experts if not _is_linear(self.modules[p]) and not watched(self.modules[p])}
         return Model(
             tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths,
-            frozenset(self.by_weight), _initialised(self.model, linears),
+            frozenset(self.by_weight), _initialised(self.model, linears), frozenset(hidden),
         )  # fmt: skip
 
     def places(self) -> dict[str, tuple[str, bool]]:
-        """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes on the way."""
+        """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes on the way.
+
+        Fusing and splitting run without data; every result must have its parameter's shape.
+        """
         import torch
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, dot_natural_key
-        from transformers.core_model_loading import rename_source_key as rename
+        from transformers.core_model_loading import Transpose
 
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix = self.model.base_model_prefix
+        mapping = Mapping(self.model)
         places: dict[str, tuple[str, bool]] = {}
-        fused: dict[str, Any] = {}
-        sources: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(self.logical, key=dot_natural_key):
-            parameter, pattern = rename(name, renamings, converters, prefix, self.state)
-            if parameter not in self.state and name in self.state:
-                parameter, pattern = rename(name, [], [], prefix, self.state)
-            if parameter not in self.state:
+        self.produced: set[str] = set()
+        for group in mapping.groups(self.logical):
+            entry = self.logical[group.sources[0]]
+            if not group.patterns:
+                if entry.shape != tuple(self.state[group.parameter].shape):
+                    expected = f"shape {list(self.state[group.parameter].shape)} by config.json"
+                    self.wrong(group.sources[0], expected, f"{list(entry.shape)}")
+                places[group.sources[0]] = (group.parameter, False)
                 continue
-            entry = self.logical[name]
-            if pattern is None:
-                if entry.shape != tuple(self.state[parameter].shape):
-                    self.wrong(name, f"shape {list(self.state[parameter].shape)} by config.json", f"{list(entry.shape)}")
-                places[name] = (parameter, False)
-                continue
-            converter = fused.setdefault(parameter, copy.deepcopy(by_pattern[pattern]))
-            value = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
-            converter.add_tensor(parameter, name, pattern, value)
-            sources[parameter].append(name)
-            self.converted.add(name)
-            if all(source.endswith(".weight") for source in converter.source_patterns):
-                self.by_weight.add(name)
-            places[name] = (parameter, any(isinstance(op, Transpose) for op in converter.operations))
-        self.produced = self.convert(fused, sources)
-        return places
+            transposed = any(isinstance(operation, Transpose) for operation in mapping.operations(group))
+            places.update(dict.fromkeys(group.sources, (group.parameter, transposed)))
+            self.converted.update(group.sources)
+            if mapping.only_weights(group):
+                self.by_weight.update(group.sources)
 
-    def convert(self, fused: dict[str, Any], sources: dict[str, list[str]]) -> set[str]:
-        """Runs transformers' fusing and splitting without data; every result must have its parameter's shape."""
-        produced: set[str] = set()
-        for parameter, converter in fused.items():
+            def empty(name: str) -> torch.Tensor:
+                return torch.empty(self.logical[name].shape, dtype=torch_dtype(self.logical[name].dtype), device="meta")
+
             try:
-                results = converter.convert(parameter, model=self.model, config=self.model.config)
+                results = mapping.convert(group, empty)
             except Exception as error:  # the operations raise whatever torch raises on shapes that do not fit
-                self.wrong(sources[parameter][0], f"tensors that make up {parameter}", str(error).splitlines()[0])
-                produced.add(parameter)
+                self.wrong(group.sources[0], f"tensors that make up {group.parameter}", str(error).splitlines()[0])
+                self.produced.add(group.parameter)
                 continue
-            for name, value in results.items():
-                got = value[0] if isinstance(value, list) else value
-                produced.add(name)
+            for name, got in results.items():
+                self.produced.add(name)
                 if name in self.state and got.shape != self.state[name].shape:
-                    self.wrong(sources[parameter][0], f"shape {list(self.state[name].shape)} of {name}", f"{list(got.shape)}")
-        return produced
+                    self.wrong(group.sources[0], f"shape {list(self.state[name].shape)} of {name}", f"{list(got.shape)}")
+        return places
 
     def wrong(self, name: str, expected: str, got: str, do: str = "") -> None:
         ref = self.checkpoint.refs.get(name)
@@ -241,7 +235,7 @@ class _Resolver:
         kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
         flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
         return Weight(
-            name, entry.dtype, entry.shape, kind, path, type(module).__name__, stack, block, flipped,
+            name, entry.dtype, entry.shape, kind, path, attribute, type(module).__name__, stack, block, flipped,
             name in self.converted, unclear,
         )  # fmt: skip
 
@@ -356,7 +350,7 @@ def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _stacks(model: nn.Module) -> list[tuple[str, str, int]]:
+def stacks(model: nn.Module) -> list[tuple[str, str, int]]:
     """(path, name, blocks) of every outermost list of blocks."""
     from torch import nn
 

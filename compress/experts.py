@@ -1,0 +1,79 @@
+"""Experts: transformers' routed experts, computed so that each one's inputs can be watched.
+
+Registered as an implementation of transformers' own experts interface, beside its grouped and batched ones. A
+family that computes its experts elsewhere (Llama 4's batched product) cannot be watched, which `watched` tells.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+IMPLEMENTATION = "compress"
+INPUT, MIDDLE = "input", "middle"
+"""The two activations that an expert's weights read: its tokens, and what comes out of its gate."""
+
+
+class Routed(NamedTuple):
+    """What every expert reads, sorted by expert: expert e has `rows[offsets[e]:offsets[e + 1]]`."""
+
+    rows: torch.Tensor
+    offsets: tuple[int, ...]
+    tokens: torch.Tensor
+    """The token that each row belongs to, int64 [rows]."""
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a module computes its experts through the interface."""
+    return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "_apply_gate", "down_proj"))
+
+
+def register() -> None:
+    """Makes the implementation known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+
+
+def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """Output [tokens, hidden] of `hidden` [tokens, hidden] routed to top_k_index [tokens, k] with those weights.
+
+    `module.listener(which, Routed)`, if there is one, sees each expert's inputs before its weights are used.
+    """
+    experts: int = module.num_experts
+    order = top_k_index.reshape(-1).sort(stable=True)
+    counts = torch.bincount(order.values, minlength=experts)
+    offsets = (0, *counts.cumsum(0).tolist())
+    tokens = order.indices // top_k_index.shape[-1]
+    rows = hidden[tokens]
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    listener = getattr(module, "listener", None)
+
+    def product(inputs: torch.Tensor, name: str) -> torch.Tensor:
+        weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None) if module.has_bias else None
+        parts = []
+        for e in range(experts):
+            part = inputs[offsets[e] : offsets[e + 1]]
+            if len(part):
+                w = weight[e].T if module.is_transposed else weight[e]
+                parts.append(linear(part, w) if bias is None else linear(part, w) + bias[e])
+        return torch.cat(parts) if parts else inputs.new_zeros(0, weight.shape[-1 if module.is_transposed else -2])
+
+    if listener is not None:
+        listener(INPUT, Routed(rows, offsets, tokens))
+    between = product(rows, first)
+    between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
+    del rows
+    if listener is not None:
+        listener(MIDDLE, Routed(between, offsets, tokens))
+    out = product(between, "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[order.indices].unsqueeze(-1)
+    back = torch.empty_like(order.indices)
+    back[order.indices] = torch.arange(len(back))
+    # A sum over each token's experts adds in fp32, whatever the dtype.
+    return out[back].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
