@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _NOT_CARRIED = {MANIFEST_FILE, "config.json"}
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
+CALIBRATION = "calibration.safetensors"
+"""Calibration tokens, a side file of a checkpoint until it is packed."""
 CANONICAL = "compress"
 """`quant_method` of a checkpoint that holds canonical codes, so that no other reader takes it for a dense one."""
 
@@ -186,7 +188,7 @@ def assemble(
 
     JSON is read from `path`; `header` reads that of a shard, which may lie elsewhere. `others` are not carried along.
     """
-    shards = shard_files(path, files)
+    shards = shard_files(path, [file for file in files if file != CALIBRATION])
     refs: dict[str, TensorRef] = {}
     for file in shards:
         for ref in header(file):
@@ -197,7 +199,8 @@ def assemble(
     if "config.json" not in files:
         raise InputError(str(config_path), "the model's config.json", "no such file")
     side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not is_weights(f))
-    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in shards)] + others
+    side += (CALIBRATION,) if CALIBRATION in files else ()
+    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in (*shards, CALIBRATION))] + others
     manifest = Manifest.read(path)
     left += [MANIFEST_FILE] if MANIFEST_FILE in files and manifest is None else []
     checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), name, origin)

@@ -1,7 +1,9 @@
 """The contract: Context, Pass and its shapes, Format.
 
-    TensorPass   data-free, weight by weight       driver: stream
-Later shapes (LinearPass, BlockPass, TrainPass) stand beside it with drivers of their own.
+    DataPass     texts become calibration tokens             driver: the pipeline
+    TensorPass   data-free, weight by weight                 driver: stream
+    LinearPass   weight by weight, from what it reads        driver: sweep
+Later shapes (BlockPass, TrainPass) stand beside them with drivers of their own.
 
 A pass module defines exactly one Pass class. Its fields are the recipe keys, the flags and the help text; its
 docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
@@ -15,7 +17,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -25,8 +27,11 @@ from compress.facts import Note, State, TensorSpec, Weight
 from compress.recipe import Line, Value
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from compress.corpus import Corpus
     from compress.names import Model
     from compress.qtensor import QTensor
 
@@ -38,7 +43,8 @@ class Context:
     seed: int = 0
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "auto"
+    """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the CPU multiplies in it."""
     rank: int = 0
     world_size: int = 1
     events: Callable[[dict[str, Any]], None] = lambda event: None
@@ -56,15 +62,22 @@ class Context:
 
             dist.barrier()
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def broadcast(self, value: Any, rank: int = 0) -> Any:
+        """The value of one rank, on every rank."""
         if self.world_size == 1:
             return value
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=rank)
         return box[0]
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replaces a tensor by its sum over all ranks."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
 
     def tell(self, kind: str, **facts: Any) -> None:
         """Sends an event, from rank 0 only."""
@@ -106,8 +119,20 @@ def _value(value: Any) -> Value:
     return tuple(value) if isinstance(value, list) else value
 
 
-class TensorPass(Pass):
-    """Data-free work, one weight at a time; lifted to directory in, directory out by `stream`."""
+class DataPass(Pass):
+    """Makes calibration tokens. They travel with the checkpoint until it is packed; its weights stay where they are."""
+
+    def tokens_at_most(self) -> int:
+        """How many tokens it will make, for the plan of memory."""
+        raise TypeError(f"{type(self).__name__} gathers nothing")
+
+    def gather(self, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
+        """The tokens. `config` is the model's config.json. Raises InputError for texts that cannot be used."""
+        raise TypeError(f"{type(self).__name__} gathers nothing")
+
+
+class WeightPass(Pass):
+    """What passes over weights have in common."""
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that this pass targets."""
@@ -116,13 +141,6 @@ class TensorPass(Pass):
     def becomes(self, weight: Weight, state: State) -> State:
         """What a targeted weight is after this pass. Raises Refusal with the reason. Reads no bytes."""
         raise TypeError(f"{type(self).__name__} does not say what a weight becomes")
-
-    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        """The new value and its relative error, None where the value means the same as before.
-
-        A dense value comes as [experts?, rows, columns].
-        """
-        raise TypeError(f"{type(self).__name__} does not transform")
 
     def target_format(self) -> Format | None:
         """The format that this pass writes; None for the canonical form."""
@@ -137,7 +155,7 @@ class TensorPass(Pass):
         return []
 
 
-class TargetedPass(TensorPass):
+class TargetedPass(WeightPass):
     """A pass with the two fields that say which weights it works on."""
 
     targets: tuple[str, ...] = Field(
@@ -162,6 +180,73 @@ class TargetedPass(TensorPass):
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         return _targets.select(weights, self.targets, self.skip)
+
+
+class TensorPass(WeightPass):
+    """Data-free work, one weight at a time; lifted to directory in, directory out by `stream`."""
+
+    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
+        """The new value and its relative error, None where the value means the same as before.
+
+        A dense value comes as [experts?, rows, columns].
+        """
+        raise TypeError(f"{type(self).__name__} does not transform")
+
+
+class Statistic(Protocol):
+    """What is folded of the inputs that a weight reads; additive, so that processes can sum theirs."""
+
+    tokens: int
+
+    def add(self, x: torch.Tensor) -> None:
+        """Folds in inputs [tokens, width] of any float dtype."""
+
+    def parts(self) -> list[torch.Tensor]:
+        """The sums, to be added up over processes in place."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One matrix to solve: a weight, or one expert of a fused one. `value` [out, in] in the stored dtype."""
+
+    weight: Weight
+    after: State
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The new value of a Job, a tensor [out, in] or codes [rows, columns], with squared norms of what it cost."""
+
+    value: torch.Tensor | QTensor
+    lost: float
+    """|W - W'|^2."""
+    norm: float
+    output_lost: float
+    """|(W - W') x|^2, per calibration token."""
+    output_norm: float
+    note: tuple[str, str] | None = None
+    """(what, reason) where the matrix was not solved as asked; counted in the manifest."""
+
+
+class LinearPass(TargetedPass):
+    """Work on weights from statistics of what they read; lifted to directory in, directory out by `sweep`."""
+
+    def statistic(self, width: int) -> Statistic:
+        """An empty statistic of inputs of that width."""
+        raise TypeError(f"{type(self).__name__} observes nothing")
+
+    def statistic_bytes(self, width: int) -> int:
+        """Memory of a statistic, and of what `prepare` makes of it while it works."""
+        raise TypeError(f"{type(self).__name__} observes nothing")
+
+    def prepare(self, statistic: Any) -> Any:
+        """What all weights that read the same inputs share; computed once."""
+        return statistic
+
+    def solve(self, jobs: Sequence[Job], prepared: Any) -> list[Solution]:
+        """The new values of weights that read the same inputs."""
+        raise TypeError(f"{type(self).__name__} solves nothing")
 
 
 @dataclass(frozen=True)

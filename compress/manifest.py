@@ -32,6 +32,7 @@ class WeightRecord(_Model):
     transposed: bool = False
     bits: float = Field(description="bits per weight as stored, scales and padding included")
     error: float | None = Field(None, description="|W - W'| / |W|, Frobenius")
+    output_error: float | None = Field(None, description="|(W - W') x| / |W x| over the calibration tokens")
 
 
 class NoteRecord(_Model):
@@ -46,11 +47,12 @@ class NoteRecord(_Model):
 class Step(_Model):
     """One pass of the lineage."""
 
-    id: str = Field(description="hash of parent, options, revision and seed")
+    id: str = Field(description="hash of parent, options, revision, seed and inputs")
     parent: str = Field(description="fingerprint of the checkpoint that this step read")
     text: str
     options: dict[str, Any]
     revision: int
+    inputs: dict[str, str] = Field(default_factory=dict, description="digests of what this step read besides its parent")
 
 
 class Source(_Model):

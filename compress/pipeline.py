@@ -1,39 +1,42 @@
 """Pipeline: check, skip what is done, run, verify, publish by one rename.
 
-    OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
-    OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock
-
-A step's id is hash(parent's content, pass with all options and its revision, seed). Running the same recipe again
-finds the same ids: a finished step is skipped, an interrupted one goes on at the tensor it was at.
+A step's id is hash(parent's content, pass with all options and its revision, seed, what else it reads). Running the same
+recipe again finds the same ids: a finished step is skipped, an interrupted one goes on at the tensor it was at.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.contract import Context, Pass, isa
+from compress.checkpoint import CALIBRATION, Checkpoint, open_checkpoint
+from compress.contract import Context, DataPass, LinearPass, Pass, isa
 from compress.errors import InputError, MachineError, Problem
 from compress.facts import DENSE, Note, Weight
+from compress.footprint import computing
 from compress.intake import Intake, file_digest, same_bytes, take_in
 from compress.manifest import FILE, Manifest, NoteRecord, Source, Step, WeightRecord, hash_json
 from compress.names import resolve
+from compress.places import check_disk, locked, placed, steps_folder
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
 from compress.stream import stream
 from compress.writer import Writer
+
+if TYPE_CHECKING:
+    from compress.corpus import Corpus
+
+LASTING = ("skipped", "ragged", "nonfinite", "fallback", "damping")
+"""Counted lines that stay true of a checkpoint through later steps."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,6 @@ class Result:
     seconds: float
 
 
-def steps_folder(out: Path) -> Path:
-    """Where the steps of `out` lie."""
-    out = Path(os.path.abspath(out))
-    return out.parent / f"{out.name}.steps"
-
-
-def placed(out: Path, source: Checkpoint) -> Path:
-    """`out` as an absolute path. Raises InputError for a place that no run may take."""
-    out = Path(os.path.abspath(out))
-    if out.is_symlink():
-        raise InputError(str(out), "a directory to make", "a link", "name the place itself")
-    if not out.name or source.path.resolve() in out.resolve().parents:
-        raise InputError(str(out), "a directory outside MODEL", "one inside it", "choose another OUT")
-    return out
-
-
 def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
     """NaN and Inf may be carried along, never computed with: one would spoil every weight that shares its scale."""
     touched = {name for step in plan.steps if step.format is None for name in step.transformed}
@@ -92,12 +79,19 @@ def check_bytes(place: Path, ctx: Context) -> None:
         checkpoint.close()
 
 
-def _kept(place: Path, ctx: Context) -> bool:
+def check_tokens(place: Path) -> None:
+    """Reads the calibration tokens of a step. Raises InputError where a byte is not what its manifest says."""
+    manifest, file = Manifest.read(place), place / CALIBRATION
+    if manifest is None or not file.is_file() or file_digest(file) != manifest.files[CALIBRATION]:
+        raise InputError(str(file), "the bytes that manifest.json names", "other bytes, or none", "make it anew")
+
+
+def _kept(place: Path, step: StepPlan, ctx: Context) -> bool:
     """Whether a step is there and every byte is what its manifest says; a damaged one is removed, to be made again."""
     if not place.is_dir():
         return False
     try:
-        check_bytes(place, ctx)
+        check_tokens(place) if step.inherits else check_bytes(place, ctx)
     except InputError as error:
         ctx.tell("damaged", where=str(place), reason=str(error))
         shutil.rmtree(place)
@@ -105,9 +99,29 @@ def _kept(place: Path, ctx: Context) -> bool:
     return True
 
 
-def step_id(parent: str, pass_: Pass, seed: int) -> str:
-    """The identity of one step; `parent` is the fingerprint of the checkpoint it reads."""
-    return hash_json({"parent": parent, "seed": seed, **pass_.identity()})
+def step_id(parent: str, pass_: Pass, seed: int, inputs: dict[str, str]) -> str:
+    """The identity of one step; `parent` is the fingerprint of the checkpoint it reads, `inputs` are what else it reads."""
+    return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.identity()})
+
+
+@dataclass
+class _Course:
+    """How far a run has come: the checkpoint that the next step reads, and its calibration tokens."""
+
+    source: Checkpoint
+    digests: dict[str, str]
+    fingerprint: str
+    lineage: tuple[Step, ...]
+    manifest: Manifest | None
+    tokens: Path | None = None
+    tokens_digest: str = ""
+
+
+def inputs_of(pass_: Pass, tokens: str, dtype: str) -> dict[str, str]:
+    """What a pass reads besides its parent. Texts count as the tokens that they became."""
+    if isinstance(pass_, DataPass):
+        return {"tokens": tokens}
+    return {"tokens": tokens, "dtype": dtype} if isinstance(pass_, LinearPass) else {}
 
 
 def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options | None = None) -> Result:
@@ -120,63 +134,115 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
 
     # config.json may tie what a checkpoint holds twice; only what is equal is written once.
     dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
-    plan = make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes)
+    plan = make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype)
     with locked(out, ctx):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
         refuse_nonfinite(plan, intake)
-        existing = ctx.broadcast(_existing(out, intake, plan.passes, ctx) if ctx.is_main else None)
+        corpora = _gather(plan, source, ctx) if ctx.is_main else {}
+        digests = ctx.broadcast({number: corpus.digest for number, corpus in corpora.items()})
+        existing = ctx.broadcast(_existing(out, intake, plan, digests, ctx) if ctx.is_main else None)
         if existing is not None:
             return Result(out, plan, existing, False, time.perf_counter() - started)
         if ctx.is_main:
             check_disk(plan, out)
         ctx.tell("plan", steps=[step.name for step in plan.steps], bytes=plan.steps[-1].payload_bytes)
-        current, digests, fingerprint = source, intake.digests, intake.fingerprint
         manifest = source.manifest
+        now = _Course(source, intake.digests, intake.fingerprint, manifest.lineage if manifest else (), manifest)
+        now.tokens_digest = digests.get(0, "")
+        now.tokens = source.path / CALIBRATION if now.tokens_digest else None
         for step in plan.steps:
-            last = step is plan.steps[-1]
-            identity = step_id(fingerprint, step.pass_, ctx.seed)
-            place = out if last else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
-            if not ctx.broadcast(_kept(place, ctx) if ctx.is_main else None):
-                made = _run_step(step, plan, current, digests, fingerprint, identity, place, intake, manifest, ctx)
-                ctx.tell("step", name=step.name, where=str(place), seconds=made)
+            now.tokens_digest = digests.get(step.number, now.tokens_digest)
+            inputs = inputs_of(step.pass_, now.tokens_digest, str(computing(ctx.dtype, source.config)))
+            identity = step_id(now.fingerprint, step.pass_, ctx.seed, inputs)
+            place = out if step is plan.steps[-1] else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
+            if not ctx.broadcast(_kept(place, step, ctx) if ctx.is_main else None):
+                line = Step(
+                    id=identity, parent=now.fingerprint, text=str(step.pass_.line()), revision=step.pass_.revision,
+                    options=step.pass_.model_dump(mode="json"), inputs=inputs,
+                )  # fmt: skip
+                made = _run_step(step, plan, now, line, place, intake, corpora.get(step.number), ctx)
+                ctx.tell("step", name=step.name, where=str(place), **made)
             ctx.barrier()
-            if current is not source:
-                current.close()
-            current = open_checkpoint(place, source.name, source.origin)
-            manifest = current.manifest
-            if manifest is None or manifest.lineage[-1].id != identity:
-                raise InputError(str(place), "the checkpoint of this step", "another one", f"remove {place} and run again")
-            digests, fingerprint = manifest.digests, manifest.fingerprint
-        current.close()
-        assert manifest is not None
-        return Result(out, plan, manifest, True, time.perf_counter() - started)
+            _go_on(now, step, place, source, identity)
+        now.source.close()
+        assert now.manifest is not None
+        return Result(out, plan, now.manifest, True, time.perf_counter() - started)
+
+
+def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
+    """Calibration tokens by the step that makes them; under 0 those that the source brings and a step reads."""
+    from compress.corpus import Corpus
+
+    found: dict[int, Corpus] = {}
+    first = next((step for step in plan.steps if isinstance(step.pass_, DataPass | LinearPass)), None)
+    if first is not None and isinstance(first.pass_, LinearPass):
+        found[0] = Corpus.load(source.path / CALIBRATION)
+    for step in plan.steps:
+        if isinstance(step.pass_, DataPass):
+            found[step.number] = step.pass_.gather(source.path, source.config, ctx.seed)
+    return found
+
+
+def _go_on(now: _Course, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
+    """Moves the course to what a step has made. Raises InputError where that is something else."""
+    manifest = Manifest.read(place)
+    if manifest is None or manifest.lineage[-1].id != identity:
+        raise InputError(str(place), "the checkpoint of this step", "another one", f"remove {place} and run again")
+    now.lineage = manifest.lineage
+    if isinstance(step.pass_, DataPass):
+        now.tokens = place / CALIBRATION
+    if step.inherits:
+        return
+    if now.source is not source:
+        now.source.close()
+    now.source = open_checkpoint(place, source.name, source.origin)
+    now.manifest, now.digests, now.fingerprint = manifest, manifest.digests, manifest.fingerprint
 
 
 def _run_step(
-    step: StepPlan, plan: Plan, source: Checkpoint, digests: dict[str, str], parent: str, identity: str, place: Path,
-    intake: Intake, before: Manifest | None, ctx: Context,
-) -> float:  # fmt: skip
-    """Runs one step into its .tmp and publishes it at `place`. Returns seconds."""
+    step: StepPlan, plan: Plan, now: _Course, line: Step, place: Path, intake: Intake, corpus: Corpus | None, ctx: Context
+) -> dict[str, Any]:
+    """Runs one step into its .tmp and publishes it at `place`. Returns seconds, also by what they were spent on."""
     started = time.perf_counter()
     folder = steps_folder(place) if step is plan.steps[-1] else place.parent
-    writer = Writer(folder / f"{step.number}-{step.name}-{identity[:8]}.tmp", step.shards, ctx.rank)
+    writer = Writer(folder / f"{step.number}-{step.name}-{line.id[:8]}.tmp", step.shards, ctx.rank)
     if ctx.is_main:
-        writer.open(identity)
+        writer.open(line.id)
     ctx.barrier()
     writer.attach()
-    stream(step, source, plan.weights, digests, writer, ctx)
+    spent: dict[str, float] = {}
+    weights = [] if step.inherits else plan.weights
+    if isinstance(step.pass_, LinearPass):
+        from compress.corpus import Corpus
+        from compress.sweep import sweep
+
+        assert now.tokens is not None
+        spent = sweep(step, now.source, weights, now.digests, Corpus.load(now.tokens).tensors, writer, ctx)
+    else:
+        stream(step, now.source, weights, now.digests, writer, ctx)
     writer.detach()
     ctx.barrier()
-    seconds = time.perf_counter() - started
+    measured: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3), **({"spent": spent} if spent else {})}
     if ctx.is_main:
+        side = {name: now.source.path / name for name in now.source.side_files if name != CALIBRATION}
+        if now.tokens is not None and step.format is None:
+            side[CALIBRATION] = now.tokens
+        if corpus is not None:
+            corpus.save(writer.path / CALIBRATION)
+            side[CALIBRATION] = writer.path / CALIBRATION
+        side = {} if step.inherits else side
         entries = writer.read_journals()
-        _verify(writer, plan.weights, entries)
-        manifest = _manifest(step, plan, source, parent, identity, intake, before, entries, seconds, ctx)
-        side = [source.path / name for name in source.side_files]
-        texts = {"config.json": step.config_text, FILE: manifest.to_text()}
-        writer.publish(texts, side, place, read_only=step is not plan.steps[-1])
+        _verify(writer, weights, entries)
+        texts = {} if step.inherits else {"config.json": step.config_text}
+        files = {name: file_digest(path) for name, path in side.items()}
+        files |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        if corpus is not None:
+            files[CALIBRATION] = file_digest(writer.path / CALIBRATION)
+        manifest = _manifest(step, weights, now, line, intake, entries, files, measured, ctx)
+        carried = [path for path in side.values() if path.parent != writer.path]
+        writer.publish({**texts, FILE: manifest.to_text()}, carried, place, read_only=step is not plan.steps[-1])
     ctx.barrier()
-    return seconds
+    return measured
 
 
 def _verify(writer: Writer, weights: list[Weight], entries: dict[str, dict[str, Any]]) -> None:
@@ -195,52 +261,52 @@ def _verify(writer: Writer, weights: list[Weight], entries: dict[str, dict[str, 
 
 
 def _manifest(
-    step: StepPlan, plan: Plan, source: Checkpoint, parent: str, identity: str, intake: Intake,
-    before: Manifest | None, entries: dict[str, dict[str, Any]], seconds: float, ctx: Context,
+    step: StepPlan, weights: list[Weight], now: _Course, line: Step, intake: Intake, entries: dict[str, dict[str, Any]],
+    files: dict[str, str], measured: dict[str, Any], ctx: Context,
 ) -> Manifest:  # fmt: skip
-    earlier = before.weights if before else {}
+    before, source = now.manifest, now.source
     records: dict[str, WeightRecord] = {}
-    for weight in plan.weights:
-        state = step.after[weight.name]
+    happened: dict[tuple[str, str], list[str]] = {}
+    for weight in weights:
+        state, entry = step.after[weight.name], entries[weight.name]
+        for what, reason in entry.get("notes", ()):
+            happened.setdefault((what, reason), []).append(weight.name)
         if state == DENSE:
             continue
-        old = earlier.get(weight.name)
-        error = entries[weight.name].get("error", old.error if old else None)
+        old = before.weights.get(weight.name) if before else None
+        errors = {
+            name: None if (error := entry.get(name, getattr(old, name, None))) is None else round(error, 9)
+            for name in ("error", "output_error")
+        }
         records[weight.name] = WeightRecord(
             state=str(state), dtype=weight.dtype, shape=weight.shape, transposed=weight.transposed,
-            bits=round(step.bits([weight]), 6), error=round(error, 9) if error is not None else None,
+            bits=round(step.bits([weight]), 6), **errors,
         )  # fmt: skip
-    digests = {name: digest for w in plan.weights for name, digest in entries[w.name]["digests"].items()}
-    files = {name: file_digest(source.path / name) for name in source.side_files}
-    files["config.json"] = hashlib.sha256(step.config_text.encode()).hexdigest()
-    line = Step(
-        id=identity, parent=parent, text=str(step.pass_.line()), options=step.pass_.model_dump(mode="json"),
-        revision=step.pass_.revision,
-    )  # fmt: skip
+    digests = {name: digest for w in weights for name, digest in entries[w.name]["digests"].items()}
     origin = Source(
         name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
         datasets=tuple(source.origin.get("datasets", ())), fingerprint=intake.fingerprint,
     )  # fmt: skip
-    notes = list(step.notes)
+    notes = [*step.notes, *(Note(what, reason, tuple(names)) for (what, reason), names in happened.items())]
     if intake.nonfinite and before is None:
         notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
-    kept = [n for n in (before.notes if before else ()) if n.what in ("skipped", "ragged", "nonfinite")]
+    kept = [n for n in (before.notes if before else ()) if n.what in LASTING]
     return Manifest(
         compress_version=__version__,
-        parent=parent,
+        parent=line.parent,
         source=before.source if before else origin,
-        lineage=(*(before.lineage if before else ()), line),
+        lineage=(*now.lineage, line),
         seed=ctx.seed,
         threads=ctx.threads,
         isa=isa(),
-        format=step.format.name if step.format else "canonical",
+        format="tokens" if step.inherits else step.format.name if step.format else "canonical",
         coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
         weights=records,
         notes=(*kept, *(NoteRecord(what=n.what, reason=n.reason, count=n.count, names=n.names) for n in notes)),
         digests=digests,
         files=files,
         measured={
-            "seconds": round(seconds, 3),
+            **measured,
             "peak_resident_bytes": peak_resident_bytes(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "ranks": ctx.world_size,
@@ -262,7 +328,7 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _existing(out: Path, intake: Intake, passes: list[Pass], ctx: Context) -> Manifest | None:
+def _existing(out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], ctx: Context) -> Manifest | None:
     """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
     if not out.exists():
         return None
@@ -271,75 +337,15 @@ def _existing(out: Path, intake: Intake, passes: list[Pass], ctx: Context) -> Ma
     if manifest is None:
         got = "a directory that compress did not make" if out.is_dir() else "a file"
         raise InputError(str(out), "no such directory yet, or one that this recipe made", got, do)
-    made_here = list(manifest.lineage)[-len(passes) :]
-    same = len(made_here) == len(passes) and made_here[0].parent == intake.fingerprint
-    if same and all(s.id == step_id(s.parent, p, ctx.seed) for s, p in zip(made_here, passes, strict=True)):
+    made_here = list(manifest.lineage)[-len(plan.passes) :]
+    same = len(made_here) == len(plan.passes) and made_here[0].parent == intake.fingerprint
+    tokens = corpora.get(0, "")
+    for line, step in zip(made_here, plan.steps, strict=False):
+        tokens = corpora.get(step.number, tokens)
+        inputs = inputs_of(step.pass_, tokens, line.inputs.get("dtype", ""))
+        same = same and line.id == step_id(line.parent, step.pass_, ctx.seed, inputs)
+    if same:
         check_bytes(out, ctx)
         return manifest
     text = " | ".join(step.text for step in manifest.lineage)
     raise InputError(str(out), "what this recipe makes of this source", f"another result: {text}", do)
-
-
-def check_disk(plan: Plan, out: Path) -> None:
-    """Raises MachineError where the steps and the output would not fit."""
-    parent = out.parent if out.parent.exists() else Path.cwd()
-    kept = sum(f.stat().st_blocks * 512 for f in steps_folder(out).rglob("*") if f.is_file()) if steps_folder(out).is_dir() else 0
-    free = shutil.disk_usage(parent).free + kept
-    need = plan.disk_bytes + (64 << 20)
-    if need > free:
-        raise MachineError(
-            str(parent), f"{need:,} bytes free for {len(plan.steps)} steps", f"{free:,} bytes",
-            "free some space, or choose an OUT on another disk",
-        )  # fmt: skip
-
-
-@contextmanager
-def locked(out: Path, ctx: Context) -> Iterator[None]:
-    """Holds OUT for this run. Raises MachineError if another run has it."""
-    if not ctx.is_main:
-        yield
-        return
-    folder = steps_folder(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Not through a link, and never truncated: what lies there may be somebody else's.
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        do = "choose an OUT in a place that you may write to, with no file or link named OUT.steps"
-        raise MachineError(str(folder), "a place to write", error.strerror or str(error), do) from None
-    with open(descriptor, "rb") as stream_:
-        try:
-            fcntl.flock(stream_, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that ended while we opened the lock has taken it away; what we hold then keeps nobody out.
-            if not (folder / "lock").exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder / "lock")):
-                raise BlockingIOError
-        except BlockingIOError:
-            raise MachineError(
-                str(out),
-                "an output that no other run is writing",
-                "a run that holds its lock",
-                "wait for it, or choose another OUT",
-            ) from None
-        try:
-            yield
-        finally:
-            tidy(folder)
-
-
-def tidy(folder: Path) -> None:
-    """Removes a steps folder that holds nothing but the lock."""
-    if {entry.name for entry in folder.iterdir()} <= {"lock"}:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def clean(out: Path, ctx: Context) -> int:
-    """Removes OUT's steps; returns the bytes freed."""
-    folder = steps_folder(out)
-    if not folder.is_dir():
-        return 0
-    with locked(out, ctx):
-        freed = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for entry in folder.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return freed

@@ -7,16 +7,18 @@ by construction. What cannot be done is refused here, with every weight named, b
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress import qtensor
-from compress.checkpoint import CANONICAL, Checkpoint
-from compress.contract import Format, Pass, TensorPass, Verdict
+from compress.checkpoint import CALIBRATION, CANONICAL, Checkpoint, local_header
+from compress.contract import DataPass, Format, LinearPass, Pass, Verdict, WeightPass
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.facts import DENSE, Note, State, TensorSpec, Weight
+from compress.footprint import computing, sweep_bytes
 from compress.names import Model
 from compress.recipe import Recipe
 from compress.resolve import resolve
@@ -33,7 +35,7 @@ class StepPlan:
     """One pass over one checkpoint: what every weight becomes, and where its bytes will lie."""
 
     number: int
-    pass_: TensorPass
+    pass_: WeightPass | DataPass
     targeted: tuple[str, ...]
     skipped: dict[str, str]
     before: dict[str, State]
@@ -42,7 +44,13 @@ class StepPlan:
     shards: list[Shard]
     config_text: str
     notes: tuple[Note, ...]
-    workspace_bytes: int
+    resident_bytes: int
+    """Memory beyond the interpreter."""
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the weights stay where the step before has them."""
+        return not self.shards
 
     @property
     def name(self) -> str:
@@ -59,7 +67,9 @@ class StepPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the shards with their headers, the index and config.json."""
+        """Bytes of the shards with their headers, the index and config.json; none where the weights stay where they are."""
+        if self.inherits:
+            return 0
         index = index_file(self.shards) or ("", "")
         return sum(shard.nbytes for shard in self.shards) + len(index[1].encode()) + len(self.config_text.encode())
 
@@ -97,9 +107,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Resident memory at most: the interpreter and, per worker, one tensor in work."""
-        workers = min(self.threads, MAX_WORKERS)
-        return INTERPRETER_BYTES + workers * max((step.workspace_bytes for step in self.steps), default=0)
+        """Resident memory at most: the interpreter and what the largest step needs."""
+        return INTERPRETER_BYTES + max((step.resident_bytes for step in self.steps), default=0)
 
     def bits(self, step: StepPlan, names: Sequence[str] | None = None) -> float:
         """Bits per weight after `step`, scales and padding included; of `names`, or of the whole model."""
@@ -122,6 +131,7 @@ def make_plan(
     allow_skips: Sequence[str] = (),
     dropped: frozenset[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    dtype: str = "auto",
 ) -> Plan:
     """Replays facts over all lines. Raises RecipeError, CoverageError or FormatError with everything that is wrong."""
     passes = resolve(recipe)
@@ -137,14 +147,22 @@ def make_plan(
     shared = _shared_notes(checkpoint, model, dropped)
     written = replace(model, weights=tuple(weights))
     packed_by = ""
+    tokens = _tokens_of(checkpoint)
     for number, pass_ in enumerate(passes, start=1):
-        assert isinstance(pass_, TensorPass)
         where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
-        fmt: Format | None = pass_.target_format()
         if packed_by:
             raise RecipeError(where, "pack as the last pass", f"a pass after {packed_by}", "move it before pack")
+        if isinstance(pass_, DataPass):
+            tokens = pass_.tokens_at_most()
+            steps.append(_data_step(number, pass_, number == len(passes), weights, states, shared, checkpoint, written, shard_bytes))
+            continue
+        assert isinstance(pass_, WeightPass)
+        if isinstance(pass_, LinearPass) and not tokens:
+            raise RecipeError(where, "calibration tokens", "none", "put calibrate(data=...) before it")
+        fmt: Format | None = pass_.target_format()
         packed_by = pass_.pass_name() if fmt is not None else ""
-        step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, checkpoint, written, shard_bytes)
+        run = _Run(checkpoint, written, shard_bytes, threads, tokens, dtype)
+        step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, run)
         if wrong and kind is None:
             kind = FormatError if fmt is not None else CoverageError
         elif fmt is not None and kind is not None:
@@ -166,9 +184,40 @@ def make_plan(
     return Plan(model, list(passes), steps, checkpoint.nbytes, threads, verdicts, dropped)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every step of a plan has in common."""
+
+    checkpoint: Checkpoint
+    model: Model
+    shard_bytes: int
+    threads: int
+    tokens: int
+    dtype: str
+
+
+def _tokens_of(checkpoint: Checkpoint) -> int:
+    """How many calibration tokens a checkpoint brings."""
+    if CALIBRATION not in checkpoint.side_files:
+        return 0
+    return max(math.prod(ref.shape) for ref in local_header(checkpoint.path / CALIBRATION))
+
+
+def _data_step(
+    number: int, pass_: DataPass, last: bool, weights: list[Weight], states: dict[str, State], shared: list[Note],
+    checkpoint: Checkpoint, model: Model, shard_bytes: int,
+) -> StepPlan:  # fmt: skip
+    """A step that makes tokens; the weights are written only where it is the last one, and OUT has to have them."""
+    specs = [spec for w in weights for spec in qtensor.specs(w, states[w.name])]
+    canonical = any(state.scheme for state in states.values())
+    shards = arrange(specs, shard_bytes, CANONICAL_STEM if canonical else STEM) if last else []
+    config = _config_text(checkpoint.config, None, model, states)
+    return StepPlan(number, pass_, (), {}, states, states, None, shards, config, tuple(shared), 64 << 20)
+
+
 def _step(
-    number: int, pass_: TensorPass, fmt: Format | None, weights: list[Weight], before: dict[str, State],
-    skips: list[re.Pattern[str]], shared: list[Note], checkpoint: Checkpoint, model: Model, shard_bytes: int,
+    number: int, pass_: WeightPass, fmt: Format | None, weights: list[Weight], before: dict[str, State],
+    skips: list[re.Pattern[str]], shared: list[Note], run: _Run,
 ) -> tuple[StepPlan | None, list[tuple[str, str, str]], dict[str, State]]:  # fmt: skip
     """One step, or the (weight, reason, what to do) of everything that stands in its way; and the states after it."""
     chosen = pass_.chosen(weights)
@@ -181,11 +230,13 @@ def _step(
     after, refused = dict(before), []
     for weight in chosen:
         try:
+            if isinstance(pass_, LinearPass):
+                _refuse_unread(weight, run.model)
             after[weight.name] = pass_.becomes(weight, before[weight.name])
         except Refusal as refusal:
             refused.append((weight.name, refusal.reason, refusal.do))
     if fmt is not None and not refused:
-        refused += fmt.refuse_together(model, after)
+        refused += fmt.refuse_together(run.model, after)
     # A format's refusal cannot be skipped: the weight is in codes already and no reader would have it.
     wrong = [r for r in refused if fmt is not None or not any(regex.search(r[0]) for regex in skips)]
     if wrong:
@@ -196,16 +247,28 @@ def _step(
     notes += _untouched(weights, after)
     canonical = fmt is None and any(after[w.name].scheme for w in weights)
     specs = [spec for w in weights for spec in layout_specs(fmt, w, after[w.name])]
-    shards = arrange(specs, shard_bytes, CANONICAL_STEM if canonical else STEM)
+    shards = arrange(specs, run.shard_bytes, CANONICAL_STEM if canonical else STEM)
     work = max((_workspace(pass_, weight, after[weight.name], fmt) for weight in touched), default=0)
+    resident = min(run.threads, MAX_WORKERS) * max(work, 32 << 20)
+    if isinstance(pass_, LinearPass):
+        config = run.checkpoint.config
+        resident = max(resident, sweep_bytes(pass_, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize))
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
-        _config_text(checkpoint.config, fmt, model, after), tuple(notes), max(work, 32 << 20),
+        _config_text(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident,
     )  # fmt: skip
     return step, [], after
 
 
-def _workspace(pass_: TensorPass, weight: Weight, after: State, fmt: Format | None) -> int:
+def _refuse_unread(weight: Weight, model: Model) -> None:
+    """Raises Refusal for a weight whose inputs no sweep over the blocks sees."""
+    if weight.block is None or weight.stack.startswith("tower:"):
+        raise Refusal(f"no sweep over the blocks sees what a {weight.kind} outside of them reads", "use quantize.rtn for it")
+    if weight.module in model.unwatched:
+        raise Refusal("its family computes experts where their inputs cannot be watched", "use quantize.rtn for the experts")
+
+
+def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | None) -> int:
     """Bytes one worker holds at most: the dense tensor, the pass's own, the stream being packed and its parts."""
     stream = sum(spec.nbytes for spec in layout_specs(fmt, weight, after))
     dense = 0 if fmt is not None else weight.nbytes

@@ -139,7 +139,7 @@ def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = STEM) -> 
 
 def index_file(shards: list[Shard]) -> tuple[str, str] | None:
     """Name and text of the index (`model.safetensors.index.json`), None for a single file."""
-    if len(shards) == 1:
+    if len(shards) <= 1:
         return None
     total = sum(spec.nbytes for shard in shards for spec in shard.specs)
     weight_map = {spec.name: shard.file for shard in shards for spec in shard.specs}

@@ -25,6 +25,8 @@ from compress.shards import Shard, index_file
 if TYPE_CHECKING:
     import torch
 
+    from compress.facts import TensorSpec
+
 _COPY_BYTES = 8 << 20
 _STAMP, _JOURNAL = ".compress-step", ".compress-journal."
 """Files of a directory in the making; hidden, because hidden files of a source are never carried along."""
@@ -96,6 +98,18 @@ class Writer:
         for start in range(0, nbytes, _COPY_BYTES):
             digest.update(os.pread(self._descriptors[file], min(_COPY_BYTES, nbytes - start), at + start))
         return digest.hexdigest()
+
+    def read(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor that was written earlier."""
+        import torch
+
+        from compress.checkpoint import torch_dtype
+
+        file, at, nbytes = self._places[spec.name]
+        data, done = bytearray(nbytes), 0
+        while done < nbytes:
+            done += os.preadv(self._descriptors[file], [memoryview(data)[done:]], at + done)
+        return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).reshape(spec.shape)
 
     def put(self, name: str, tensor: torch.Tensor) -> str:
         """Writes one tensor at its place; returns the sha256 of its bytes."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from compress import pipeline, qtensor
+from compress import pipeline, places, qtensor
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.contract import Context
 from compress.names import resolve
@@ -29,7 +31,7 @@ def run(source: Path | Checkpoint, out: Path, recipe: str, **options: Any) -> Re
 
 def step_of(out: Path, name: str) -> Path:
     """The directory of a step of `out`, by the name of its pass."""
-    return next(path for path in pipeline.steps_folder(out).iterdir() if path.is_dir() and f"-{name}-" in path.name)
+    return next(path for path in places.steps_folder(out).iterdir() if path.is_dir() and f"-{name}-" in path.name)
 
 
 def dense_meaning(canonical: Path, target: Path) -> Path:
@@ -93,6 +95,15 @@ def tiny_llama(directory: Path, max_shard_size: str = "5GB", **changes: Any) -> 
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
     model.to(getattr(torch, changes.get("dtype", "bfloat16"))).save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
+
+
+@lru_cache(maxsize=1)
+def ready_inputs(samples: int = 6, length: int = 24, vocabulary: int = 128) -> Path:
+    """A file of ready model inputs: random token ids, for models without a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    path = Path(tempfile.mkdtemp()) / "ready.safetensors"
+    save_file({"input_ids": torch.randint(3, vocabulary, (samples, length), generator=generator)}, path)
+    return path
 
 
 def tree(directory: Path) -> dict[str, bytes]:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from compress.checkpoint import open_checkpoint
 from compress.errors import FormatError
 from compress.names import resolve
-from compress.pipeline import Result, steps_folder
+from compress.pipeline import Result
+from compress.places import steps_folder
 from families import FAMILIES, build
 from support import dense_meaning, load, logits, run
 

@@ -18,7 +18,7 @@ from compress.checkpoint import open_checkpoint
 from compress.contract import Context
 from compress.errors import CompressError, CoverageError, FormatError, InputError, MachineError, RecipeError, UsageError
 from compress.manifest import Manifest
-from compress.pipeline import clean, locked, steps_folder
+from compress.places import clean, locked, steps_folder
 from compress.writer import Writer
 from support import run, step_of, tiny_llama, tree
 

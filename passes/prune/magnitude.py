@@ -6,14 +6,11 @@ weights stay zero through later passes, which is checked after each of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from compress.contract import TargetedPass
-from compress.errors import Refusal
-from compress.facts import FLOATS, MATRICES, State, Weight
-from compress.sparsity import Sparsity
+from compress.contract import TensorPass
+from compress.facts import State, Weight
+from compress.kinds import PruningPass
 
 if TYPE_CHECKING:
     import torch
@@ -21,24 +18,8 @@ if TYPE_CHECKING:
     from compress.qtensor import QTensor
 
 
-class Magnitude(TargetedPass):
+class Magnitude(PruningPass, TensorPass):
     """Keeps the entries of largest magnitude."""
-
-    sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")
-    scope: Literal["matrix", "row"] = Field("matrix", description="what a share is taken of: the matrix, or each output's row")
-
-    def becomes(self, weight: Weight, state: State) -> State:
-        if weight.kind not in MATRICES:
-            raise Refusal(f"a {weight.kind} tensor is not a matrix of weights", "leave it out of targets")
-        if weight.unclear:
-            raise Refusal(weight.unclear, "skip it by name")
-        if state != State():
-            raise Refusal(f"it is already {state}", "prune first, and once")
-        if weight.dtype not in FLOATS or len(weight.shape) not in (2, 3) or not weight.numel:
-            raise Refusal(f"{weight.dtype} {list(weight.shape)} cannot be pruned", "skip it by name")
-        if self.sparsity.of is not None and weight.in_features % self.sparsity.of:
-            raise Refusal(f"{self.sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
-        return State(None, self.sparsity)
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
         from compress.algebra.masks import keep_best

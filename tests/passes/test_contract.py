@@ -13,10 +13,14 @@ from compress.discover import caption, load_pass, pass_files
 from compress.names import resolve as resolve_names
 from compress.recipe import Recipe, parse_one_liner, parse_yaml
 from compress.resolve import json_schema, resolve
-from support import run, step_of, tree
+from support import ready_inputs, run, step_of, tree
 
+CALIBRATE = f"calibrate(data='{ready_inputs()}', samples=6)"
 EXAMPLES = {
+    "calibrate": CALIBRATE,
     "prune.magnitude": "prune.magnitude(sparsity=2:4)",
+    "prune.wanda": f"{CALIBRATE} | prune.wanda(sparsity=2:4)",
+    "quantize.gptq": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32)",
     "quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)",
     "pack": "quantize.rtn(scheme=w4a16g32) | pack",
 }

@@ -1,0 +1,72 @@
+"""Batches: calibration tensors as a model's arguments, and which tokens count.
+
+Texts are `input_ids` [samples, length] with an `attention_mask`; an encoder-decoder reads the first half of a sample
+and continues it with the second. Inputs that were made elsewhere (audio features) go in by their own names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.errors import InputError
+from compress.journey import Call
+
+_BATCH_TOKENS = 4096
+"""Tokens in one forward: enough for the matrix products, little beside a block."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Keyword arguments of a model, and its masks: of the tokens, and of those of the decoder where there are two."""
+
+    inputs: dict[str, torch.Tensor]
+    mask: torch.Tensor | None
+    decoder_mask: torch.Tensor | None
+
+    def valid(self, x: torch.Tensor | None, call: Call) -> torch.Tensor | None:
+        """Which rows of `x` [batch, length, width] count, bool [batch * length]; x is None for routed experts."""
+        mask = self.decoder_mask if call.block.stack.startswith("decoder") and "decoder_input_ids" in self.inputs else self.mask
+        if x is not None and "decoder_input_ids" in self.inputs:
+            # Cross attention reads what the encoder made, which the decoder's blocks get as it is.
+            given = [value for value in (*call.args[1:], *call.kwargs.values()) if isinstance(value, torch.Tensor)]
+            if any(value.data_ptr() == x.data_ptr() for value in given):
+                mask = self.mask
+        if mask is None or (x is not None and x.numel() // x.shape[-1] != mask.numel()):
+            return None
+        return mask.reshape(-1).bool()
+
+    def held_bytes(self, x: torch.Tensor) -> int:
+        """Memory that a batch holds while it waits inside a block: what is read, what comes back to it, its inputs."""
+        return 3 * x.nbytes
+
+
+def cut(tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype) -> list[Batch]:
+    """This rank's samples in batches. Raises InputError for tensors that the model does not take."""
+    samples = len(next(iter(tensors.values())))
+    if samples < world_size:
+        raise InputError("calibration", f"at least a sample for each of {world_size} processes", f"{samples}")
+    first, last = samples * rank // world_size, samples * (rank + 1) // world_size
+    own = {name: tensor[first:last] for name, tensor in tensors.items()}
+    tokens = own["input_ids"].shape[1] if "input_ids" in own else next(iter(own.values()))[0].numel()
+    step = max(1, _BATCH_TOKENS // tokens)
+    return [
+        _batch({name: tensor[start : start + step] for name, tensor in own.items()}, model, dtype)
+        for start in range(0, last - first, step)
+    ]
+
+
+def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype) -> Batch:
+    inputs = {n: t.to(dtype) if t.is_floating_point() else t.long() for n, t in tensors.items()}
+    if model.config.is_encoder_decoder and inputs.keys() <= {"input_ids", "attention_mask"}:
+        half = inputs["input_ids"].shape[1] // 2
+        inputs = {
+            **{name: value[:, :half] for name, value in inputs.items()},
+            **{f"decoder_{name}": value[:, half:] for name, value in inputs.items()},
+        }
+    masks = {name: inputs.pop(name) for name in ("attention_mask", "decoder_attention_mask") if name in inputs}
+    # Without padding there is nothing to mask, and attention has faster ways to be causal.
+    partial = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+    return Batch({**inputs, **partial}, partial.get("attention_mask"), partial.get("decoder_attention_mask"))

@@ -1,0 +1,65 @@
+"""Footprint: the memory that a sweep needs, from headers, and the dtype it computes in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from compress.contract import LinearPass
+from compress.errors import UsageError
+from compress.facts import Weight
+
+if TYPE_CHECKING:
+    import torch
+
+HELD_BYTES = 1 << 30
+"""Activations held inside a block; batches beyond it run the block again for every statistic."""
+STATISTICS_BYTES = 2 << 30
+"""Statistics of routed experts held at a time; more experts take more rounds."""
+
+
+def computing(dtype: str, config: dict[str, Any]) -> torch.dtype:
+    """What a forward computes in. `auto` is bfloat16 for such a checkpoint where the CPU multiplies in it, else float32."""
+    import torch
+
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype in choices:
+        return choices[dtype]
+    if dtype != "auto":
+        raise UsageError("dtype", "auto, float32 or bfloat16", f"'{dtype}'")
+    stored = config.get("dtype") or config.get("torch_dtype")
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if stored == "bfloat16" and native else torch.float32
+
+
+def sweep_bytes(
+    pass_: LinearPass, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+) -> int:
+    """Resident bytes beyond the interpreter: a block, its statistics and solutions, the tokens' activations, the rest."""
+    blocks: dict[tuple[str, int | None], int] = defaultdict(int)
+    outside = head = 0
+    for weight in weights:
+        if weight.block is not None:
+            blocks[weight.stack, weight.block] += weight.numel * element_bytes
+        elif weight.kind in ("embedding", "head"):
+            head = max(head, weight.numel * element_bytes)
+        else:
+            outside += weight.numel * element_bytes
+    block = max(blocks.values(), default=0)
+    text = config.get("text_config") or config
+    hidden = int(text.get("hidden_size") or text.get("d_model") or max((w.in_features for w in touched), default=0))
+    widest = max((w.in_features for w in touched), default=hidden)
+    # Between blocks every batch has its hidden states, while they are exchanged both old and new.
+    between = 2 * tokens * hidden * element_bytes
+    within = min(HELD_BYTES, 3 * tokens * widest * element_bytes) + 8 * 4096 * widest * 4
+    statistic = max((pass_.statistic_bytes(w.in_features) * _at_once(w, pass_) for w in touched), default=0)
+    work = max((pass_.workspace_bytes(w) for w in touched), default=0)
+    return max(head, block + within + statistic + work) + between + outside
+
+
+def _at_once(weight: Weight, pass_: LinearPass) -> int:
+    """Statistics that are in memory together with the one of this weight."""
+    if weight.kind != "expert":
+        return 1
+    fits = max(1, STATISTICS_BYTES // pass_.statistic_bytes(weight.in_features))
+    return min(fits, weight.experts or fits)

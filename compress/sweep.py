@@ -1,0 +1,330 @@
+"""Sweep: lifts a LinearPass to directory in, directory out, with one block in memory.
+
+For each block: load it, send every batch to the first inputs that its weights read, fold their statistics, solve the
+weights, put the new values in their place, and send the batches on; what a weight is calibrated on thus comes from weights
+that are already solved, inside the block as well as before it. Weights that read the same tensor share a statistic,
+which the first forward of the block finds out; every routed expert has one of its own, over its own tokens.
+
+A solved weight is written and journaled at once. After a crash it is read back, and only its outputs are computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from compress import qtensor
+from compress.batches import Batch, cut
+from compress.checkpoint import Checkpoint
+from compress.contract import Context, Job, LinearPass, Solution
+from compress.errors import CoverageError, InputError
+from compress.experts import INPUT, MIDDLE, Routed
+from compress.facts import State, Weight
+from compress.footprint import HELD_BYTES, STATISTICS_BYTES, computing
+from compress.journey import Call, Journey, Key, Roads, Visit
+from compress.meaning import Meaning
+from compress.plan import StepPlan
+from compress.skeleton import Skeleton
+from compress.stream import check_mask, stream
+from compress.writer import Writer, trim_memory
+
+Part = tuple[Weight, int | None]
+"""A matrix of a weight: the weight and, where it holds all experts, which one."""
+
+
+def sweep(
+    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: dict[str, torch.Tensor],
+    writer: Writer, ctx: Context,
+) -> dict[str, float]:  # fmt: skip
+    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on."""
+    touched = set(step.transformed)
+    stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
+    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config))
+    batches = cut(corpus, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype)
+    with torch.no_grad(), Roads(skeleton) as roads:
+        run = _Sweep(step, skeleton, roads, batches, writer, ctx)
+        run.all_blocks([weight for weight in weights if weight.name in touched])
+    trim_memory()
+    return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
+
+
+class _Sweep:
+    def __init__(
+        self, step: StepPlan, skeleton: Skeleton, roads: Roads, batches: list[Batch], writer: Writer, ctx: Context
+    ) -> None:
+        assert isinstance(step.pass_, LinearPass)
+        self.step, self.pass_, self.skeleton, self.roads = step, step.pass_, skeleton, roads
+        self.batches, self.writer, self.ctx = batches, writer, ctx
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[on] += time.perf_counter() - started
+
+    def all_blocks(self, weights: list[Weight]) -> None:
+        """Every block that has to be passed, until no weight is left."""
+        remaining = {weight.name: weight for weight in weights}
+        total = sum(weight.nbytes for weight in weights)
+        # A single sample goes ahead and finds out what reads what.
+        scout = {name: value[:1] for name, value in self.batches[0].inputs.items()}
+        journeys = [Journey(self.skeleton, inputs) for inputs in (scout, *(batch.inputs for batch in self.batches))]
+        with self.spent("forward"):
+            calls = [journey.advance() for journey in journeys]
+        seen: set[str] = set()
+        while remaining and calls[0] is not None:
+            block = calls[0].block
+            if block.path in seen:
+                raise CoverageError(block.path, "each block once in a forward", "a block that runs again", "use quantize.rtn")
+            seen.add(block.path)
+            self.skeleton.release_visitors()
+            with self.spent("load"):
+                self.skeleton.load(block.path)
+            visits = [self.roads.visit(call) for call in calls if call is not None]
+            assert len(visits) == len(journeys)
+            mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
+            if mine:
+                self.block(block.path, mine, [call for call in calls if call is not None][1:], visits)
+            for weight in mine:
+                del remaining[weight.name]
+            self.ctx.tell(
+                "progress", step=self.step.name, weight=block.path, total_bytes=total,
+                done_bytes=total - sum(weight.nbytes for weight in remaining.values()),
+            )  # fmt: skip
+            if not remaining:
+                break
+            with self.spent("forward"):
+                for number, journey in enumerate(journeys):
+                    calls[number] = journey.advance(visits[number].finish())
+            self.skeleton.release(block.path)
+        for journey in journeys:
+            journey.leave()
+        if remaining:
+            raise CoverageError(
+                ", ".join(list(remaining)[:3]), "weights that the model's forward reads", "no batch that reached them",
+                "skip them, or calibrate on inputs that do",
+            )  # fmt: skip
+
+    def block(self, path: str, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
+        """Solves the weights of one block, inputs by inputs. The first of `visits` is the scout's."""
+        by_reader: dict[Key, list[Weight]] = defaultdict(list)
+        for weight in weights:
+            by_reader[_reader(weight)].append(weight)
+        forget = self.roads.watch({key: bool(which) for key, which in by_reader})
+        with self.spent("forward"):
+            spaces = _spaces(visits[0].survey(), path)
+        visits = visits[1:]
+        missed = [w.name for key, group in by_reader.items() if key not in {k for s in spaces for k in s} for w in group]
+        if missed:
+            raise CoverageError(
+                ", ".join(missed[:3]), "weights that a forward of their block reads", "nothing observed", "skip them"
+            )
+        for space in spaces:
+            members = [weight for key in space for weight in by_reader[key]]
+            pending = [weight for weight in members if not self.writer.is_done(weight.name)]
+            self.replace({weight.name: self.read_back(weight) for weight in members if weight not in pending})
+            if pending:
+                solve = self.experts if space[0][1] else self.linears
+                solve(space[0], pending, calls, visits)
+        forget()
+
+    def linears(self, key: Key, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
+        """Weights that read one tensor: one statistic, then all of them."""
+        statistic = self.pass_.statistic(weights[0].in_features)
+        for x, valid in self.inputs(key, calls, visits):
+            assert isinstance(x, torch.Tensor)
+            rows = x.reshape(-1, x.shape[-1])
+            with self.spent("statistics"):
+                statistic.add(rows if valid is None else rows[valid])
+        self.add_up(statistic)
+        if not statistic.tokens:
+            raise CoverageError(weights[0].name, "calibration tokens", "none that reached it", "calibrate on other texts")
+        solved = self.solve([(weight, None) for weight in weights], {None: statistic})
+        for weight in weights:
+            self.keep(weight, {None: solved.pop((weight.name, None))})
+
+    def experts(self, key: Key, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
+        """Weights of routed experts: a statistic for each expert, as many at a time as the budget allows."""
+        parts = [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
+        width = weights[0].in_features
+        wanted = sorted({expert for _, expert in parts})
+        at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
+        found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
+        for start in range(0, len(wanted), at_once):
+            statistics = {expert: self.pass_.statistic(width) for expert in wanted[start : start + at_once]}
+            for routed, valid in self.inputs(key, calls, visits):
+                assert isinstance(routed, Routed)
+                with self.spent("statistics"):
+                    for expert, statistic in statistics.items():
+                        rows = slice(routed.offsets[expert], routed.offsets[expert + 1])
+                        x = routed.rows[rows]
+                        statistic.add(x if valid is None else x[valid[routed.tokens[rows]]])
+            for statistic in statistics.values():
+                self.add_up(statistic)
+            solved = self.solve([part for part in parts if part[1] in statistics], statistics)
+            for (name, expert), solution in solved.items():
+                found[name][expert] = solution
+            for weight in weights:
+                if weight.name in found and len(found[weight.name]) == (weight.experts or 1):
+                    self.keep(weight, found.pop(weight.name))
+
+    def inputs(
+        self, key: Key, calls: list[Call], visits: list[Visit]
+    ) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
+        """What every batch has to say to a reader, and which of its tokens count (None: all).
+
+        Batches stay where they are, so that a block is run once; those whose activations exceed the budget start again.
+        """
+        held = 0
+        for batch, call, visit in zip(self.batches, calls, visits, strict=True):
+            started = time.perf_counter()
+            try:
+                x = visit.until(key)
+            except LookupError:
+                continue
+            finally:
+                self.seconds["forward"] += time.perf_counter() - started
+            read = x if isinstance(x, torch.Tensor) else x.rows
+            held += batch.held_bytes(read)
+            yield x, batch.valid(read if isinstance(x, torch.Tensor) else None, call)
+            if held > HELD_BYTES:
+                visit.drop()
+
+    def add_up(self, statistic: Any) -> None:
+        """Sums a statistic over processes."""
+        if self.ctx.world_size > 1:
+            for part in (tokens := torch.tensor(statistic.tokens), *statistic.parts()):
+                self.ctx.add_up(part)
+            statistic.tokens = int(tokens)
+
+    def solve(self, parts: list[Part], statistics: dict[int | None, Any] | dict[int, Any]) -> dict[tuple[str, int | None], Solution]:
+        """Solutions by weight and expert. The work is shared out over processes, and everybody gets all results."""
+        loads = [0] * self.ctx.world_size
+        owners: dict[tuple[str, int | None], int] = {}
+        for weight, expert in sorted(parts, key=lambda part: (-part[0].numel, part[0].name)):
+            owners[weight.name, expert] = lightest = loads.index(min(loads))
+            loads[lightest] += weight.out_features
+        by_inputs: dict[int | None, list[Part]] = defaultdict(list)
+        for part in parts:
+            if owners[part[0].name, part[1]] == self.ctx.rank:
+                by_inputs[part[1]].append(part)
+        mine: dict[tuple[str, int | None], Solution] = {}
+        for expert, group in by_inputs.items():
+            with self.spent("factor"):
+                prepared = self.pass_.prepare(statistics[expert])  # type: ignore[index]
+            with self.spent("solve"):
+                jobs = [Job(weight, self.step.after[weight.name], self.matrix(weight, which)) for weight, which in group]
+                for (weight, which), solution in zip(group, self.pass_.solve(jobs, prepared), strict=True):
+                    mine[weight.name, which] = solution
+        if self.ctx.world_size == 1:
+            return mine
+        found: dict[tuple[str, int | None], Solution] = {}
+        for rank in range(self.ctx.world_size):
+            found.update(self.ctx.broadcast(mine, rank))
+        return found
+
+    def matrix(self, weight: Weight, expert: int | None) -> torch.Tensor:
+        """One matrix [out, in] of a weight, as it is stored."""
+        stored = self.skeleton.meaning.dense(weight.name)
+        if weight.experts is not None:
+            stored = stored[expert]
+        return stored.T if weight.transposed else stored
+
+    def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> None:
+        """Writes a solved weight, journals it, and puts it in its place in the block."""
+        ordered = [solutions[expert] for expert in sorted(solutions, key=lambda e: e or 0)]
+        value = _joined(weight, [solution.value for solution in ordered])
+        after = self.step.after[weight.name]
+        if after.sparsity is not None:
+            check_mask(weight, after.sparsity, value)
+        with self.spent("write"):
+            # Every process has every solution; one of them writes it.
+            if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
+                parts = (
+                    qtensor.encode(weight, value)
+                    if isinstance(value, qtensor.QTensor)
+                    else {weight.name: qtensor.as_matrix(weight, value)}
+                )
+                digests = {name: self.writer.put(name, part) for name, part in parts.items()}
+                self.writer.record(weight.name, digests, _facts(ordered))
+        self.replace({weight.name: _dense(weight, after, value)})
+
+    def replace(self, weights: dict[str, torch.Tensor]) -> None:
+        """The block goes on with what the weights have become."""
+        if weights:
+            with self.spent("load"):
+                self.skeleton.replace(weights)
+
+    def read_back(self, weight: Weight) -> torch.Tensor:
+        """A weight that an earlier run has solved."""
+        after = self.step.after[weight.name]
+        parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
+        value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
+        return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
+
+
+def _reader(weight: Weight) -> Key:
+    """Which inputs of which module a weight reads."""
+    if weight.kind != "expert":
+        return weight.module, ""
+    return weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT
+
+
+def _expert(weight: Weight) -> int:
+    """Which expert a weight belongs to, by its name on disk."""
+    numbers = [part for part in weight.name[len(weight.module.rpartition(".")[0]) :].split(".") if part.isdigit()]
+    if not numbers:
+        raise InputError(weight.name, "a number of the expert in its name", "none")
+    return int(numbers[0])
+
+
+def _spaces(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:
+    """Readers grouped by the tensor that they read, in the order of a forward."""
+    spaces: dict[Any, list[Key]] = {}
+    keys: set[Key] = set()
+    for key, x in seen:
+        if key in keys:
+            raise CoverageError(f"{path}: {key[0]}", "a weight that a forward uses once", "one that it uses again", "skip it")
+        keys.add(key)
+        # Modules that view one tensor in different shapes read the same.
+        same = (x.data_ptr(), x.numel(), x.shape[-1], x._version) if isinstance(x, torch.Tensor) else key
+        spaces.setdefault(same, []).append(key)
+    return list(spaces.values())
+
+
+def _joined(weight: Weight, values: list[Any]) -> Any:
+    """The value of a weight [experts?, rows, columns] from those of its matrices."""
+    if not isinstance(values[0], qtensor.QTensor):
+        return qtensor.along_inputs(weight, values[0]) if weight.experts is None else torch.stack(values)
+    if weight.experts is None:
+        return values[0]
+    zero = None if values[0].zero is None else torch.stack([q.zero for q in values])
+    return qtensor.QTensor(values[0].scheme, torch.stack([q.codes for q in values]), torch.stack([q.scale for q in values]), zero)
+
+
+def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
+    """A new value in the stored shape and dtype, as a reader would have it."""
+    if isinstance(value, qtensor.QTensor):
+        value = value.dequantize().to(value.scale.dtype)
+    return qtensor.as_matrix(weight, value)
+
+
+def _facts(solutions: list[Solution]) -> dict[str, Any]:
+    """What the journal says of a weight: relative errors over all of its matrices, and notes."""
+
+    def ratio(lost: float, norm: float) -> float:
+        return (max(lost, 0.0) / norm) ** 0.5 if norm else 0.0
+
+    facts: dict[str, Any] = {
+        "error": ratio(sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
+        "output_error": ratio(sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),
+    }
+    if notes := [list(s.note) for s in solutions if s.note is not None]:
+        facts["notes"] = notes
+    return facts

@@ -1,0 +1,72 @@
+"""Draws calibration tokens from texts, fixed by a seed.
+
+They go into a file of their own beside the weights, which stay as they are, and travel with the checkpoint until it is
+packed. Nothing but tokens is kept: every pass that needs statistics folds its own, so none can be out of date.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.contract import DataPass
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.corpus import Corpus, CorpusSpec
+
+
+class Calibrate(DataPass):
+    """Chooses documents, tokenizes them, and cuts them into samples."""
+
+    data: tuple[str, ...] = Field(
+        description="sources: .jsonl, .txt, .parquet, - for stdin, hf:NAME[:CONFIG][@REVISION], or ready inputs in .safetensors"
+    )
+    weights: tuple[float, ...] = Field((), description="share of the samples from each source; equal without it")
+    samples: int = Field(128, description="how many samples")
+    length: int = Field(2048, description="tokens in each sample")
+    packing: Literal["concatenate", "pad"] = Field(
+        "concatenate", description="cut samples from documents joined to a stream, or take one document for each and pad it"
+    )
+    join: Literal["auto", "eos", "none"] = Field(
+        "auto", description="between joined documents: EOS, nothing, or EOS where the tokenizer has one"
+    )
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="at the start of a sample: BOS, none, or what the tokenizer puts there by itself"
+    )
+    chat: bool = Field(False, description="records are conversations: apply the tokenizer's chat template")
+    field: str = Field("text", description="where a record has its text or its messages")
+    split: str = Field("train", description="split of a dataset")
+
+    @field_validator("data", "weights", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    @model_validator(mode="after")
+    def _sound(self) -> Calibrate:
+        try:
+            self.spec()
+        except UsageError as error:
+            raise ValueError("; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)) from None
+        return self
+
+    def spec(self) -> CorpusSpec:
+        """What to draw. Raises UsageError."""
+        from compress.corpus import CorpusSpec
+
+        return CorpusSpec(**self.model_dump())
+
+    def tokens_at_most(self) -> int:
+        return self.samples * self.length
+
+    def gather(self, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
+        from compress.corpus import build
+
+        text = config.get("text_config") or config
+        return build(
+            self.spec(), tokenizer_folder, seed,
+            vocabulary=text.get("vocab_size"), positions=text.get("max_position_embeddings"),
+        )  # fmt: skip

@@ -1,0 +1,53 @@
+"""Zeroes the weights that matter least to what they read: |w_ij| |x_j|.
+
+Wanda (Sun et al., 2306.11695): the score of a weight is its magnitude times the root mean square of its input over the
+calibration tokens; the lowest go, in each output's row by default, and the others keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from compress.contract import Job, LinearPass, Solution, Statistic
+from compress.facts import Weight
+from compress.kinds import PruningPass
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Wanda(PruningPass, LinearPass):
+    """Keeps the entries of largest magnitude times input norm."""
+
+    scope: Literal["matrix", "row"] = Field("row", description="what a share is taken of: the matrix, or each output's row")
+
+    def statistic(self, width: int) -> Statistic:
+        from compress.algebra.norms import InputNorms
+
+        return InputNorms(width)
+
+    def statistic_bytes(self, width: int) -> int:
+        return 8 * width
+
+    def prepare(self, statistic: Any) -> torch.Tensor:
+        rms: torch.Tensor = statistic.rms()
+        return rms
+
+    def solve(self, jobs: Sequence[Job], prepared: torch.Tensor) -> list[Solution]:
+        from compress.algebra.masks import keep_best
+
+        solutions = []
+        for job in jobs:
+            magnitudes = job.value.float().abs()
+            scores = magnitudes * prepared
+            keep = keep_best(scores, self.sparsity, per_row=self.scope == "row")
+            # The inputs' cross terms are not known here, so the outputs' error is that of inputs that do not correlate.
+            squares = [float(values.square().sum()) for values in (magnitudes * ~keep, magnitudes, scores * ~keep, scores)]
+            solutions.append(Solution(job.value.masked_fill(~keep, 0), *squares))
+        return solutions
+
+    def workspace_bytes(self, weight: Weight) -> int:
+        return 14 * weight.out_features * weight.in_features  # magnitudes, scores, products, masks, the result
