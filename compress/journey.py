@@ -81,7 +81,7 @@ class Roads:
                 module.listener = lambda which, inputs, path=path: _tell((path, which), inputs)
                 undo.append(lambda module=module: delattr(module, "listener"))
             else:
-                hook = module.register_forward_pre_hook(lambda _, args, path=path: _tell((path, ""), args[0]))
+                hook = module.register_forward_pre_hook(_teller(path), with_kwargs=True)
                 undo.append(hook.remove)
         return lambda: [end() for end in undo] and None
 
@@ -94,6 +94,13 @@ def _paused(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return pause
+
+
+def _teller(path: str) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _tell((path, ""), args[0] if args else next(iter(kwargs.values())))
+
+    return hook
 
 
 def _tell(key: Key, inputs: torch.Tensor | Routed) -> None:

@@ -154,7 +154,8 @@ def make_plan(
             raise RecipeError(where, "pack as the last pass", f"a pass after {packed_by}", "move it before pack")
         if isinstance(pass_, DataPass):
             tokens = pass_.tokens_at_most()
-            steps.append(_data_step(number, pass_, number == len(passes), weights, states, shared, checkpoint, written, shard_bytes))
+            last = number == len(passes)
+            steps.append(_data_step(number, pass_, last, weights, states, shared, checkpoint, written, shard_bytes))
             continue
         assert isinstance(pass_, WeightPass)
         if isinstance(pass_, LinearPass) and not tokens:
@@ -262,10 +263,12 @@ def _step(
 
 def _refuse_unread(weight: Weight, model: Model) -> None:
     """Raises Refusal for a weight whose inputs no sweep over the blocks sees."""
-    if weight.block is None or weight.stack.startswith("tower:"):
-        raise Refusal(f"no sweep over the blocks sees what a {weight.kind} outside of them reads", "use quantize.rtn for it")
+    if weight.stack.startswith("tower:"):
+        raise Refusal(f"calibration feeds the text blocks, not {weight.stack}", "skip it, or use a pass without data")
+    if weight.block is None:
+        raise Refusal(f"no sweep over the blocks sees what a {weight.kind} outside of them reads", "use a pass without data")
     if weight.module in model.unwatched:
-        raise Refusal("its family computes experts where their inputs cannot be watched", "use quantize.rtn for the experts")
+        raise Refusal("its family computes experts where their inputs cannot be watched", "skip them, or use a pass without data")
 
 
 def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | None) -> int:

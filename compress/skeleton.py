@@ -191,6 +191,11 @@ class Skeleton:
             store[attribute] = nn.Parameter(empty, requires_grad=False) if store is part._parameters else empty
         self._overrides.clear()
 
+    def readers(self, name: str) -> list[str]:
+        """Paths of the modules that a tensor on disk becomes part of; several where it is split while loading."""
+        made = [parameter for parameter, group in self._groups.items() if name in group.sources]
+        return sorted({parameter.rpartition(".")[0] for parameter in made})
+
     def module_at(self, path: str) -> nn.Module:
         """The module at a path."""
         part = self.module.get_submodule(path)

@@ -10,9 +10,10 @@ A solved weight is written and journaled at once. After a crash it is read back,
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,7 @@ from compress import qtensor
 from compress.batches import Batch, cut
 from compress.checkpoint import Checkpoint
 from compress.contract import Context, Job, LinearPass, Solution
-from compress.errors import CoverageError, InputError
+from compress.errors import CoverageError
 from compress.experts import INPUT, MIDDLE, Routed
 from compress.facts import State, Weight
 from compress.footprint import HELD_BYTES, STATISTICS_BYTES, computing
@@ -113,26 +114,32 @@ class _Sweep:
 
     def block(self, path: str, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
         """Solves the weights of one block, inputs by inputs. The first of `visits` is the scout's."""
-        by_reader: dict[Key, list[Weight]] = defaultdict(list)
-        for weight in weights:
-            by_reader[_reader(weight)].append(weight)
-        forget = self.roads.watch({key: bool(which) for key, which in by_reader})
+        readers = {weight.name: self.readers(weight) for weight in weights}
+        forget = self.roads.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
             spaces = _spaces(visits[0].survey(), path)
         visits = visits[1:]
-        missed = [w.name for key, group in by_reader.items() if key not in {k for s in spaces for k in s} for w in group]
-        if missed:
+        held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
+        if missed := [name for name, found in held.items() if not found]:
             raise CoverageError(
                 ", ".join(missed[:3]), "weights that a forward of their block reads", "nothing observed", "skip them"
             )
+        if torn := [name for name, found in held.items() if len(found) > 1]:
+            raise CoverageError(torn[0], "a weight whose parts read one tensor", "parts that read several", "skip it")
         for space in spaces:
-            members = [weight for key in space for weight in by_reader[key]]
+            members = [weight for weight in weights if held[weight.name][0] is space]
             pending = [weight for weight in members if not self.writer.is_done(weight.name)]
             self.replace({weight.name: self.read_back(weight) for weight in members if weight not in pending})
             if pending:
                 solve = self.experts if space[0][1] else self.linears
                 solve(space[0], pending, calls, visits)
         forget()
+
+    def readers(self, weight: Weight) -> set[Key]:
+        """Who reads what a weight is calibrated on: its modules, or the experts that it belongs to."""
+        if weight.kind == "expert" and weight.attribute != "weight":
+            return {(weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT)}
+        return {(path, "") for path in self.skeleton.readers(weight.name)}
 
     def linears(self, key: Key, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
         """Weights that read one tensor: one statistic, then all of them."""
@@ -203,7 +210,7 @@ class _Sweep:
                 self.ctx.add_up(part)
             statistic.tokens = int(tokens)
 
-    def solve(self, parts: list[Part], statistics: dict[int | None, Any] | dict[int, Any]) -> dict[tuple[str, int | None], Solution]:
+    def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
         """Solutions by weight and expert. The work is shared out over processes, and everybody gets all results."""
         loads = [0] * self.ctx.world_size
         owners: dict[tuple[str, int | None], int] = {}
@@ -217,7 +224,7 @@ class _Sweep:
         mine: dict[tuple[str, int | None], Solution] = {}
         for expert, group in by_inputs.items():
             with self.spent("factor"):
-                prepared = self.pass_.prepare(statistics[expert])  # type: ignore[index]
+                prepared = self.pass_.prepare(statistics[expert])
             with self.spent("solve"):
                 jobs = [Job(weight, self.step.after[weight.name], self.matrix(weight, which)) for weight, which in group]
                 for (weight, which), solution in zip(group, self.pass_.solve(jobs, prepared), strict=True):
@@ -269,19 +276,11 @@ class _Sweep:
         return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
 
 
-def _reader(weight: Weight) -> Key:
-    """Which inputs of which module a weight reads."""
-    if weight.kind != "expert":
-        return weight.module, ""
-    return weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT
-
-
 def _expert(weight: Weight) -> int:
     """Which expert a weight belongs to, by its name on disk."""
-    numbers = [part for part in weight.name[len(weight.module.rpartition(".")[0]) :].split(".") if part.isdigit()]
-    if not numbers:
-        raise InputError(weight.name, "a number of the expert in its name", "none")
-    return int(numbers[0])
+    number = re.search(r"experts\.(\d+)\.", weight.name)
+    assert number is not None, weight.name
+    return int(number[1])
 
 
 def _spaces(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:

@@ -28,6 +28,13 @@ AllowNonfinite = Annotated[
 AllowDtype = Annotated[
     bool, typer.Option("--allow-dtype-mismatch", help="Take weights whose dtype is not config.json's.", rich_help_panel=DANGER)
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="auto|float32|bfloat16",
+        help="What models compute in while they are calibrated; auto is bfloat16 where model and CPU have it.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -20,6 +20,7 @@ from compress.recipe import Line, Recipe, Value
 
 _COMMON = {
     "seed": (options.Seed, None), "allow_skips": (options.AllowSkips, None), "shard_size": (options.ShardSize, "5GB"),
+    "dtype": (options.Dtype, "auto"),
     "allow_nonfinite": (options.AllowNonfinite, False), "allow_dtype_mismatch": (options.AllowDtype, False),
     "json_": (options.Json, False), "quiet": (options.Quiet, False), "debug": (options.Debug, False),
 }  # fmt: skip

@@ -33,6 +33,7 @@ def verb(
     seed: options.Seed = None,
     allow_skips: options.AllowSkips = None,
     shard_size: options.ShardSize = "5GB",
+    dtype: options.Dtype = "auto",
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
     json_: options.Json = False,
@@ -46,7 +47,7 @@ def verb(
     """
     found = chosen_recipe(recipe, passes, set_)
     execute(
-        found, model, out, seed, allow_skips, shard_size, allow_nonfinite, allow_dtype_mismatch, json_, quiet
+        found, model, out, seed, allow_skips, shard_size, dtype, allow_nonfinite, allow_dtype_mismatch, json_, quiet
     )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
-    allow_nonfinite: bool, allow_dtype_mismatch: bool, json_: bool, quiet: bool,
+    dtype: str, allow_nonfinite: bool, allow_dtype_mismatch: bool, json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
     limit = options.parse_size(shard_size)
@@ -85,7 +86,7 @@ def execute(
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit)
     source = open_source(model)
     with console.events(json_, quiet) as receive:
-        ctx = context(recipe.seed if seed is None else seed, receive)
+        ctx = context(recipe.seed if seed is None else seed, dtype, receive)
         result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:
         return
@@ -95,7 +96,7 @@ def execute(
         report(result)
 
 
-def context(seed: int, receive: object) -> Context:
+def context(seed: int, dtype: str, receive: object) -> Context:
     """The Context of this process; joins the other ranks under torchrun."""
     from compress.contract import Context
 
@@ -105,7 +106,7 @@ def context(seed: int, receive: object) -> Context:
 
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-    return Context(seed=seed, rank=int(os.environ.get("RANK", "0")), world_size=world, events=receive)  # type: ignore[arg-type]
+    return Context(seed=seed, dtype=dtype, rank=int(os.environ.get("RANK", "0")), world_size=world, events=receive)  # type: ignore[arg-type]
 
 
 def summary(result: Result) -> dict[str, object]:

@@ -56,10 +56,8 @@ class Gptq(QuantizingPass, LinearPass):
         return Prepared(hessian, factor(hessian, self.damping, "activation" if self.order == "activation" else "none"), tokens)
 
     def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
-        import torch
-
         from compress.algebra.gptq import solve
-        from compress.qtensor import QTensor
+        from compress.qtensor import QTensor, along_inputs
 
         hessian, factor, tokens = prepared
         solutions = []
@@ -71,9 +69,9 @@ class Gptq(QuantizingPass, LinearPass):
             along: Any = "outputs" if job.weight.transposed and job.weight.experts is None else "inputs"
             found = solve(w, factor, hessian, scheme, job.value.dtype, mask=mask, along=along)
             q = QTensor(scheme, found.codes, found.scale, found.zero)
-            back = q.dequantize()
-            lost = (back.T if along == "outputs" else back) - w
-            solutions.append(Solution(q, float(torch.dot(lost.view(-1), lost.view(-1))), float(w.square().sum()), found.loss, found.norm))
+            dense = along_inputs(job.weight, q.dequantize())
+            lost = float((dense - w).square_().sum())
+            solutions.append(Solution(q, lost, float(w.square().sum()), found.loss, found.norm))
         return solutions
 
     def workspace_bytes(self, weight: Weight) -> int:
