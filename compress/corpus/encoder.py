@@ -1,0 +1,181 @@
+"""Encoder: documents of a source become samples of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.corpus.documents import Documents, kind_word, not_text
+from compress.corpus.spec import CorpusSpec, shuffled
+from compress.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
+_BATCH = 16
+_SPAN = 16
+"""Characters of a long document that are encoded for each token needed; more than tokens span on average."""
+_MARGIN = 8
+"""Tokens before a cut in the text that the cut may have changed."""
+
+
+class Encoder:
+    """A tokenizer, and how `spec` has samples made with it. Raises InputError, UsageError."""
+
+    def __init__(self, spec: CorpusSpec, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.spec, self.folder = spec, folder
+        if not any(True for pattern in _FILES for _ in folder.glob(pattern)):
+            do = "copy the tokenizer's files there from the model's source"
+            raise InputError(str(folder), "tokenizer.json, with tokenizer_config.json", "no file of a tokenizer", do)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever the library and its parsers raise for a broken file
+            do = "copy its files again; a tokenizer that needs code of its own is not run"
+            raise InputError(str(folder), "a tokenizer that transformers can load", _first_line(error), do) from None
+        self.bos, self.eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if spec.chat and not self.tokenizer.chat_template:
+            do = "set chat=false, or take a model that was tuned for conversations"
+            raise UsageError("chat", "a tokenizer with a chat template", f"none in {folder}", do)
+        if spec.bos == "always" and self.bos is None:
+            raise UsageError("bos", "a tokenizer that has BOS", f"none in {folder}", "set bos to auto")
+        if spec.join == "eos" and self.eos is None:
+            raise UsageError("join", "a tokenizer that has EOS", f"none in {folder}", "set join to auto or none")
+        self.joint: int | None = self.eos if spec.join == "eos" or (spec.join == "auto" and not spec.chat) else None
+        self.prefix, self.suffix = self._affixes()
+        if spec.length <= (own := len(self.prefix) + len(self.suffix)):
+            got = f"{spec.length}, of which {own} are special tokens"
+            raise UsageError("length", "room for tokens of a text", got, f"set length to more than {own}")
+
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        """What a sample begins with; and what a padded one ends with where the tokenizer ends texts by itself, as T5's does."""
+        if self.spec.bos == "always":
+            return [self.bos], []
+        if self.spec.bos == "never" or self.spec.chat:
+            return [], []
+        plain, whole = self._ids(["a"])[0], list(self.tokenizer("a")["input_ids"])
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return whole[:at], whole[at + len(plain) :] if self.spec.packing == "pad" else []
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def draw(self, source: Documents, count: int, key: str) -> tuple[list[list[int]], int]:
+        """`count` samples of a source, not yet filled up, and how many documents went into them."""
+        documents = source.read(shuffled(source.count, key))
+        return (self._windows if self.spec.packing == "concatenate" else self._one_each)(source, documents, count)
+
+    def _windows(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[list[int]], int]:
+        stream: list[int] = []
+        used, length = 0, self.spec.length
+        need = count * length
+        while len(stream) < need and (batch := list(islice(documents, _BATCH))):
+            for ids in filter(None, self._encode(source, batch, need - len(stream))):
+                if len(stream) < need:
+                    if self.joint is not None and stream and stream[-1] != self.joint:
+                        stream.append(self.joint)
+                    stream += ids
+                    used += 1
+        prefix = self.prefix
+        if self.spec.chat and self.spec.bos == "auto" and stream[:1] == [self.bos]:
+            prefix = [self.bos]
+        rows: list[list[int]] = []
+        at = 0
+        while len(rows) < count:
+            # A document that begins just here may have brought its own.
+            lead = [] if stream[at : at + len(prefix)] == prefix else prefix
+            body = stream[at : at + length - len(lead)]
+            if len(lead) + len(body) < length:
+                do = f"give more texts, or lower samples or length: these make {len(rows)} samples"
+                expected = f"{need} tokens for {count} samples of {length}"
+                raise InputError(source.name, expected, f"{len(stream)} tokens in {used} documents", do)
+            rows.append(lead + body)
+            at += len(body)
+        return rows, used
+
+    def _one_each(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[list[int]], int]:
+        rows: list[list[int]] = []
+        while len(rows) < count and (batch := list(islice(documents, min(_BATCH, count - len(rows))))):
+            for ids in filter(None, self._encode(source, batch, self.spec.length)):
+                lead = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
+                rows.append(lead + ids[: self.spec.length - len(lead) - len(self.suffix)] + self.suffix)
+        if len(rows) < count:
+            got = f"{len(rows)} among {source.count}"
+            do = "give more, lower samples, or set packing to concatenate"
+            raise InputError(source.name, f"{count} documents with text", got, do)
+        return rows, count
+
+    def _encode(self, source: Documents, batch: list[tuple[int, Any]], need: int) -> list[list[int]]:
+        """The ids of each document, none for a blank one; of one that is longer than `need` at least as many."""
+        texts = [self._text(source, number, value) for number, value in batch]
+        limit = (need + _MARGIN) * _SPAN
+        found = self._ids([text[:limit] for text in texts])
+        for i, text in enumerate(texts):
+            if len(text) > limit and len(found[i]) < need + _MARGIN:
+                found[i] = self._ids([text])[0]
+            if not text.strip():
+                found[i] = []
+            if self.spec.bos == "never" and found[i][:1] == [self.bos]:
+                del found[i][0]
+        return found
+
+    def _text(self, source: Documents, number: int, value: Any) -> str:
+        if self.spec.chat:
+            value = self._conversation(source, number, value)
+        elif not isinstance(value, str):
+            raise not_text(source.where(number), self.spec.field, kind_word(value))
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            do = "repair the text or take it out"
+            raise InputError(source.where(number), "a text of whole characters", "half of a surrogate pair", do)
+        return str(value)
+
+    def _conversation(self, source: Documents, number: int, value: Any) -> str:
+        """The text that the chat template makes of a list of messages."""
+        expected, do = f"'{self.spec.field}': a list of {{role, content}}", "set field to the conversation, or convert it"
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InputError(source.where(number), expected, kind_word(value), do)
+        if not value:
+            raise InputError(source.where(number), expected, "an empty list", "take the record out")
+        for message in value:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+                got = f"a message of {', '.join(map(str, message))}" if isinstance(message, dict) else kind_word(message)
+                raise InputError(source.where(number), expected, got, do)
+        try:
+            return str(self.tokenizer.apply_chat_template([_without_nulls(message) for message in value], tokenize=False))
+        except Exception as error:  # a template raises what it likes
+            do = "repair the conversation or take it out"
+            raise InputError(
+                source.where(number), "a conversation that the chat template takes", _first_line(error), do
+            ) from None
+
+    def tensors(self, rows: list[list[int]], vocabulary: int | None) -> dict[str, torch.Tensor]:
+        """Ids and mask [samples, length] of samples, filled up on the right. Raises InputError for an unknown id."""
+        import torch
+
+        if vocabulary is not None and (most := max(map(max, rows))) >= vocabulary:
+            got = f"id {most}, the token '{self.tokenizer.convert_ids_to_tokens(most)}'"
+            do = "use the tokenizer that belongs to the model"
+            raise InputError(str(self.folder), f"ids below {vocabulary}, the size of the model's vocabulary", got, do)
+        fill = next((i for i in (self.tokenizer.pad_token_id, self.eos) if i is not None and i < (vocabulary or i + 1)), 0)
+        ids = torch.full((len(rows), self.spec.length), fill, dtype=torch.int64)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def _without_nulls(part: dict[str, Any]) -> dict[str, Any]:
+    """A message, and parts of its content, less the nulls that parquet puts for what others have: a template sees values."""
+    inner = [_without_nulls(p) if isinstance(p, dict) else p for p in part.get("content") or ()]
+    kept = {key: value for key, value in part.items() if value is not None}
+    return {**kept, "content": inner} if isinstance(part.get("content"), list) else kept
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
