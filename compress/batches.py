@@ -66,7 +66,7 @@ def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype) -> 
             **{name: value[:, :half] for name, value in inputs.items()},
             **{f"decoder_{name}": value[:, half:] for name, value in inputs.items()},
         }
-    masks = {name: inputs.pop(name) for name in ("attention_mask", "decoder_attention_mask") if name in inputs}
+    masks = {name: inputs.pop(name) for name in list(inputs) if name in ("attention_mask", "decoder_attention_mask")}
     # Without padding there is nothing to mask, and attention has faster ways to be causal.
     partial = {name: mask for name, mask in masks.items() if not bool(mask.all())}
     return Batch({**inputs, **partial}, partial.get("attention_mask"), partial.get("decoder_attention_mask"))

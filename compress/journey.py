@@ -8,6 +8,7 @@ block's arguments; whoever drives runs the block, in a greenlet of its own (a Vi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +79,17 @@ class Roads:
         for path, routed in readers.items():
             module: Any = self.skeleton.module_at(path)
             if routed:
-                module.listener = lambda which, inputs, path=path: _tell((path, which), inputs)
-                undo.append(lambda module=module: delattr(module, "listener"))
+                module.listener = _listener(path)
+                undo.append(partial(delattr, module, "listener"))
             else:
                 hook = module.register_forward_pre_hook(_teller(path), with_kwargs=True)
                 undo.append(hook.remove)
-        return lambda: [end() for end in undo] and None
+
+        def forget() -> None:
+            for end in undo:
+                end()
+
+        return forget
 
 
 def _paused(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +100,10 @@ def _paused(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return pause
+
+
+def _listener(path: str) -> Callable[[str, Routed], None]:
+    return lambda which, inputs: _tell((path, which), inputs)
 
 
 def _teller(path: str) -> Callable[..., None]:
@@ -118,16 +128,14 @@ class Visit:
 
     def until(self, key: Key) -> torch.Tensor | Routed:
         """What the reader `key` is about to read. Raises LookupError if this batch never gets there."""
-        if self._run is not None and self._run.at == key:
-            return self._run.inputs
-        if self._run is None:
-            self._run = _Run(self._forward, self._call)
-        self._run.goal = key
-        self._run.switch()
-        if self._run.dead:
+        run = self._run = self._run or _Run(self._forward, self._call)
+        if run.at != key:
+            run.goal = key
+            run.switch()
+        if run.inputs is None:
             self._run = None
             raise LookupError(key)
-        return self._run.inputs
+        return run.inputs
 
     def finish(self) -> Any:
         """The block's output."""
@@ -157,7 +165,7 @@ class _Run(greenlet):  # type: ignore[misc]
         super().__init__(lambda: forward(*call.args, **call.kwargs))
         self.goal: Key | None = None
         self.at: Key | None = None
-        self.inputs: Any = None
+        self.inputs: torch.Tensor | Routed | None = None
         self.seen: list[tuple[Key, Any]] | None = None
 
     def reached(self, key: Key, inputs: torch.Tensor | Routed) -> None:

@@ -49,7 +49,8 @@ class Skeleton:
         ]  # fmt: skip
         for part in self.module.modules():
             part.requires_grad_(False)
-            if isinstance(config := getattr(part, "config", None), object) and hasattr(config, "use_cache"):
+            config: Any = getattr(part, "config", None)
+            if hasattr(config, "use_cache"):
                 config.use_cache = False
             if hasattr(config, "_experts_implementation"):
                 config._experts_implementation = IMPLEMENTATION

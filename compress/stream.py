@@ -14,7 +14,7 @@ from typing import Any
 
 from compress import qtensor
 from compress.checkpoint import Checkpoint
-from compress.contract import Context
+from compress.contract import Context, TensorPass
 from compress.facts import Weight
 from compress.intake import single_threaded
 from compress.plan import MAX_WORKERS, StepPlan
@@ -90,6 +90,7 @@ def _move(
             return written, None
     value: Any = {name: source.read(name) for name in names}
     value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
+    assert isinstance(step.pass_, TensorPass)
     result, error = step.pass_.tensor(weight, after, value)
     del value
     if after.sparsity is not None:

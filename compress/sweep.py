@@ -175,8 +175,8 @@ class _Sweep:
             for statistic in statistics.values():
                 self.add_up(statistic)
             solved = self.solve([part for part in parts if part[1] in statistics], statistics)
-            for (name, expert), solution in solved.items():
-                found[name][expert] = solution
+            for (name, which), solution in solved.items():
+                found[name][which] = solution
             for weight in weights:
                 if weight.name in found and len(found[weight.name]) == (weight.experts or 1):
                     self.keep(weight, found.pop(weight.name))

@@ -45,8 +45,10 @@ class Wanda(PruningPass, LinearPass):
             scores = magnitudes * prepared
             keep = keep_best(scores, self.sparsity, per_row=self.scope == "row")
             # The inputs' cross terms are not known here, so the outputs' error is that of inputs that do not correlate.
-            squares = [float(values.square().sum()) for values in (magnitudes * ~keep, magnitudes, scores * ~keep, scores)]
-            solutions.append(Solution(job.value.masked_fill(~keep, 0), *squares))
+            lost, norm, out_lost, out_norm = (
+                float(values.square().sum()) for values in (magnitudes * ~keep, magnitudes, scores * ~keep, scores)
+            )
+            solutions.append(Solution(job.value.masked_fill(~keep, 0), lost, norm, out_lost, out_norm))
         return solutions
 
     def workspace_bytes(self, weight: Weight) -> int:
