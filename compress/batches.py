@@ -26,6 +26,11 @@ class Batch:
     mask: torch.Tensor | None
     decoder_mask: torch.Tensor | None
 
+    def first(self) -> Batch:
+        """Its first sample alone."""
+        masks = [None if mask is None else mask[:1] for mask in (self.mask, self.decoder_mask)]
+        return Batch({name: value[:1] for name, value in self.inputs.items()}, *masks)
+
     def valid(self, x: torch.Tensor | None, call: Call) -> torch.Tensor | None:
         """Which rows of `x` [batch, length, width] count, bool [batch * length]; x is None for routed experts."""
         mask = self.decoder_mask if call.block.stack.startswith("decoder") and "decoder_input_ids" in self.inputs else self.mask
@@ -44,18 +49,15 @@ class Batch:
 
 
 def cut(tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype) -> list[Batch]:
-    """This rank's samples in batches. Raises InputError for tensors that the model does not take."""
+    """This rank's batches; the cuts are the same for any number of processes that the batches suffice for."""
     samples = len(next(iter(tensors.values())))
     if samples < world_size:
         raise InputError("calibration", f"at least a sample for each of {world_size} processes", f"{samples}")
-    first, last = samples * rank // world_size, samples * (rank + 1) // world_size
-    own = {name: tensor[first:last] for name, tensor in tensors.items()}
-    tokens = own["input_ids"].shape[1] if "input_ids" in own else next(iter(own.values()))[0].numel()
-    step = max(1, _BATCH_TOKENS // tokens)
-    return [
-        _batch({name: tensor[start : start + step] for name, tensor in own.items()}, model, dtype)
-        for start in range(0, last - first, step)
-    ]
+    tokens = tensors["input_ids"].shape[1] if "input_ids" in tensors else next(iter(tensors.values()))[0].numel()
+    step = max(1, min(_BATCH_TOKENS // tokens, samples // world_size))
+    starts = range(0, samples, step)
+    own = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
+    return [_batch({name: tensor[at : at + step] for name, tensor in tensors.items()}, model, dtype) for at in own]
 
 
 def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype) -> Batch:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 HELD_BYTES = 1 << 30
 """Activations held inside a block; batches beyond it run the block again for every statistic."""
+BETWEEN_BYTES = 2 << 30
+"""Hidden states held between blocks; those beyond it wait in a file."""
 STATISTICS_BYTES = 2 << 30
 """Statistics of routed experts held at a time; more experts take more rounds."""
 
@@ -49,8 +51,7 @@ def sweep_bytes(
     text = config.get("text_config") or config
     hidden = int(text.get("hidden_size") or text.get("d_model") or max((w.in_features for w in touched), default=0))
     widest = max((w.in_features for w in touched), default=hidden)
-    # Between blocks every batch has its hidden states, while they are exchanged both old and new.
-    between = 2 * tokens * hidden * element_bytes
+    between = min(BETWEEN_BYTES, tokens * hidden * element_bytes)
     within = min(HELD_BYTES, 3 * tokens * widest * element_bytes) + 8 * 4096 * widest * 4
     statistic = max((pass_.statistic_bytes(w.in_features) * _at_once(w, pass_) for w in touched), default=0)
     work = max((pass_.workspace_bytes(w) for w in touched), default=0)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ class Result:
     manifest: Manifest
     fresh: bool
     seconds: float
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Seconds of each step that was run, by its name, and for sweeps what they were spent on."""
 
 
 def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
@@ -150,6 +152,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         now = _Course(source, intake.digests, intake.fingerprint, manifest.lineage if manifest else (), manifest)
         now.tokens_digest = digests.get(0, "")
         now.tokens = source.path / CALIBRATION if now.tokens_digest else None
+        measured: dict[str, dict[str, Any]] = {}
         for step in plan.steps:
             now.tokens_digest = digests.get(step.number, now.tokens_digest)
             inputs = inputs_of(step.pass_, now.tokens_digest, str(computing(ctx.dtype, source.config)))
@@ -161,12 +164,13 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
                     options=step.pass_.model_dump(mode="json"), inputs=inputs,
                 )  # fmt: skip
                 made = _run_step(step, plan, now, line, place, intake, corpora.get(step.number), ctx)
+                measured[step.name] = made
                 ctx.tell("step", name=step.name, where=str(place), **made)
             ctx.barrier()
             _go_on(now, step, place, source, identity)
         now.source.close()
         assert now.manifest is not None
-        return Result(out, plan, now.manifest, True, time.perf_counter() - started)
+        return Result(out, plan, now.manifest, True, time.perf_counter() - started, measured)
 
 
 def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:

@@ -26,12 +26,14 @@ from compress.contract import Context, Job, LinearPass, Solution
 from compress.errors import CoverageError
 from compress.experts import INPUT, MIDDLE, Routed
 from compress.facts import State, Weight
-from compress.footprint import HELD_BYTES, STATISTICS_BYTES, computing
-from compress.journey import Call, Journey, Key, Roads, Visit
+from compress.footprint import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
+from compress.journey import Key, Roads
 from compress.meaning import Meaning
+from compress.parking import Parking
 from compress.plan import StepPlan
 from compress.skeleton import Skeleton
 from compress.stream import check_mask, stream
+from compress.traveller import Traveller
 from compress.writer import Writer, trim_memory
 
 Part = tuple[Weight, int | None]
@@ -73,25 +75,26 @@ class _Sweep:
         """Every block that has to be passed, until no weight is left."""
         remaining = {weight.name: weight for weight in weights}
         total = sum(weight.nbytes for weight in weights)
+        parking = Parking(self.writer.path, self.ctx.rank, BETWEEN_BYTES)
+        parking.clear()
         # A single sample goes ahead and finds out what reads what.
-        scout = {name: value[:1] for name, value in self.batches[0].inputs.items()}
-        journeys = [Journey(self.skeleton, inputs) for inputs in (scout, *(batch.inputs for batch in self.batches))]
-        with self.spent("forward"):
-            calls = [journey.advance() for journey in journeys]
+        scout = Traveller(self.batches[0].first(), self.roads, parking)
+        self.travellers = [Traveller(batch, self.roads, parking) for batch in self.batches]
+        for traveller in (scout, *self.travellers):
+            with self.spent("forward"):
+                traveller.set_out()
         seen: set[str] = set()
-        while remaining and calls[0] is not None:
-            block = calls[0].block
+        while remaining and scout.call is not None:
+            block = scout.call.block
             if block.path in seen:
-                raise CoverageError(block.path, "each block once in a forward", "a block that runs again", "use quantize.rtn")
+                raise CoverageError(block.path, "each block once in a forward", "a block that runs again", "use a pass without data")
             seen.add(block.path)
             self.skeleton.release_visitors()
             with self.spent("load"):
                 self.skeleton.load(block.path)
-            visits = [self.roads.visit(call) for call in calls if call is not None]
-            assert len(visits) == len(journeys)
             mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
             if mine:
-                self.block(block.path, mine, [call for call in calls if call is not None][1:], visits)
+                self.block(block.path, mine, scout)
             for weight in mine:
                 del remaining[weight.name]
             self.ctx.tell(
@@ -100,25 +103,25 @@ class _Sweep:
             )  # fmt: skip
             if not remaining:
                 break
-            with self.spent("forward"):
-                for number, journey in enumerate(journeys):
-                    calls[number] = journey.advance(visits[number].finish())
+            for traveller in (scout, *self.travellers):
+                with self.spent("forward"):
+                    traveller.go_on()
             self.skeleton.release(block.path)
-        for journey in journeys:
-            journey.leave()
+        for traveller in (scout, *self.travellers):
+            traveller.leave()
+        parking.clear()
         if remaining:
             raise CoverageError(
                 ", ".join(list(remaining)[:3]), "weights that the model's forward reads", "no batch that reached them",
                 "skip them, or calibrate on inputs that do",
             )  # fmt: skip
 
-    def block(self, path: str, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
-        """Solves the weights of one block, inputs by inputs. The first of `visits` is the scout's."""
+    def block(self, path: str, weights: list[Weight], scout: Traveller) -> None:
+        """Solves the weights of one block, inputs by inputs."""
         readers = {weight.name: self.readers(weight) for weight in weights}
         forget = self.roads.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
-            spaces = _spaces(visits[0].survey(), path)
-        visits = visits[1:]
+            spaces = _spaces(scout.survey(), path)
         held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
         if missed := [name for name, found in held.items() if not found]:
             raise CoverageError(
@@ -132,7 +135,7 @@ class _Sweep:
             self.replace({weight.name: self.read_back(weight) for weight in members if weight not in pending})
             if pending:
                 solve = self.experts if space[0][1] else self.linears
-                solve(space[0], pending, calls, visits)
+                solve(space[0], pending)
         forget()
 
     def readers(self, weight: Weight) -> set[Key]:
@@ -141,10 +144,10 @@ class _Sweep:
             return {(weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT)}
         return {(path, "") for path in self.skeleton.readers(weight.name)}
 
-    def linears(self, key: Key, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
+    def linears(self, key: Key, weights: list[Weight]) -> None:
         """Weights that read one tensor: one statistic, then all of them."""
         statistic = self.pass_.statistic(weights[0].in_features)
-        for x, valid in self.inputs(key, calls, visits):
+        for x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
             with self.spent("statistics"):
@@ -156,7 +159,7 @@ class _Sweep:
         for weight in weights:
             self.keep(weight, {None: solved.pop((weight.name, None))})
 
-    def experts(self, key: Key, weights: list[Weight], calls: list[Call], visits: list[Visit]) -> None:
+    def experts(self, key: Key, weights: list[Weight]) -> None:
         """Weights of routed experts: a statistic for each expert, as many at a time as the budget allows."""
         parts = [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
         width = weights[0].in_features
@@ -165,7 +168,7 @@ class _Sweep:
         found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
         for start in range(0, len(wanted), at_once):
             statistics = {expert: self.pass_.statistic(width) for expert in wanted[start : start + at_once]}
-            for routed, valid in self.inputs(key, calls, visits):
+            for routed, valid in self.inputs(key):
                 assert isinstance(routed, Routed)
                 with self.spent("statistics"):
                     for expert, statistic in statistics.items():
@@ -181,27 +184,27 @@ class _Sweep:
                 if weight.name in found and len(found[weight.name]) == (weight.experts or 1):
                     self.keep(weight, found.pop(weight.name))
 
-    def inputs(
-        self, key: Key, calls: list[Call], visits: list[Visit]
-    ) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
+    def inputs(self, key: Key) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
         """What every batch has to say to a reader, and which of its tokens count (None: all).
 
         Batches stay where they are, so that a block is run once; those whose activations exceed the budget start again.
         """
         held = 0
-        for batch, call, visit in zip(self.batches, calls, visits, strict=True):
+        for traveller in self.travellers:
             started = time.perf_counter()
             try:
-                x = visit.until(key)
+                x = traveller.until(key)
             except LookupError:
                 continue
             finally:
                 self.seconds["forward"] += time.perf_counter() - started
+            assert traveller.call is not None
             read = x if isinstance(x, torch.Tensor) else x.rows
-            held += batch.held_bytes(read)
-            yield x, batch.valid(read if isinstance(x, torch.Tensor) else None, call)
+            held += traveller.batch.held_bytes(read)
+            yield x, traveller.batch.valid(read if isinstance(x, torch.Tensor) else None, traveller.call)
             if held > HELD_BYTES:
-                visit.drop()
+                del x, read
+                traveller.step_back()
 
     def add_up(self, statistic: Any) -> None:
         """Sums a statistic over processes."""

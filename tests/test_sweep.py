@@ -178,26 +178,28 @@ def test_weights_that_read_the_same_share_a_statistic(made: Any, tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "t5"])
 def test_budgets_cost_time_and_nothing_else(name: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that are dropped and run again, and experts in rounds, give the same bytes."""
+    """Batches that are dropped and run again, states that wait in files, and experts in rounds give the same bytes."""
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}"
     monkeypatch.setattr("compress.batches._BATCH_TOKENS", 48)
     do(made(name), tmp_path / "a", recipe)
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
     monkeypatch.setattr(sweep, "STATISTICS_BYTES", 1)
+    monkeypatch.setattr(sweep, "BETWEEN_BYTES", 1)
+    monkeypatch.setattr("compress.parking._SMALLEST", 1)
     do(made(name), tmp_path / "b", recipe)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
 def test_padding_does_not_count(made: Any, tmp_path: Path) -> None:
     """Samples with padding calibrate like the same samples without it."""
-    ids = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(3))
-    padded = {"input_ids": torch.cat([ids, torch.zeros(4, 8, dtype=ids.dtype)], 1), "attention_mask": torch.ones(4, 24, dtype=torch.uint8)}
+    ids = torch.randint(3, 128, (40, 16), generator=torch.Generator().manual_seed(3))
+    padded = {"input_ids": torch.cat([ids, torch.zeros(40, 8, dtype=ids.dtype)], 1), "attention_mask": torch.ones(40, 24, dtype=torch.uint8)}
     padded["attention_mask"][:, 16:] = 0
     save_file({"input_ids": ids}, tmp_path / "plain.safetensors")
     save_file(padded, tmp_path / "padded.safetensors")
     errors = []
     for kind in ("plain", "padded"):
-        recipe = f"{CALIBRATE.format(tmp_path / f'{kind}.safetensors', 4)} | {GPTQ}"
+        recipe = f"{CALIBRATE.format(tmp_path / f'{kind}.safetensors', 40)} | {GPTQ}"
         errors.append({n: r.output_error for n, r in do(made("llama"), tmp_path / kind / "out", recipe).manifest.weights.items()})
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
@@ -258,27 +260,37 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_two_processes_equal_one(name: str, made: Any, tmp_path: Path) -> None:
-    recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}"
+def in_two_processes(source: Path, out: Path, recipe: str) -> Meaning:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "compress", "run"]
     done = subprocess.run(
-        [*torchrun, made(name), tmp_path / "two", "-p", recipe, "--dtype", "float32"], env=ENVIRONMENT, capture_output=True, text=True
+        [*torchrun, source, out, "-p", recipe, "--dtype", "float32"], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one = do(made(name), tmp_path / "one", recipe).manifest
-    two = open_checkpoint(tmp_path / "two").manifest
-    assert two is not None
-    assert two.measured["ranks"] == 2
-    assert two.coverage == one.coverage
-    a, b = (Meaning(open_checkpoint(tmp_path / out)) for out in ("one", "two"))
-    differing = total = 0
-    for weight in one.weights:
-        x, y = a.dense(weight).float(), b.dense(weight).float()
-        differing, total = differing + int((x != y).sum()), total + x.numel()
-        assert two.weights[weight].output_error == pytest.approx(one.weights[weight].output_error, rel=0.05)
-    # Sums in another order move few codes, those that were at a tie.
-    assert differing < 0.02 * total
+    return Meaning(open_checkpoint(out))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_two_processes_equal_one(name: str, made: Any, tmp_path: Path) -> None:
+    """Statistics are the same up to the order of sums, which moves what was at a tie: few entries of a mask, and where
+    codes move the later ones follow, so that those are compared by what they cost.
+    """
+    calibrate = CALIBRATE.format(ready_inputs(40), 40)
+    for recipe in ("prune.wanda(sparsity=2:4)", GPTQ):
+        out = tmp_path / recipe.partition("(")[0]
+        two = in_two_processes(made(name), out / "two", f"{calibrate} | {recipe}")
+        one = do(made(name), out / "one", f"{calibrate} | {recipe}").manifest
+        manifest = two.checkpoint.manifest
+        assert manifest is not None
+        assert manifest.measured["ranks"] == 2
+        assert manifest.coverage == one.coverage
+        alone = Meaning(open_checkpoint(out / "one"))
+        moved = {weight: float((alone.dense(weight) != two.dense(weight)).float().mean()) for weight in one.weights}
+        if recipe is GPTQ:
+            assert sum(share == 0 for share in moved.values()) >= len(moved) // 4
+            for weight, record in one.weights.items():
+                assert manifest.weights[weight].output_error == pytest.approx(record.output_error, rel=0.05)
+        else:
+            assert max(moved.values()) < 0.002
 
 
 def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> None:

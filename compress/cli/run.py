@@ -123,6 +123,7 @@ def summary(result: Result) -> dict[str, object]:
         "coverage": result.manifest.coverage,
         "notes": [{"what": n.what, "count": n.count, "reason": n.reason} for n in result.manifest.notes],
         "seconds": round(result.seconds, 2),
+        "steps": result.measured,
         "fingerprint": result.manifest.fingerprint,
     }
 
@@ -135,19 +136,30 @@ def report(result: Result) -> None:
         return
     last, coverage = result.plan.steps[-1], result.manifest.coverage
     for note in result.manifest.notes:
-        if note.what in ("skipped", "ragged", "unused", "tied", "left behind", "nonfinite") or "tower" in note.reason:
+        if note.what != "untouched" or "tower" in note.reason:
             print(f"{note.what}: {note.count} ({note.reason})")
     before, after = result.plan.source_bytes, last.payload_bytes
     print(f"where:    {result.out}")
     print(f"before:   {console.size(before)}")
     print(f"after:    {console.size(after)} ({after / before:.1%}), {coverage['transformed']} of {coverage['targeted']} weights")
     print(f"bits:     {facts['bits_per_targeted_weight']} per targeted weight, {facts['bits_per_weight']} over all")
+    for name, made in result.measured.items():
+        if spent := made.get("spent"):
+            print(f"spent:    {name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
     print(f"took:     {result.seconds:.1f} s, peak memory {console.size(result.manifest.measured['peak_resident_bytes'])}")
     print(f"next:     {next_command(result)}")
 
 
 def next_command(result: Result) -> str:
     """What a user would do now."""
+    from compress.checkpoint import CALIBRATION
+    from compress.facts import State
+
+    states = {State.parse(record.state).scheme for record in result.manifest.weights.values()}
+    if result.manifest.format == "canonical" and not states - {None}:
+        if CALIBRATION in result.manifest.files:
+            return f"compress quantize gptq {result.out} {result.out}-w4 --scheme w4a16g128"
+        return f"compress show {result.out}"
     if result.manifest.format == "canonical":
         return f"compress pack {result.out} {result.out}-packed"
     return f"compress show {result.out}    (steps are kept: compress clean {result.out})"

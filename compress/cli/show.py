@@ -47,7 +47,7 @@ def verb(
     print(f"made by:  compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}")
     covered = manifest.coverage
     print(f"coverage: {covered['transformed']} of {covered['targeted']} targeted, {covered['skipped']} skipped")
-    console.table(("weights", "count", "state", "shape", "bits", "error"), _rows(manifest, layers))
+    console.table(("weights", "count", "state", "shape", "bits", "error", "output error"), _rows(manifest, layers))
     for note in manifest.notes:
         print(f"{note.what}: {note.count} ({note.reason})")
     measured = manifest.measured
@@ -61,10 +61,15 @@ def _rows(manifest: Manifest, layers: bool) -> list[tuple[str, ...]]:
         groups[(label, record.state, "x".join(map(str, record.shape)))].append(record)
     rows: list[tuple[str, ...]] = []
     for (label, state, shape), records in groups.items():
-        errors = [record.error for record in records if record.error is not None]
         bits = sum(record.bits for record in records) / len(records)
-        error = "-"
-        if errors:
-            error = f"{min(errors):.4f} to {max(errors):.4f}" if len(errors) > 1 else f"{errors[0]:.4f}"
-        rows.append((label, str(len(records)), state, shape, f"{bits:.3f}", error))
+        errors = _range([record.error for record in records])
+        outputs = _range([record.output_error for record in records])
+        rows.append((label, str(len(records)), state, shape, f"{bits:.3f}", errors, outputs))
     return rows
+
+
+def _range(errors: list[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    if len(known) > 1:
+        return f"{min(known):.4f} to {max(known):.4f}"
+    return f"{known[0]:.4f}" if known else "-"

@@ -1,0 +1,87 @@
+"""Parking: hidden states that wait between blocks leave memory for a file, once they exceed a budget.
+
+A batch that waits at a block is held by the frames of transformers' own forward, which cannot be asked to let go. So
+the storage under its tensors is emptied in place and filled again before the block needs it: whoever holds
+the tensor holds it still.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import MachineError
+from compress.journey import Call
+
+_PREFIX = ".compress-states."
+_SMALLEST = 1 << 16
+"""Bytes below which a tensor is not worth a write."""
+
+
+class Parking:
+    """One file per batch under `folder`, written anew at every block; `budget_bytes` of states stay in memory."""
+
+    def __init__(self, folder: Path, rank: int, budget_bytes: int) -> None:
+        self.folder, self.rank, self.budget = folder, rank, budget_bytes
+        self._parked: dict[object, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._resident: dict[object, int] = {}
+        self._files: dict[object, Path] = {}
+
+    def park(self, who: object, call: Call, unchanged: bool = False) -> None:
+        """Empties what `who` holds, if the batches in memory already use up the budget. Raises MachineError.
+
+        `unchanged`: it was parked with the same values before, or never had to be.
+        """
+        if unchanged and who in self._resident:
+            return
+        storages = _storages(call)
+        nbytes = sum(storage.nbytes() for storage in storages)
+        self._resident.pop(who, None)
+        if sum(self._resident.values()) + nbytes <= self.budget:
+            self._resident[who] = nbytes
+            return
+        file = self._files.setdefault(who, self.folder / f"{_PREFIX}{self.rank}.{len(self._files)}")
+        if not unchanged:
+            try:
+                with open(file, "wb") as stream:
+                    for storage in storages:
+                        stream.write(_bytes(storage))
+            except OSError as error:
+                do = "free some space there, or calibrate on fewer tokens"
+                got = error.strerror or str(error)
+                raise MachineError(str(self.folder), f"{nbytes:,} bytes for hidden states", got, do) from None
+        self._parked[who] = [(storage, storage.nbytes()) for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+
+    def fetch(self, who: object) -> None:
+        """Fills what `who` holds again, if it was emptied."""
+        if who not in self._parked:
+            return
+        with open(self._files[who], "rb") as stream:
+            for storage, nbytes in self._parked.pop(who):
+                storage.resize_(nbytes)
+                assert stream.readinto(_bytes(storage)) == nbytes
+
+    def clear(self) -> None:
+        """Removes the files."""
+        for file in self.folder.glob(f"{_PREFIX}{self.rank}.*"):
+            file.unlink()
+
+
+def _storages(call: Call) -> list[torch.UntypedStorage]:
+    """The memory under the tensors that a block is called with, each once."""
+    given: list[Any] = [*call.args, *call.kwargs.values()]
+    tensors = [value for value in given if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    found = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    # What cannot be resized was read from the checkpoint: weights that are handed around.
+    unique = {storage.data_ptr(): storage for storage in found.values()}.values()
+    return [storage for storage in unique if storage.nbytes() >= _SMALLEST and storage.resizable()]
+
+
+def _bytes(storage: torch.UntypedStorage) -> memoryview:
+    # Not by way of numpy: what it has seen can no longer be resized.
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
