@@ -1,4 +1,4 @@
-"""Experts: transformers' routed experts, computed so that each one's inputs can be watched.
+"""Experts: routed experts, computed so that each one's inputs can be watched.
 
 Registered as an implementation of transformers' own experts interface, beside its grouped and batched ones. A
 family that computes its experts elsewhere (Llama 4's batched product) cannot be watched, which `watched` tells.

@@ -1,4 +1,4 @@
-"""Footprint: the memory that a sweep needs, from headers, and the dtype it computes in."""
+"""Footprint: the memory that a sweep needs, and the dtype it computes in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Journey: the forward of one batch, paused at every block and inside it at the inputs of weights.
+"""Journey: the forward of one batch, paused at blocks and at inputs of weights.
 
 transformers' own forward runs from end to end in a greenlet, so everything between blocks (masks, rotary positions,
 encoder to decoder, position biases handed on) is its own code, whatever the family. At a block it pauses with the

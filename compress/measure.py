@@ -1,75 +1,225 @@
-"""Measure: perplexity and KL of two models, with the protocol beside them.
+"""Measure: perplexity, and the KL of an artifact to its source; the protocol.
 
-Windows of `length` tokens without overlap, no BOS added, the first token of a window not scored, logits in fp32.
-KL(source || artifact) is in nats per scored token; its standard error takes windows as independent.
+Windows of `length` tokens without overlap, no BOS added, the first token of a window not scored, fp32. An encoder-decoder
+reads the first half of a window and is scored on the second; a masked language model is compared at every token and has no
+perplexity. Both models run side by side, block by block; nothing but numbers per token is kept.
+
+Every number has a standard error that takes windows as independent: of a mean, the spread of its windows' means over the
+root of their number; of a perplexity, that of its logarithm times itself; of a quantile, half the distance between the
+quantiles that lie a standard error of its share away on either side (Woodruff 1952).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compress.errors import InputError
+import torch
+
+from compress.errors import InputError, UsageError
+from compress.forward import Forward
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from compress.checkpoint import Checkpoint
+
+_BATCH_TOKENS = 2048
+"""Tokens in one forward: enough for the matrix products, little beside a block."""
+_LOGIT_BYTES = 256 << 20
+"""Logits of one batch of one model; a single window may have more."""
+_HELD_BYTES = 1 << 30
+"""Hidden states of the windows that move through the blocks together, of both models."""
+_CHUNK = 1 << 21
+"""Logits that are compared at a time; what is in between fits a cache."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; NaN for what there is none of, such as the error of a single window."""
+
+    value: float = math.nan
+    error: float = math.nan
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What `compare` found."""
+    """What `compare` found; KL(source || artifact) in nats per token."""
 
     tokens: int
     length: int
-    source_perplexity: float
-    perplexity: float
-    kl: float
-    kl_error: float
-    top1: float
-    """Share of scored positions where both models' likeliest token is the same."""
+    scored: int
+    """Tokens that count."""
+    scoring: str
+    perplexity: Estimate
+    """Of the artifact; a masked language model has none."""
+    source_perplexity: Estimate = Estimate()
+    kl: Estimate = Estimate()
+    kl_median: Estimate = Estimate()
+    kl_p99: Estimate = Estimate()
+    top1: Estimate = Estimate()
+    """Share of scored tokens where both models' likeliest token is the same."""
 
     @property
     def protocol(self) -> str:
-        return f"first {self.tokens:,} tokens, windows of {self.length}, fp32, no BOS, first token of a window not scored"
+        return f"first {self.tokens:,} tokens, windows of {self.length} without overlap, fp32, no BOS, {self.scoring}"
 
 
-def token_windows(tokenizer_folder: Path, text_file: Path, length: int, limit: int | None = None) -> torch.Tensor:
-    """Token ids [windows, length] of a jsonl file's `text` fields, joined in order. Raises InputError if too short."""
-    import torch
-    from transformers import AutoTokenizer
+def compare(
+    source: Checkpoint | None, artifact: Checkpoint, windows: torch.Tensor, batch: int | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Quality:  # fmt: skip
+    """Measures `artifact` on `windows` [count, length], against `source` if there is one. Raises CompressError.
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    ids: list[int] = []
-    for line in text_file.read_text(encoding="utf-8").splitlines():
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
-    count = min(len(ids), limit or len(ids)) // length
-    if not count:
-        raise InputError(str(text_file), f"at least {length} tokens", f"{len(ids)} tokens")
-    return torch.tensor(ids[: count * length]).reshape(count, length)
+    `batch` windows go through a model at a time, fewer where their logits would be too many.
+    """
+    sides = [Forward(checkpoint) for checkpoint in (source, artifact) if checkpoint is not None]
+    _check(sides, windows)
+    length, last = windows.shape[1], sides[-1]
+    fit = min(batch or max(1, _BATCH_TOKENS // length), max(1, _LOGIT_BYTES // (4 * length * last.vocabulary)))
+    batches = list(windows.split(fit))
+    tally = _Tally(sides)
+    with torch.no_grad():
+        held = sum(side.held_bytes(batches[0]) for side in sides)
+        together = max(1, _HELD_BYTES // max(held, 1))
+        for start in range(0, len(batches), together):
+            group = batches[start : start + together]
+            tell = _Share(progress, start / len(batches), len(group) / len(batches), sides)
+            streams = [side.logits(group, tell.step) for side in sides]
+            for ids in group:
+                tally.add(ids, streams)
+            for stream in streams:
+                stream.close()
+            progress((start + len(group)) / len(batches))
+    return tally.quality(windows)
 
 
-def compare(source: nn.Module, artifact: nn.Module, windows: torch.Tensor, batch: int = 8) -> Quality:
-    """Runs both models side by side over `windows` [count, length]; nothing but sums is kept."""
-    import torch
+def _check(sides: list[Forward], windows: torch.Tensor) -> None:
+    """Raises CompressError for models that cannot be compared, or cannot run on these windows."""
+    first, last = sides[0], sides[-1]
+    length, most = windows.shape[1], int(windows.max())
+    if (first.encoder_decoder, first.causal) != (last.encoder_decoder, last.causal):
+        kinds = [type(side.model).__name__ for side in (first, last)]
+        raise InputError(last.label, f"a model that is scored as {first.label} is, a {kinds[0]}", f"a {kinds[1]}")
+    if first.vocabulary != last.vocabulary:
+        expected = f"a vocabulary of {first.vocabulary:,}, as {first.label} has"
+        raise InputError(last.label, expected, f"{last.vocabulary:,}", "measure it against the model that it was made from")
+    if most >= first.vocabulary:
+        do = "use the tokenizer that belongs to the model"
+        raise InputError(first.label, f"ids below {first.vocabulary:,}, the size of its vocabulary", f"the id {most}", do)
+    least = 4 if first.encoder_decoder else 2
+    if length < least:
+        raise UsageError("length", f"at least {least}", f"{length}", "256 is usual")
+    for side in sides:
+        # A half of a window goes into each side of an encoder-decoder.
+        factor = 2 if side.encoder_decoder else 1
+        positions = side.positions()
+        if positions is not None and -(-length // factor) > positions:
+            expected = f"at most {factor * positions}, for {side.label} has {positions} positions"
+            raise UsageError("length", expected, f"{length}", f"set length to {factor * positions} or less")
 
-    nll = [0.0, 0.0]
-    same, kl_windows = 0, []
-    with torch.inference_mode():
-        for ids in windows.split(batch):
-            logs = [model(input_ids=ids).logits[:, :-1].float().log_softmax(-1) for model in (source, artifact)]
-            for i, log in enumerate(logs):
-                nll[i] -= float(log.gather(-1, ids[:, 1:, None]).sum(dtype=torch.float64))
-            p, q = logs
-            kl_windows.append((p.exp() * (p - q)).sum(-1).mean(-1).double())
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    scored = windows.numel() - windows.shape[0]
-    kl = torch.cat(kl_windows)
-    error = float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else math.nan
-    return Quality(
-        windows.numel(), windows.shape[1], math.exp(nll[0] / scored), math.exp(nll[1] / scored),
-        float(kl.mean()), error, same / scored,
-    )  # fmt: skip
+
+class _Share:
+    """How far a group of batches is, counted in blocks."""
+
+    def __init__(self, progress: Callable[[float], None], start: float, part: float, sides: list[Forward]) -> None:
+        self.progress, self.start = progress, start
+        self.each = part / max(1, sum(len(side.skeleton.blocks) for side in sides))
+
+    def step(self) -> None:
+        self.start += self.each
+        self.progress(min(1.0, self.start))
+
+
+class _Tally:
+    """Numbers of every scored token: surprise of each side and, of two, KL and whether their likeliest tokens agree."""
+
+    def __init__(self, sides: list[Forward]) -> None:
+        self.sides = sides
+        self.found: list[torch.Tensor] = []
+
+    def add(self, ids: torch.Tensor, streams: list[Generator[torch.Tensor]]) -> None:
+        """Takes the next logits of each side, those of the windows `ids`."""
+        logits = [next(stream) for stream in streams]
+        first, last = self.sides[0], self.sides[-1]
+        if len(sizes := {part.shape[-1] for part in logits}) > 1:
+            raise InputError(last.label, f"logits for as many tokens as {first.label} has", " and ".join(map(str, sizes)))
+        if first.encoder_decoder:
+            ids = ids[:, ids.shape[1] // 2 :]
+        # The target of a masked model tells nothing but whether its logits are numbers.
+        targets = ids[:, 1:] if first.causal else ids
+        scored = targets.shape[1]
+        # One tensor for all: small ones made on the way would keep the memory between them from being used again.
+        numbers = torch.empty(4 if len(logits) == 2 else 1, *targets.shape)
+        step = max(1, _CHUNK // logits[0].shape[-1])
+        for window in range(len(ids)):
+            for start in range(0, scored, step):
+                rows = slice(start, min(start + step, scored))
+                _rows([part[window, rows] for part in logits], targets[window, rows], numbers[:, window, rows])
+        for side, surprise in zip(self.sides, numbers, strict=False):
+            if bool(surprise.isnan().any()):
+                do = "its weights are damaged; compress diff shows which"
+                raise InputError(side.label, "logits that are numbers", "NaN", do)
+        self.found.append(numbers)
+
+    def quality(self, windows: torch.Tensor) -> Quality:
+        """The numbers."""
+        side = self.sides[0]
+        scoring = "first token of a window not scored"
+        if side.encoder_decoder:
+            scoring = "first half of a window to the encoder, second to the decoder, whose first token is not scored"
+        if not side.causal:
+            scoring = "every token compared, none masked (no perplexity: the model sees the token itself)"
+        numbers = torch.cat(self.found, dim=1)
+        perplexities = [perplexity(part) if side.causal else Estimate() for part in numbers[: len(self.sides)]]
+        found = Quality(windows.numel(), windows.shape[1], numbers[0].numel(), scoring, perplexities[-1])
+        if len(self.sides) == 1:
+            return found
+        kl, same = numbers[2:]
+        return replace(
+            found, source_perplexity=perplexities[0], kl=mean(kl), kl_median=quantile(kl, 0.5), kl_p99=quantile(kl, 0.99),
+            top1=mean(same),
+        )  # fmt: skip
+
+
+def _rows(logits: list[torch.Tensor], targets: torch.Tensor, out: torch.Tensor) -> None:
+    """Numbers [.., tokens] from logits [tokens, vocabulary] of each side."""
+    logs = [part.float().log_softmax(-1) for part in logits]
+    for number, log in enumerate(logs):
+        out[number] = -log.gather(-1, targets[:, None])[:, 0]
+    if len(logs) == 2:
+        p, q = logs
+        # A token that the source rules out (log 0) costs nothing, whatever the artifact thinks of it.
+        out[2] = (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0).sum(-1)
+        out[3] = logits[0].argmax(-1) == logits[1].argmax(-1)
+
+
+def mean(numbers: torch.Tensor) -> Estimate:
+    """The mean of [windows, tokens]."""
+    windows = numbers.double().mean(-1)
+    return Estimate(float(windows.mean()), _error(windows))
+
+
+def perplexity(surprise: torch.Tensor) -> Estimate:
+    """exp of the mean surprise."""
+    found = mean(surprise)
+    value = math.exp(found.value) if found.value < 700 else math.inf
+    return Estimate(value, value * found.error)
+
+
+def quantile(numbers: torch.Tensor, share: float) -> Estimate:
+    """The value that `share` of [windows, tokens] do not exceed, interpolated."""
+    ordered = numbers.double().flatten().sort().values
+
+    def at(position: float) -> float:
+        place = min(max(position, 0.0), 1.0) * (len(ordered) - 1)
+        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+        return float(low + (high - low) * (place - math.floor(place))) if low != high else float(low)
+
+    value = at(share)
+    error = _error((numbers.double() <= value).double().mean(-1))
+    return Estimate(value, (at(share + error) - at(share - error)) / 2 if len(numbers) > 1 else math.nan)
+
+
+def _error(windows: torch.Tensor) -> float:
+    return float(windows.std() / math.sqrt(len(windows))) if len(windows) > 1 else math.nan

@@ -1,60 +1,115 @@
-"""Model: a runnable model from a checkpoint in any state.
+"""Model: a runnable model from a checkpoint in any state; codes stay codes.
 
-Codes are expanded to the dense dtype by QTensor.dequantize, the one meaning they have; transformers then places
-the tensors by its own mapping. Meant for models that fit in memory.
+A module whose weight is one tensor in codes expands them whenever it is used (QLinear), to the same values that a reader
+would have; what transformers fuses or splits while it loads is expanded once. It is loaded block by block, so that no more
+than one block is dense at a time. Everything else is transformers' own model: `generate` works as it always does.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
-from compress import qtensor
-from compress.checkpoint import CANONICAL, Checkpoint, torch_dtype
-from compress.errors import InputError
-from compress.facts import State, Weight
-from compress.names import model_class
+import torch
+from torch import nn
+
+from compress import names
+from compress.checkpoint import Checkpoint, torch_dtype
+from compress.meaning import Meaning
+from compress.qlinear import QLinear, with_codes
+from compress.qtensor import QTensor
+from compress.skeleton import Skeleton
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
-def dense_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every weight as the dense tensor it means, by its source name."""
-    manifest = checkpoint.manifest
-    records = manifest.weights if manifest else {}
-    packed = None
-    if manifest and manifest.format != "canonical":
-        from compress.kernels.dispatch import load_format
-
-        packed = load_format(manifest.format)()
-    found: dict[str, torch.Tensor] = {}
-    held: set[str] = set()
-    for name, record in records.items():
-        state = State.parse(record.state)
-        if state.scheme is None:
-            continue
-        weight = Weight(name, record.dtype, record.shape, transposed=record.transposed)
-        specs = packed.specs(weight, state) if packed else qtensor.specs(weight, state)
-        parts = {spec.name: checkpoint.read(spec.name) for spec in specs}
-        q = packed.decode(weight, state, parts) if packed else qtensor.decode(weight, state, parts)
-        found[name] = qtensor.as_matrix(weight, q.dequantize()).to(torch_dtype(record.dtype)).contiguous()
-        held.update(parts)
-    return {**{name: checkpoint.read(name) for name in checkpoint.refs if name not in held}, **found}
-
-
-def build(checkpoint: Checkpoint, dtype: str = "float32") -> nn.Module:
+def build(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
     """A model in eval mode, computing in `dtype`. Raises InputError for a foreign quantized checkpoint."""
-    import torch
+    skeleton = Skeleton(Meaning(checkpoint), getattr(torch, dtype))
+    _Loader(skeleton).load()
+    _as_transformers_has_it(skeleton)
+    model: PreTrainedModel = skeleton.module
+    if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
 
-    quantization = checkpoint.config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    ours = checkpoint.manifest is not None and method in (CANONICAL, checkpoint.manifest.format)
-    if quantization and not ours:
-        raise InputError(str(checkpoint.path), "a checkpoint that compress made, or a dense one", f"one quantized by {method}")
-    cls, config = model_class(checkpoint.config)
-    model = cls.from_pretrained(  # type: ignore[attr-defined]
-        None, config=config, state_dict=dense_tensors(checkpoint), dtype=getattr(torch, dtype)
-    )
-    assert isinstance(model, torch.nn.Module)
-    return model.eval()
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    return model
+
+
+class _Loader:
+    """Fills a skeleton for good."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        self.skeleton, self.meaning = skeleton, skeleton.meaning
+        self.kinds = (nn.Linear, nn.Embedding, Conv1D)
+        groups = {group.parameter: group for group in skeleton.mapping.groups(self.meaning.logical)}
+        self.names = {p: group.sources[0] for p, group in groups.items() if not group.patterns}
+        clusters: dict[str, list[str]] = defaultdict(list)
+        for alias, kept in (getattr(skeleton.module, "all_tied_weights_keys", None) or {}).items():
+            clusters[kept] += [alias] if clusters[kept] else [kept, alias]
+        self.ties: dict[str, str] = {}
+        for members in clusters.values():
+            # Two that have tensors of their own stay two, whatever the config says of them.
+            if owners := [name for name in members if name in groups]:
+                self.ties.update((name, owners[0]) for name in members if name not in groups)
+
+    def load(self) -> None:
+        """Everything, a block at a time."""
+        paths = [*(block.path for block in self.skeleton.blocks), *self.skeleton.lazy]
+        parts = {path: self.skeleton.module_at(path) for path in paths}
+        inside = tuple(f"{path}." for path in paths)
+        self.encode([name for name in self.names if not name.startswith(inside)])
+        for path in paths:
+            self.skeleton.load(path)
+            self.encode([name for name in self.names if name.startswith(f"{path}.")])
+        for path in self.skeleton.lazy:
+            # They are loaded now, and stay.
+            parts[path]._forward_pre_hooks.clear()
+        for alias, owner in self.ties.items():
+            self.tie(alias, owner)
+
+    def encode(self, parameters: list[str]) -> None:
+        """Puts codes in the place of those parameters that are made of nothing else."""
+        for parameter in parameters:
+            name = self.names[parameter]
+            path, _, attribute = parameter.rpartition(".")
+            module = self.skeleton.module_at(path)
+            if name not in self.meaning.weights or attribute != "weight" or not isinstance(module, self.kinds):
+                continue
+            weight, _ = self.meaning.weights[name]
+            q = self.meaning.qtensor(name)
+            assert q is not None
+            self.place(module, q, torch_dtype(weight.dtype))
+
+    def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
+        """Codes instead of the dense weight, which tells the dtype that this module computes in."""
+        dense = module._parameters["weight"]
+        assert dense is not None
+        if dense.dtype == torch.float32:
+            # Exact, and transformers takes the dtype of the first parameter for the one of the model.
+            q = QTensor(q.scheme, q.codes, q.scale.float(), q.zero)
+        with_codes(module, q, stored, dense.dtype)
+
+    def tie(self, alias: str, owner: str) -> None:
+        """Makes two parameters one, in whatever form it is."""
+        (path, _, attribute), (other, _, other_attribute) = alias.rpartition("."), owner.rpartition(".")
+        module, held = self.skeleton.module_at(path), self.skeleton.module_at(other)
+        if other_attribute in held._parameters:
+            module._parameters[attribute] = held._parameters[other_attribute]
+        elif attribute == "weight" and isinstance(module, self.kinds):
+            assert isinstance(held, QLinear)
+            self.place(module, QTensor(held.scheme, held.codes, held.scale, held.zero), held.stored_dtype)
+            module._parameters["scale"] = held.scale
+
+
+def _as_transformers_has_it(skeleton: Skeleton) -> None:
+    """Gives back what a skeleton has set aside for its passes: the cache, and how experts are computed."""
+    fresh = names.meta_model(skeleton.meaning.checkpoint.config)
+    for ours, theirs in zip(skeleton.module.modules(), fresh.modules(), strict=True):
+        config: Any = getattr(ours, "config", None)
+        for name in ("use_cache", "_experts_implementation"):
+            if hasattr(config, name):
+                setattr(config, name, getattr(theirs.config, name))

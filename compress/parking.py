@@ -1,4 +1,4 @@
-"""Parking: hidden states that wait between blocks leave memory for a file, once they exceed a budget.
+"""Parking: hidden states beyond a budget wait for their next block in a file.
 
 A batch that waits at a block is held by the frames of transformers' own forward, which cannot be asked to let go. So
 the storage under its tensors is emptied in place and filled again before the block needs it: whoever holds

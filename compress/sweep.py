@@ -1,4 +1,4 @@
-"""Sweep: lifts a LinearPass to directory in, directory out, with one block in memory.
+"""Sweep: lifts a LinearPass to directories; one block in memory at a time.
 
 For each block: load it, send every batch to the first inputs that its weights read, fold their statistics, solve the
 weights, put the new values in their place, and send the batches on; what a weight is calibrated on thus comes from weights
@@ -107,6 +107,7 @@ class _Sweep:
                 with self.spent("forward"):
                     traveller.go_on()
             self.skeleton.release(block.path)
+            trim_memory()
         for traveller in (scout, *self.travellers):
             traveller.leave()
         parking.clear()

@@ -1,4 +1,4 @@
-"""Traveller: one batch of a sweep: the block it is at, how far it is inside, and whether its states are parked."""
+"""Traveller: one batch of a sweep: where it is, and what it holds there."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from compress.checkpoint import open_checkpoint
-from compress.measure import compare, token_windows
+from compress.measure import Estimate, compare
 from compress.model import build
+from compress.windows import token_windows
 from support import SHARED, dense_meaning, load, logits, run, step_of
 
 pytest.importorskip("compressed_tensors")
@@ -52,11 +53,11 @@ def packed_dtype(source: Path) -> torch.dtype:
 def test_fewer_bits_cost_more_and_the_search_helps(demo_model: Path, tmp_path: Path) -> None:
     """On trained weights KL grows as bits fall, and clip=mse is worth something at 2 bits."""
     windows = token_windows(demo_model, demo_model.parent / "text" / "evaluation.jsonl", 256, 4096)
-    source = build(open_checkpoint(demo_model))
+    source = open_checkpoint(demo_model)
 
     def kl(recipe: str, name: str) -> float:
         run(demo_model, tmp_path / name, recipe)
-        return compare(source, build(open_checkpoint(tmp_path / name)), windows).kl
+        return compare(source, open_checkpoint(tmp_path / name), windows).kl.value
 
     found = [kl(f"quantize.rtn(scheme=w{bits}a16g32)", f"w{bits}") for bits in (8, 4, 3, 2)]
     assert found == sorted(found)
@@ -64,15 +65,15 @@ def test_fewer_bits_cost_more_and_the_search_helps(demo_model: Path, tmp_path: P
     assert kl("quantize.rtn(scheme=w2a16g32, clip=mse)", "searched") < found[3]
 
 
-def test_perplexity_of_a_published_model(tmp_path: Path) -> None:
+def test_perplexity_of_a_published_model() -> None:
     """The loader and the protocol give the perplexities that come with the models."""
     folder = SHARED / "models" / "tiny-llama-3m"
     if not folder.is_dir():
         pytest.skip("tiny-llama-3m does not lie beside this checkout")
-    model = build(open_checkpoint(folder))
+    model = open_checkpoint(folder)
     for text, perplexity in (("wiki", 44.25), ("code", 30.88)):
         windows = token_windows(folder, SHARED / "data" / f"{text}.valid.jsonl", 256, 10_240)
         found = compare(model, model, windows)
-        assert found.perplexity == pytest.approx(perplexity, abs=0.02)
-        assert found.kl == pytest.approx(0, abs=1e-6)
-        assert found.top1 == 1
+        assert found.perplexity.value == pytest.approx(perplexity, abs=0.02)
+        assert found.kl == found.kl_p99 == Estimate(0.0, 0.0)
+        assert found.top1 == Estimate(1.0, 0.0)

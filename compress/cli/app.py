@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import typer
 
 from compress import __version__
-from compress.cli import clean, demo, plan, recipes, run, show
+from compress.cli import clean, demo, diff, generate, plan, recipes, run, show
+from compress.cli import eval as eval_
 from compress.cli import list as list_
 from compress.cli.passes import command_for, placeholder
 from compress.discover import caption, pass_files
@@ -40,7 +41,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     ) -> None:
         pass
 
-    for verb in (run, plan, show, list_, recipes, clean, demo):
+    for verb in (run, plan, eval_, diff, generate, show, list_, recipes, clean, demo):
         verb.register(app)
     groups: dict[str, typer.Typer] = {}
     for name in pass_files():

@@ -55,9 +55,9 @@ def one(home: Path, place: Path, scheme: str, quiet: bool) -> tuple[Result, Qual
 
     from compress.checkpoint import open_checkpoint
     from compress.contract import Context
-    from compress.measure import compare, token_windows
-    from compress.model import build
+    from compress.measure import compare
     from compress.pipeline import run
+    from compress.windows import token_windows
 
     logging.disable_progress_bar()
     source = open_checkpoint(home / "model")
@@ -65,21 +65,21 @@ def one(home: Path, place: Path, scheme: str, quiet: bool) -> tuple[Result, Qual
     with console.events(False, quiet) as receive:
         result = run(recipe, source, place, Context(events=receive))
     windows = token_windows(home / "model", home / "text" / "evaluation.jsonl", LENGTH)
-    return result, compare(build(source), build(open_checkpoint(place)), windows)
+    return result, compare(source, open_checkpoint(place), windows)
 
 
 def report(home: Path, out: Path, results: list[tuple[str, Result]], rows: list[tuple[str, Quality]]) -> None:
     """The table, the protocol, and what to do with the artifact."""
     first = rows[0][1]
     before = results[0][1].plan.source_bytes
-    table = [("source (bf16)", f"{before:,}", "16.000", "-", f"{first.source_perplexity:.2f}", "-", "-")]
+    table = [("source (bf16)", f"{before:,}", "16.000", "-", f"{first.source_perplexity.value:.2f}", "-", "-")]
     for (scheme, result), (_, quality) in zip(results, rows, strict=True):
         last = result.plan.steps[-1]
         bits = f"{result.plan.bits(last, list(result.manifest.weights)):.3f}"
         share = f"{last.payload_bytes / before:.1%}"
         table.append((
-            scheme, f"{last.payload_bytes:,}", bits, share, f"{quality.perplexity:.2f}",
-            f"{quality.kl:.4f} +- {quality.kl_error:.4f}", f"{quality.top1:.1%}",
+            scheme, f"{last.payload_bytes:,}", bits, share, f"{quality.perplexity.value:.2f}",
+            f"{quality.kl.value:.4f} +- {quality.kl.error:.4f}", f"{quality.top1.value:.1%}",
         ))  # fmt: skip
     console.table(("scheme", "tensor bytes", "bits/weight", "size", "perplexity", "KL to source", "same top-1"), table)
     print(f"protocol: embedded evaluation text, {first.protocol}; KL in nats per token")
@@ -96,8 +96,8 @@ def reader(home: Path, out: Path) -> str:
     from transformers import AutoModelForCausalLM
 
     from compress.checkpoint import open_checkpoint
-    from compress.measure import token_windows
     from compress.model import build
+    from compress.windows import token_windows
 
     ids = token_windows(home / "model", home / "text" / "evaluation.jsonl", LENGTH, LENGTH)
     # The reader draws progress bars; what goes wrong is raised all the same.

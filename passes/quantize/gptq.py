@@ -1,4 +1,4 @@
-"""GPTQ: rounds columns in turn, each making up for the errors of those before it.
+"""GPTQ: rounds columns in turn, each making up for the errors before it.
 
 Frantar et al., 2210.17323, on the second moments of what a weight reads, followed by coordinate descent on the same loss.
 Derivation and conventions: compress/algebra/gptq.py.

@@ -16,10 +16,10 @@ from transformers.utils import logging
 from compress.checkpoint import open_checkpoint
 from compress.cli.console import table
 from compress.contract import Context
-from compress.measure import compare, token_windows
-from compress.model import build
+from compress.measure import compare
 from compress.pipeline import run
 from compress.recipe import parse_one_liner
+from compress.windows import token_windows
 
 
 def main() -> None:
@@ -33,21 +33,20 @@ def main() -> None:
     logging.disable_progress_bar()
     source = open_checkpoint(args.model)
     windows = token_windows(args.model, args.text, args.length, args.tokens)
-    dense = build(source)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, recipe in enumerate(args.recipes):
             result = run(parse_one_liner(recipe), source, Path(scratch) / str(number), Context())
-            q = compare(dense, build(open_checkpoint(result.out)), windows)
+            q = compare(source, open_checkpoint(result.out), windows)
             last = result.plan.steps[-1]
             rows.append((
                 recipe, f"{last.payload_bytes:,}", f"{result.plan.bits(last, list(result.manifest.weights)):.3f}",
-                f"{q.perplexity:.3f}", f"{q.kl:.5f}", f"{q.kl_error:.5f}", f"{q.top1:.2%}", f"{result.seconds:.1f}",
+                f"{q.perplexity.value:.3f}", f"{q.kl.value:.5f}", f"{q.kl.error:.5f}", f"{q.top1.value:.2%}",
+                f"{result.seconds:.1f}",
             ))  # fmt: skip
     table(("recipe", "tensor bytes", "bits/weight", "perplexity", "KL", "+-", "same top-1", "s"), rows)
-    print(
-        f"source: {args.model.name}, {source.nbytes:,} bytes, perplexity {q.source_perplexity:.3f} on {args.text.name}, {q.protocol}"
-    )
+    own = f"perplexity {q.source_perplexity.value:.3f}"
+    print(f"source: {args.model.name}, {source.nbytes:,} bytes, {own} on {args.text.name}, {q.protocol}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from compress import stream
 from compress.algebra.masks import holds
 from compress.checkpoint import open_checkpoint
 from compress.errors import CoverageError
-from compress.model import dense_tensors
+from compress.meaning import Meaning
 from compress.names import resolve
 from compress.sparsity import Sparsity
 from support import load, logits, run, step_of
@@ -45,10 +45,10 @@ def test_quantizing_keeps_the_zeros(scheme: str, tiny: Path, tmp_path: Path) -> 
     result = run(tiny, tmp_path / "out", f"prune.magnitude(sparsity=2:4) | quantize.rtn(scheme={scheme}) | pack(dequantize=true)")
     assert {record.state for record in result.manifest.weights.values()} == {f"codes({scheme})+masked(2:4)"}
     pruned = open_checkpoint(step_of(tmp_path / "out", "prune.magnitude"))
-    meaning = dense_tensors(open_checkpoint(tmp_path / "out"))
+    meaning = Meaning(open_checkpoint(tmp_path / "out"))
     for name in result.manifest.weights:
-        assert bool((meaning[name][pruned.read(name) == 0] == 0).all())
-        assert holds(meaning[name] != 0, Sparsity.parse("2:4"))
+        assert bool((meaning.dense(name)[pruned.read(name) == 0] == 0).all())
+        assert holds(meaning.dense(name) != 0, Sparsity.parse("2:4"))
 
 
 def test_a_pass_that_loses_the_zeros_is_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,79 @@
+"""`compress diff`: how far the weights of two checkpoints are apart."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+
+if TYPE_CHECKING:
+    from compress.difference import Difference, Row
+
+
+def register(app: typer.Typer) -> None:
+    app.command("diff")(verb)
+
+
+@guarded
+def verb(
+    a: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id with @revision.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
+    worst: Annotated[bool, typer.Option("--worst", help="Worst first, not in stored order.")] = False,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Relative error |A - B| / |A| of every weight that both have, whatever form it is in."""
+    from compress.difference import difference
+    from compress.source import open_source
+
+    first, second = open_source(a), open_source(b)
+    total = first.nbytes
+    with console.events(False, json_) as receive:
+        found = difference(
+            first, second,
+            lambda share: receive({"event": "progress", "step": "diff", "total_bytes": total, "done_bytes": int(share * total)}),
+        )  # fmt: skip
+    rows = sorted(found.rows, key=_badness, reverse=True) if worst else list(found.rows)
+    if json_:
+        print(json.dumps(facts(found, rows), ensure_ascii=False))
+    else:
+        show(found, rows)
+
+
+def _badness(row: Row) -> float:
+    return math.inf if math.isnan(row.error) else row.error
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def facts(found: Difference, rows: list[Row]) -> dict[str, Any]:
+    """The difference as JSON; an error that is no number is null."""
+    return {
+        "error": _finite(found.error),
+        "equal": found.equal,
+        "weights": [{"name": r.name, "shape": r.shape, "states": r.states, "error": _finite(r.error)} for r in rows],
+        "only": {"a": found.only[0], "b": found.only[1]},
+        "shapes": [{"name": name, "a": a, "b": b} for name, (a, b) in found.shapes.items()],
+    }
+
+
+def show(found: Difference, rows: list[Row]) -> None:
+    """The difference as a table, and what could not be compared."""
+    cells = [(row.name, "x".join(map(str, row.shape)), *row.states, f"{row.error:.6f}" if row.lost else "0") for row in rows]
+    console.table(("weight", "shape", "A", "B", "error"), cells)
+    for name, (left, right) in found.shapes.items():
+        print(f"error:    '{name}' is {list(left)} in A, {list(right)} in B: not compared")
+    for letter, names in zip("AB", found.only, strict=True):
+        for name in names:
+            print(f"only {letter}:   '{name}'")
+        if names:
+            print(f"only {letter}:   {len(names)} weights")
+    total = f"{found.error:.6f} over {len(rows)} weights, {found.equal} of them equal" if rows else "nothing could be compared"
+    print(f"total:    {total}")

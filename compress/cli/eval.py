@@ -1,0 +1,116 @@
+"""`compress eval`: perplexity, and the KL of an artifact to its source."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+
+if TYPE_CHECKING:
+    from compress.measure import Estimate, Quality
+
+MEASURES = {
+    "source_perplexity": "perplexity of the source",
+    "perplexity": "perplexity",
+    "kl": "KL(source || artifact), mean",
+    "kl_median": "KL, median",
+    "kl_p99": "KL, 99th percentile",
+    "top1": "same top-1",
+}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(verb)
+
+
+@guarded
+def verb(
+    artifact: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="ART")],
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text: .jsonl with a field 'text', or .txt; also .gz.")],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="SOURCE", help="What to compare with; in any state, too.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
+    batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure ART on a text: perplexity, and with --against how far its predictions are from those of SOURCE.
+
+    Both models run in fp32 with one block of one of them in memory at a time.
+    """
+    from compress.windows import check_data, token_windows, tokenizer_folder
+
+    check_data(data, length, tokens)
+    from transformers.utils import logging
+
+    from compress.measure import compare
+    from compress.source import open_source
+
+    logging.set_verbosity_error()
+    checkpoint = open_source(artifact)
+    source = open_source(against) if against is not None else None
+    windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens)
+    total = checkpoint.nbytes + (source.nbytes if source else 0)
+    started = time.perf_counter()
+    with console.events(False, json_) as receive:
+        found = compare(
+            source, checkpoint, windows, batch,
+            lambda share: receive({"event": "progress", "step": "eval", "total_bytes": total, "done_bytes": int(share * total)}),
+        )  # fmt: skip
+    names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name}
+    seconds = time.perf_counter() - started
+    if json_:
+        print(json.dumps({**names, **facts(found), "seconds": round(seconds, 2)}, ensure_ascii=False))
+    else:
+        show(found, names, seconds)
+
+
+def facts(found: Quality) -> dict[str, Any]:
+    """What was found as JSON; null where there is no number."""
+    estimates = {name: getattr(found, name) for name in MEASURES}
+    return {
+        "tokens": found.tokens, "length": found.length, "windows": found.tokens // found.length, "scored": found.scored,
+        **{n: {part.name: _finite(getattr(e, part.name)) for part in fields(e)} for n, e in estimates.items()},
+        "protocol": found.protocol,
+    }  # fmt: skip
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
+    """What was found as a table, with its protocol."""
+    estimates: dict[str, Estimate] = {name: getattr(found, name) for name in MEASURES}
+    rows = [(MEASURES[name], *_cells(name, e)) for name, e in estimates.items() if not math.isnan(e.value)]
+    console.table(("measure", "value", "+-"), rows)
+    print(f"artifact: {names['artifact']}" + (f"\nsource:   {names['source']}" if names["source"] else ""))
+    print(f"data:     {names['data']}")
+    print(f"protocol: {found.protocol}; KL in nats per token" if names["source"] else f"protocol: {found.protocol}")
+    print(f"errors:   standard errors over {found.tokens // found.length} windows, taken as independent")
+    print(f"took:     {seconds:.1f} s")
+
+
+def _cells(name: str, estimate: Estimate) -> tuple[str, str]:
+    """A number and its error, as people read them."""
+    texts = []
+    for number in (estimate.value, estimate.error):
+        if math.isnan(number):
+            texts.append("-")
+        elif name == "top1":
+            texts.append(f"{number:.2%}")
+        elif name.startswith("kl"):
+            texts.append(f"{number:.6f}" if number else "0")
+        else:
+            texts.append(f"{number:.3f}")
+    return texts[0], texts[1]
