@@ -1,7 +1,7 @@
 """Places: where a run writes, whether it may and can, and what is kept there.
 
-    OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
-    OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock
+OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
+OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from compress import qtensor
 from compress.batches import Batch, cut
 from compress.checkpoint import Checkpoint
 from compress.contract import Context, Job, LinearPass, Solution
-from compress.errors import CoverageError
+from compress.errors import CoverageError, InputError
 from compress.experts import INPUT, MIDDLE, Routed
 from compress.facts import State, Weight
 from compress.footprint import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
@@ -87,7 +87,9 @@ class _Sweep:
         while remaining and scout.call is not None:
             block = scout.call.block
             if block.path in seen:
-                raise CoverageError(block.path, "each block once in a forward", "a block that runs again", "use a pass without data")
+                raise CoverageError(
+                    block.path, "each block once in a forward", "a block that runs again", "use a pass without data"
+                )
             seen.add(block.path)
             self.skeleton.release_visitors()
             with self.spent("load"):
@@ -228,7 +230,7 @@ class _Sweep:
         mine: dict[tuple[str, int | None], Solution] = {}
         for expert, group in by_inputs.items():
             with self.spent("factor"):
-                prepared = self.pass_.prepare(statistics[expert])
+                prepared = self.prepare(group[0][0], statistics[expert])
             with self.spent("solve"):
                 jobs = [Job(weight, self.step.after[weight.name], self.matrix(weight, which)) for weight, which in group]
                 for (weight, which), solution in zip(group, self.pass_.solve(jobs, prepared), strict=True):
@@ -239,6 +241,14 @@ class _Sweep:
         for rank in range(self.ctx.world_size):
             found.update(self.ctx.broadcast(mine, rank))
         return found
+
+    def prepare(self, weight: Weight, statistic: Any) -> Any:
+        """What the pass makes of a statistic. Raises InputError where an input was not finite."""
+        try:
+            return self.pass_.prepare(statistic)
+        except ValueError as error:
+            where = f"what '{weight.name}' reads"
+            raise InputError(where, "finite activations", str(error), "try --dtype float32, or look at the source") from None
 
     def matrix(self, weight: Weight, expert: int | None) -> torch.Tensor:
         """One matrix [out, in] of a weight, as it is stored."""

@@ -50,7 +50,9 @@ class Calibrate(DataPass):
         try:
             self.spec()
         except UsageError as error:
-            raise ValueError("; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)) from None
+            raise ValueError(
+                "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
+            ) from None
         return self
 
     def spec(self) -> CorpusSpec:

@@ -91,7 +91,9 @@ def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
         from compress.batches import cut
         from compress.corpus import Corpus
 
-        (batch,) = cut(Corpus.load(step_of(tmp_path / "out", "calibrate") / "calibration.safetensors").tensors, model, 0, 1, torch.float32)
+        (batch,) = cut(
+            Corpus.load(step_of(tmp_path / "out", "calibrate") / "calibration.safetensors").tensors, model, 0, 1, torch.float32
+        )
         model(**batch.inputs)
     compared = 0
     for weight, rms in seen.values():
@@ -149,7 +151,10 @@ def test_patterns_hold_and_stay_through_gptq(sparsity: str, made: Any, tmp_path:
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | prune.wanda(sparsity={sparsity}) | quantize.gptq(scheme=w4a16g32)"
     result = do(made("llama"), tmp_path / "out", recipe)
     assert {r.state for r in result.manifest.weights.values()} == {f"codes(w4a16g32)+masked({Sparsity.parse(sparsity)})"}
-    meaning, pruned = Meaning(open_checkpoint(tmp_path / "out")), Meaning(open_checkpoint(step_of(tmp_path / "out", "prune.wanda")))
+    meaning, pruned = (
+        Meaning(open_checkpoint(tmp_path / "out")),
+        Meaning(open_checkpoint(step_of(tmp_path / "out", "prune.wanda"))),
+    )
     for name in result.manifest.weights:
         before, after = pruned.dense(name), meaning.dense(name)
         assert not bool(after[before == 0].any())
@@ -193,7 +198,10 @@ def test_budgets_cost_time_and_nothing_else(name: str, made: Any, tmp_path: Path
 def test_padding_does_not_count(made: Any, tmp_path: Path) -> None:
     """Samples with padding calibrate like the same samples without it."""
     ids = torch.randint(3, 128, (40, 16), generator=torch.Generator().manual_seed(3))
-    padded = {"input_ids": torch.cat([ids, torch.zeros(40, 8, dtype=ids.dtype)], 1), "attention_mask": torch.ones(40, 24, dtype=torch.uint8)}
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(40, 8, dtype=ids.dtype)], 1),
+        "attention_mask": torch.ones(40, 24, dtype=torch.uint8),
+    }
     padded["attention_mask"][:, 16:] = 0
     save_file({"input_ids": ids}, tmp_path / "plain.safetensors")
     save_file(padded, tmp_path / "padded.safetensors")
@@ -204,7 +212,9 @@ def test_padding_does_not_count(made: Any, tmp_path: Path) -> None:
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
-def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_bytes(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_bytes(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from compress.writer import Writer
 
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ} | pack(format=compressed-tensors)"
@@ -260,37 +270,21 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def in_two_processes(source: Path, out: Path, recipe: str) -> Meaning:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "compress", "run"]
-    done = subprocess.run(
-        [*torchrun, source, out, "-p", recipe, "--dtype", "float32"], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Meaning(open_checkpoint(out))
-
-
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_two_processes_equal_one(name: str, made: Any, tmp_path: Path) -> None:
-    """Statistics are the same up to the order of sums, which moves what was at a tie: few entries of a mask, and where
-    codes move the later ones follow, so that those are compared by what they cost.
-    """
-    calibrate = CALIBRATE.format(ready_inputs(40), 40)
-    for recipe in ("prune.wanda(sparsity=2:4)", GPTQ):
-        out = tmp_path / recipe.partition("(")[0]
-        two = in_two_processes(made(name), out / "two", f"{calibrate} | {recipe}")
-        one = do(made(name), out / "one", f"{calibrate} | {recipe}").manifest
-        manifest = two.checkpoint.manifest
-        assert manifest is not None
-        assert manifest.measured["ranks"] == 2
-        assert manifest.coverage == one.coverage
-        alone = Meaning(open_checkpoint(out / "one"))
-        moved = {weight: float((alone.dense(weight) != two.dense(weight)).float().mean()) for weight in one.weights}
-        if recipe is GPTQ:
-            assert sum(share == 0 for share in moved.values()) >= len(moved) // 4
-            for weight, record in one.weights.items():
-                assert manifest.weights[weight].output_error == pytest.approx(record.output_error, rel=0.05)
-        else:
-            assert max(moved.values()) < 0.002
+@pytest.mark.parametrize("recipe", ["prune.wanda(sparsity=2:4)", GPTQ])
+def test_two_processes_equal_one(recipe: str, name: str, made: Any, tmp_path: Path) -> None:
+    """Every byte: batches are cut alike, and their statistics add up without rounding."""
+    arguments = ["-m", "compress", "run", made(name)]
+    options = ["-p", f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}", "--dtype", "float32", "--quiet"]
+    one_thread = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    for command in ([*arguments, tmp_path / "one"], [*torchrun, *arguments, tmp_path / "two"]):
+        done = subprocess.run([sys.executable, *command, *options], env=one_thread, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    manifest = open_checkpoint(tmp_path / "two").manifest
+    assert manifest is not None
+    assert manifest.measured["ranks"] == 2
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> None:
@@ -304,7 +298,10 @@ def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> No
     a, b = (tree(tmp_path / out) for out in ("p", "at once"))
     assert {n: v for n, v in a.items() if n != "manifest.json"} == {n: v for n, v in b.items() if n != "manifest.json"}
     # Between steps only the tokens are kept: the weights lie where they were.
-    assert sorted(f.name for f in step_of(tmp_path / "at once", "calibrate").iterdir()) == ["calibration.safetensors", "manifest.json"]
+    assert sorted(f.name for f in step_of(tmp_path / "at once", "calibrate").iterdir()) == [
+        "calibration.safetensors",
+        "manifest.json",
+    ]
 
 
 def test_what_cannot_be_swept_is_refused_before_any_work(made: Any, tmp_path: Path) -> None:

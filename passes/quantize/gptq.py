@@ -1,7 +1,8 @@
 """GPTQ: rounds columns in turn, each making up for the errors before it.
 
-Frantar et al., 2210.17323, on the second moments of what a weight reads, followed by coordinate descent on the same loss.
-Derivation and conventions: compress/algebra/gptq.py.
+Frantar et al., 2210.17323, on the second moments of what a weight reads, with three additions that are options: ranges
+of groups by a weighted search (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards
+(`sweeps`). Derivation and conventions: compress/algebra/gptq.py.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """The Hessian [in, in] of some inputs, its factor, and over how many tokens it was folded."""
+    """The Hessian [in, in] of some inputs, its factor, and what was not as asked."""
 
     hessian: torch.Tensor
     factor: Factor
-    tokens: int
+    note: tuple[str, str] | None
 
 
 class Gptq(QuantizingPass, LinearPass):
     """Rounds weights so that their outputs change little on the calibration tokens."""
 
-    order: Literal["stored", "activation"] = Field(
-        "stored", description="columns as stored, or by how large their inputs are, largest first (scales are then fixed before)"
+    order: Literal["activation", "stored"] = Field(
+        "activation", description="columns with the largest inputs first, scales fixed before; or as stored, scales on the way"
     )
+    clip: Literal["mse", "none"] = Field("mse", description="range of a group: a search for least error, or the largest value")
+    signed: bool = Field(True, description="scales may be negative, which puts a symmetric code's extra level where it helps")
+    sweeps: int = Field(2, ge=0, le=100, description="rounds of coordinate descent over codes and scales afterwards")
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     min_tokens: int = Field(
-        32, ge=0, description="an expert that saw fewer calibration tokens is rounded to nearest, and counted"
+        32, ge=0, description="what saw fewer calibration tokens, such as a rare expert, is rounded to nearest, and counted"
     )
 
     def statistic(self, width: int) -> Statistic:
@@ -46,33 +50,43 @@ class Gptq(QuantizingPass, LinearPass):
         return Hessian(width)
 
     def statistic_bytes(self, width: int) -> int:
-        return 3 * 4 * width * width  # the sum, and while it is factored two more
+        return 12 * width * width  # fp64 sums and the fp32 mean; then the mean and while it is factored two more
 
     def prepare(self, statistic: Hessian) -> Prepared:
+        import torch
+
         from compress.algebra.hessian import factor
 
-        tokens = statistic.tokens
+        order: Any = "activation" if self.order == "activation" else "none"
+        if statistic.tokens < self.min_tokens:
+            # With the identity for a Hessian every column is rounded by itself.
+            alone = torch.eye(len(statistic.matrix))
+            note = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
+            return Prepared(alone, factor(alone, self.damping, "none"), note)
         hessian = statistic.mean()
-        return Prepared(hessian, factor(hessian, self.damping, "activation" if self.order == "activation" else "none"), tokens)
+        found = factor(hessian, self.damping, order)
+        raised = ("damping", f"a Hessian that needed more damping than {self.damping:g}")
+        return Prepared(hessian, found, raised if found.damping > self.damping else None)
 
     def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
         from compress.algebra.gptq import solve
         from compress.qtensor import QTensor, along_inputs
 
-        hessian, factor, tokens = prepared
+        hessian, factor, note = prepared
         solutions = []
         for job in jobs:
             scheme = job.after.scheme
             assert scheme is not None
             w = job.value.float()
-            mask = w != 0 if job.after.sparsity is not None else None
-            along: Any = "outputs" if job.weight.transposed and job.weight.experts is None else "inputs"
-            found = solve(w, factor, hessian, scheme, job.value.dtype, mask=mask, along=along)
+            found = solve(
+                w, factor, hessian, scheme, job.value.dtype, clip=self.clip, signed=self.signed, sweeps=self.sweeps,
+                mask=w != 0 if job.after.sparsity is not None else None,
+                along="outputs" if job.weight.transposed and job.weight.experts is None else "inputs",
+            )  # fmt: skip
             q = QTensor(scheme, found.codes, found.scale, found.zero)
-            dense = along_inputs(job.weight, q.dequantize())
-            lost = float((dense - w).square_().sum())
-            solutions.append(Solution(q, lost, float(w.square().sum()), found.loss, found.norm))
+            lost = float((along_inputs(job.weight, q.dequantize()) - w).square_().sum())
+            solutions.append(Solution(q, lost, float(w.square().sum()), found.loss, found.norm, note))
         return solutions
 
     def workspace_bytes(self, weight: Weight) -> int:
-        return 16 * weight.out_features * weight.in_features
+        return 16 * weight.out_features * weight.in_features  # fp32 weights, errors, what codes mean, and a product

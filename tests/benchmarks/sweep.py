@@ -162,7 +162,9 @@ def main() -> None:
     for (name, _), error in zip(outs.items(), errors, strict=True):
         best[name] = min(runs[name], key=lambda run: run["seconds"])
         more = {key: value for key, value in best[name].items() if key not in ("seconds", "peak")}
-        print(f"{name:15} {best[name]['seconds']:6.2f} s  peak {best[name]['peak'] / 1e9:.2f} GB  error {error:.5f}  {json.dumps(more)}")
+        print(
+            f"{name:15} {best[name]['seconds']:6.2f} s  peak {best[name]['peak'] / 1e9:.2f} GB  error {error:.5f}  {json.dumps(more)}"
+        )
     if args.peer:
         ours, theirs = best["compress"], best["llm-compressor"]
         ratios = [f"{ours[key] / theirs[key]:.2f} of its {word}" for key, word in (("seconds", "time"), ("peak", "memory"))]
