@@ -36,6 +36,8 @@ from compress.stream import check_mask, stream
 from compress.traveller import Traveller
 from compress.writer import Writer, trim_memory
 
+_STACKED_ROWS = 4096
+
 Part = tuple[Weight, int | None]
 """A matrix of a weight: the weight and, where it holds all experts, which one."""
 
@@ -219,21 +221,20 @@ class _Sweep:
     def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
         """Solutions by weight and expert. The work is shared out over processes, and everybody gets all results."""
         loads = [0] * self.ctx.world_size
-        owners: dict[tuple[str, int | None], int] = {}
-        for weight, expert in sorted(parts, key=lambda part: (-part[0].numel, part[0].name)):
-            owners[weight.name, expert] = lightest = loads.index(min(loads))
-            loads[lightest] += weight.out_features
-        by_inputs: dict[int | None, list[Part]] = defaultdict(list)
-        for part in parts:
-            if owners[part[0].name, part[1]] == self.ctx.rank:
-                by_inputs[part[1]].append(part)
         mine: dict[tuple[str, int | None], Solution] = {}
-        for expert, group in by_inputs.items():
+        ready: dict[int | None, Any] = {}
+        for stack in sorted(_stacks(parts), key=lambda stack: -sum(weight.out_features for weight, _ in stack)):
+            lightest = loads.index(min(loads))
+            loads[lightest] += sum(weight.out_features for weight, _ in stack)
+            if lightest != self.ctx.rank:
+                continue
+            expert = stack[0][1]
             with self.spent("factor"):
-                prepared = self.prepare(group[0][0], statistics[expert])
+                if expert not in ready:
+                    ready[expert] = self.prepare(stack[0][0], statistics[expert])
             with self.spent("solve"):
-                jobs = [Job(weight, self.step.after[weight.name], self.matrix(weight, which)) for weight, which in group]
-                for (weight, which), solution in zip(group, self.pass_.solve(jobs, prepared), strict=True):
+                jobs = [Job(weight, self.step.after[weight.name], self.matrix(weight, which)) for weight, which in stack]
+                for (weight, which), solution in zip(stack, self.pass_.solve(jobs, ready[expert]), strict=True):
                     mine[weight.name, which] = solution
         if self.ctx.world_size == 1:
             return mine
@@ -295,6 +296,18 @@ def _expert(weight: Weight) -> int:
     number = re.search(r"experts\.(\d+)\.", weight.name)
     assert number is not None, weight.name
     return int(number[1])
+
+
+def _stacks(parts: list[Part]) -> list[list[Part]]:
+    """Matrices that are solved at once, because they read the same and are small: many rows cost little more than few."""
+    stacks: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: (part[1] or 0, part[0].name)):
+        last = stacks[-1] if stacks and stacks[-1][0][1] == part[1] else []
+        if last and sum(weight.out_features for weight, _ in last) + part[0].out_features <= _STACKED_ROWS:
+            last.append(part)
+        else:
+            stacks.append([part])
+    return stacks
 
 
 def _spaces(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:

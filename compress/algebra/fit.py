@@ -22,7 +22,7 @@ Clip = Literal["none", "mse"]
 
 _CHUNK = 1 << 16
 """Elements worked on at a time, so that temporaries stay in a core's cache."""
-_SHRINKS = torch.linspace(1.0, 0.6, 20).tolist()
+_SHRINKS = torch.linspace(1.0, 0.65, 8).tolist()
 
 
 def fit(

@@ -48,12 +48,22 @@ class Solved(NamedTuple):
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
-    loss: float
-    """trace(D H D^T), H undamped; columns whose input was always zero do not count."""
-    norm: float
-    """trace(W H W^T)."""
+    losses: torch.Tensor
+    """D H D^T of each row, H undamped; columns whose input was always zero do not count."""
+    norms: torch.Tensor
+    """W H W^T of each row."""
     identity: float
     """sum_k R_kk^2 |t_k - q_k|^2 of the first pass: its trace(D (H + lambda I) D^T)."""
+
+    @property
+    def loss(self) -> float:
+        """trace(D H D^T)."""
+        return float(self.losses.double().sum())
+
+    @property
+    def norm(self) -> float:
+        """trace(W H W^T)."""
+        return float(self.norms.double().sum())
 
 
 @dataclass
@@ -131,24 +141,25 @@ def solve(
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8)
     scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype)
     zero = torch.empty(scale.shape, dtype=torch.uint8)
-    loss = norm = identity = 0.0
+    losses, norms = torch.empty(2, rows, dtype=factor.feedback.dtype)
+    identity = 0.0
     step = _ROWS if inputs else max(1, _ROWS // task.group) * task.group
     for start in range(0, rows, step):
         rs = slice(start, min(rows, start + step))
         part = _begin(w[rs], None if mask is None else mask[rs], task)
-        norm += _energy(part.flat, hessian)
+        norms[rs] = _energies(part.flat, hessian)[: rs.stop - start]
         damped = _first_pass(part, task, refit)
-        identity += damped
+        identity += float(damped.sum())
         for _ in range(sweeps):
             damped -= _sweep(part, task)
-        loss += damped - factor.ridge * _dot(part.d, part.d)
+        losses[rs] = (damped - factor.ridge * part.flat.square().sum(0))[: rs.stop - start]
         found = part.codes.view(n, -1)[:, : rs.stop - start]
         if inputs:
             codes[rs], scale[rs], zero[rs] = found.T, part.scale.squeeze(1).T, part.zero.squeeze(1).T
         else:
             gs = slice(start // task.group, start // task.group + part.scale.shape[1])
             codes[:, rs], scale[:, gs], zero[:, gs] = found, part.scale.squeeze(2), part.zero.squeeze(2)
-    return Solved(codes, scale, None if scheme.symmetric else zero, loss, norm, identity)
+    return Solved(codes, scale, None if scheme.symmetric else zero, losses, norms, identity)
 
 
 def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task) -> _Rows:
@@ -169,22 +180,18 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task) -> _Rows:
     return _Rows(d.view(shape), torch.empty(shape, dtype=torch.uint8), s, torch.full_like(s, task.scheme.middle), keep)
 
 
-def _energy(v: torch.Tensor, h: torch.Tensor) -> float:
-    """trace(V^T H V) of V [n, rows]. H is symmetric: its tiles below the diagonal are counted twice instead."""
-    total = 0.0
+def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """V^T H V of each column of V [n, rows]. H is symmetric: its tiles below the diagonal are counted twice instead."""
+    total = torch.zeros(v.shape[1], dtype=v.dtype)
     for start in range(0, len(h), 512):
         ks = slice(start, min(len(h), start + 512))
         product = (h[ks, :start] @ v[:start]).mul_(2).addmm_(h[ks, ks], v[ks])
-        total += _dot(product, v[ks])
+        total += product.mul_(v[ks]).sum(0)
     return total
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
-
-
-def _first_pass(part: _Rows, task: _Task, refit: bool) -> float:
-    """Rounds every column once; the damped loss."""
+def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
+    """Rounds every column once; the damped loss of each row."""
     n, order = len(part.d), task.factor.order
     columns = torch.arange(n) if order is None else order
     fixed = not refit or order is not None
@@ -195,7 +202,7 @@ def _first_pass(part: _Rows, task: _Task, refit: bool) -> float:
     # Scales that are fitted on the way need the targets of all their columns at once.
     size = task.group if task.along == "inputs" and not fixed else _BLOCK
     f, pivots, flat = task.factor.feedback, task.factor.pivots, part.flat
-    damped = 0.0
+    damped = torch.zeros(flat.shape[1], dtype=flat.dtype)
     for start in range(0, n, size):
         ks = slice(start, min(n, start + size))
         target = part.d[ks].clone()
@@ -211,7 +218,7 @@ def _first_pass(part: _Rows, task: _Task, refit: bool) -> float:
             t.view(len(t), -1).addmm_(f[start:inner, here].T, flat[start:inner])
             owners = task.owners(columns[here])
             _, residual = _round(t, part.d[here], f[here, here], part, here, owners, task.scheme)
-            damped += float(torch.dot(residual.square_().flatten(1).sum(1), pivots[here]))
+            damped += pivots[here] @ residual.square_().flatten(1)
     if order is not None:
         _permute(part, order.argsort())
     return damped
@@ -248,12 +255,12 @@ def _permute(part: _Rows, order: torch.Tensor) -> None:
                 piece.copy_(piece[order])
 
 
-def _sweep(part: _Rows, task: _Task) -> float:
-    """Moves scales and codes of each block to the best, all others fixed; by how much the damped loss has fallen."""
+def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
+    """Moves scales and codes of each block to the best, all others fixed; by how much each row's damped loss has fallen."""
     n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
     rescale = task.along == "inputs" and task.group <= _WHOLE
     size = task.group if rescale else _BLOCK
-    fallen = 0.0
+    fallen = torch.zeros(flat.shape[1], dtype=flat.dtype)
     for start in range(0, n, size):
         ks = slice(start, min(n, start + size))
         owners = task.owners(torch.arange(start, ks.stop))
@@ -271,14 +278,14 @@ def _sweep(part: _Rows, task: _Task) -> float:
         part.d[ks] += moved
         # |t - q_old|^2 - |t - q_new|^2, with t - q_old = residual - moved
         change = residual.mul_(-2).add_(moved).mul_(moved)
-        fallen += float(torch.dot(change.flatten(1).sum(1), pivots))
+        fallen += pivots @ change.flatten(1)
     return fallen
 
 
 def _rescale(
     part: _Rows, dtype: torch.dtype, owner: int, c: torch.Tensor, d: torch.Tensor, slope: torch.Tensor, square: torch.Tensor
-) -> float:
-    """The best scale of one group [columns, rows] for its codes; updates d and slope = H d; the fall of the loss."""
+) -> torch.Tensor:
+    """The best scale of one group [columns, rows] for its codes; updates d and slope = H d; the fall of each row's loss."""
     ch = square @ c
     along, curve = (c * slope).sum(0), (c * ch).sum(0)
     s = part.scale[owner, 0]
@@ -291,7 +298,7 @@ def _rescale(
     s += step
     d.addcmul_(c, step, value=-1)
     slope.addcmul_(ch, step, value=-1)
-    return float(fall[better].sum())
+    return fall.mul_(better)
 
 
 def _round(

@@ -21,7 +21,7 @@ import torch
 Order = Literal["none", "activation"]
 """Order of rounding: as stored, or the inputs of the largest mean square first."""
 
-_TILE = 1024
+_TILE = 512
 """Rows of H updated at once: H is symmetric, and only tiles up to the diagonal are computed."""
 _GROWTH = 4.0
 """What the damping is multiplied by after a factorization that failed."""

@@ -7,7 +7,7 @@ of groups by a weighted search (`clip`), scales of either sign (`signed`), and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -38,7 +38,9 @@ class Gptq(QuantizingPass, LinearPass):
     )
     clip: Literal["mse", "none"] = Field("mse", description="range of a group: a search for least error, or the largest value")
     signed: bool = Field(True, description="scales may be negative, which puts a symmetric code's extra level where it helps")
-    sweeps: int = Field(2, ge=0, le=100, description="rounds of coordinate descent over codes and scales afterwards")
+    sweeps: int = Field(
+        1, ge=0, le=100, description="rounds of coordinate descent over codes and scales afterwards; 3 is better and slower"
+    )
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     min_tokens: int = Field(
         32, ge=0, description="what saw fewer calibration tokens, such as a rare expert, is rounded to nearest, and counted"
@@ -69,24 +71,43 @@ class Gptq(QuantizingPass, LinearPass):
         return Prepared(hessian, found, raised if found.damping > self.damping else None)
 
     def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
+        stacks: dict[Any, list[Job]] = {}
+        for number, job in enumerate(jobs):
+            # A Conv1D has scales along its outputs, so that its rows cannot be cut out of a stack.
+            alone = number if _along(job) == "outputs" else None
+            stacks.setdefault((job.after, job.value.dtype, alone), []).append(job)
+        found = {id(job): solution for stack in stacks.values() for job, solution in self._stack(stack, prepared)}
+        return [found[id(job)] for job in jobs]
+
+    def _stack(self, jobs: list[Job], prepared: Prepared) -> Iterator[tuple[Job, Solution]]:
+        """Solutions of jobs with one scheme and dtype, whose rows are rounded together."""
+        import torch
+
         from compress.algebra.gptq import solve
         from compress.qtensor import QTensor, along_inputs
 
-        hessian, factor, note = prepared
-        solutions = []
+        scheme, dtype = jobs[0].after.scheme, jobs[0].value.dtype
+        assert scheme is not None
+        w = torch.cat([job.value for job in jobs]).float()
+        found = solve(
+            w, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed, sweeps=self.sweeps,
+            mask=w != 0 if jobs[0].after.sparsity is not None else None, along=_along(jobs[0]),
+        )  # fmt: skip
+        start = 0
         for job in jobs:
-            scheme = job.after.scheme
-            assert scheme is not None
-            w = job.value.float()
-            found = solve(
-                w, factor, hessian, scheme, job.value.dtype, clip=self.clip, signed=self.signed, sweeps=self.sweeps,
-                mask=w != 0 if job.after.sparsity is not None else None,
-                along="outputs" if job.weight.transposed and job.weight.experts is None else "inputs",
-            )  # fmt: skip
-            q = QTensor(scheme, found.codes, found.scale, found.zero)
-            lost = float((along_inputs(job.weight, q.dequantize()) - w).square_().sum())
-            solutions.append(Solution(q, lost, float(w.square().sum()), found.loss, found.norm, note))
-        return solutions
+            rows = slice(start, start + len(job.value))
+            parts = (found.codes, found.scale, found.zero)
+            q = QTensor(scheme, *parts) if len(jobs) == 1 else QTensor(scheme, *(None if p is None else p[rows] for p in parts))
+            lost = float((along_inputs(job.weight, q.dequantize()) - w[rows]).square_().sum())
+            norm = float(w[rows].square().sum())
+            costs = float(found.losses[rows].sum()), float(found.norms[rows].sum())
+            yield job, Solution(q, lost, norm, *costs, prepared.note)
+            start = rows.stop
 
     def workspace_bytes(self, weight: Weight) -> int:
         return 16 * weight.out_features * weight.in_features  # fp32 weights, errors, what codes mean, and a product
+
+
+def _along(job: Job) -> Literal["inputs", "outputs"]:
+    """What the groups of a matrix run along."""
+    return "outputs" if job.weight.transposed and job.weight.experts is None else "inputs"

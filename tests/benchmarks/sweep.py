@@ -101,11 +101,17 @@ print(json.dumps(errors))
 
 
 def synthetic(folder: Path, blocks: int) -> Path:
-    """The model of the stream benchmark, with fewer blocks."""
+    """The model of the stream benchmark, with fewer blocks, and a tokenizer that the peer asks for and does not use."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     sys.path.insert(0, str(Path(__file__).parent))
     from stream import synthetic as make
 
-    return make(folder, blocks)
+    make(folder, blocks)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b", pad_token="b").save_pretrained(folder)
+    return folder
 
 
 def token_file(path: Path, model: Path, text: Path | None, samples: int, length: int) -> Path:
