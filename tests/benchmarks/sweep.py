@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+PEER_NAME = "llm-compressor"
 OURS = """
 import json, sys, time
 from pathlib import Path
@@ -29,9 +30,9 @@ from compress.checkpoint import open_checkpoint
 from compress.contract import Context
 from compress.pipeline import run
 from compress.recipe import parse_one_liner
-source, out, ids, samples, length, scheme = sys.argv[1:7]
+source, out, ids, samples, length, scheme, options = sys.argv[1:8]
 torch.ones(64, 64) @ torch.ones(64, 64)
-recipe = f"calibrate(data='{ids}', samples={samples}, length={length}) | quantize.gptq(scheme={scheme}) | pack"
+recipe = f"calibrate(data='{ids}', samples={samples}, length={length}) | quantize.gptq(scheme={scheme}{options}) | pack"
 spent, start = {}, time.perf_counter()
 def note(event):
     if event["event"] == "step":
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--scheme", default="w4a16g128")
+    parser.add_argument("--options", default="", help="more of quantize.gptq, e.g. 'sweeps=0'; several sets with a blank between")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--peer", help="a Python that has llm-compressor")
@@ -153,28 +155,27 @@ def main() -> None:
         model = args.model or synthetic(folder / "source", args.blocks)
         ids = token_file(folder / "ids.safetensors", model, args.text, args.samples, args.length)
         common = (ids, args.samples, args.length, args.scheme)
-        runs: dict[str, list[Any]] = {"compress": [], "llm-compressor": []}
+        runs: dict[str, list[Any]] = {}
         outs: dict[str, Path] = {}
         for number in range(args.rounds):
-            sides = [("compress", sys.executable, OURS), *([("llm-compressor", args.peer, PEER)] if args.peer else [])]
-            for name, python, code in sides:
+            sides = [(f"compress {options}".strip(), sys.executable, OURS, options) for options in ["", *args.options.split()]]
+            sides += [(PEER_NAME, args.peer, PEER, "")] if args.peer else []
+            for name, python, code, options in sides:
                 outs[name] = folder / f"{name}{number}"
-                runs[name].append(measure(python, code, model, outs[name], *common))
+                more = f", {options}" if options else ""
+                runs.setdefault(name, []).append(measure(python, code, model, outs[name], *common, more))
                 shutil.rmtree(folder / f"{name}{number}.steps", ignore_errors=True)
         errors = measure(sys.executable, ERROR, model, ids, args.samples, args.length, *outs.values())
     label = args.model.name if args.model else f"{args.blocks} random blocks of 2048 / 5632, 4 kv heads"
     print(f"device: CPU; {label}, {args.scheme}, {args.samples} x {args.length} tokens; best of {args.rounds}")
-    best = {}
-    for (name, _), error in zip(outs.items(), errors, strict=True):
-        best[name] = min(runs[name], key=lambda run: run["seconds"])
-        more = {key: value for key, value in best[name].items() if key not in ("seconds", "peak")}
-        print(
-            f"{name:15} {best[name]['seconds']:6.2f} s  peak {best[name]['peak'] / 1e9:.2f} GB  error {error:.5f}  {json.dumps(more)}"
-        )
-    if args.peer:
-        ours, theirs = best["compress"], best["llm-compressor"]
-        ratios = [f"{ours[key] / theirs[key]:.2f} of its {word}" for key, word in (("seconds", "time"), ("peak", "memory"))]
-        print(f"ratio: {', '.join(ratios)}, {errors[0] / errors[1]:.3f} of its error")
+    best = {name: {**min(runs[name], key=lambda run: run["seconds"]), "error": error} for name, error in zip(outs, errors)}
+    for name, run in best.items():
+        more = json.dumps({key: value for key, value in run.items() if key not in ("seconds", "peak", "error")})
+        ratios = ""
+        if args.peer and name != PEER_NAME:
+            words = [("seconds", "time"), ("peak", "memory"), ("error", "error")]
+            ratios = "; " + ", ".join(f"{run[key] / best[PEER_NAME][key]:.2f} of its {word}" for key, word in words)
+        print(f"{name}: {run['seconds']:.2f} s, peak {run['peak'] / 1e9:.2f} GB, error {run['error']:.5f}{ratios}  {more}")
 
 
 if __name__ == "__main__":
