@@ -96,8 +96,9 @@ class Gptq(QuantizingPass, LinearPass):
         start = 0
         for job in jobs:
             rows = slice(start, start + len(job.value))
-            parts = (found.codes, found.scale, found.zero)
-            q = QTensor(scheme, *parts) if len(jobs) == 1 else QTensor(scheme, *(None if p is None else p[rows] for p in parts))
+            q = QTensor(scheme, found.codes, found.scale, found.zero)
+            if len(jobs) > 1:
+                q = QTensor(scheme, q.codes[rows], q.scale[rows], None if q.zero is None else q.zero[rows])
             lost = float((along_inputs(job.weight, q.dequantize()) - w[rows]).square_().sum())
             norm = float(w[rows].square().sum())
             costs = float(found.losses[rows].sum()), float(found.norms[rows].sum())
