@@ -15,8 +15,9 @@ SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 demo: $(VENV)/demo
 	$(BIN)/compress demo
 
+# A process per core, each with one thread: threads of several processes that wait for each other cost more than they gain.
 test: $(VENV)/test
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
 
 slow: $(VENV)/test
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -27,6 +28,7 @@ gpu: $(VENV)/test
 
 bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stream.py $(ARGS)
+	$(BIN)/python tests/benchmarks/sweep.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
