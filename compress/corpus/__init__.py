@@ -4,7 +4,8 @@ Order. A source's documents are drawn uniformly without replacement. The order i
 seed, the source's content and a counter, so it is the same on any machine, and no source disturbs another: with more samples,
 or beside other sources, it goes on where it stood. The samples of all sources are shuffled into one another at the end.
 
-Packing. `concatenate` joins documents and cuts the stream into windows: every token is one that counts. `pad` takes one
+Packing. `concatenate` joins documents and cuts the stream into windows: every token is one that counts. Of a document that is
+longer than a sample a part of that length is taken, and another only when every document has given one. `pad` takes one
 document for each sample. Between texts stands EOS where the tokenizer has one (`join`), as in pretraining; conversations end
 as their template ends them. Each sample begins with what the tokenizer puts before a text by itself (`bos`), nowhere else:
 that is how the model runs, and the first position, where attention sinks, is then the one that it meets in use. For

@@ -18,6 +18,8 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiec
 _BATCH = 16
 _SPAN = 16
 """Characters of a long document that are encoded for each token needed; more than tokens span on average."""
+_USUAL_SPAN = 4
+"""Characters of a token, about: what is taken of a document at a time should be as long as a sample."""
 _MARGIN = 8
 """Tokens before a cut in the text that the cut may have changed."""
 
@@ -67,20 +69,42 @@ class Encoder:
 
     def draw(self, source: Documents, count: int, key: str) -> tuple[list[list[int]], int]:
         """`count` samples of a source, not yet filled up, and how many documents went into them."""
-        documents = source.read(shuffled(source.count, key))
-        return (self._windows if self.spec.packing == "concatenate" else self._one_each)(source, documents, count)
+        if self.spec.packing == "pad":
+            return self._one_each(source, source.read(shuffled(source.count, key)), count)
+        return self._windows(source, key, count)
 
-    def _windows(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[list[int]], int]:
+    def _parts(self, source: Documents, key: str) -> Iterator[tuple[int, str]]:
+        """Number and text of parts about as long as a sample: one of each document, then another of the long ones, and so on.
+
+        Without that a few long documents would make up all samples.
+        """
+        size = self.spec.length * _USUAL_SPAN
+        turn, more = 0, True
+        while more:
+            more = False
+            for number, value in source.read(shuffled(source.count, key)):
+                text = self._text(source, number, value)
+                count = 1 if self.spec.chat else max(1, -(-len(text) // size))
+                if turn < count:
+                    part = next(islice(shuffled(count, f"{key}/{number}"), turn, None))
+                    yield number, text if count == 1 else text[_word(text, part * size) : _word(text, (part + 1) * size)]
+                more = more or turn + 1 < count
+            turn += 1
+
+    def _windows(self, source: Documents, key: str, count: int) -> tuple[list[list[int]], int]:
         stream: list[int] = []
-        used, length = 0, self.spec.length
+        taken: set[int] = set()
+        length = self.spec.length
         need = count * length
-        while len(stream) < need and (batch := list(islice(documents, _BATCH))):
-            for ids in filter(None, self._encode(source, batch, need - len(stream))):
-                if len(stream) < need:
+        parts = self._parts(source, key)
+        while len(stream) < need and (batch := list(islice(parts, _BATCH))):
+            for (number, _), ids in zip(batch, self._encode([text for _, text in batch], need - len(stream)), strict=True):
+                if ids and len(stream) < need:
                     if self.joint is not None and stream and stream[-1] != self.joint:
                         stream.append(self.joint)
                     stream += ids
-                    used += 1
+                    taken.add(number)
+        used = len(taken)
         prefix = self.prefix
         if self.spec.chat and self.spec.bos == "auto" and stream[:1] == [self.bos]:
             prefix = [self.bos]
@@ -101,7 +125,8 @@ class Encoder:
     def _one_each(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[list[int]], int]:
         rows: list[list[int]] = []
         while len(rows) < count and (batch := list(islice(documents, min(_BATCH, count - len(rows))))):
-            for ids in filter(None, self._encode(source, batch, self.spec.length)):
+            texts = [self._text(source, number, value) for number, value in batch]
+            for ids in filter(None, self._encode(texts, self.spec.length)):
                 lead = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
                 rows.append(lead + ids[: self.spec.length - len(lead) - len(self.suffix)] + self.suffix)
         if len(rows) < count:
@@ -110,9 +135,8 @@ class Encoder:
             raise InputError(source.name, f"{count} documents with text", got, do)
         return rows, count
 
-    def _encode(self, source: Documents, batch: list[tuple[int, Any]], need: int) -> list[list[int]]:
-        """The ids of each document, none for a blank one; of one that is longer than `need` at least as many."""
-        texts = [self._text(source, number, value) for number, value in batch]
+    def _encode(self, texts: list[str], need: int) -> list[list[int]]:
+        """The ids of each text, none for a blank one; of one that is longer than `need` at least as many."""
         limit = (need + _MARGIN) * _SPAN
         found = self._ids([text[:limit] for text in texts])
         for i, text in enumerate(texts):
@@ -168,6 +192,15 @@ class Encoder:
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = True
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def _word(text: str, at: int) -> int:
+    """The first place from `at` on where a word begins."""
+    if at == 0:
+        return 0
+    while at < len(text) and not text[at - 1].isspace():
+        at += 1
+    return at
 
 
 def _without_nulls(part: dict[str, Any]) -> dict[str, Any]:
