@@ -17,7 +17,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -109,6 +109,10 @@ class Pass(BaseModel):
         """The recipe line that makes this pass: options that differ from their defaults."""
         options = self.model_dump(mode="json", exclude_defaults=True)
         return Line(self.pass_name(), {key: _value(value) for key, value in options.items()})
+
+    def told(self) -> Self:
+        """This pass as a manifest tells of it, without the folders of the machine that it ran on."""
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What of this pass goes into a step's id: every option, defaults included, and the revision."""

@@ -103,7 +103,7 @@ def _kept(place: Path, step: StepPlan, ctx: Context) -> bool:
 
 def step_id(parent: str, pass_: Pass, seed: int, inputs: dict[str, str]) -> str:
     """The identity of one step; `parent` is the fingerprint of the checkpoint it reads, `inputs` are what else it reads."""
-    return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.identity()})
+    return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.told().identity()})
 
 
 @dataclass
@@ -160,8 +160,8 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
             place = out if step is plan.steps[-1] else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
             if not ctx.broadcast(_kept(place, step, ctx) if ctx.is_main else None):
                 line = Step(
-                    id=identity, parent=now.fingerprint, text=str(step.pass_.line()), revision=step.pass_.revision,
-                    options=step.pass_.model_dump(mode="json"), inputs=inputs,
+                    id=identity, parent=now.fingerprint, text=str(step.pass_.told().line()), revision=step.pass_.revision,
+                    options=step.pass_.told().model_dump(mode="json"), inputs=inputs,
                 )  # fmt: skip
                 made = _run_step(step, plan, now, line, place, intake, corpora.get(step.number), ctx)
                 measured[step.name] = made

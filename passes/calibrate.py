@@ -6,8 +6,8 @@ packed. Nothing but tokens is kept: every pass that needs statistics folds its o
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -54,6 +54,11 @@ class Calibrate(DataPass):
                 "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
             ) from None
         return self
+
+    def told(self) -> Self:
+        """Files by their names: their content counts, as tokens, and a path is nobody's business."""
+        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
+        return self.model_copy(update={"data": names})
 
     def spec(self) -> CorpusSpec:
         """What to draw. Raises UsageError."""
