@@ -52,6 +52,8 @@ class Solved(NamedTuple):
     """D H D^T of each row, H undamped; columns whose input was always zero do not count."""
     norms: torch.Tensor
     """W H W^T of each row."""
+    errors: torch.Tensor
+    """|W - Q|^2 of each row."""
     identity: float
     """sum_k R_kk^2 |t_k - q_k|^2 of the first pass: its trace(D (H + lambda I) D^T)."""
 
@@ -141,7 +143,7 @@ def solve(
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8)
     scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype)
     zero = torch.empty(scale.shape, dtype=torch.uint8)
-    losses, norms = torch.empty(2, rows, dtype=factor.feedback.dtype)
+    losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype)
     identity = 0.0
     step = _ROWS if inputs else max(1, _ROWS // task.group) * task.group
     for start in range(0, rows, step):
@@ -152,14 +154,16 @@ def solve(
         identity += float(damped.sum())
         for _ in range(sweeps):
             damped -= _sweep(part, task)
-        losses[rs] = (damped - factor.ridge * part.flat.square().sum(0))[: rs.stop - start]
+        moved = part.flat.square().sum(0)
+        losses[rs] = (damped - factor.ridge * moved)[: rs.stop - start]
+        errors[rs] = moved[: rs.stop - start] + w[rs][:, factor.dead].square().sum(1)
         found = part.codes.view(n, -1)[:, : rs.stop - start]
         if inputs:
             codes[rs], scale[rs], zero[rs] = found.T, part.scale.squeeze(1).T, part.zero.squeeze(1).T
         else:
             gs = slice(start // task.group, start // task.group + part.scale.shape[1])
             codes[:, rs], scale[:, gs], zero[:, gs] = found, part.scale.squeeze(2), part.zero.squeeze(2)
-    return Solved(codes, scale, None if scheme.symmetric else zero, losses, norms, identity)
+    return Solved(codes, scale, None if scheme.symmetric else zero, losses, norms, errors, identity)
 
 
 def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task) -> _Rows:

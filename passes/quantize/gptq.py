@@ -84,7 +84,7 @@ class Gptq(QuantizingPass, LinearPass):
         import torch
 
         from compress.algebra.gptq import solve
-        from compress.qtensor import QTensor, along_inputs
+        from compress.qtensor import QTensor
 
         scheme, dtype = jobs[0].after.scheme, jobs[0].value.dtype
         assert scheme is not None
@@ -99,10 +99,9 @@ class Gptq(QuantizingPass, LinearPass):
             q = QTensor(scheme, found.codes, found.scale, found.zero)
             if len(jobs) > 1:
                 q = QTensor(scheme, q.codes[rows], q.scale[rows], None if q.zero is None else q.zero[rows])
-            lost = float((along_inputs(job.weight, q.dequantize()) - w[rows]).square_().sum())
-            norm = float(w[rows].square().sum())
-            costs = float(found.losses[rows].sum()), float(found.norms[rows].sum())
-            yield job, Solution(q, lost, norm, *costs, prepared.note)
+            weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
+            outputs = float(found.losses[rows].sum()), float(found.norms[rows].sum())
+            yield job, Solution(q, *weights, *outputs, prepared.note)
             start = rows.stop
 
     def workspace_bytes(self, weight: Weight) -> int:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import compress.demo
 from compress.checkpoint import open_checkpoint
 from compress.errors import InputError
+from compress.meaning import Meaning
 from compress.measure import compare
 from compress.windows import token_windows
 from families import build
@@ -41,6 +42,16 @@ def test_every_option_earns_its_place(demo_model: Path, tmp_path: Path) -> None:
         result = run(demo_model, tmp_path / name, f"{CALIBRATE} | quantize.gptq(scheme=w2a16g32{options})")
         errors[name] = sum(record.output_error or 0 for record in result.manifest.weights.values())
     assert errors["all"] < min(errors["clip"], errors["signed"], errors["sweeps"])
+
+
+def test_recorded_errors_are_those_of_what_is_on_disk(demo_model: Path, tmp_path: Path) -> None:
+    run(demo_model, tmp_path / "out", f"{CALIBRATE} | quantize.gptq(scheme=w3a16g32)")
+    source, out = Meaning(open_checkpoint(demo_model)), Meaning(open_checkpoint(tmp_path / "out"))
+    assert out.checkpoint.manifest is not None
+    for name, record in out.checkpoint.manifest.weights.items():
+        w, q = source.dense(name).float(), out.qtensor(name)
+        assert q is not None
+        assert float((w - q.dequantize()).norm() / w.norm()) == pytest.approx(record.error, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", ["", ", order=stored", ", signed=false"])
