@@ -3,7 +3,7 @@
     DataPass     texts become calibration tokens             driver: the pipeline
     TensorPass   data-free, weight by weight                 driver: stream
     LinearPass   weight by weight, from what it reads        driver: sweep
-Later shapes (BlockPass, TrainPass) stand beside them with drivers of their own.
+    TrainPass    the whole model, by gradients of a loss     driver: train
 
 A pass module defines exactly one Pass class. Its fields are the recipe keys, the flags and the help text; its
 docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from compress.corpus import Corpus
+    from compress.corpus import Corpus, CorpusSpec
     from compress.names import Model
     from compress.qtensor import QTensor
+    from compress.train.schedule import Schooling
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def _value(value: Any) -> Value:
 class DataPass(Pass):
     """Makes calibration tokens. They travel with the checkpoint until it is packed; its weights stay where they are."""
 
-    def tokens_at_most(self) -> int:
-        """How many tokens it will make, for the plan of memory."""
+    def tokens_at_most(self) -> tuple[int, int]:
+        """How many tokens it will make, and how many in a sample, for the plan of memory."""
         raise TypeError(f"{type(self).__name__} gathers nothing")
 
     def gather(self, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
@@ -164,7 +165,7 @@ class TargetedPass(WeightPass):
 
     targets: tuple[str, ...] = Field(
         ("linear",),
-        description="weights to work on: linear, attention, mlp, experts, embeddings, head, re:REGEX or a name",
+        description="weights to work on: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
     )
     skip: tuple[str, ...] = Field((), description="weights to leave alone, by the same selectors; wins over targets")
 
@@ -251,6 +252,37 @@ class LinearPass(TargetedPass):
     def solve(self, jobs: Sequence[Job], prepared: Any) -> list[Solution]:
         """The new values of weights that read the same inputs."""
         raise TypeError(f"{type(self).__name__} solves nothing")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A few samples of training: the model's arguments, and which of its outputs count."""
+
+    inputs: dict[str, torch.Tensor]
+    positions: torch.Tensor
+    """Of the logits [samples * length, vocabulary], the rows that count: int64 [scored]."""
+    labels: torch.Tensor
+    """The token that each of these rows should predict: int64 [scored]."""
+
+
+class TrainPass(TargetedPass):
+    """Gradient training of the whole model; lifted to directory in, directory out by `train`."""
+
+    def texts(self) -> CorpusSpec | None:
+        """What to train on; None for the calibration tokens that travel with the checkpoint."""
+        return None
+
+    def schooling(self) -> Schooling:
+        """How to train."""
+        raise TypeError(f"{type(self).__name__} does not train")
+
+    def teacher_model(self) -> str | None:
+        """The model that teaches: a directory, a Hub id, or empty for the dense ancestor; None where there is none."""
+        return None
+
+    def loss(self, lesson: Lesson, student: Any, teacher: Any) -> torch.Tensor:
+        """The sum over the lesson's scored tokens, fp32; both are called like models of transformers."""
+        raise TypeError(f"{type(self).__name__} has no loss")
 
 
 @dataclass(frozen=True)

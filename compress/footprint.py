@@ -1,13 +1,13 @@
-"""Footprint: the memory that a sweep needs, and the dtype it computes in."""
+"""Footprint: the memory that a sweep or a training run needs, and its dtype."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from compress.contract import LinearPass
+from compress.contract import LinearPass, TrainPass
 from compress.errors import UsageError
-from compress.facts import Weight
+from compress.facts import State, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -64,3 +64,44 @@ def _at_once(weight: Weight, pass_: LinearPass) -> int:
         return 1
     fits = max(1, STATISTICS_BYTES // pass_.statistic_bytes(weight.in_features))
     return min(fits, weight.experts or fits)
+
+
+def train_bytes(
+    pass_: TrainPass, weights: list[Weight], touched: list[Weight], states: dict[str, State], config: dict[str, Any],
+    teacher: int, sample: int, element_bytes: int,
+) -> tuple[int, int]:  # fmt: skip
+    """(resident bytes beyond the interpreter, bytes of states on disk) of one process; `sample` is a sample's tokens.
+
+    fp32 weights, gradients and two moments; codes with what they expand to; the teacher; what the backward pass needs of
+    the forward; the logits.
+    """
+    how = pass_.schooling()
+    tokens = how.micro_batch * sample
+    model = expanded = activations = 0
+    blocks = len({(w.stack, w.block) for w in weights if w.block is not None}) or 1
+    for weight in weights:
+        codes = states[weight.name].scheme is not None
+        model += weight.numel * (1 if codes else 4)
+        if weight.block is not None:
+            expanded += weight.numel * (4 + element_bytes) if codes else weight.numel * element_bytes
+            if len(weight.shape) > 1:
+                # A router sends a token to a few experts; two is usual.
+                share = 2 if weight.experts else 1
+                activations += 2 * tokens * (weight.in_features + weight.out_features) * share * element_bytes
+            else:
+                activations += 4 * tokens * weight.numel * 4
+    if how.recompute:
+        expanded, activations = 2 * expanded // blocks, 2 * activations // blocks
+    trained = sum(learned(weight, states[weight.name]) for weight in touched)
+    masks = sum(weight.numel for weight in touched if states[weight.name].sparsity is not None)
+    text = config.get("text_config") or config
+    logits = 4 * tokens * int(text.get("vocab_size") or 0) * element_bytes + (640 << 20)
+    resident = model + 16 * trained + masks + expanded + activations + teacher * element_bytes + logits
+    return resident, 2 * 12 * trained
+
+
+def learned(weight: Weight, state: State) -> int:
+    """Numbers that are trained of a weight: itself, or its scales."""
+    if state.scheme is None:
+        return weight.numel
+    return weight.numel // weight.columns * state.scheme.groups(weight.columns)

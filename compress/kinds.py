@@ -1,19 +1,24 @@
-"""Kinds: what quantizers share, and what pruners share: options, refusals."""
+"""Kinds: what quantizers, pruners and training passes share: options, refusals."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from compress.contract import TargetedPass
-from compress.errors import Refusal
+from compress.contract import TargetedPass, TrainPass
+from compress.errors import Refusal, UsageError
 from compress.facts import FLOATS, MATRICES, Note, State, Weight
 from compress.scheme import Scheme
 from compress.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from compress.corpus import CorpusSpec
+    from compress.train.schedule import Schooling
 
 _SMALLEST_GROUP = 16
 
@@ -78,3 +83,99 @@ class PruningPass(TargetedPass):
         if self.sparsity.of is not None and weight.in_features % self.sparsity.of:
             raise Refusal(f"{self.sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
         return State(None, self.sparsity)
+
+
+class TrainingPass(TrainPass):
+    """Trains weights by AdamW: dense ones, those between the zeros of masked ones, the scales of codes."""
+
+    data: tuple[str, ...] = Field(
+        (), description="texts to train on, named as for calibrate; without them, the calibration tokens"
+    )
+    weights: tuple[float, ...] = Field((), description="share of the samples from each source; equal without it")
+    samples: int = Field(1024, ge=1, description="how many samples of data")
+    length: int = Field(512, ge=2, description="tokens in each sample of data")
+    packing: Literal["documents", "concatenate", "pad"] = Field(
+        "documents",
+        description="fill samples with texts that do not see each other, with a stream of them, or with one and padding",
+    )
+    chat: bool = Field(False, description="records of data are conversations: apply the tokenizer's chat template")
+    field: str = Field("text", description="where a record of data has its text or its messages")
+    split: str = Field("train", description="split of a dataset")
+    epochs: int = Field(1, ge=1, description="how often each sample is seen")
+    batch: int = Field(16, ge=1, description="samples of an optimizer step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="samples of one forward of one process")
+    lr: float = Field(1e-4, ge=0, description="highest learning rate of weights")
+    scale_lr: float = Field(1e-3, ge=0, description="highest learning rate of the scales of codes, as a share of each scale")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    final: float = Field(0.0, ge=0, le=1, description="what the learning rate falls to, as a share of the highest")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    clip: float = Field(1.0, ge=0, description="largest norm of a step's gradient; 0 for any")
+    recompute: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third more work")
+    save_every: int = Field(100, ge=1, description="steps between states that a killed run goes on from")
+    targets: tuple[str, ...] = Field(
+        ("all",),
+        description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
+    )
+
+    @field_validator("data", "weights", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas are from 0 to below 1")
+        if not self.data:
+            given = self.model_fields_set & {"weights", "samples", "length", "packing", "chat", "field", "split"}
+            if given:
+                raise ValueError(f"{', '.join(sorted(given))}: only with data, for the calibration tokens are cut already")
+        try:
+            self.texts()
+        except UsageError as error:
+            raise ValueError(
+                "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
+            ) from None
+        return self
+
+    def told(self) -> Self:
+        """Files by their names, as for calibrate; a teacher by its last part, for its content has a digest."""
+        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
+        changed: dict[str, Any] = {"data": names}
+        if teacher := self.teacher_model():
+            changed["teacher"] = PurePath(teacher).name
+        return self.model_copy(update=changed)
+
+    def texts(self) -> CorpusSpec | None:
+        if not self.data:
+            return None
+        from compress.corpus import CorpusSpec
+
+        words = ("data", "weights", "field", "split", "samples", "length", "packing", "chat")
+        return CorpusSpec(**{word: getattr(self, word) for word in words})
+
+    def schooling(self) -> Schooling:
+        from compress.train.schedule import Schooling
+
+        return Schooling(
+            self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, self.schedule, self.warmup, self.final,
+            self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
+        )  # fmt: skip
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        # Buffers of whole numbers, and tensors that the model does not take, are no weights to train.
+        return [weight for weight in super().chosen(weights) if weight.module and weight.dtype in FLOATS]
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        return state
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for weight in weights:
+            state = states[weight.name]
+            kinds["scales" if state.scheme else "weights" if state.sparsity is None else "weights between zeros"].append(
+                weight.name
+            )
+        return [Note("trained", f"{what}, by {self.pass_name()}", tuple(names)) for what, names in kinds.items()]

@@ -26,15 +26,20 @@ if TYPE_CHECKING:
 
 def build(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
     """A model in eval mode, computing in `dtype`. Raises InputError for a foreign quantized checkpoint."""
-    skeleton = Skeleton(Meaning(checkpoint), getattr(torch, dtype))
-    _Loader(skeleton).load()
-    _as_transformers_has_it(skeleton)
-    model: PreTrainedModel = skeleton.module
+    model: PreTrainedModel = filled(checkpoint, dtype).module
     if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     return model
+
+
+def filled(checkpoint: Checkpoint, dtype: str) -> Skeleton:
+    """A skeleton with everything in its place for good."""
+    skeleton = Skeleton(Meaning(checkpoint), getattr(torch, dtype))
+    _Loader(skeleton).load()
+    _as_transformers_has_it(skeleton)
+    return skeleton
 
 
 class _Loader:

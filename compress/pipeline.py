@@ -8,35 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import __version__
-from compress.checkpoint import CALIBRATION, Checkpoint, open_checkpoint
-from compress.contract import Context, DataPass, LinearPass, Pass, isa
+from compress.account import account
+from compress.checkpoint import CALIBRATION, TRAINING, Checkpoint, open_checkpoint
+from compress.contract import Context, DataPass, LinearPass, Pass, TrainPass
 from compress.errors import InputError, MachineError, Problem
-from compress.facts import DENSE, Note, Weight
+from compress.facts import Weight
 from compress.footprint import computing
 from compress.intake import Intake, file_digest, same_bytes, take_in
-from compress.manifest import FILE, Manifest, NoteRecord, Source, Step, WeightRecord, hash_json
+from compress.manifest import FILE, Manifest, Step, hash_json
 from compress.names import resolve
 from compress.places import check_disk, locked, placed, steps_folder
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
 from compress.stream import stream
+from compress.teacher import Teacher, open_teacher
 from compress.writer import Writer
 
 if TYPE_CHECKING:
     from compress.corpus import Corpus
 
-LASTING = ("skipped", "ragged", "nonfinite", "fallback", "damping")
-"""Counted lines that stay true of a checkpoint through later steps."""
+TOKENS = ".training-tokens.safetensors"
+"""What a training pass reads, while it does."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +118,12 @@ class _Course:
     tokens_digest: str = ""
 
 
-def inputs_of(pass_: Pass, tokens: str, dtype: str) -> dict[str, str]:
-    """What a pass reads besides its parent. Texts count as the tokens that they became."""
+def inputs_of(pass_: Pass, tokens: str, dtype: str, teacher: str) -> dict[str, str]:
+    """What a pass reads besides its parent. Texts count as the tokens that they became, a teacher as its fingerprint."""
     if isinstance(pass_, DataPass):
         return {"tokens": tokens}
+    if isinstance(pass_, TrainPass):
+        return {"tokens": tokens, "dtype": dtype, **({"teacher": teacher} if teacher else {})}
     return {"tokens": tokens, "dtype": dtype} if isinstance(pass_, LinearPass) else {}
 
 
@@ -142,7 +143,12 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         refuse_nonfinite(plan, intake)
         corpora = _gather(plan, source, ctx) if ctx.is_main else {}
         digests = ctx.broadcast({number: corpus.digest for number, corpus in corpora.items()})
-        existing = ctx.broadcast(_existing(out, intake, plan, digests, ctx) if ctx.is_main else None)
+        teachers = {
+            step.number: found for step in plan.steps if isinstance(step.pass_, TrainPass)
+            if (found := open_teacher(step.pass_, source, intake, ctx)) is not None
+        }  # fmt: skip
+        taught = {number: teacher.fingerprint for number, teacher in teachers.items()}
+        existing = ctx.broadcast(_existing(out, intake, plan, digests, taught, ctx) if ctx.is_main else None)
         if existing is not None:
             return Result(out, plan, existing, False, time.perf_counter() - started)
         if ctx.is_main:
@@ -154,8 +160,10 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         now.tokens = source.path / CALIBRATION if now.tokens_digest else None
         measured: dict[str, dict[str, Any]] = {}
         for step in plan.steps:
-            now.tokens_digest = digests.get(step.number, now.tokens_digest)
-            inputs = inputs_of(step.pass_, now.tokens_digest, str(computing(ctx.dtype, source.config)))
+            read = digests.get(step.number, now.tokens_digest)
+            if isinstance(step.pass_, DataPass):
+                now.tokens_digest = read
+            inputs = inputs_of(step.pass_, read, str(computing(ctx.dtype, source.config)), taught.get(step.number, ""))
             identity = step_id(now.fingerprint, step.pass_, ctx.seed, inputs)
             place = out if step is plan.steps[-1] else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
             if not ctx.broadcast(_kept(place, step, ctx) if ctx.is_main else None):
@@ -163,7 +171,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
                     id=identity, parent=now.fingerprint, text=str(step.pass_.told().line()), revision=step.pass_.revision,
                     options=step.pass_.told().model_dump(mode="json"), inputs=inputs,
                 )  # fmt: skip
-                made = _run_step(step, plan, now, line, place, intake, corpora.get(step.number), ctx)
+                made = _run_step(step, plan, now, line, place, intake, corpora.get(step.number), teachers.get(step.number), ctx)
                 measured[step.name] = made
                 ctx.tell("step", name=step.name, where=str(place), **made)
             ctx.barrier()
@@ -175,16 +183,23 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
 
 def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
     """Calibration tokens by the step that makes them; under 0 those that the source brings and a step reads."""
-    from compress.corpus import Corpus
+    from compress.corpus import Corpus, build_for
 
     found: dict[int, Corpus] = {}
-    first = next((step for step in plan.steps if isinstance(step.pass_, DataPass | LinearPass)), None)
-    if first is not None and isinstance(first.pass_, LinearPass):
+    reading = (s.pass_ for s in plan.steps if isinstance(s.pass_, DataPass | LinearPass) or _borrows(s.pass_))
+    if isinstance(next(reading, None), LinearPass | TrainPass):
         found[0] = Corpus.load(source.path / CALIBRATION)
     for step in plan.steps:
         if isinstance(step.pass_, DataPass):
             found[step.number] = step.pass_.gather(source.path, source.config, ctx.seed)
+        elif isinstance(step.pass_, TrainPass) and (texts := step.pass_.texts()) is not None:
+            found[step.number] = build_for(texts, source.path, source.config, ctx.seed)
     return found
+
+
+def _borrows(pass_: Pass) -> bool:
+    """Whether a training pass reads the calibration tokens."""
+    return isinstance(pass_, TrainPass) and pass_.texts() is None
 
 
 def _go_on(now: _Course, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
@@ -204,8 +219,9 @@ def _go_on(now: _Course, step: StepPlan, place: Path, source: Checkpoint, identi
 
 
 def _run_step(
-    step: StepPlan, plan: Plan, now: _Course, line: Step, place: Path, intake: Intake, corpus: Corpus | None, ctx: Context
-) -> dict[str, Any]:
+    step: StepPlan, plan: Plan, now: _Course, line: Step, place: Path, intake: Intake, corpus: Corpus | None,
+    teacher: Teacher | None, ctx: Context,
+) -> dict[str, Any]:  # fmt: skip
     """Runs one step into its .tmp and publishes it at `place`. Returns seconds, also by what they were spent on."""
     started = time.perf_counter()
     folder = steps_folder(place) if step is plan.steps[-1] else place.parent
@@ -222,6 +238,8 @@ def _run_step(
 
         assert now.tokens is not None
         spent = sweep(step, now.source, weights, now.digests, Corpus.load(now.tokens).tensors, writer, ctx)
+    elif isinstance(step.pass_, TrainPass):
+        spent = _train(step, now, weights, corpus, teacher, writer, ctx)
     else:
         stream(step, now.source, weights, now.digests, writer, ctx)
     writer.detach()
@@ -231,7 +249,7 @@ def _run_step(
         side = {name: now.source.path / name for name in now.source.side_files if name != CALIBRATION}
         if now.tokens is not None and step.format is None:
             side[CALIBRATION] = now.tokens
-        if corpus is not None:
+        if corpus is not None and isinstance(step.pass_, DataPass):
             corpus.save(writer.path / CALIBRATION)
             side[CALIBRATION] = writer.path / CALIBRATION
         side = {} if step.inherits else side
@@ -240,13 +258,32 @@ def _run_step(
         texts = {} if step.inherits else {"config.json": step.config_text}
         files = {name: file_digest(path) for name, path in side.items()}
         files |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        if corpus is not None:
-            files[CALIBRATION] = file_digest(writer.path / CALIBRATION)
-        manifest = _manifest(step, weights, now, line, intake, entries, files, measured, ctx)
+        made_here = {
+            path.name: file_digest(path) for path in (writer.path / name for name in (CALIBRATION, *TRAINING)) if path.is_file()
+        }
+        files |= made_here
+        manifest = account(step, weights, now.source, now.manifest, (*now.lineage, line), intake, entries, files, measured, ctx)
         carried = [path for path in side.values() if path.parent != writer.path]
         writer.publish({**texts, FILE: manifest.to_text()}, carried, place, read_only=step is not plan.steps[-1])
     ctx.barrier()
     return measured
+
+
+def _train(
+    step: StepPlan, now: _Course, weights: list[Weight], corpus: Corpus | None, teacher: Teacher | None, writer: Writer,
+    ctx: Context,
+) -> dict[str, float]:  # fmt: skip
+    """Runs a training pass; only rank 0 has drawn its tokens, which the others read from where it leaves them."""
+    from compress.corpus import Corpus
+    from compress.train import train
+
+    tokens = writer.path / TOKENS if not _borrows(step.pass_) else now.tokens
+    if corpus is not None:
+        corpus.save(writer.path / TOKENS)
+    ctx.barrier()
+    assert tokens is not None
+    taught_by = None if teacher is None else teacher.checkpoint
+    return train(step, now.source, weights, now.digests, Corpus.load(tokens), taught_by, writer, ctx)
 
 
 def _verify(writer: Writer, weights: list[Weight], entries: dict[str, dict[str, Any]]) -> None:
@@ -264,75 +301,9 @@ def _verify(writer: Writer, weights: list[Weight], entries: dict[str, dict[str, 
             )  # fmt: skip
 
 
-def _manifest(
-    step: StepPlan, weights: list[Weight], now: _Course, line: Step, intake: Intake, entries: dict[str, dict[str, Any]],
-    files: dict[str, str], measured: dict[str, Any], ctx: Context,
-) -> Manifest:  # fmt: skip
-    before, source = now.manifest, now.source
-    records: dict[str, WeightRecord] = {}
-    happened: dict[tuple[str, str], list[str]] = {}
-    for weight in weights:
-        state, entry = step.after[weight.name], entries[weight.name]
-        for what, reason in entry.get("notes", ()):
-            happened.setdefault((what, reason), []).append(weight.name)
-        if state == DENSE:
-            continue
-        old = before.weights.get(weight.name) if before else None
-        errors = {
-            name: None if (error := entry.get(name, getattr(old, name, None))) is None else round(error, 9)
-            for name in ("error", "output_error")
-        }
-        records[weight.name] = WeightRecord(
-            state=str(state), dtype=weight.dtype, shape=weight.shape, transposed=weight.transposed,
-            bits=round(step.bits([weight]), 6), **errors,
-        )  # fmt: skip
-    digests = {name: digest for w in weights for name, digest in entries[w.name]["digests"].items()}
-    origin = Source(
-        name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
-        datasets=tuple(source.origin.get("datasets", ())), fingerprint=intake.fingerprint,
-    )  # fmt: skip
-    notes = [*step.notes, *(Note(what, reason, tuple(names)) for (what, reason), names in happened.items())]
-    if intake.nonfinite and before is None:
-        notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
-    kept = [n for n in (before.notes if before else ()) if n.what in LASTING]
-    return Manifest(
-        compress_version=__version__,
-        parent=line.parent,
-        source=before.source if before else origin,
-        lineage=(*now.lineage, line),
-        seed=ctx.seed,
-        threads=ctx.threads,
-        isa=isa(),
-        format="tokens" if step.inherits else step.format.name if step.format else "canonical",
-        coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
-        weights=records,
-        notes=(*kept, *(NoteRecord(what=n.what, reason=n.reason, count=n.count, names=n.names) for n in notes)),
-        digests=digests,
-        files=files,
-        measured={
-            **measured,
-            "peak_resident_bytes": peak_resident_bytes(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "ranks": ctx.world_size,
-        },
-    ).sealed()
-
-
-def peak_resident_bytes() -> int:
-    """The most memory this process has had resident so far.
-
-    Linux's `ru_maxrss` would count the process that started this one, too, if that was the larger.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    for line in lines:
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _existing(out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], ctx: Context) -> Manifest | None:
+def _existing(
+    out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], teachers: dict[int, str], ctx: Context
+) -> Manifest | None:
     """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
     if not out.exists():
         return None
@@ -345,8 +316,9 @@ def _existing(out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], ct
     same = len(made_here) == len(plan.passes) and made_here[0].parent == intake.fingerprint
     tokens = corpora.get(0, "")
     for line, step in zip(made_here, plan.steps, strict=False):
-        tokens = corpora.get(step.number, tokens)
-        inputs = inputs_of(step.pass_, tokens, line.inputs.get("dtype", ""))
+        read = corpora.get(step.number, tokens)
+        tokens = read if isinstance(step.pass_, DataPass) else tokens
+        inputs = inputs_of(step.pass_, read, line.inputs.get("dtype", ""), teachers.get(step.number, ""))
         same = same and line.id == step_id(line.parent, step.pass_, ctx.seed, inputs)
     if same:
         check_bytes(out, ctx)

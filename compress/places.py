@@ -40,7 +40,7 @@ def check_disk(plan: Plan, out: Path) -> None:
     parent = out.parent if out.parent.exists() else Path.cwd()
     kept = sum(f.stat().st_blocks * 512 for f in steps_folder(out).rglob("*") if f.is_file()) if steps_folder(out).is_dir() else 0
     free = shutil.disk_usage(parent).free + kept
-    need = plan.disk_bytes + (64 << 20)
+    need = plan.disk_bytes + plan.scratch_bytes + (64 << 20)
     if need > free:
         raise MachineError(
             str(parent), f"{need:,} bytes free for {len(plan.steps)} steps", f"{free:,} bytes",

@@ -15,14 +15,16 @@ from typing import Any
 
 from compress import qtensor
 from compress.checkpoint import CALIBRATION, CANONICAL, Checkpoint, local_header
-from compress.contract import DataPass, Format, LinearPass, Pass, Verdict, WeightPass
+from compress.contract import DataPass, Format, LinearPass, Pass, TrainPass, Verdict, WeightPass
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.facts import DENSE, Note, State, TensorSpec, Weight
-from compress.footprint import computing, sweep_bytes
+from compress.footprint import computing, sweep_bytes, train_bytes
+from compress.manifest import NoteRecord
 from compress.names import Model
 from compress.recipe import Recipe
 from compress.resolve import resolve
 from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file
+from compress.teacher import teacher_weights
 
 SHARD_BYTES = 5_000_000_000
 INTERPRETER_BYTES = 480 << 20
@@ -46,6 +48,8 @@ class StepPlan:
     notes: tuple[Note, ...]
     resident_bytes: int
     """Memory beyond the interpreter."""
+    scratch_bytes: int = 0
+    """Disk that is needed while it runs, and free again afterwards."""
 
     @property
     def inherits(self) -> bool:
@@ -106,6 +110,11 @@ class Plan:
         return sum(step.disk_bytes for step in self.steps)
 
     @property
+    def scratch_bytes(self) -> int:
+        """What a step needs of the disk beside that, while it runs."""
+        return max((step.scratch_bytes for step in self.steps), default=0)
+
+    @property
     def peak_bytes(self) -> int:
         """Resident memory at most: the interpreter and what the largest step needs."""
         return INTERPRETER_BYTES + max((step.resident_bytes for step in self.steps), default=0)
@@ -147,22 +156,24 @@ def make_plan(
     shared = _shared_notes(checkpoint, model, dropped)
     written = replace(model, weights=tuple(weights))
     packed_by = ""
-    tokens = _tokens_of(checkpoint)
+    tokens, length = _tokens_of(checkpoint)
+    trained = _trained(checkpoint.manifest.notes if checkpoint.manifest else ())
     for number, pass_ in enumerate(passes, start=1):
         where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
         if packed_by:
             raise RecipeError(where, "pack as the last pass", f"a pass after {packed_by}", "move it before pack")
         if isinstance(pass_, DataPass):
-            tokens = pass_.tokens_at_most()
+            tokens, length = pass_.tokens_at_most()
             last = number == len(passes)
             steps.append(_data_step(number, pass_, last, weights, states, shared, checkpoint, written, shard_bytes))
             continue
         assert isinstance(pass_, WeightPass)
-        if isinstance(pass_, LinearPass) and not tokens:
-            raise RecipeError(where, "calibration tokens", "none", "put calibrate(data=...) before it")
+        if not tokens and (isinstance(pass_, LinearPass) or (isinstance(pass_, TrainPass) and pass_.texts() is None)):
+            more = ", or give it data=..." if isinstance(pass_, TrainPass) else ""
+            raise RecipeError(where, "calibration tokens", "none", f"put calibrate(data=...) before it{more}")
         fmt: Format | None = pass_.target_format()
         packed_by = pass_.pass_name() if fmt is not None else ""
-        run = _Run(checkpoint, written, shard_bytes, threads, tokens, dtype)
+        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(trained))
         step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, run)
         if wrong and kind is None:
             kind = FormatError if fmt is not None else CoverageError
@@ -173,6 +184,7 @@ def make_plan(
         skipped.update(step.skipped if step is not None else ())
         if step is not None:
             steps.append(step)
+            trained |= _trained(step.notes)
         if fmt is not None:
             verdicts = tuple(fmt.readers(weights, states))
     if kind is not None:
@@ -194,14 +206,18 @@ class _Run:
     shard_bytes: int
     threads: int
     tokens: int
+    length: int
+    """Tokens of a calibration sample."""
     dtype: str
+    trained: frozenset[str]
+    """Weights that an earlier step has trained."""
 
 
-def _tokens_of(checkpoint: Checkpoint) -> int:
-    """How many calibration tokens a checkpoint brings."""
+def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many calibration tokens a checkpoint brings, and how many in a sample."""
     if CALIBRATION not in checkpoint.side_files:
-        return 0
-    return max(math.prod(ref.shape) for ref in local_header(checkpoint.path / CALIBRATION))
+        return 0, 0
+    return max((math.prod(ref.shape), math.prod(ref.shape[1:])) for ref in local_header(checkpoint.path / CALIBRATION))
 
 
 def _data_step(
@@ -245,7 +261,8 @@ def _step(
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
     notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
-    notes += _untouched(weights, after)
+    changed = _trained(notes) | run.trained
+    notes += _untouched([weight for weight in weights if weight.name not in changed], after)
     canonical = fmt is None and any(after[w.name].scheme for w in weights)
     specs = [spec for w in weights for spec in layout_specs(fmt, w, after[w.name])]
     shards = arrange(specs, run.shard_bytes, CANONICAL_STEM if canonical else STEM)
@@ -254,9 +271,15 @@ def _step(
     if isinstance(pass_, LinearPass):
         config = run.checkpoint.config
         resident = max(resident, sweep_bytes(pass_, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize))
+    scratch = 0
+    if isinstance(pass_, TrainPass):
+        config, texts = run.checkpoint.config, pass_.texts()
+        sample, teacher = texts.length if texts else run.length, teacher_weights(pass_, run.checkpoint)
+        size = computing(run.dtype, config).itemsize
+        resident, scratch = train_bytes(pass_, weights, touched, after, config, teacher, sample, size)
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
-        _config_text(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident,
+        _config_text(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident, scratch,
     )  # fmt: skip
     return step, [], after
 
@@ -300,6 +323,11 @@ def _grouped(what: str, reasons: dict[str, str]) -> list[Note]:
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)
     return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
+
+
+def _trained(notes: Sequence[Note | NoteRecord]) -> set[str]:
+    """The weights that a training pass has changed, by its counted lines."""
+    return {name for note in notes if note.what == "trained" for name in note.names}
 
 
 def _untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:

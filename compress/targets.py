@@ -4,7 +4,8 @@ A selector is one of
     linear          every linear of the blocks, experts included (the default)
     attention, mlp  the linears of a block inside, or outside, its attention
     experts         the linears of routed experts
-    embeddings, head
+    embeddings, head, norms
+    all             every weight but those of other towers
     re:REGEX        names on disk that match REGEX from their start
     NAME            one name on disk, with or without its `.weight`
 `skip` takes the same selectors and wins over `targets`.
@@ -32,6 +33,8 @@ CLASSES: dict[str, Callable[[Weight], bool]] = {
     "experts": lambda w: _in_block(w) and w.kind == "expert",
     "embeddings": lambda w: w.kind == "embedding",
     "head": lambda w: w.kind == "head",
+    "norms": lambda w: w.kind == "norm",
+    "all": lambda w: not w.stack.startswith("tower:"),
 }
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _COPY_BYTES = 8 << 20
 _STAMP, _JOURNAL = ".compress-step", ".compress-journal."
-"""Files of a directory in the making; hidden, because hidden files of a source are never carried along."""
+"""Files of a directory in the making; hidden, as all are that are not part of it (a source's are never carried along)."""
 
 
 class Writer:
@@ -175,8 +175,8 @@ class Writer:
                 _fsync(entry)
             # From here a crash leaves a directory without its stamp, which is made again from nothing.
             (self.path / _STAMP).unlink()
-            for journal in self.path.glob(f"{_JOURNAL}*"):
-                journal.unlink()
+            for hidden in self.path.glob(".*"):
+                hidden.unlink()
             if read_only:
                 for shard in self.shards:
                     os.chmod(self.path / shard.file, 0o444)

@@ -66,14 +66,10 @@ class Calibrate(DataPass):
 
         return CorpusSpec(**self.model_dump())
 
-    def tokens_at_most(self) -> int:
-        return self.samples * self.length
+    def tokens_at_most(self) -> tuple[int, int]:
+        return self.samples * self.length, self.length
 
     def gather(self, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
-        from compress.corpus import build
+        from compress.corpus import build_for
 
-        text = config.get("text_config") or config
-        return build(
-            self.spec(), tokenizer_folder, seed,
-            vocabulary=text.get("vocab_size"), positions=text.get("max_position_embeddings"),
-        )  # fmt: skip
+        return build_for(self.spec(), tokenizer_folder, config, seed)

@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizers(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo tokenizer as it is, and variants: adding BOS, ending with EOS, with a chat template, without EOS."""
+    """The demo tokenizer as it is, and variants: adding BOS, or BOS and EOS, ending with EOS, with a chat template, without EOS."""
     found = {"plain": demo_model}
 
     def variant(name: str, config: dict[str, Any], post: list[str] | None = None, added: Sequence[Any] = ()) -> None:
@@ -77,6 +77,7 @@ def tokenizers(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
     variant("bos", {}, ["<s>", "A"])
     variant("both", {}, ["<s>", "A", "</s>"])
+    variant("two", {}, ["<s>", "</s>", "A"])
     variant("chat", {"chat_template": TEMPLATE})
     variant("bare", {"bos_token": None, "eos_token": None})
     added = {
@@ -148,9 +149,31 @@ def slow_windows(
     return [prefix + stream[at : at + size] for at in range(0, len(stream) - size, size)][:count]
 
 
-def rows(corpus: Corpus, seed: int = 0) -> list[list[int]]:
+def slow_documents(
+    encoded: list[list[int]], count: int, length: int, prefix: list[int], joint: list[int]
+) -> list[list[tuple[int, int]]]:
+    """Ids and positions of documents packed token by token; in a new window a document begins again, prefix and all."""
+    packed: list[list[tuple[int, int]]] = [[]]
+    for ids in encoded:
+        left, lead, position = ids + joint, [*prefix], 0
+        while left:
+            if len(packed[-1]) == length:
+                packed.append([])
+                lead, position = [*prefix], 0
+            packed[-1].append((lead.pop(0) if lead else left.pop(0), position))
+            position += 1
+    return packed[:count]
+
+
+def packed_rows(corpus: Corpus, seed: int = 0) -> list[list[tuple[int, int]]]:
+    """Ids and positions of the samples, in the order of their sources."""
+    pairs = zip(rows(corpus, seed), rows(corpus, seed, "position_ids"), strict=True)
+    return [list(zip(ids, positions, strict=True)) for ids, positions in pairs]
+
+
+def rows(corpus: Corpus, seed: int = 0, name: str = "input_ids") -> list[list[int]]:
     """The samples in the order of their sources, the last shuffle undone."""
-    ids = corpus.tensors["input_ids"]
+    ids = corpus.tensors[name]
     order = slow_order(len(ids), f"{seed}/order")
     return [ids[order.index(i)].tolist() for i in range(len(ids))]
 
@@ -335,6 +358,108 @@ def test_a_window_that_begins_with_bos_gets_no_second(tokenizers: dict[str, Path
         assert not any(row[:2] == [BOS, BOS] for row in first)
         if packing == "concatenate":
             assert not any(pair == (EOS, EOS) for row in first for pair in pairwise(row))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "options", "prefix", "joint"),
+    [
+        ("plain", {}, [], [EOS]), ("plain", {"join": "none"}, [], []), ("plain", {"bos": "always"}, [BOS], [EOS]),
+        ("bos", {}, [BOS], [EOS]), ("bos", {"bos": "never", "join": "eos"}, [], [EOS]), ("both", {}, [BOS], [EOS]),
+        ("bare", {}, [], []), ("bos", {"join": "none"}, [BOS], []), ("two", {"join": "none"}, [BOS, EOS], []),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [5, 32, 500])
+def test_packed_documents_begin_at_position_0(
+    tokenizer: str, options: dict[str, Any], prefix: list[int], joint: list[int], length: int,
+    tokenizers: dict[str, Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Short windows end at every place of a document, within its prefix too; long ones hold many documents."""
+    source = lines(tmp_path / "a.jsonl")
+    key, count = f"0/{sha256(source.read_bytes())}", {5: 200, 32: 20, 500: 3}[length]
+    corpus = build(spec(source, samples=count, length=length, packing="documents", **options), tokenizers[tokenizer], 0)
+    encoded = ids_of(tokenizers["plain"], [part for _, part in slow_parts(TEXTS, key, length) if part.strip()])
+    assert packed_rows(corpus) == slow_documents(encoded, count, length, prefix, joint)
+    assert {name: (t.dtype, t.shape) for name, t in corpus.tensors.items()} == {
+        "input_ids": (torch.int64, (count, length)), "attention_mask": (torch.bool, (count, length)),
+        "position_ids": (torch.int64, (count, length)),
+    }  # fmt: skip
+    assert corpus.tensors["attention_mask"].all()
+    assert length > 5 or {row[-1][1] for row in packed_rows(corpus)} >= {0, 4}
+
+
+def test_packed_documents_are_the_stream_cut_alike(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    """Only `position_ids` come new, and only there."""
+    source = lines(tmp_path / "a.jsonl")
+    stream, packed, padded = (
+        build(spec(source, packing=packing), tokenizers["plain"], 0) for packing in ("concatenate", "documents", "pad")
+    )
+    assert packed.sources == stream.sources
+    assert set(stream.tensors) == set(padded.tensors) == {"input_ids", "attention_mask"}
+    assert set(packed.tensors) == {"input_ids", "attention_mask", "position_ids"}
+    assert all(torch.equal(tensor, packed.tensors[name]) for name, tensor in stream.tensors.items())
+    assert packed.digest != stream.digest
+    # More samples go on where fewer stopped, and another source does not disturb.
+    other = lines(tmp_path / "b.jsonl", [text.upper() for text in TEXTS])
+    more = build(spec(source, other, samples=24, packing="documents"), tokenizers["plain"], 0)
+    assert packed_rows(more)[:6] == packed_rows(packed)
+
+
+def test_a_packed_document_that_begins_with_bos_gets_no_second(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    # In samples of 64 tokens no text is longer than a part.
+    source = lines(tmp_path / "a.jsonl", ["<s>" + text + "</s>" for text in TEXTS])
+    order = slow_order(60, f"0/{sha256(source.read_bytes())}")
+    encoded = ids_of(tokenizers["plain"], [TEXTS[i] for i in order])
+    for options, prefix in (({}, [BOS]), ({"bos": "always"}, [BOS]), ({"bos": "never"}, [])):
+        corpus = build(spec(source, samples=20, length=64, packing="documents", **options), tokenizers["bos"], 0)
+        assert packed_rows(corpus) == slow_documents(encoded, 20, 64, prefix, [EOS])
+
+
+@pytest.mark.parametrize("times", [1, 40])
+@pytest.mark.parametrize(("bos", "prefix"), [("auto", [BOS]), ("always", [BOS]), ("never", [])])
+def test_packed_conversations_begin_and_end_as_their_template_has_it(
+    times: int, bos: str, prefix: list[int], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Long ones, of which no parts are taken, go on over several windows."""
+    talks = [[{**message, "content": message["content"] * times} for message in talk] for talk in TALKS]
+    source = jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["chat"])
+    order = slow_order(40, f"0/{sha256(source.read_bytes())}")
+    encoded = [tokenizer.apply_chat_template(talks[i], return_dict=False)[1:] for i in order]
+    options = {"field": "messages", "chat": True, "packing": "documents", "bos": bos}
+    corpus = build(spec(source, samples=20, **options), tokenizers["chat"], 0)
+    expected = slow_documents(encoded, 20, 32, prefix, [])
+    assert packed_rows(corpus) == expected
+    assert (sum(row[-1][1] == 31 for row in expected) > 15) == (times == 40)
+
+
+def test_a_packed_corpus_of_one_document(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    """Its parts are drawn in an order of their own, so each is a text by itself; one that fits in a sample fills it alone."""
+    text = "".join(f"The line {i} of the only document.\n" for i in range(200))
+    source = lines(tmp_path / "a.jsonl", [text])
+    key = f"0/{sha256(source.read_bytes())}"
+    corpus = build(spec(source, samples=20, packing="documents"), tokenizers["bos"], 0)
+    encoded = ids_of(tokenizers["plain"], [part for _, part in slow_parts([text], key, 32)])
+    assert packed_rows(corpus) == slow_documents(encoded, 20, 32, [BOS], [EOS])
+    assert (corpus.sources[0].documents, corpus.sources[0].total) == (1, 1)
+    whole = [BOS, *ids_of(tokenizers["plain"], [TEXTS[3]])[0]]
+    alone = spec(lines(tmp_path / "b.jsonl", [TEXTS[3]]), samples=1, length=len(whole), packing="documents")
+    assert packed_rows(build(alone, tokenizers["bos"], 0)) == [list(zip(whole, range(len(whole)), strict=True))]
+
+
+def test_a_packed_corpus_is_fixed_by_its_seed_and_comes_back_from_its_file(demo_model: Path, tmp_path: Path) -> None:
+    options = spec(lines(tmp_path / "a.jsonl"), packing="documents")
+    corpus = build(options, demo_model, 0)
+    assert build(options, demo_model, 0).digest == corpus.digest
+    assert len({build(options, demo_model, seed).digest for seed in range(5)}) == 5
+    corpus.save(tmp_path / "corpus.safetensors")
+    loaded = Corpus.load(tmp_path / "corpus.safetensors")
+    assert (loaded.digest, loaded.sources, loaded.samples) == (corpus.digest, corpus.sources, 6)
+    assert torch.equal(loaded.tensors["position_ids"], corpus.tensors["position_ids"])
+    moved = {**corpus.tensors, "position_ids": corpus.tensors["position_ids"] + 1}
+    assert Corpus(moved).digest != corpus.digest
+    # As a ready source it gives what it has.
+    ready = build(spec(tmp_path / "corpus.safetensors"), tmp_path, 0)
+    assert set(ready.tensors) == set(corpus.tensors)
 
 
 @pytest.mark.parametrize(
@@ -574,7 +699,7 @@ def test_ready_inputs_are_checked(tmp_path: Path) -> None:
         (("a.txt",), {"field": ""}, ["field"]),
         (("a.txt",), {"samples": 0}, ["samples", "at least 1", "0"]),
         (("a.txt",), {"length": 1}, ["length", "at least 2", "1"]),
-        (("a.txt",), {"packing": "concat"}, ["packing", "one of concatenate, pad", "'concat'"]),
+        (("a.txt",), {"packing": "concat"}, ["packing", "one of concatenate, pad, documents", "'concat'"]),
         (("a.txt",), {"join": "bos"}, ["join", "one of auto, eos, none"]),
         (("a.txt",), {"bos": "yes"}, ["bos", "one of auto, always, never"]),
         (("a.txt",), {"weights": (1.0, 2.0)}, ["weights", "2 for 1 sources"]),
@@ -620,6 +745,7 @@ BAD_FILES: list[tuple[str, bytes, dict[str, Any], list[str]]] = [
     ("a.txt.gz", gzip.compress(b"some text " * 99)[:-12], {}, ["a gzip file", "fetch or pack it again"]),
     ("a.txt", b"Some text.", {"chat": True}, ["records with conversations", "chat=false"]),
     ("a.txt", b"Too few.", {}, ["192 tokens for 6 samples of 32", "tokens in 1 documents", "these make 0 samples"]),
+    ("a.txt", b"Too few.", {"packing": "documents"}, ["192 tokens for 6 samples of 32", "tokens in 1 documents", "these make 0 samples"]),
     ("a.txt", b"One document. " * 99, {"packing": "pad"}, ["6 documents with text", "1 among 1", "concatenate"]),
     ("a.jsonl", b'{"text": "a"}\n{"text": " "}\n' * 5, {"packing": "pad"}, ["5 among 10"]),
     ("a.parquet", b"PAR1 this is none", {}, ["a sound parquet file"]),

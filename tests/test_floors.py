@@ -15,14 +15,16 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FLOORS = {
     0: "errors textform scheme sparsity facts targets recipe manifest",
-    1: "shards checkpoint writer qtensor source corpus algebra",
-    2: "contract kinds names mapping meaning skeleton experts journey batches footprint parking traveller sweep qlinear kernels intake stream forward model",
+    1: "shards checkpoint writer qtensor source corpus algebra picture",
+    2: "contract kinds names mapping meaning skeleton experts journey batches footprint parking traveller sweep qlinear kernels intake stream forward model train",
     3: "passes",
-    4: "discover resolve plan places pipeline windows measure difference sample demo recipes compress",
+    4: "discover resolve plan places pipeline windows measure difference sample teacher account demo recipes compress",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-UPWARD_BY_DESIGN = dict.fromkeys([("stream", "plan"), ("sweep", "plan")], "a step's plan is the driver's argument")
+UPWARD_BY_DESIGN = dict.fromkeys(
+    [(driver, "plan") for driver in ("stream", "sweep", "train")], "a step's plan is the driver's argument"
+)
 
 
 def modules() -> dict[str, Path]:

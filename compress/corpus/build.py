@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.corpus.documents import open_documents
 from compress.corpus.encoder import Encoder
@@ -41,7 +41,8 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Model inputs, samples along the first dimension: `input_ids` and `attention_mask`, or what a ready file has."""
+    """Model inputs, samples along the first dimension: `input_ids` and `attention_mask`, with the packing `documents` also
+    `position_ids`; or what a ready file has."""
 
     tensors: dict[str, torch.Tensor]
     sources: tuple[SourceRecord, ...] = ()
@@ -130,6 +131,13 @@ def build_corpus(
                 records.append(SourceRecord(source.label, count, used, source.count, *facts))
     order = list(shuffled(spec.samples, f"{seed}/order"))
     return Corpus({name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}, tuple(records))
+
+
+def build_for(spec: CorpusSpec, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
+    """The same within the limits of the model that `config`, its config.json, describes."""
+    text = config.get("text_config") or config
+    limits = {"vocabulary": text.get("vocab_size"), "positions": text.get("max_position_embeddings")}
+    return build_corpus(spec, tokenizer_folder, seed, **limits)
 
 
 def _check_apart(sources: list[tuple[str, str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from compress.errors import InputError, UsageError
 if TYPE_CHECKING:
     import torch
 
+Sample = list[list[int]]
+"""The texts in a sample, each with positions of its own; only the packing `documents` has more than one."""
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 _BATCH = 16
 _SPAN = 16
@@ -67,7 +69,7 @@ class Encoder:
         found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    def draw(self, source: Documents, count: int, key: str) -> tuple[list[list[int]], int]:
+    def draw(self, source: Documents, count: int, key: str) -> tuple[list[Sample], int]:
         """`count` samples of a source, not yet filled up, and how many documents went into them."""
         if self.spec.packing == "pad":
             return self._one_each(source, source.read(shuffled(source.count, key)), count)
@@ -91,44 +93,65 @@ class Encoder:
                 more = more or turn + 1 < count
             turn += 1
 
-    def _windows(self, source: Documents, key: str, count: int) -> tuple[list[list[int]], int]:
-        stream: list[int] = []
-        taken: set[int] = set()
-        length = self.spec.length
-        need = count * length
-        parts = self._parts(source, key)
-        while len(stream) < need and (batch := list(islice(parts, _BATCH))):
-            for (number, _), ids in zip(batch, self._encode([text for _, text in batch], need - len(stream)), strict=True):
-                if ids and len(stream) < need:
-                    if self.joint is not None and stream and stream[-1] != self.joint:
-                        stream.append(self.joint)
-                    stream += ids
-                    taken.add(number)
-        used = len(taken)
+    def _windows(self, source: Documents, key: str, count: int) -> tuple[list[Sample], int]:
+        length, apart = self.spec.length, self.spec.packing == "documents"
+        texts, used = self._texts(source, key, count * length)
         prefix = self.prefix
-        if self.spec.chat and self.spec.bos == "auto" and stream[:1] == [self.bos]:
+        if self.spec.chat and self.spec.bos == "auto" and texts and texts[0][:1] == [self.bos]:
             prefix = [self.bos]
-        rows: list[list[int]] = []
-        at = 0
+        if not apart:
+            texts = [[*chain.from_iterable(texts)]]
+        rows: list[Sample] = []
+        i = at = 0
         while len(rows) < count:
-            # A document that begins just here may have brought its own.
-            lead = [] if stream[at : at + len(prefix)] == prefix else prefix
-            body = stream[at : at + length - len(lead)]
-            if len(lead) + len(body) < length:
+            row: Sample = []
+            room = length
+            while room and i < len(texts):
+                # The window before may have ended within a prefix of several tokens.
+                at = 0 if apart and not row and at < len(prefix) else at
+                # A document that begins just here may have brought its own.
+                lead = [] if row or texts[i][at : at + len(prefix)] == prefix else prefix
+                body = texts[i][at : at + room - len(lead)]
+                row.append(lead + body)
+                room -= len(lead) + len(body)
+                at += len(body)
+                if at == len(texts[i]):
+                    i, at = i + 1, 0
+            if room:
                 do = f"give more texts, or lower samples or length: these make {len(rows)} samples"
-                expected = f"{need} tokens for {count} samples of {length}"
-                raise InputError(source.name, expected, f"{len(stream)} tokens in {used} documents", do)
-            rows.append(lead + body)
-            at += len(body)
+                expected = f"{count * length} tokens for {count} samples of {length}"
+                raise InputError(source.name, expected, f"{sum(map(len, texts))} tokens in {used} documents", do)
+            rows.append(row)
         return rows, used
 
-    def _one_each(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[list[int]], int]:
-        rows: list[list[int]] = []
+    def _texts(self, source: Documents, key: str, need: int) -> tuple[list[list[int]], int]:
+        """Texts of a stream of `need` tokens or more, if there are as many, and how many documents they are from.
+
+        Each ends with the EOS that joins it to the next, and with the packing `documents` begins with the prefix.
+        """
+        texts: list[list[int]] = []
+        taken: set[int] = set()
+        size = 0
+        parts = self._parts(source, key)
+        while size < need and (batch := list(islice(parts, _BATCH))):
+            for (number, _), ids in zip(batch, self._encode([text for _, text in batch], need - size), strict=True):
+                if ids and size < need:
+                    if self.joint is not None and texts and texts[-1][-1] != self.joint:
+                        texts[-1].append(self.joint)
+                        size += 1
+                    own = self.spec.packing != "documents" or ids[: len(self.prefix)] == self.prefix
+                    texts.append(ids if own else self.prefix + ids)
+                    size += len(texts[-1])
+                    taken.add(number)
+        return texts, len(taken)
+
+    def _one_each(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[Sample], int]:
+        rows: list[Sample] = []
         while len(rows) < count and (batch := list(islice(documents, min(_BATCH, count - len(rows))))):
             texts = [self._text(source, number, value) for number, value in batch]
             for ids in filter(None, self._encode(texts, self.spec.length)):
                 lead = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
-                rows.append(lead + ids[: self.spec.length - len(lead) - len(self.suffix)] + self.suffix)
+                rows.append([lead + ids[: self.spec.length - len(lead) - len(self.suffix)] + self.suffix])
         if len(rows) < count:
             got = f"{len(rows)} among {source.count}"
             do = "give more, lower samples, or set packing to concatenate"
@@ -177,11 +200,12 @@ class Encoder:
                 source.where(number), "a conversation that the chat template takes", _first_line(error), do
             ) from None
 
-    def tensors(self, rows: list[list[int]], vocabulary: int | None) -> dict[str, torch.Tensor]:
-        """Ids and mask [samples, length] of samples, filled up on the right. Raises InputError for an unknown id."""
+    def tensors(self, rows: list[Sample], vocabulary: int | None) -> dict[str, torch.Tensor]:
+        """Ids and mask [samples, length] of samples, filled up on the right; of packed documents also positions, from 0 in each
+        text. Raises InputError for an unknown id."""
         import torch
 
-        if vocabulary is not None and (most := max(map(max, rows))) >= vocabulary:
+        if vocabulary is not None and (most := max(max(text) for row in rows for text in row)) >= vocabulary:
             got = f"id {most}, the token '{self.tokenizer.convert_ids_to_tokens(most)}'"
             do = "use the tokenizer that belongs to the model"
             raise InputError(str(self.folder), f"ids below {vocabulary}, the size of the model's vocabulary", got, do)
@@ -189,9 +213,13 @@ class Encoder:
         ids = torch.full((len(rows), self.spec.length), fill, dtype=torch.int64)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-        return {"input_ids": ids, "attention_mask": mask}
+            whole = [*chain.from_iterable(row)]
+            ids[i, : len(whole)] = torch.tensor(whole)
+            mask[i, : len(whole)] = True
+        found = {"input_ids": ids, "attention_mask": mask}
+        if self.spec.packing == "documents":
+            found["position_ids"] = torch.stack([torch.cat([torch.arange(len(text)) for text in row]) for row in rows])
+        return found
 
 
 def _word(text: str, at: int) -> int:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from compress.errors import Problem, UsageError
 
 Kind = Literal["lines", "text", "parquet", "ready", "stdin", "dataset"]
-Packing = Literal["concatenate", "pad"]
+Packing = Literal["concatenate", "pad", "documents"]
 Join = Literal["auto", "eos", "none"]
 Bos = Literal["auto", "always", "never"]
 _ENDINGS: dict[str, Kind] = {
@@ -52,7 +52,8 @@ class CorpusSpec:
     """Between the documents of a stream: EOS, nothing, or (auto) EOS between texts where the tokenizer has one."""
     chat: bool = False
     bos: Bos = "auto"
-    """At the start of a sample: BOS, none, or (auto) what the tokenizer or the chat template begins with by itself."""
+    """At the start of a sample, and with `documents` of each document: BOS, none, or (auto) what the tokenizer or the chat
+    template begins with by itself."""
 
     def __post_init__(self) -> None:
         if problems := [*self._wrong_data(), *self._wrong_numbers()]:

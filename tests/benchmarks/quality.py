@@ -15,11 +15,12 @@ from statistics import mean, stdev
 
 from transformers.utils import logging
 
+from compress.account import peak_resident_bytes
 from compress.checkpoint import open_checkpoint
 from compress.cli.console import size, table
 from compress.contract import Context
 from compress.measure import compare
-from compress.pipeline import peak_resident_bytes, run
+from compress.pipeline import run
 from compress.recipe import parse_one_liner
 from compress.windows import token_windows
 

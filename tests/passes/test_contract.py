@@ -22,6 +22,7 @@ EXAMPLES = {
     "prune.wanda": f"{CALIBRATE} | prune.wanda(sparsity=2:4)",
     "quantize.gptq": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32)",
     "quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)",
+    "distill.logits": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.logits(batch=4, micro_batch=2)",
     "pack": "quantize.rtn(scheme=w4a16g32) | pack",
 }
 """A recipe that ends in each pass; a pass without one here must work with its defaults."""

@@ -1,0 +1,88 @@
+"""Account: what a step has done, as the manifest of what it made."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.checkpoint import Checkpoint
+from compress.contract import Context, isa
+from compress.facts import DENSE, Note, Weight
+from compress.intake import Intake
+from compress.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
+from compress.plan import StepPlan
+
+LASTING = ("skipped", "ragged", "nonfinite", "fallback", "damping", "trained")
+"""Counted lines that stay true of a checkpoint through later steps."""
+
+
+def account(
+    step: StepPlan, weights: list[Weight], source: Checkpoint, before: Manifest | None, lineage: tuple[Step, ...],
+    intake: Intake, entries: dict[str, dict[str, Any]], files: dict[str, str], measured: dict[str, Any], ctx: Context,
+) -> Manifest:  # fmt: skip
+    """The manifest of a step that read `source`, whose manifest is `before`; `entries` are the journal's, by weight."""
+    records: dict[str, WeightRecord] = {}
+    happened: dict[tuple[str, str], list[str]] = {}
+    for weight in weights:
+        state, entry = step.after[weight.name], entries[weight.name]
+        for what, reason in entry.get("notes", ()):
+            happened.setdefault((what, reason), []).append(weight.name)
+        if state == DENSE:
+            continue
+        old = before.weights.get(weight.name) if before else None
+        errors = {
+            name: None if (error := entry.get(name, getattr(old, name, None))) is None else round(error, 9)
+            for name in ("error", "output_error")
+        }
+        records[weight.name] = WeightRecord(
+            state=str(state), dtype=weight.dtype, shape=weight.shape, transposed=weight.transposed,
+            bits=round(step.bits([weight]), 6), **errors,
+        )  # fmt: skip
+    digests = {name: digest for w in weights for name, digest in entries[w.name]["digests"].items()}
+    origin = Source(
+        name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
+        datasets=tuple(source.origin.get("datasets", ())), fingerprint=intake.fingerprint,
+    )  # fmt: skip
+    notes = [*step.notes, *(Note(what, reason, tuple(names)) for (what, reason), names in happened.items())]
+    if intake.nonfinite and before is None:
+        notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
+    kept = [n for n in (before.notes if before else ()) if n.what in LASTING]
+    return Manifest(
+        compress_version=__version__,
+        parent=lineage[-1].parent,
+        source=before.source if before else origin,
+        lineage=lineage,
+        seed=ctx.seed,
+        threads=ctx.threads,
+        isa=isa(),
+        format="tokens" if step.inherits else step.format.name if step.format else "canonical",
+        coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
+        weights=records,
+        notes=(*kept, *(NoteRecord(what=n.what, reason=n.reason, count=n.count, names=n.names) for n in notes)),
+        digests=digests,
+        files=files,
+        measured={
+            **measured,
+            "peak_resident_bytes": peak_resident_bytes(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "ranks": ctx.world_size,
+        },
+    ).sealed()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had resident so far.
+
+    Linux's `ru_maxrss` would count the process that started this one, too, if that was the larger.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

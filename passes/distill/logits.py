@@ -1,0 +1,71 @@
+"""Trains a checkpoint in any state to predict what its teacher predicts.
+
+Logit distillation (Hinton et al., 1503.02531): for every scored token the divergence of the student's distribution from the
+teacher's, over the whole vocabulary in fp32. Forward KL alone is the usual choice for getting back what pruning or
+quantizing has cost a base model (Muralidharan et al., Minitron, 2407.14679); codes and zeros stay where they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from compress.contract import Lesson
+from compress.kinds import TrainingPass
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.algebra.divergence import Divergence
+
+
+class Logits(TrainingPass):
+    """Lowers the divergence between a model's and its teacher's next-token distributions."""
+
+    teacher: str = Field("", description="a directory or a Hub id; without it, the dense model that this one was made from")
+    divergence: Literal["forward", "reverse", "skew", "skew-reverse", "jsd"] = Field(
+        "forward", description="KL of teacher to student, of student to teacher, their skews, or Jensen-Shannon"
+    )
+    temperature: float = Field(1.0, gt=0, description="what logits are divided by; the divergence is multiplied by its square")
+    mix: float | None = Field(
+        None, ge=0, le=1, description="share of the other in a skew or in Jensen-Shannon: 0.1 or 0.5 if left out"
+    )
+    top_k: int = Field(0, ge=0, description="tokens of the teacher that count one by one, all others together; 0 is all")
+    kl: float = Field(1.0, ge=0, description="weight of the divergence")
+    ce: float = Field(0.0, ge=0, description="weight of the cross entropy with the text itself")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Logits:
+        if not self.kl and not self.ce:
+            raise ValueError("kl and ce are both 0: there is nothing to learn")
+        if self.top_k and self.divergence != "forward":
+            raise ValueError("top_k goes with divergence=forward only")
+        if self.mix is not None and self.divergence in ("forward", "reverse"):
+            raise ValueError(f"divergence={self.divergence} reads no mix")
+        if self.mix == 1 and self.divergence.startswith("skew"):
+            raise ValueError("a skew with mix=1 is 0 whatever the student does")
+        return self
+
+    def teacher_model(self) -> str | None:
+        return self.teacher if self.kl else None
+
+    def _how(self) -> Divergence:
+        from compress.algebra.divergence import Divergence
+
+        return Divergence(self.divergence, self.temperature, self.mix, self.top_k)
+
+    def loss(self, lesson: Lesson, student: Any, teacher: Any) -> torch.Tensor:
+        import torch
+
+        from compress.algebra.divergence import loss_sum
+
+        def rows(model: Any) -> torch.Tensor:
+            logits: torch.Tensor = model(**lesson.inputs, use_cache=False).logits
+            return logits.flatten(0, 1).index_select(0, lesson.positions)
+
+        taught = None
+        if self.kl:
+            with torch.no_grad():
+                taught = rows(teacher)
+        return loss_sum(taught, rows(student), lesson.labels, self._how() if self.kl else None, self.kl, self.ce)
