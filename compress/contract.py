@@ -333,6 +333,10 @@ class Format:
         """`quantization_config` for config.json."""
         raise TypeError(f"{self.name} has no config")
 
+    def files(self, model: Model, states: dict[str, State]) -> dict[str, str]:
+        """Texts of further files that a reader looks for, by name."""
+        return {}
+
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         """The reader matrix of an artifact in this format."""
         return []

@@ -157,7 +157,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         manifest = source.manifest
         now = _Course(source, intake.digests, intake.fingerprint, manifest.lineage if manifest else (), manifest)
         now.tokens_digest = digests.get(0, "")
-        now.tokens = source.path / CALIBRATION if now.tokens_digest else None
+        now.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
         measured: dict[str, dict[str, Any]] = {}
         for step in plan.steps:
             read = digests.get(step.number, now.tokens_digest)
@@ -252,10 +252,10 @@ def _run_step(
         if corpus is not None and isinstance(step.pass_, DataPass):
             corpus.save(writer.path / CALIBRATION)
             side[CALIBRATION] = writer.path / CALIBRATION
-        side = {} if step.inherits else side
+        side = {} if step.inherits else {name: path for name, path in side.items() if name not in step.texts}
         entries = writer.read_journals()
         _verify(writer, weights, entries)
-        texts = {} if step.inherits else {"config.json": step.config_text}
+        texts = {} if step.inherits else step.texts
         files = {name: file_digest(path) for name, path in side.items()}
         files |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
         made_here = {

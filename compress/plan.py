@@ -44,7 +44,8 @@ class StepPlan:
     after: dict[str, State]
     format: Format | None
     shards: list[Shard]
-    config_text: str
+    texts: dict[str, str]
+    """config.json, and what else the format's reader looks for."""
     notes: tuple[Note, ...]
     resident_bytes: int
     """Memory beyond the interpreter."""
@@ -75,7 +76,8 @@ class StepPlan:
         if self.inherits:
             return 0
         index = index_file(self.shards) or ("", "")
-        return sum(shard.nbytes for shard in self.shards) + len(index[1].encode()) + len(self.config_text.encode())
+        texts = sum(len(text.encode()) for text in (index[1], *self.texts.values()))
+        return sum(shard.nbytes for shard in self.shards) + texts
 
     def bits(self, weights: Sequence[Weight]) -> float:
         """Bits per weight of `weights` as stored after this step, scales and padding included."""
@@ -228,8 +230,8 @@ def _data_step(
     specs = [spec for w in weights for spec in qtensor.specs(w, states[w.name])]
     canonical = any(state.scheme for state in states.values())
     shards = arrange(specs, shard_bytes, CANONICAL_STEM if canonical else STEM) if last else []
-    config = _config_text(checkpoint.config, None, model, states)
-    return StepPlan(number, pass_, (), {}, states, states, None, shards, config, tuple(shared), 64 << 20)
+    texts = _texts(checkpoint.config, None, model, states)
+    return StepPlan(number, pass_, (), {}, states, states, None, shards, texts, tuple(shared), 64 << 20)
 
 
 def _step(
@@ -279,7 +281,7 @@ def _step(
         resident, scratch = train_bytes(pass_, weights, touched, after, config, teacher, sample, size)
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
-        _config_text(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident, scratch,
+        _texts(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident, scratch,
     )  # fmt: skip
     return step, [], after
 
@@ -301,14 +303,15 @@ def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | No
     return dense + pass_.workspace_bytes(weight) + 2 * stream + (16 << 20)
 
 
-def _config_text(config: dict[str, Any], fmt: Format | None, model: Model, states: dict[str, State]) -> str:
-    """config.json after a step; a canonical checkpoint says so, or readers would take missing weights for new ones."""
+def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dict[str, State]) -> dict[str, str]:
+    """config.json after a step, and a format's own files; a canonical checkpoint says so, or readers would take missing weights for new ones."""
     content = {key: value for key, value in config.items() if key != "quantization_config"}
     if fmt is not None:
         content["quantization_config"] = fmt.config(model, states)
     elif any(state.scheme for state in states.values()):
         content["quantization_config"] = {"quant_method": CANONICAL, "format": "canonical"}
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return {"config.json": text, **(fmt.files(model, states) if fmt is not None else {})}
 
 
 def _regex(text: str) -> re.Pattern[str]:

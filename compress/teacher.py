@@ -6,7 +6,7 @@ pruned, quantized or trained already, the model of the Hub that its manifest tel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.checkpoint import Checkpoint
 from compress.contract import Context, TrainPass
@@ -34,7 +34,8 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, intake: Intake, ctx: Cont
     from compress.windows import tokenizer_folder
 
     tokenizer_folder(teacher, source)  # raises where tokens mean something else
-    return Teacher(teacher, take_in(teacher, ctx).fingerprint)
+    quiet = replace(ctx, events=lambda event: None)
+    return Teacher(teacher, take_in(teacher, quiet).fingerprint)
 
 
 def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:

@@ -54,20 +54,28 @@ def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], No
     if quiet or not sys.stderr.isatty():
         yield _remarks
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, Any] = {}
+    words = TextColumn("{task.description:<16}")
+    moving = Progress(words, BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    training = Progress(words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+    with Live(Group(moving, training), console=Console(stderr=True), transient=True):
+        tasks: dict[tuple[str, str], Any] = {}
 
         def receive(event: dict[str, Any]) -> None:
-            if event["event"] != "progress":
+            kind, name = event["event"], event.get("step", "")
+            if kind == "progress":
+                if (kind, name) not in tasks:
+                    tasks[kind, name] = moving.add_task(name, total=event["total_bytes"])
+                moving.update(tasks[kind, name], completed=event["done_bytes"])
+            elif kind == "train":
+                if (kind, name) not in tasks:
+                    tasks[kind, name] = training.add_task(name, total=event["steps"], said="")
+                said = f"loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"
+                training.update(tasks[kind, name], completed=event["number"], said=said)
+            else:
                 _remarks(event)
-                return
-            name = event["step"]
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=event["total_bytes"])
-            progress.update(tasks[name], completed=event["done_bytes"])
 
         yield receive

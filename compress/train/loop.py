@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from typing import Any
 
@@ -68,10 +69,12 @@ class _Run:
         self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, weights, writer, ctx
         self.schooling = step.pass_.schooling()
         self.dtype = computing(ctx.dtype, source.config)
-        # A router may leave an expert out, and its gradient with it.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=any(w.kind == "expert" for w in weights))
+        # A router may leave out an expert that is a module of its own, and its gradient with it.
+        left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in weights)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=left_out)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
         assert self.accelerator.num_processes == ctx.world_size, (self.accelerator.num_processes, ctx.world_size)
+        _check_launch(self.accelerator)
         self.student = Student(source)
         self.student.learn(weights)
         masks = self.student.masks(step.after)
@@ -217,6 +220,17 @@ class _Run:
             self.writer.record(weight.name, {name: self.writer.put(name, part) for name, part in parts.items()}, {})
         if self.ctx.is_main:
             self.record.draw()
+
+
+def _check_launch(accelerator: Any) -> None:
+    """Raises UsageError for a way to share a model out that was asked for and is not this driver's."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if asked and kind != "FSDP":
+        raise UsageError("accelerate", "FSDP on accelerators, or DDP", f"FSDP on {accelerator.device}", "launch without --use_fsdp")
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        got = f"{kind} version 1" if kind == "FSDP" else kind
+        raise UsageError("accelerate", "DDP, or FSDP version 2", got, "launch with --fsdp_version 2, or with neither")
 
 
 def _causal(model: Any, source: Checkpoint) -> bool:

@@ -110,6 +110,10 @@ class Student:
         for module in self.module.modules():
             if isinstance(module, QLinear) and id(module.scale) in gains:
                 module.gain = gains[id(module.scale)]
+                # A buffer is whole on every process, where parameters may be sharded.
+                frozen = module.scale.detach()
+                del module._parameters["scale"]
+                module.register_buffer("scale", frozen)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

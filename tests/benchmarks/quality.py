@@ -47,7 +47,7 @@ def main() -> None:
         for number, recipe in enumerate(args.passes):
             found: dict[Path, list[tuple[float, float, float, float]]] = {text: [] for text in args.texts}
             seconds, peaks, bits = [], [], 0.0
-            for seed in range(args.seeds if "calibrate" in recipe else 1):
+            for seed in range(args.seeds if "calibrate" in recipe or "distill" in recipe else 1):
                 forget_peak()
                 result = run(parse_one_liner(recipe), source, Path(scratch) / f"{number}-{seed}", Context(seed=seed))
                 seconds.append(result.seconds)
