@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 TRAINING = ("training.jsonl", "training.svg")
 """The record of a training pass; it stays with the step that it is of."""
-_NOT_CARRIED = {MANIFEST_FILE, "config.json", *TRAINING}
+_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING}
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CALIBRATION = "calibration.safetensors"
 """Calibration tokens, a side file of a checkpoint until it is packed."""

@@ -139,6 +139,9 @@ class DataPass(Pass):
 class WeightPass(Pass):
     """What passes over weights have in common."""
 
+    unpacks: ClassVar[bool] = False
+    """Whether it reads a packed artifact; such a pass is the first of its recipe."""
+
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that this pass targets."""
         raise TypeError(f"{type(self).__name__} does not say which weights it targets")

@@ -1,6 +1,6 @@
 """Meaning: a checkpoint in any state, seen as the dense weights it means.
 
-Dense, masked, canonical codes or packed: `logical` names the same weights, and `dense` reads one of them. Codes are
+Dense, masked, canonical codes or packed, by us or by another tool: `logical` names the same weights, and `dense` reads one of them. Codes are
 expanded by QTensor.dequantize, the one meaning they have, and rounded to the dtype of the weight they were made
 from, as readers do.
 """
@@ -12,56 +12,90 @@ from typing import TYPE_CHECKING
 
 from compress import names, qtensor
 from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
-from compress.errors import InputError
 from compress.facts import State, TensorSpec, Weight
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from compress.contract import Format
+    from compress.foreign import Foreign
     from compress.qtensor import QTensor
 
 
 class Meaning:
-    """Raises InputError for a checkpoint that another tool has quantized."""
+    """Raises InputError for a packed checkpoint that cannot be read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         manifest = checkpoint.manifest
         quantization = checkpoint.config.get("quantization_config") or {}
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        if quantization and (manifest is None or method not in (CANONICAL, manifest.format)):
-            got = f"one quantized by {method}"
-            raise InputError(str(checkpoint.path), "a checkpoint that compress made, or a dense one", got)
         self.format: Format | None = None
-        if manifest is not None and manifest.format != "canonical":
+        self.foreign: Foreign | None = None
+        if manifest is not None and manifest.format not in ("canonical", "tokens"):
             from compress.kernels.dispatch import load_format
 
             self.format = load_format(manifest.format)()
+        elif quantization and (manifest is None or method != CANONICAL):
+            from compress.foreign import open_foreign
+
+            self.foreign = open_foreign(checkpoint)
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights lie as a reader wants them, and not in the canonical form."""
+        return self.format is not None or self.foreign is not None
 
     @cached_property
     def weights(self) -> dict[str, tuple[Weight, State]]:
         """Every weight whose bytes are codes: its shape as passes see it, and its state."""
-        records = self.checkpoint.manifest.weights if self.checkpoint.manifest else {}
-        states = {name: State.parse(record.state) for name, record in records.items()}
+        if self.foreign is not None:
+            return {
+                p.name: (Weight(p.name, p.dtype, p.shape, module=p.name.rpartition(".")[0]), State(p.scheme))
+                for p in self.foreign.weights.values()
+                if p.scheme is not None
+            }
         return {
-            name: (Weight(name, r.dtype, r.shape, transposed=r.transposed, module=name.rpartition(".")[0]), states[name])
-            for name, r in records.items()
-            if states[name].scheme is not None
+            name: (Weight(name, r.dtype, r.shape, transposed=r.transposed, module=name.rpartition(".")[0]), state)
+            for name, r in (self.checkpoint.manifest.weights if self.checkpoint.manifest else {}).items()
+            if (state := self._states[name]).scheme is not None
         }
 
     @cached_property
+    def _states(self) -> dict[str, State]:
+        """What our manifest says of weights."""
+        manifest = self.checkpoint.manifest
+        return {name: State.parse(record.state) for name, record in manifest.weights.items()} if manifest else {}
+
+    @cached_property
     def logical(self) -> dict[str, Logical]:
-        """Every weight by its source name, in whatever form its bytes are."""
-        if self.format is None:
+        """Every weight by its source name, in whatever form its bytes are, in stored order."""
+        if not self.packed:
             return self.checkpoint.logical
-        held = {spec.name for name in self.weights for spec in self.specs(name)}
-        found = {n: Logical(w.dtype, w.shape, state, w.transposed) for n, (w, state) in self.weights.items()}
+        if self.foreign is not None:
+            owners = {part: packed.name for packed in self.foreign.weights.values() for part in packed.parts}
+            # What a format has besides, such as scales of activations, is no weight.
+            dropped = self.foreign.parts - owners.keys()
+        else:
+            owners, dropped = {spec.name: name for name in self.weights for spec in self.specs(name)}, frozenset()
+        found: dict[str, Logical] = {}
         for ref in self.checkpoint.refs.values():
-            if ref.name not in held:
-                found[ref.name] = Logical(ref.dtype, ref.shape, State(), False)
+            name = owners.get(ref.name, ref.name)
+            if name in self.weights:
+                weight, state = self.weights[name]
+                found[name] = Logical(weight.dtype, weight.shape, state, weight.transposed)
+            elif self.foreign is not None and name in self.foreign.weights:
+                packed = self.foreign.weights[name]
+                found[name] = Logical(packed.dtype, packed.shape, State(), False)
+            elif name not in dropped:
+                found[name] = Logical(ref.dtype, ref.shape, self._states.get(name, State()), False)
         return found
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight lies otherwise than as a plain tensor."""
+        return name in self.weights or (self.foreign is not None and name in self.foreign.weights)
 
     def specs(self, name: str) -> list[TensorSpec]:
         """The tensors on disk that hold a weight in codes."""
@@ -73,6 +107,10 @@ class Meaning:
         if name not in self.weights:
             return None
         weight, state = self.weights[name]
+        if self.foreign is not None:
+            found = self.foreign.weights[name].read(self.checkpoint.read)
+            assert not isinstance(found, torch.Tensor)
+            return found
         parts = {spec.name: self.checkpoint.read(spec.name) for spec in self.specs(name)}
         return self.format.decode(weight, state, parts) if self.format else qtensor.decode(weight, state, parts)
 
@@ -80,6 +118,10 @@ class Meaning:
         """The weight in its stored shape and dtype."""
         q = self.qtensor(name)
         if q is None:
+            if self.foreign is not None and name in self.foreign.weights:
+                found = self.foreign.weights[name].read(self.checkpoint.read)
+                assert isinstance(found, torch.Tensor)
+                return found
             return self.checkpoint.read(name)
         weight, _ = self.weights[name]
         return qtensor.as_matrix(weight, q.dequantize()).to(torch_dtype(weight.dtype)).contiguous()

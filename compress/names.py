@@ -127,7 +127,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     if not canonical:
         raise InputError(
             str(checkpoint.path), "a dense or canonical checkpoint", f"one that is already quantized ({method})",
-            "start from the model it was made from",
+            "begin with unpack, or with the model it was made from",
         )  # fmt: skip
 
 

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from compress.account import account
 from compress.checkpoint import CALIBRATION, TRAINING, Checkpoint, open_checkpoint
-from compress.contract import Context, DataPass, LinearPass, Pass, TrainPass
+from compress.contract import Context, DataPass, LinearPass, Pass, TrainPass, WeightPass
+from compress.entry import enter
 from compress.errors import InputError, MachineError, Problem
 from compress.facts import Weight
 from compress.footprint import computing
 from compress.intake import Intake, file_digest, same_bytes, take_in
 from compress.manifest import FILE, Manifest, Step, hash_json
-from compress.names import resolve
+from compress.meaning import Meaning
 from compress.places import check_disk, locked, placed, steps_folder
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
@@ -133,11 +134,11 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     options = options or Options()
     out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
-    model = resolve(source, options.allow_dtype_mismatch)
+    model, meaning = enter(recipe, source, options.allow_dtype_mismatch)
 
     # config.json may tie what a checkpoint holds twice; only what is equal is written once.
     dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
-    plan = make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype)
+    plan = make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning)
     with locked(out, ctx):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
         refuse_nonfinite(plan, intake)
@@ -241,7 +242,7 @@ def _run_step(
     elif isinstance(step.pass_, TrainPass):
         spent = _train(step, now, weights, corpus, teacher, writer, ctx)
     else:
-        stream(step, now.source, weights, now.digests, writer, ctx)
+        stream(step, now.source, weights, now.digests, writer, ctx, _meaning(step, now.source))
     writer.detach()
     ctx.barrier()
     measured: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3), **({"spent": spent} if spent else {})}
@@ -267,6 +268,11 @@ def _run_step(
         writer.publish({**texts, FILE: manifest.to_text()}, carried, place, read_only=step is not plan.steps[-1])
     ctx.barrier()
     return measured
+
+
+def _meaning(step: StepPlan, source: Checkpoint) -> Meaning | None:
+    """What a packed source means to the pass that unpacks it."""
+    return Meaning(source) if isinstance(step.pass_, WeightPass) and step.pass_.unpacks else None
 
 
 def _train(

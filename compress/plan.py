@@ -20,6 +20,7 @@ from compress.errors import CoverageError, FormatError, Problem, RecipeError, Re
 from compress.facts import DENSE, Note, State, TensorSpec, Weight
 from compress.footprint import computing, sweep_bytes, train_bytes
 from compress.manifest import NoteRecord
+from compress.meaning import Meaning
 from compress.names import Model
 from compress.recipe import Recipe
 from compress.resolve import resolve
@@ -143,12 +144,14 @@ def make_plan(
     dropped: frozenset[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     dtype: str = "auto",
+    meaning: Meaning | None = None,
 ) -> Plan:
-    """Replays facts over all lines. Raises RecipeError, CoverageError or FormatError with everything that is wrong."""
+    """Replays facts over all lines; `meaning` is that of a packed source. Raises RecipeError, CoverageError or FormatError with everything that is wrong."""
     passes = resolve(recipe)
     dropped = frozenset(model.duplicates) if dropped is None else dropped
     weights = [weight for weight in model.weights if weight.name not in dropped]
-    states = {name: entry.state for name, entry in checkpoint.logical.items() if name not in dropped}
+    logical = checkpoint.logical if meaning is None else meaning.logical
+    states = {name: entry.state for name, entry in logical.items() if name not in dropped}
     skips = [_regex(text) for text in allow_skips]
     skipped: set[str] = set()
     steps: list[StepPlan] = []
@@ -175,7 +178,9 @@ def make_plan(
             raise RecipeError(where, "calibration tokens", "none", f"put calibrate(data=...) before it{more}")
         fmt: Format | None = pass_.target_format()
         packed_by = pass_.pass_name() if fmt is not None else ""
-        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(trained))
+        if isinstance(pass_, WeightPass) and pass_.unpacks and number > 1:
+            raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
+        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(trained), meaning)
         step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, run)
         if wrong and kind is None:
             kind = FormatError if fmt is not None else CoverageError
@@ -213,6 +218,8 @@ class _Run:
     dtype: str
     trained: frozenset[str]
     """Weights that an earlier step has trained."""
+    meaning: Meaning | None
+    """Of a packed source."""
 
 
 def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -240,6 +247,8 @@ def _step(
 ) -> tuple[StepPlan | None, list[tuple[str, str, str]], dict[str, State]]:  # fmt: skip
     """One step, or the (weight, reason, what to do) of everything that stands in its way; and the states after it."""
     chosen = pass_.chosen(weights)
+    if pass_.unpacks and run.meaning is not None:
+        chosen = [weight for weight in chosen if run.meaning.is_packed(weight.name)]
     if fmt is not None:
         chosen = [weight for weight in chosen if before[weight.name].scheme is not None]
         if not chosen:
@@ -263,6 +272,8 @@ def _step(
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
     notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
+    if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:
+        notes += _grouped("unpacked", {n: p.note for n, p in run.meaning.foreign.weights.items() if p.note})
     changed = _trained(notes) | run.trained
     notes += _untouched([weight for weight in weights if weight.name not in changed], after)
     canonical = fmt is None and any(after[w.name].scheme for w in weights)
@@ -304,7 +315,10 @@ def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | No
 
 
 def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dict[str, State]) -> dict[str, str]:
-    """config.json after a step, and a format's own files; a canonical checkpoint says so, or readers would take missing weights for new ones."""
+    """config.json after a step, and a format's own files.
+
+    A canonical checkpoint says that it is one, or readers would take missing weights for new ones.
+    """
     content = {key: value for key, value in config.items() if key != "quantization_config"}
     if fmt is not None:
         content["quantization_config"] = fmt.config(model, states)

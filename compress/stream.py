@@ -17,15 +17,20 @@ from compress.checkpoint import Checkpoint
 from compress.contract import Context, TensorPass
 from compress.facts import Weight
 from compress.intake import single_threaded
+from compress.meaning import Meaning
 from compress.plan import MAX_WORKERS, StepPlan
 from compress.sparsity import Sparsity
 from compress.writer import Writer, trim_memory
 
 
 def stream(
-    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], writer: Writer, ctx: Context
-) -> None:
-    """Writes every weight that the journal does not have yet. `digests` are those of `source`'s tensors."""
+    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], writer: Writer, ctx: Context,
+    meaning: Meaning | None = None,
+) -> None:  # fmt: skip
+    """Writes every weight that the journal does not have yet.
+
+    `digests` are those of `source`'s tensors; `meaning` is what they mean where they are packed.
+    """
     mine = share(weights, ctx.rank, ctx.world_size)
     total = sum(weight.nbytes for weight in mine)
     done, lock = [0], threading.Lock()
@@ -36,7 +41,7 @@ def stream(
     def one(weight: Weight) -> None:
         started = time.perf_counter()
         if not writer.is_done(weight.name):
-            written, error = _move(step, source, weight, weight.name in touched, digests, writer)
+            written, error = _move(step, source, weight, weight.name in touched, digests, writer, meaning)
             writer.record(weight.name, written, {} if error is None else {"error": error})
         with lock:
             done[0] += weight.nbytes
@@ -69,8 +74,9 @@ def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
 
 
 def _move(
-    step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer
-) -> tuple[dict[str, str], float | None]:
+    step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer,
+    meaning: Meaning | None,
+) -> tuple[dict[str, str], float | None]:  # fmt: skip
     """Writes one weight; returns the digests of what was written and the relative error."""
     before, after = step.before[weight.name], step.after[weight.name]
     names = [spec.name for spec in qtensor.specs(weight, before)]
@@ -88,8 +94,13 @@ def _move(
             written[there] = writer.put(there, tensor)
         if written.keys() == set(wanted):
             return written, None
-    value: Any = {name: source.read(name) for name in names}
-    value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
+    value: Any
+    if meaning is not None:
+        q = meaning.qtensor(weight.name)
+        value = qtensor.as_matrix(weight, meaning.dense(weight.name)) if q is None else q
+    else:
+        value = {name: source.read(name) for name in names}
+        value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
     assert isinstance(step.pass_, TensorPass)
     result, error = step.pass_.tensor(weight, after, value)
     del value

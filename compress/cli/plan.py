@@ -36,15 +36,16 @@ def verb(
     found = chosen_recipe(recipe, passes, set_)
     limit = options.parse_size(shard_size)
     from compress.contract import Context
-    from compress.names import resolve
+    from compress.entry import enter
     from compress.plan import make_plan
     from compress.resolve import resolve as resolve_recipe
     from compress.source import open_headers
 
     resolve_recipe(found)
     checkpoint = open_headers((found.model or model) if model == "-" else model)
-    names = resolve(checkpoint, allow_dtype_mismatch)
-    plan = make_plan(found, checkpoint, names, Context().threads, tuple(allow_skips or ()), shard_bytes=limit)
+    model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)
+    skips, threads = tuple(allow_skips or ()), Context().threads
+    plan = make_plan(found, checkpoint, model_, threads, skips, shard_bytes=limit, meaning=meaning)
     if json_:
         print(json.dumps(facts(plan, layers), ensure_ascii=False))
     else:

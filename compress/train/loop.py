@@ -227,7 +227,8 @@ def _check_launch(accelerator: Any) -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if asked and kind != "FSDP":
-        raise UsageError("accelerate", "FSDP on accelerators, or DDP", f"FSDP on {accelerator.device}", "launch without --use_fsdp")
+        got = f"FSDP on {accelerator.device}"
+        raise UsageError("accelerate", "FSDP on accelerators, or DDP", got, "launch without --use_fsdp")
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP") or (kind == "FSDP" and not accelerator.is_fsdp2):
         got = f"{kind} version 1" if kind == "FSDP" else kind
         raise UsageError("accelerate", "DDP, or FSDP version 2", got, "launch with --fsdp_version 2, or with neither")
