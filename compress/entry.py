@@ -1,4 +1,4 @@
-"""Entry: how a source enters a recipe: as it is, or, where it is packed, through unpack."""
+"""Entry: how a source enters a recipe: as it is, or through unpack."""
 
 from __future__ import annotations
 

@@ -62,6 +62,8 @@ class Weight:
     """Whether transformers fuses, splits or permutes this tensor while it loads."""
     unclear: str = ""
     """Why a matrix cannot be read as one (an orientation that nothing tells), or empty."""
+    unlearned: str = ""
+    """Why no gradient of a loss on texts reaches it, or empty."""
 
     @property
     def out_features(self) -> int:

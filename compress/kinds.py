@@ -165,8 +165,8 @@ class TrainingPass(TrainPass):
         )  # fmt: skip
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
-        # Buffers of whole numbers, and tensors that the model does not take, are no weights to train.
-        return [weight for weight in super().chosen(weights) if weight.module and weight.dtype in FLOATS]
+        # Of what a word such as `all` means; tensors that the model does not take are no weights to train either.
+        return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
 
     def becomes(self, weight: Weight, state: State) -> State:
         return state

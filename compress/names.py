@@ -25,6 +25,8 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _MOST_BLOCKS = 2000
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
+_JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
+"""Between a tower and the text model."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class _Resolver:
         flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
         return Weight(
             name, entry.dtype, entry.shape, kind, path, attribute, type(module).__name__, stack, block, flipped,
-            name in self.converted, unclear,
+            name in self.converted, unclear, self.unlearned(path, module, attribute),
         )  # fmt: skip
 
     def kind(
@@ -278,6 +280,14 @@ class _Resolver:
             reads_hidden = not re.search(r"down|output|w2|wo\b", word)
             return (shape[1] == self.hidden) == reads_hidden, ""
         return False, f"nothing tells which of {list(shape)} is the input dimension of fused experts"
+
+    def unlearned(self, path: str, module: Any, attribute: str) -> str:
+        """Why training on texts leaves a tensor as it is, or empty."""
+        if attribute in module._buffers:
+            return "a buffer"
+        towers = (regex for _, regex in _TOWERS)
+        beside = any(stack.startswith("tower:") for _, stack, _ in self.stacks)
+        return "no text reaches it" if beside and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
 
     def block(self, path: str) -> tuple[str, int | None]:
         for prefix, stack, _ in self.stacks:

@@ -1,4 +1,6 @@
-"""Takes codes out of a packed artifact, ours or another tool's, so that a recipe can go on from it.
+"""Takes codes out of a packed artifact, ours or another tool's.
+
+A recipe can then go on from it.
 
 Codes are kept where a scheme of ours has their numbers: unpacking and packing for another reader then changes no weight.
 Other numbers (FP8, NF4, MXFP4) become the dense weights that they mean, and so does everything with `to=dense`.

@@ -34,6 +34,8 @@ class Lessons:
         self.digest, self.samples = corpus.digest, corpus.samples
         self.steps = schooling.steps(self.samples)
         self._epochs: dict[int, list[int]] = {}
+        if not bool(self.scored.any()):
+            raise InputError("training texts", "a token to predict", "none", "give longer texts, or samples of more tokens")
 
     @cached_property
     def scored(self) -> torch.Tensor:

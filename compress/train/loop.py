@@ -71,7 +71,7 @@ class _Run:
         self.dtype = computing(ctx.dtype, source.config)
         # A router may leave out an expert that is a module of its own, and its gradient with it.
         left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in weights)
-        unused = DistributedDataParallelKwargs(find_unused_parameters=left_out)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=left_out, broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
         assert self.accelerator.num_processes == ctx.world_size, (self.accelerator.num_processes, ctx.world_size)
         _check_launch(self.accelerator)
@@ -115,7 +115,9 @@ class _Run:
         model = self.student.module
         if not model.supports_gradient_checkpointing:
             raise UsageError("recompute", "a family that can compute its blocks again", type(model).__name__, "leave it off")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed between versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         for part in model.modules():
             if getattr(part, "gradient_checkpointing", False):
                 part.training = True
@@ -138,7 +140,7 @@ class _Run:
         """From the last state to the end."""
         lessons, path = self.lessons, self.writer.path / STATE
         done = state.load(path, self.parameters, self.optimizer)
-        tokens = self.record.back_to(done)
+        tokens = self.record.back_to(done) if self.ctx.is_main else 0
         began, began_tokens = time.perf_counter(), tokens
         for number in range(done, lessons.steps):
             started = time.perf_counter()

@@ -1,0 +1,1 @@
+"""awq: the gemm layout of AutoAWQ, four bits with true zero points."""

@@ -1,0 +1,1 @@
+"""gptq: the layout of AutoGPTQ, version 1."""

@@ -1,0 +1,228 @@
+"""Training that is killed goes on to the same bytes, and two processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compress.checkpoint import open_checkpoint
+from compress.contract import Context
+from compress.manifest import Manifest
+from compress.pipeline import run
+from compress.recipe import parse_one_liner
+from compress.train.loop import _Run
+from compress.train.record import LINES, Record
+from families import build
+from support import ready_inputs, tree
+
+ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+RUN = """
+import json, os, signal, sys
+from importlib import import_module
+from pathlib import Path
+import accelerate, matplotlib.backends.backend_svg, matplotlib.pyplot, torch, transformers.models.llama.modeling_llama
+from transformers import conversion_mapping, core_model_loading, initialization, masking_utils, modeling_utils
+from transformers.models.auto import modeling_auto
+from accelerate import optimizer, scheduler
+from compress.checkpoint import open_checkpoint
+from compress.contract import Context
+from compress.pipeline import run
+from compress.recipe import parse_one_liner
+import compress.model, compress.train.loop, compress.train.student, compress.picture, compress.corpus
+from compress.corpus import Corpus
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killed_at(place, number):
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner = import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    real, calls = getattr(owner, name), []
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            kill()
+        return real(*args, **kwargs)
+    setattr(owner, name, counted)
+
+def one(source, out, recipe, at=None, **context):
+    steps = []
+    def note(event):
+        if event["event"] == "train":
+            steps.append(event["number"])
+            if at == event["number"]:
+                Path(out + ".seen").write_text(json.dumps(steps))
+                kill()
+    if isinstance(at, list):
+        killed_at(*at)
+    ctx = Context(threads=1, dtype="float32", events=note, **context)
+    run(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), ctx)
+    Path(out + ".seen").write_text(json.dumps(steps))
+"""
+"""`one(source, out, recipe, at)` runs, and kills itself at a step, or at a call of a function."""
+FORKS = (
+    RUN
+    + """
+source, recipe, plans = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for out, moments in plans.items():
+    for at in [*moments, None]:
+        # Nothing is computed before a fork, so no thread is lost by it.
+        child = os.fork()
+        if not child:
+            one(source, out, recipe, at)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == (0 if at is None else -signal.SIGKILL), (out, at, status)
+        if isinstance(at, int):
+            seen = json.loads(Path(out + ".seen").read_text())
+            print(json.dumps([out, at, seen]))
+"""
+)
+RANKS = (
+    RUN
+    + """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+assert world == 2
+for source, out, recipe, stop in json.loads(sys.argv[1]):
+    if stop:
+        # Both go no further, and the run begins again.
+        def tell(self, kind, _tell=Context.tell, **facts):
+            _tell(self, kind, **facts)
+            if kind == "train" and facts["number"] == stop:
+                raise KeyboardInterrupt
+        real, Context.tell = Context.tell, tell
+        try:
+            one(source, out, recipe, rank=rank, world_size=world)
+            raise SystemExit("not stopped")
+        except KeyboardInterrupt:
+            Context.tell = real
+        dist.barrier()
+    one(source, out, recipe, rank=rank, world_size=world)
+"""
+)
+
+
+def python(code: str, *arguments: Any, ranks: int = 1) -> str:
+    """A process, or several by torchrun; what it prints."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    file = Path(arguments[0]) / f"driver{ranks}.py"
+    file.write_text(code)
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(file), *map(str, arguments[1:])]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / LINES).read_text().splitlines()]
+
+
+MOMENTS: dict[str, list[Any]] = {
+    # A state is made after its step is told of, so a kill at step 3 or 6 is before it.
+    "at steps": [1, 3, 4, 4, 6, 7],
+    "while files are written": [
+        ["compress.train.state:os.replace", 1],
+        ["compress.writer:Writer.record", 10],
+        ["compress.train.record:Record.draw", 1],
+        ["compress.writer:Writer.publish", 1],
+        ["compress.writer:os.rename", 1],
+    ],
+}
+"""By a name: what a run is killed at, one after another, before it is let through. States are after steps 3, 6 and 7."""
+
+
+def test_a_killed_run_ends_at_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
+    """Weights, the record of every step, its picture, and the fingerprint over all of it."""
+    before = "quantize.rtn(scheme=w3a16g32-asym, targets=[attention, embeddings])"
+    how = "samples=13, batch=4, micro_batch=3, epochs=2, lr=1e-3, scale_lr=1e-2, weight_decay=0.1, save_every=3"
+    recipe = f"{before} | distill.logits(data='{ready_inputs(13)}', {how})"
+    plans = {str(tmp_path / "whole"): [], **{str(tmp_path / name): moments for name, moments in MOMENTS.items()}}
+    seen = []
+    for line in python(FORKS, tmp_path, build("tied", tmp_path), recipe, json.dumps(plans)).splitlines():
+        _, _, steps = json.loads(line)
+        seen.append(steps)
+    # The steps after a state are made again, those before it are not.
+    assert seen == [[1], [1, 2, 3], [1, 2, 3, 4], [4], [4, 5, 6], [4, 5, 6, 7]]
+    whole, one = tree(tmp_path / "whole"), Manifest.read(tmp_path / "whole")
+    assert {"canonical.safetensors", "training.jsonl", "training.svg"} <= whole.keys()
+    for moment in MOMENTS:
+        found, two = tree(tmp_path / moment), Manifest.read(tmp_path / moment)
+        assert list(whole) == list(found)
+        assert [name for name in whole if whole[name] != found[name]] == [], moment
+        assert one is not None
+        assert two is not None
+        assert one.fingerprint == two.fingerprint
+        assert len(rows(tmp_path / moment)) == 7
+        assert not list((tmp_path / f"{moment}.steps").glob("*.tmp"))
+
+
+def test_a_line_that_a_crash_has_cut_is_dropped(tmp_path: Path) -> None:
+    record = Record(tmp_path, "title")
+    assert record.back_to(0) == 0
+    for step in (1, 2, 3):
+        record.add(step=step, loss=0.5, tokens=10 * step)
+    whole = (tmp_path / LINES).read_text()
+    (tmp_path / LINES).write_text(whole + '{"step": 4, "lo')
+    assert record.back_to(3) == 30
+    assert (tmp_path / LINES).read_text() == whole
+    assert record.back_to(2) == 20
+    record.add(step=3, loss=0.5, tokens=30)
+    assert (tmp_path / LINES).read_text() == whole
+
+
+def test_only_the_first_process_writes_the_record(tmp_path: Path) -> None:
+    """Another that rewrites it while it goes on from a state may cut what the first is about to read."""
+    record = Record(tmp_path, "title")
+    record.add(step=1, loss=0.5, tokens=10)
+    whole = (tmp_path / LINES).read_bytes()
+    second: Any = SimpleNamespace(
+        lessons=SimpleNamespace(steps=0), writer=SimpleNamespace(path=tmp_path), parameters={}, optimizer=None, record=record,
+        ctx=Context(rank=1, world_size=2),
+    )  # fmt: skip
+    _Run.all_steps(second)
+    assert (tmp_path / LINES).read_bytes() == whole
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    """With the same global batch, of which one may have a micro-batch more, or the other no sample at all."""
+    data, padded = ready_inputs(7), tmp_path / "padded.safetensors"
+    mask = (torch.arange(24) < torch.tensor([2, 24, 9, 24, 5, 17, 24])[:, None]).to(torch.uint8)
+    ids = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids, "attention_mask": mask}, padded)
+    how = "samples=7, batch=5, micro_batch=2, epochs=2, lr=1e-3, scale_lr=1e-2"
+    recipes = {
+        "llama": f"prune.magnitude(sparsity=2:4) | distill.logits(data='{data}', {how}, save_every=1)",
+        "tied": f"quantize.rtn(scheme=w4a16g32, targets=[linear, embeddings]) | distill.logits(data='{padded}', {how})",
+        "mixtral": f"quantize.rtn(scheme=w3a16g32) | distill.logits(data='{data}', {how}, recompute=true)",
+    }
+    jobs = []
+    for name, recipe in recipes.items():
+        model = build(name, tmp_path)
+        run(parse_one_liner(recipe), open_checkpoint(model), tmp_path / f"{name}.1", Context(threads=1, dtype="float32"))
+        jobs.append([str(model), str(tmp_path / f"{name}.2"), recipe, 2 if name == "llama" else 0])
+    python(RANKS, tmp_path, json.dumps(jobs), ranks=2)
+    for name in recipes:
+        one, two = rows(tmp_path / f"{name}.1"), rows(tmp_path / f"{name}.2")
+        assert len(one) == len(two) == 3
+        for a, b in zip(one, two, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), name
+            assert a["norm"] == pytest.approx(b["norm"], rel=1e-4), name
+            assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        manifest = open_checkpoint(tmp_path / f"{name}.2").manifest
+        assert manifest is not None
+        assert manifest.measured["ranks"] == 2
+        assert one[-1]["loss"] != one[0]["loss"]
