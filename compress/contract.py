@@ -301,6 +301,8 @@ class Format:
     """Where the bits lie, for one reader. One subclass per folder of `kernels/`, in its `layout.py`."""
 
     name: ClassVar[str] = ""
+    least_zero: ClassVar[int] = 0
+    """The smallest zero point that it can say."""
 
     def __init__(self, dequantize: bool = False) -> None:
         self.dequantize = dequantize
@@ -331,6 +333,10 @@ class Format:
     def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
         """The inverse of `encode`."""
         raise TypeError(f"{self.name} does not decode")
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        """Counted lines for the manifest about what this format changes."""
+        return []
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
         """`quantization_config` for config.json."""

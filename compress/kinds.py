@@ -42,6 +42,10 @@ class QuantizingPass(TargetedPass):
         description="columns that the group does not divide: refuse, or take the largest group that does, or one scale per row",
     )
 
+    least_zero: int = Field(
+        0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
+    )
+
     def becomes(self, weight: Weight, state: State) -> State:
         refuse_no_matrix(weight)
         if state.scheme is not None:

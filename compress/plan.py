@@ -19,6 +19,7 @@ from compress.contract import DataPass, Format, LinearPass, Pass, TrainPass, Ver
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.facts import DENSE, Note, State, TensorSpec, Weight
 from compress.footprint import computing, sweep_bytes, train_bytes
+from compress.kinds import QuantizingPass
 from compress.manifest import NoteRecord
 from compress.meaning import Meaning
 from compress.names import Model
@@ -178,6 +179,8 @@ def make_plan(
             raise RecipeError(where, "calibration tokens", "none", f"put calibrate(data=...) before it{more}")
         fmt: Format | None = pass_.target_format()
         packed_by = pass_.pass_name() if fmt is not None else ""
+        if fmt is not None:
+            _refuse_zeros(fmt, recipe, passes[: number - 1])
         if isinstance(pass_, WeightPass) and pass_.unpacks and number > 1:
             raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
         run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(trained), meaning)
@@ -272,6 +275,7 @@ def _step(
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
     notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
+    notes += fmt.notes(touched, after) if fmt is not None else []
     if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:
         notes += _grouped("unpacked", {n: p.note for n, p in run.meaning.foreign.weights.items() if p.note})
     changed = _trained(notes) | run.trained
@@ -295,6 +299,17 @@ def _step(
         _texts(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident, scratch,
     )  # fmt: skip
     return step, [], after
+
+
+def _refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
+    """Raises RecipeError where a quantizer may choose zero points that a format has no word for."""
+    for line, pass_ in zip(recipe.lines, passes, strict=False):
+        if isinstance(pass_, QuantizingPass) and not pass_.scheme.symmetric and pass_.least_zero < fmt.least_zero:
+            where = f"{line.where or pass_.pass_name()}: {pass_.pass_name()}.least_zero"
+            expected = f"{fmt.least_zero}, the smallest zero point that {fmt.name} can say"
+            raise RecipeError(
+                where, expected, str(pass_.least_zero), f"set least_zero={fmt.least_zero}, or pack in another format"
+            )
 
 
 def _refuse_unread(weight: Weight, model: Model) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from compress.algebra.grid import _range
+from compress.algebra.grid import grid_of
 from compress.scheme import Scheme
 
 Clip = Literal["none", "mse"]
@@ -26,8 +26,9 @@ _SHRINKS = torch.linspace(1.0, 0.65, 8).tolist()
 
 
 def fit(
-    x: torch.Tensor, weight: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
+    least_zero: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Scale and zero point of `x` reduced over `dim` (0 or 2), with that dimension kept; the scale is on `dtype`'s grid.
 
     `weight` [columns] is h; None where it is the same for all, as it is along the outputs. z is the middle if symmetric.
@@ -35,17 +36,18 @@ def fit(
     across = 2 - dim
     step = max(1, _CHUNK * x.shape[across] // max(1, x.numel()))
     h = None if weight is None else (weight / weight.mean().clamp(min=1e-30)).to(x.dtype).reshape(-1, 1, 1)
-    found = [_fit(part, h, dim, scheme, dtype, clip, signed) for part in x.split(step, across)]
+    found = [_fit(part, h, dim, scheme, dtype, clip, signed, least_zero) for part in x.split(step, across)]
     s, z = (torch.cat(parts, across) for parts in zip(*found, strict=True))
     return s, z
 
 
 def _fit(
-    x: torch.Tensor, h: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, h: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
+    least_zero: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     if clip == "none":
-        s, z = _range(low, high, scheme, dtype)
+        s, z = grid_of(low, high, scheme, dtype, least_zero)
         return s.to(x.dtype), z.to(x.dtype)
     top = scheme.levels - 1
     c, scratch = torch.empty_like(x), torch.empty_like(x)
@@ -64,10 +66,10 @@ def _fit(
         return along, square.sum(dim, keepdim=True)
 
     best = torch.full_like(low, float("inf"))
-    s_best, z_best = (part.to(x.dtype) for part in _range(low, high, scheme, dtype))
+    s_best, z_best = (part.to(x.dtype) for part in grid_of(low, high, scheme, dtype, least_zero))
     exact = s_best
     for shrink in _SHRINKS:
-        s, z = _range(low * shrink, high * shrink, scheme, dtype)
+        s, z = grid_of(low * shrink, high * shrink, scheme, dtype, least_zero)
         s, z = s.to(x.dtype), z.to(x.dtype)
         if sign is not None:
             s = s * sign

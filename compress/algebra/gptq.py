@@ -98,6 +98,7 @@ class _Task:
     dtype: torch.dtype
     clip: Clip
     signed: bool
+    least_zero: int
     along: Along
     group: int
     """Columns (along the outputs: rows) that share a scale."""
@@ -114,7 +115,8 @@ class _Task:
     def fit(self, x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if keep is not None:
             x = x * keep
-        return fit(x, weight if self.along == "inputs" else None, self.dim, self.scheme, self.dtype, self.clip, self.signed)
+        h = weight if self.along == "inputs" else None
+        return fit(x, h, self.dim, self.scheme, self.dtype, self.clip, self.signed, self.least_zero)
 
 
 def solve(
@@ -126,6 +128,7 @@ def solve(
     *,
     clip: Clip = "mse",
     signed: bool = True,
+    least_zero: int = 0,
     sweeps: int = 1,
     refit: bool = True,
     mask: torch.Tensor | None = None,
@@ -139,7 +142,7 @@ def solve(
     rows, n = w.shape
     inputs = along == "inputs"
     length = n if inputs else rows
-    task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, along, scheme.group or length)
+    task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, least_zero, along, scheme.group or length)
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8)
     scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype)
     zero = torch.empty(scale.shape, dtype=torch.uint8)

@@ -4,7 +4,8 @@ Legend: w [rows, columns]; s scale, z zero point, q code, all per row and group 
 w' = s (q - z). Symmetric: s = absmax / ((2^b - 1) / 2) and z = 2^(b-1), so the grid is
 -2^(b-1) .. 2^(b-1) - 1 and the largest weight errs by at most s/2 (the convention of GPTQ and
 llm-compressor; 19.1 dB on Gaussian weights at 4 bits and groups of 128, where s = absmax / 7 gives 18.6).
-Asymmetric: the range is stretched to include zero, s = (max - min) / (2^b - 1), z = round(-min / s).
+Asymmetric: the range is stretched to include zero, s = (max - min) / (2^b - 1), z = round(-min / s). A format that cannot
+say z = 0 asks for z >= 1; where that cuts the range, s grows until it reaches max again.
 Scales are rounded to the dtype they will be stored in *before* codes are computed, so that what is stored is
 what was rounded against. All-zero groups get s = 1 and the code of zero.
 """
@@ -31,8 +32,12 @@ class Rounded(NamedTuple):
     squared_norm: float
 
 
-def round_to_nearest(w: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: str = "none") -> Rounded:
+def round_to_nearest(
+    w: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: str = "none", least_zero: int = 0
+) -> Rounded:
     """Rounds `w` [rows, columns] to `scheme`; `clip="mse"` searches each group's range for the least squared error.
+
+    `least_zero` is the smallest zero point of asymmetric codes.
 
     A ragged last group is legal here: it has a scale of its own.
     """
@@ -52,7 +57,7 @@ def round_to_nearest(w: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, 
                 continue
             cs = slice(g0 * group, g0 * group + (g1 - g0) * width)
             part = w[rs, cs].to(torch.float32).reshape(-1, g1 - g0, width)
-            s, z = _fit(part, scheme, scale_dtype, clip)
+            s, z = _fit(part, scheme, scale_dtype, clip, least_zero)
             q = _codes(part, s, z, scheme)
             # By way of int16, because torch converts fp32 to uint8 four times slower.
             codes[rs, cs] = q.reshape(q.shape[0], -1).to(torch.int16).to(torch.uint8)
@@ -70,16 +75,16 @@ def _codes(part: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme)
     return torch.div(part, s).round_().add_(z).clamp_(0, scheme.levels - 1)
 
 
-def _fit(part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit(part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, least_zero: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point [rows, groups, 1] in fp32, the scale already on `dtype`'s grid."""
     low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
-    s, z = _range(low, high, scheme, dtype)
+    s, z = grid_of(low, high, scheme, dtype, least_zero)
     if clip == "none":
         return s, z
     best = torch.full_like(s, float("inf"))
     s_best, z_best = s, z
     for shrink in torch.linspace(1.0, 0.3, 57).tolist():
-        s, z = _range(low * shrink, high * shrink, scheme, dtype)
+        s, z = grid_of(low * shrink, high * shrink, scheme, dtype, least_zero)
         error = _codes(part, s, z, scheme).sub_(z).mul_(s).sub_(part).square_().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
@@ -87,17 +92,22 @@ def _fit(part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str) -> t
     return s_best, z_best
 
 
-def _range(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def grid_of(
+    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype, least_zero: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale, on `dtype`'s grid, and zero point of ranges `low` to `high`, all of one shape, in fp32."""
     top = scheme.levels - 1
     if scheme.symmetric:
         span = torch.maximum(low.neg(), high).mul_(2 / top)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
         span = (high - low).div_(top)
+        if least_zero:
+            span = torch.where(low.neg() < (least_zero - 0.5) * span, torch.maximum(span, high / (top - least_zero)), span)
     # The smallest normal number keeps a tiny range from a zero scale; an all-zero range is given the scale one.
     tiny = torch.finfo(dtype).tiny
     s = torch.where(span == 0, torch.ones_like(span), span.clamp(tiny, torch.finfo(dtype).max)).to(dtype).float()
-    z = torch.full_like(s, scheme.middle) if scheme.symmetric else (low.neg() / s).round_().clamp_(0, top)
+    z = torch.full_like(s, scheme.middle) if scheme.symmetric else (low.neg() / s).round_().clamp_(least_zero, top)
     return s, z
 
 

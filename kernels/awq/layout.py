@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.contract import Format, Verdict
 from compress.errors import Refusal
-from compress.facts import State, TensorSpec, Weight
+from compress.facts import Note, State, TensorSpec, Weight
 from compress.kernels.gptq.layout import (
     disk_path,
     flip,
@@ -28,6 +28,7 @@ from compress.kernels.gptq.layout import (
     meanings,
     refuse_place,
     refuse_size,
+    rounded_scales,
     suffixes,
     unsure,
 )
@@ -122,6 +123,9 @@ class Awq(Format):
             "quant_method": "awq", "bits": BITS, "group_size": group or -1, "zero_point": True, "version": "gemm",
             "modules_to_not_convert": [*dense, *heads] or None,
         }  # fmt: skip
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        return rounded_scales(weights)
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         experts = any(w.kind == "expert" and states[w.name].scheme for w in weights)

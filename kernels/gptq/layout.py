@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from compress import __version__
 from compress.contract import Format, Verdict
 from compress.errors import FormatError, Refusal
-from compress.facts import State, TensorSpec, Weight
+from compress.facts import Note, State, TensorSpec, Weight
 from compress.kernels.compressed_tensors.layout import patterns
 from compress.scheme import Scheme
 
@@ -51,6 +51,7 @@ class Gptq(Format):
     """Integer codes of 2, 3, 4 or 8 bits, symmetric or not."""
 
     name = "gptq"
+    least_zero = 1
 
     def refuse(self, weight: Weight, state: State) -> None:
         if state.scheme is not None:
@@ -134,6 +135,9 @@ class Gptq(Format):
         rules = _rules(meant, base)
         return {**found, "dynamic": rules} if rules else found
 
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        return rounded_scales(weights)
+
     def files(self, model: Model, states: dict[str, State]) -> dict[str, str]:
         return {"quantize_config.json": json.dumps(self.config(model, states), indent=2, ensure_ascii=False) + "\n"}
 
@@ -151,6 +155,12 @@ class Gptq(Format):
             _server("sglang", weights, states, schemes),
             _exllamav2(mixed, schemes),
         ]
+
+
+def rounded_scales(weights: Sequence[Weight]) -> list[Note]:
+    """The counted line of scales that fp16 cannot hold exactly."""
+    names = tuple(weight.name for weight in weights if weight.dtype == "F32")
+    return [Note("scales", "fp32 scales rounded to fp16, by at most 2^-11 of their size", names)] if names else []
 
 
 def disk_path(weight: Weight) -> str:

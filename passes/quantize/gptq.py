@@ -90,7 +90,8 @@ class Gptq(QuantizingPass, LinearPass):
         assert scheme is not None
         w = torch.cat([job.value for job in jobs]).float()
         found = solve(
-            w, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed, sweeps=self.sweeps,
+            w, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed,
+            least_zero=self.least_zero, sweeps=self.sweeps,
             mask=w != 0 if jobs[0].after.sparsity is not None else None, along=_along(jobs[0]),
         )  # fmt: skip
         start = 0

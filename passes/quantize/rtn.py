@@ -35,7 +35,7 @@ class Rtn(QuantizingPass, TensorPass):
         assert after.scheme is not None
         assert not isinstance(value, QTensor)
         flat = value.reshape(-1, weight.columns)
-        result = round_to_nearest(flat, after.scheme, value.dtype, self.clip)
+        result = round_to_nearest(flat, after.scheme, value.dtype, self.clip, self.least_zero)
         lead = value.shape[:-1]
         shaped = [None if t is None else t.reshape(*lead, -1) for t in (result.codes, result.scale, result.zero)]
         assert shaped[0] is not None

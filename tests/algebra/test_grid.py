@@ -133,3 +133,23 @@ def test_extreme_magnitudes_stay_finite() -> None:
             found = round_to_nearest(w, Scheme.parse(text), dtype)
             assert bool(found.scale.isfinite().all())
             assert bool((found.scale > 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("clip", ["none", "mse"])
+def test_a_least_zero_point_is_kept_and_costs_only_the_groups_that_need_it(bits: int, clip: str) -> None:
+    scheme = Scheme.parse(f"w{bits}a16g32-asym")
+    w = torch.randn(64, 128)
+    w[:8] = w[:8].abs()
+    free, bound = (round_to_nearest(w, scheme, torch.float32, clip, least) for least in (0, 1))
+    assert free.zero is not None
+    assert bound.zero is not None
+    assert int(free.zero[:8].min()) == 0
+    assert int(bound.zero.min()) >= 1
+    if clip == "none":
+        same = free.zero >= 1
+        assert torch.equal(free.scale[same], bound.scale[same])
+        assert torch.equal(free.zero[same], bound.zero[same])
+        # The largest weight of a group that starts at zero is still reached.
+        value = dequantize(bound.codes, bound.scale, bound.zero, scheme)
+        assert torch.allclose(value[:8].unflatten(1, (4, 32)).amax(-1), w[:8].unflatten(1, (4, 32)).amax(-1), rtol=1e-5)

@@ -14,7 +14,7 @@ import torch
 from compress import model
 from compress.algebra.grid import round_to_nearest
 from compress.checkpoint import open_checkpoint
-from compress.errors import FormatError, Refusal
+from compress.errors import FormatError, RecipeError, Refusal
 from compress.facts import State, Weight
 from compress.kernels.gptq.layout import Gptq, suffixes
 from compress.names import resolve
@@ -216,7 +216,7 @@ def test_config_of_one_scheme(tiny: Path) -> None:
 
 
 def test_config_of_a_scheme_per_channel(tiny: Path) -> None:
-    config = check_rules(planned(tiny, "quantize.rtn(scheme=w8a16-asym) | pack(format=gptq)"))
+    config = check_rules(planned(tiny, "quantize.rtn(scheme=w8a16-asym, least_zero=1) | pack(format=gptq)"))
     assert (config["bits"], config["group_size"], config["sym"]) == (8, -1, False)
 
 
@@ -255,7 +255,7 @@ def test_config_of_mixed_schemes(tiny: Path) -> None:
     ("recipe", "vllm"),
     [
         ("quantize.rtn(scheme=w3a16g32)", "no"),
-        ("quantize.rtn(scheme=w4a16g32-asym)", "no"),
+        ("quantize.rtn(scheme=w4a16g32-asym, least_zero=1)", "no"),
         ("quantize.rtn(scheme=w8a16g16)", "no"),
         ("quantize.rtn(scheme=w8a16)", "yes"),
         ("quantize.rtn(scheme=w4a16g32, skip='re:.*q_proj.*')", "no"),
@@ -289,8 +289,8 @@ def test_suffixes_suffice_or_are_whole_paths() -> None:
 RECIPES = [
     "quantize.rtn(scheme=w4a16g32)",
     "quantize.rtn(scheme=w3a16g32)",
-    "quantize.rtn(scheme=w2a16-asym)",
-    "quantize.rtn(scheme=w8a16-asym, targets=attention) | quantize.rtn(scheme=w4a16g32, skip=attention)",
+    "quantize.rtn(scheme=w2a16-asym, least_zero=1)",
+    "quantize.rtn(scheme=w8a16-asym, least_zero=1, targets=attention) | quantize.rtn(scheme=w4a16g32, skip=attention)",
     "prune.magnitude(sparsity=2:4) | quantize.rtn(scheme=w4a16, skip='re:.*layers.1.*')",
 ]
 
@@ -322,7 +322,12 @@ def test_planned_bytes_and_digests_are_those_written(shard_bytes: int, tiny: Pat
 
 def test_what_cannot_be_said_publishes_nothing(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "m")
+    recipe = "quantize.rtn(scheme=w2a16g8-asym)"
+    with pytest.raises(RecipeError, match="least_zero=1"):
+        run(source, tmp_path / "out", f"{recipe} | pack(format=gptq)")
+    run(source, tmp_path / "codes", recipe)
     with pytest.raises(FormatError, match="zero points from 1 on"):
         # Groups of 8 of 2 bits: some have no negative number.
-        run(source, tmp_path / "out", "quantize.rtn(scheme=w2a16g8-asym) | pack(format=gptq)")
+        run(tmp_path / "codes", tmp_path / "out", "pack(format=gptq)")
     assert not (tmp_path / "out").exists()
+    run(source, tmp_path / "out", f"{recipe[:-1]}, least_zero=1) | pack(format=gptq)")
