@@ -1,8 +1,8 @@
 """Meaning: a checkpoint in any state, seen as the dense weights it means.
 
-Dense, masked, canonical codes or packed, by us or by another tool: `logical` names the same weights, and `dense` reads one of them. Codes are
-expanded by QTensor.dequantize, the one meaning they have, and rounded to the dtype of the weight they were made
-from, as readers do.
+Dense, masked, canonical codes, or packed, by us or by another tool: `logical` names the same weights, and `dense` reads
+one of them. Codes are expanded by QTensor.dequantize, the one meaning they have, and rounded to the dtype of the weight
+they were made from, as readers do.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
 from compress import names, qtensor
 from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
 from compress.facts import State, TensorSpec, Weight
-
-import torch
+from compress.foreign import Foreign, method_of, open_foreign
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compress.contract import Format
-    from compress.foreign import Foreign
     from compress.qtensor import QTensor
 
 
@@ -29,18 +29,14 @@ class Meaning:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        manifest = checkpoint.manifest
-        quantization = checkpoint.config.get("quantization_config") or {}
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        manifest, method = checkpoint.manifest, method_of(checkpoint)
         self.format: Format | None = None
         self.foreign: Foreign | None = None
-        if manifest is not None and manifest.format not in ("canonical", "tokens"):
+        if manifest is not None and manifest.format not in ("canonical", "tokens") and method == manifest.format:
             from compress.kernels.dispatch import load_format
 
             self.format = load_format(manifest.format)()
-        elif quantization and (manifest is None or method != CANONICAL):
-            from compress.foreign import open_foreign
-
+        elif method is not None and not (manifest is not None and method == CANONICAL):
             self.foreign = open_foreign(checkpoint)
 
     @property

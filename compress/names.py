@@ -121,12 +121,10 @@ def place(checkpoint: Checkpoint, logical: dict[str, Logical], model: nn.Module,
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises InputError for a checkpoint that another tool, or our own `pack`, has quantized."""
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is None:
-        return
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-    canonical = method == CANONICAL and checkpoint.manifest is not None and checkpoint.manifest.format == "canonical"
-    if not canonical:
+    from compress.foreign import method_of
+
+    method, manifest = method_of(checkpoint), checkpoint.manifest
+    if method is not None and not (method == CANONICAL and manifest is not None and manifest.format == "canonical"):
         raise InputError(
             str(checkpoint.path), "a dense or canonical checkpoint", f"one that is already quantized ({method})",
             "begin with unpack, or with the model it was made from",

@@ -17,21 +17,23 @@ from compress import qtensor
 from compress.checkpoint import CALIBRATION, CANONICAL, Checkpoint, local_header
 from compress.contract import DataPass, Format, LinearPass, Pass, TrainPass, Verdict, WeightPass
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
-from compress.facts import DENSE, Note, State, TensorSpec, Weight
+from compress.facts import Note, State, TensorSpec, Weight
 from compress.footprint import computing, sweep_bytes, train_bytes
 from compress.kinds import QuantizingPass
-from compress.manifest import NoteRecord
 from compress.meaning import Meaning
 from compress.names import Model
 from compress.recipe import Recipe
 from compress.resolve import resolve
 from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file
+from compress.tally import folded, grouped, shared_notes, trained_by, untouched
 from compress.teacher import teacher_weights
 
 SHARD_BYTES = 5_000_000_000
 INTERPRETER_BYTES = 480 << 20
 """Resident bytes of Python with torch, transformers and one model class imported, measured on Linux x86-64."""
 MAX_WORKERS = 4
+_QUANTIZED = ("quantization_config", "compression_config")
+"""Keys of config.json that say how weights are packed."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ def make_plan(
     dtype: str = "auto",
     meaning: Meaning | None = None,
 ) -> Plan:
-    """Replays facts over all lines; `meaning` is that of a packed source. Raises RecipeError, CoverageError or FormatError with everything that is wrong."""
+    """Replays facts over all lines; `meaning` is that of a packed source.
+
+    Raises RecipeError, CoverageError or FormatError with everything that is wrong.
+    """
     passes = resolve(recipe)
     dropped = frozenset(model.duplicates) if dropped is None else dropped
     weights = [weight for weight in model.weights if weight.name not in dropped]
@@ -159,11 +164,11 @@ def make_plan(
     problems: list[Problem] = []
     verdicts: tuple[Verdict, ...] = ()
     kind: type[CoverageError | FormatError] | None = None
-    shared = _shared_notes(checkpoint, model, dropped)
+    shared = shared_notes(checkpoint, model, dropped)
     written = replace(model, weights=tuple(weights))
     packed_by = ""
     tokens, length = _tokens_of(checkpoint)
-    trained = _trained(checkpoint.manifest.notes if checkpoint.manifest else ())
+    trained = trained_by(checkpoint.manifest.notes if checkpoint.manifest else ())
     for number, pass_ in enumerate(passes, start=1):
         where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
         if packed_by:
@@ -194,11 +199,11 @@ def make_plan(
         skipped.update(step.skipped if step is not None else ())
         if step is not None:
             steps.append(step)
-            trained |= _trained(step.notes)
+            trained |= trained_by(step.notes)
         if fmt is not None:
             verdicts = tuple(fmt.readers(weights, states))
     if kind is not None:
-        raise kind(_folded(problems))
+        raise kind(folded(problems))
     for regex in skips:
         if not any(regex.search(name) for name in skipped):
             raise UsageError(
@@ -274,12 +279,12 @@ def _step(
         return None, wrong, after
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
-    notes = [*pass_.notes(touched, after), *_grouped("skipped", skipped), *shared]
+    notes = [*pass_.notes(touched, after), *grouped("skipped", skipped), *shared]
     notes += fmt.notes(touched, after) if fmt is not None else []
     if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:
-        notes += _grouped("unpacked", {n: p.note for n, p in run.meaning.foreign.weights.items() if p.note})
-    changed = _trained(notes) | run.trained
-    notes += _untouched([weight for weight in weights if weight.name not in changed], after)
+        notes += run.meaning.foreign.notes
+    changed = trained_by(notes) | run.trained
+    notes += untouched([weight for weight in weights if weight.name not in changed], after)
     canonical = fmt is None and any(after[w.name].scheme for w in weights)
     specs = [spec for w in weights for spec in layout_specs(fmt, w, after[w.name])]
     shards = arrange(specs, run.shard_bytes, CANONICAL_STEM if canonical else STEM)
@@ -334,7 +339,9 @@ def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dic
 
     A canonical checkpoint says that it is one, or readers would take missing weights for new ones.
     """
-    content = {key: value for key, value in config.items() if key != "quantization_config"}
+    content = {key: value for key, value in config.items() if key not in _QUANTIZED}
+    if isinstance(text := content.get("text_config"), dict):
+        content["text_config"] = {key: value for key, value in text.items() if key not in _QUANTIZED}
     if fmt is not None:
         content["quantization_config"] = fmt.config(model, states)
     elif any(state.scheme for state in states.values()):
@@ -348,49 +355,3 @@ def _regex(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UsageError(f"--allow-skips '{text}'", "a regular expression", str(error)) from None
-
-
-def _grouped(what: str, reasons: dict[str, str]) -> list[Note]:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
-
-
-def _trained(notes: Sequence[Note | NoteRecord]) -> set[str]:
-    """The weights that a training pass has changed, by its counted lines."""
-    return {name for note in notes if note.what == "trained" for name in note.names}
-
-
-def _untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-    """What stays dense, by kind and tower, so that a reader of the manifest need not guess."""
-    reasons = {}
-    for weight in weights:
-        if states[weight.name] == DENSE:
-            place = f" of {weight.stack}" if weight.stack else ""
-            reasons[weight.name] = f"{weight.kind}{place}"
-    return _grouped("untouched", reasons)
-
-
-def _shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:
-    notes = []
-    if model.unused:
-        notes.append(Note("unused", "tensors that the model does not take; carried along", model.unused))
-    for alias in sorted(dropped):
-        notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
-    if checkpoint.left_behind:
-        notes.append(Note("left behind", "files of other kinds, and folders", checkpoint.left_behind))
-    return notes
-
-
-def _folded(problems: list[Problem]) -> list[Problem]:
-    """Problems with one reason become one message that names the first weights and counts the rest."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for problem in problems:
-        place, _, name = problem.where.rpartition(": ")
-        groups.setdefault((place, problem.got, problem.do), []).append(name)
-    folded = []
-    for (place, got, do), names in groups.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        folded.append(Problem(f"{place}: {', '.join(names[:3])}{more}", "", got, do))
-    return folded

@@ -78,7 +78,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "architectures as one text": (lambda m: edit_config(m, architectures="LlamaForCausalLM", model_type="gpt2"), "architectures"),
     "no blocks": (lambda m: edit_config(m, num_hidden_layers=0), "num_hidden_layers"),
     "a million blocks": (lambda m: edit_config(m, num_hidden_layers=1_000_000), "num_hidden_layers"),
-    "quantized in an unknown way": (lambda m: edit_config(m, quantization_config="4bit"), "already quantized"),
+    "quantized in an unknown way": (lambda m: edit_config(m, quantization_config="4bit"), "an object in quantization_config"),
     "unknown model type": (lambda m: edit_config(m, model_type="lama"), "did you mean"),
     "remote code": (lambda m: edit_config(m, model_type="mystery", auto_map={"AutoModel": "evil.Model"}), "is not run"),
     "class of another model": (lambda m: edit_config(m, architectures=["GPT2LMHeadModel"]), "architectures"),

@@ -1,0 +1,111 @@
+"""FP8 checkpoints with block scales, as DeepSeek and transformers write: dense.
+
+    NAME             float8_e4m3fn [out, in], or [experts, ., .] for fused experts
+    NAME_scale_inv   fp32, E8M0 or its bytes [ceil(out / 128), ceil(in / 128)]; one value where weight_block_size is null
+DeepSeek-V4 calls a scale `.scale`, Mistral `.qscale_weight`, an embedding `.weight_scale`. Experts may be pairs of
+E2M1 in int8 [out, in / 2] with E8M0 scales [out, in / 32] (`expert_dtype: fp4`).
+w = weight * scale in fp32, rounded once to the dtype of the model, as DeepSeek's weight_dequant and transformers'
+Fp8Dequantize do. Blocks are those of weight_block_size, where last ones may be cut short, if the grid of scales
+fits them; else, as in transformers, what divides the weight into the grid. Scales of activations are dropped.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.checkpoint import torch_dtype
+from compress.facts import Note
+from compress.foreign.floats import e8m0, pairs, spread
+from compress.foreign.packed import Foreign, Packed, Reader, Stored
+from compress.foreign.words import by_rows
+
+if TYPE_CHECKING:
+    from compress.shards import TensorRef
+
+_F8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_FP4 = frozenset({"I8"})
+_SCALES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
+_SCALE_NAMES = ("_scale_inv", "_scale")
+_MODULE_SCALES = (".scale", ".qscale_weight")
+_DROPPED = ("activation_scale", "input_scale", "qscale_act")
+_NOTE = "no scheme here has floats of 8 bits, so it is dense"
+_NOTE_FP4 = "no scheme here has floats of 4 bits, so it is dense"
+
+
+def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
+    """Every tensor of small floats with its scale. Raises InputError."""
+    block = config.get("weight_block_size")
+    if block is not None and (
+        not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)
+    ):
+        raise stored.bad_config("weight_block_size of two numbers above 0, or null", block)
+    pair = (block[0], block[1]) if block else None
+    names = [name for name, ref in stored.refs.items() if ref.dtype in _F8]
+    names += [name for name, ref in stored.refs.items() if ref.dtype in _FP4 and len(ref.shape) > 1 and _scale(stored, name)]
+    weights = stored.gather(names, lambda name: _weight(stored, name, pair))
+    # `up_proj.activation_scale` of `up_proj.weight`, `gate_up_proj_activation_scale` of `gate_up_proj`.
+    owners = [name.removesuffix("weight") if name.endswith(".weight") else f"{name}_" for name in weights]
+    dropped = [name for owner in owners for part in _DROPPED if (name := owner + part) in stored.refs]
+    notes = [Note("dropped", "scales of activations: the weights are read alone", tuple(dropped))] if dropped else []
+    return stored.foreign(weights, dropped, notes)
+
+
+def _scale(stored: Stored, name: str) -> str:
+    """The name of a weight's scale, empty where it has none."""
+    module, _, attribute = name.rpartition(".")
+    names = [name + suffix for suffix in _SCALE_NAMES]
+    names += [module + suffix for suffix in _MODULE_SCALES] if attribute == "weight" else []
+    return next((found for found in names if found in stored.refs), "")
+
+
+def _weight(stored: Stored, name: str, block: tuple[int, int] | None) -> Packed:
+    weight = stored.refs[name]
+    scale = stored.ref(_scale(stored, name) or f"{name}_scale_inv", _SCALES)
+    if len(weight.shape) not in (2, 3):
+        raise stored.bad(name, "two dimensions, or three for experts", f"shape {list(weight.shape)}")
+    fp4 = weight.dtype in _FP4
+    shape = (*weight.shape[:-1], weight.shape[-1] * 2) if fp4 else weight.shape
+    sizes = _blocks(stored, scale, shape, None if fp4 else block)
+    dtype = stored.dense_dtype(scale.dtype)
+    read = partial(_read, weight=name, scale=scale.name, shape=shape, block=sizes, dtype=torch_dtype(dtype))
+    return Packed(name, dtype, shape, None, (name, scale.name), read, _NOTE_FP4 if fp4 else _NOTE)
+
+
+def _blocks(stored: Stored, scale: TensorRef, shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    rows, columns = shape[-2:]
+    lead, grid = shape[:-2], scale.shape
+    if grid in ((), (1,)):
+        grid = (*(1 for _ in lead), 1, 1)
+        if lead not in ((), (1,)):
+            raise stored.bad(scale.name, f"scales of {lead[0]} experts", str(list(scale.shape)))
+    if block and grid == (*lead, -(-rows // block[0]), -(-columns // block[1])):
+        return block
+    if len(grid) == len(shape) and grid[:-2] == lead and min(grid[-2:]) and not (rows % grid[-2] or columns % grid[-1]):
+        return rows // grid[-2], columns // grid[-1]
+    expected = f"a grid of blocks {list(block) if block else 'that divide it'} over {list(shape)}"
+    raise stored.bad(scale.name, expected, str(list(scale.shape)))
+
+
+def _read(
+    reader: Reader, *, weight: str, scale: str, shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    rows, columns = shape[-2:]
+    packed, s = reader(weight), reader(scale)
+    s = e8m0(s) if s.dtype == torch.uint8 else s.float()
+    s = s.reshape(-1, -(-rows // block[0]), -(-columns // block[1]))
+    matrices = packed.reshape(-1, *packed.shape[-2:])
+    out = torch.empty(len(matrices), rows, columns, dtype=dtype)
+    for i in range(len(matrices)):
+        out[i] = by_rows((rows, columns), dtype, partial(_piece, matrices[i], s[i], block, columns), block[0])
+    return out.reshape(shape)
+
+
+def _piece(matrix: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], columns: int, rows: slice) -> torch.Tensor:
+    """Some rows, from the start of a block, in fp32."""
+    values = pairs(matrix[rows]) if matrix.dtype == torch.int8 else matrix[rows].float()
+    grid = scale[rows.start // block[0] : -(-rows.stop // block[0])]
+    return values * spread(grid, block, len(values), columns)

@@ -1,0 +1,59 @@
+"""Tally: counted lines, of a plan and of its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.checkpoint import Checkpoint
+from compress.errors import Problem
+from compress.facts import DENSE, Note, State, Weight
+from compress.manifest import NoteRecord
+from compress.names import Model
+
+
+def grouped(what: str, reasons: dict[str, str]) -> list[Note]:
+    """A counted line for each reason, of names and their reasons."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
+
+
+def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
+    """The weights that a training pass has changed, by its counted lines."""
+    return {name for note in notes if note.what == "trained" for name in note.names}
+
+
+def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+    """What stays dense, by kind and tower, so that a reader of the manifest need not guess."""
+    reasons = {}
+    for weight in weights:
+        if states[weight.name] == DENSE:
+            place = f" of {weight.stack}" if weight.stack else ""
+            reasons[weight.name] = f"{weight.kind}{place}"
+    return grouped("untouched", reasons)
+
+
+def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:
+    """Counted lines that hold for every step over a checkpoint."""
+    notes = []
+    if model.unused:
+        notes.append(Note("unused", "tensors that the model does not take; carried along", model.unused))
+    for alias in sorted(dropped):
+        notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
+    if checkpoint.left_behind:
+        notes.append(Note("left behind", "files of other kinds, and folders", checkpoint.left_behind))
+    return notes
+
+
+def folded(problems: list[Problem]) -> list[Problem]:
+    """Problems with one reason become one message that names the first weights and counts the rest."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        place, _, name = problem.where.rpartition(": ")
+        groups.setdefault((place, problem.got, problem.do), []).append(name)
+    found = []
+    for (place, got, do), names in groups.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        found.append(Problem(f"{place}: {', '.join(names[:3])}{more}", "", got, do))
+    return found
