@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 
 class Meaning:
-    """Raises InputError for a packed checkpoint that cannot be read."""
+    """Raises InputError for a packed checkpoint that cannot be read.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    Some readers multiply by what codes mean as it is: `rounded` is False for what they compute, fp32 whatever is stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rounded: bool = True) -> None:
+        self.checkpoint, self.rounded = checkpoint, rounded
         manifest, method = checkpoint.manifest, method_of(checkpoint)
         self.format: Format | None = None
         self.foreign: Foreign | None = None
@@ -120,7 +123,11 @@ class Meaning:
                 return found
             return self.checkpoint.read(name)
         weight, _ = self.weights[name]
-        return qtensor.as_matrix(weight, q.dequantize()).to(torch_dtype(weight.dtype)).contiguous()
+        return qtensor.as_matrix(weight, q.dequantize()).to(self.dtype_of(weight)).contiguous()
+
+    def dtype_of(self, weight: Weight) -> torch.dtype:
+        """What a weight in codes is rounded to when it is expanded."""
+        return torch_dtype(weight.dtype) if self.rounded else torch.float32
 
     def resolve(self, model: nn.Module) -> names.Model:
         """The place of every weight in `model`. Raises InputError with everything that does not fit."""

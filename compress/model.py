@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress import names
-from compress.checkpoint import Checkpoint, torch_dtype
+from compress.checkpoint import Checkpoint
 from compress.meaning import Meaning
 from compress.qlinear import QLinear, with_codes
 from compress.qtensor import QTensor
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
-    """A model in eval mode, computing in `dtype`. Raises InputError for a foreign quantized checkpoint."""
-    model: PreTrainedModel = filled(checkpoint, dtype).module
+def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True) -> PreTrainedModel:
+    """A model in eval mode, computing in `dtype`. Raises InputError for a packed checkpoint that cannot be read.
+
+    Without `rounded`, codes in an fp32 model mean what they are, not rounded to the dtype that they were made from.
+    """
+    model: PreTrainedModel = filled(checkpoint, dtype, rounded).module
     if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -34,9 +37,9 @@ def build(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
     return model
 
 
-def filled(checkpoint: Checkpoint, dtype: str) -> Skeleton:
+def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True) -> Skeleton:
     """A skeleton with everything in its place for good."""
-    skeleton = Skeleton(Meaning(checkpoint), getattr(torch, dtype))
+    skeleton = Skeleton(Meaning(checkpoint, rounded), getattr(torch, dtype))
     _Loader(skeleton).load()
     _as_transformers_has_it(skeleton)
     return skeleton
@@ -87,7 +90,7 @@ class _Loader:
             weight, _ = self.meaning.weights[name]
             q = self.meaning.qtensor(name)
             assert q is not None
-            self.place(module, q, torch_dtype(weight.dtype))
+            self.place(module, q, self.meaning.dtype_of(weight))
 
     def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
         """Codes instead of the dense weight, which tells the dtype that this module computes in."""

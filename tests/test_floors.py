@@ -18,7 +18,7 @@ FLOORS = {
     1: "shards checkpoint writer qtensor source corpus algebra picture foreign",
     2: "contract kinds names mapping meaning skeleton experts journey batches footprint parking traveller sweep qlinear kernels intake stream forward model train",
     3: "passes",
-    4: "discover resolve tally plan places pipeline windows measure stages difference sample teacher account entry readers demo recipes compress",
+    4: "discover resolve tally plan places pipeline windows measure stages difference sample teacher account entry readers verify demo recipes compress",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

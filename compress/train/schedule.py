@@ -20,7 +20,7 @@ class Schooling:
     """Samples of one forward of one process."""
     lr: float = 1e-4
     """Of AdamW, for weights."""
-    scale_lr: float = 1e-3
+    scale_lr: float = 5e-3
     """For scales of codes, as a share of each scale."""
     curve: Curve = "cosine"
     warmup: float = 0.05

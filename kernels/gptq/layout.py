@@ -148,7 +148,7 @@ class Gptq(Format):
         experts = any(w.kind == "expert" and states[w.name].scheme for w in weights)
         odd = sorted(str(s) for s in schemes if s.group not in (None, 16, 32, 64, 128, 256, 512, 1024))
         return [
-            _auto_gptq(mixed, partial),
+            _auto_gptq(mixed, partial, tied=not any(w.kind == "head" for w in weights)),
             _gptqmodel(mixed, experts, odd, unsure(weights, states)),
             _transformers(mixed, experts, odd, unsure(weights, states)),
             _server("vllm", weights, states, schemes),
@@ -310,11 +310,13 @@ def _rules(meant: dict[str, Scheme | None], base: Scheme) -> dict[str, dict[str,
     return rules
 
 
-def _auto_gptq(mixed: bool, partial: bool) -> Verdict:
+def _auto_gptq(mixed: bool, partial: bool, tied: bool) -> Verdict:
     if mixed:
         return Verdict("auto-gptq", "no", "one scheme for all layers")
     if partial:
         return Verdict("auto-gptq", "no", "it replaces all linears of a family, and loses those that are dense without a word")
+    if tied:
+        return Verdict("auto-gptq", "no", "it loads embeddings that are the head as well as zeros, without a word")
     return Verdict("auto-gptq", "yes", "0.7.1 with transformers 4.46, for the families that it lists; run on Llama and Mixtral")
 
 

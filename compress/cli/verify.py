@@ -1,0 +1,117 @@
+"""`compress verify`: an artifact's bytes, what they mean, and what a reader makes of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli import options
+from compress.cli.guard import guarded
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.checkpoint import Checkpoint
+    from compress.verify import Bytes, Reading
+
+TOKENS, WINDOW = 256, 64
+
+
+def register(app: typer.Typer) -> None:
+    app.command("verify")(verb)
+
+
+@guarded
+def verb(
+    artifact: Annotated[
+        Path, typer.Argument(help="An artifact, or a checkpoint in any state.", metavar="ART", show_default=False)
+    ],
+    reader: Annotated[
+        list[str] | None,
+        typer.Option("--reader", metavar="NAME", help="transformers, auto-gptq, gptqmodel, peft or ours; may be repeated."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="Text to compare logits on; token ids drawn by a seed without it."),
+    ] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="The model below an adapter.")] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="What readers compute in; auto is their own.")
+    ] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check hashes, decode every tensor, and compare a reader's logits with what the artifact means.
+
+    A reader that cannot live beside this transformers runs in an environment of its own, built once under the user's cache
+    (COMPRESS_CACHE moves it).
+    """
+    from compress.contract import Context
+    from compress.errors import UsageError
+    from compress.readers import reader_named
+    from compress.source import open_source
+    from compress.verify import read_with, verify_bytes
+
+    for name in reader or ():
+        reader_named(name)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError("--dtype", "auto, float32, bfloat16 or float16", f"'{dtype}'")
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    checkpoint = open_source(str(base or artifact))
+    found = verify_bytes(checkpoint, Context())
+    if not json_:
+        show_bytes(found)
+    ids = tokens(checkpoint, data) if reader else None
+    readings = []
+    for name in reader or ():
+        assert ids is not None
+        readings.append(read_with(name, artifact, ids, tell, base, dtype))
+        if not json_:
+            show_reading(readings[-1])
+    if json_:
+        print(json.dumps({"bytes": asdict(found), "readers": [facts(reading) for reading in readings]}, ensure_ascii=False))
+
+
+def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:
+    """What logits are compared on, [samples, length]."""
+    import torch
+
+    if data is not None:
+        from compress.windows import token_windows
+
+        return token_windows(checkpoint.path, data, WINDOW, TOKENS)
+    text: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(0, int(text["vocab_size"]), (TOKENS // WINDOW, WINDOW), generator=drawn)
+
+
+def facts(reading: Reading) -> dict[str, Any]:
+    """A reading as JSON."""
+    return {**asdict(reading), "equal": reading.equal}
+
+
+def show_bytes(found: Bytes) -> None:
+    """The first two questions' answers."""
+    named = "as manifest.json names them" if found.named else "no manifest to compare them with"
+    print(f"bytes:    {found.tensors} tensors, {named}")
+    print(f"decodes:  {found.decoded} packed weights, all finite" if found.decoded else "decodes:  nothing is packed")
+    for reason, count in found.corrected:
+        print(f"note:     {count} weights: {reason}")
+
+
+def show_reading(reading: Reading) -> None:
+    """The third question's answer."""
+    versions = ", ".join(f"{name} {version}" for name, version in reading.versions.items())
+    print(f"reader:   {reading.reader} ({versions})")
+    for note in reading.notes:
+        print(f"note:     {note}")
+    how = f"largest difference {reading.difference:.3g} of {reading.largest:.3g}, KL {reading.kl:.2g}"
+    print(f"logits:   equal up to rounding in {reading.dtype}: {how}, same top-1 {reading.top1:.1%}, {reading.tokens} tokens")
