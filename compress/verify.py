@@ -1,4 +1,4 @@
-"""Verify: an artifact's bytes, what they decode to, and what its reader makes of it.
+"""Verify: an artifact's bytes, what they decode to, what its reader computes.
 
 Three questions, each worth nothing without the one before. Are the bytes those that the manifest names? Does every tensor
 decode to numbers, with the zeros it promises, and does what config.json alone says of them mean the same as what our
@@ -127,7 +127,7 @@ def read_with(
         stored = config.get("dtype") or config.get("torch_dtype")
         dtype = readers.reader_named(reader).dtype or (stored if stored in _ROUNDING else "float32")
     theirs = readers.logits(reader, artifact, ids, tell, base, dtype, timeout_seconds)
-    ours = readers.logits("ours", base or artifact, ids, tell, None, dtype).logits
+    ours = readers.logits("ours", artifact, ids, tell, base, dtype).logits
     p, q = ours.log_softmax(-1), theirs.logits.log_softmax(-1)
     found = Reading(
         reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel(),

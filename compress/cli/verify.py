@@ -1,4 +1,4 @@
-"""`compress verify`: an artifact's bytes, what they mean, and what a reader makes of them."""
+"""`compress verify`: an artifact's bytes, their meaning, and its readers."""
 
 from __future__ import annotations
 
@@ -61,6 +61,8 @@ def verb(
         reader_named(name)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError("--dtype", "auto, float32, bfloat16 or float16", f"'{dtype}'")
+    if base is None and (artifact / "adapter_config.json").is_file():
+        raise UsageError("--base", "the directory of the model below this adapter", "none")
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr)

@@ -111,7 +111,7 @@ READERS: dict[str, Reader] = {
     "gptqmodel": Reader(
         ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
     ),
-    "peft": Reader(("peft",), "probe_peft.py", None, (*_BESIDE, "peft"), ("peft",), needs_base=True),
+    "peft": Reader(("peft",), "probe_peft.py", None, (*_BESIDE, "peft"), ("peft",), needs_base=True, dtype="float32"),
     "ours": Reader((), packages=("compress-llm", "torch", "transformers")),
 }
 
@@ -138,13 +138,13 @@ def logits(
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
     """
     who = reader_named(reader)
-    _there(artifact, "adapter_config.json" if who.needs_base else "config.json")
+    _there(artifact, "adapter_config.json" if base is not None or who.needs_base else "config.json")
     if who.needs_base:
         if base is None:
             raise InputError(str(artifact), "the base model of this adapter", "none", "give its directory")
         _there(base, "config.json")
     if not who.probe:
-        return _our_own(who, artifact, ids, dtype)
+        return _our_own(who, artifact, ids, dtype, base)
     if who.environment is not None:
         python = ensure(who.environment(), tell)
         held = packages(python)
@@ -163,16 +163,20 @@ def _there(folder: Path, file: str) -> None:
         raise InputError(str(folder), f"a directory with {file}", "no such file" if folder.is_dir() else "no such directory")
 
 
-def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str) -> Reading:
+def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None) -> Reading:
+    """Our own reading, of an adapter on its base where there is one."""
     import importlib.metadata
 
     import torch
 
     from compress.checkpoint import open_checkpoint
     from compress.model import build
+    from compress.readers.adapter import add_adapter
 
     # Readers multiply by what codes mean as it is.
-    model = build(open_checkpoint(artifact), dtype, rounded=False)
+    model = build(open_checkpoint(base or artifact), dtype, rounded=False)
+    if base is not None:
+        add_adapter(model, artifact)
     with torch.inference_mode():
         rows = [model(input_ids=row[None], use_cache=False).logits.float() for row in ids]
     versions = {}

@@ -197,3 +197,25 @@ def test_auto_gptq_reads_what_auto_gptq_packed(auto_gptq: Path, tmp_path: Path, 
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(FormatError, match=r"up_proj\.qzeros"):
         readers.logits("auto-gptq", tmp_path / "gptq", IDS, quiet)
+
+
+def test_peft_reads_an_adapter_as_we_do(tmp_path: Path) -> None:
+    """Alphas of their own, and an adapter that changes the logits."""
+    from peft import LoraConfig, get_peft_model
+
+    from compress.verify import read_with
+
+    base = dense_llama(tmp_path / "base")
+    before = logits_of(base)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], alpha_pattern={"down_proj": 3}))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = read_with("peft", tmp_path / "adapter", IDS, quiet, tmp_path / "base")
+    assert found.equal
+    ours = readers.logits("ours", tmp_path / "adapter", IDS, quiet, tmp_path / "base")
+    assert float((ours.logits - before).abs().max()) > 0.05
+    with pytest.raises(InputError, match="base model"):
+        readers.logits("peft", tmp_path / "adapter", IDS, quiet)
