@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
@@ -58,6 +58,8 @@ def pair(tokens: int = 6, columns: int = 11, spread: float = 2.0) -> tuple[torch
 )
 def test_it_is_the_definition(kind: Kind, temperature: float, mix: float, k: int, logits: list[tuple[float, float]]) -> None:
     how = Divergence(kind, temperature, mix, k if kind == "forward" else 0)
+    # Which of equals are the likeliest is nobody's business.
+    assume(not how.top_k or len({round(x, 3) for x, _ in logits}) == len(logits))
     p, q = torch.tensor(logits, dtype=torch.float64).T.unsqueeze(1)
     found = divergence(p, q, how)
     assert found.dtype == torch.float64
