@@ -122,12 +122,15 @@ def read_with(
     """
     from compress import readers
 
+    config = read_json((base or artifact) / "config.json")
     if dtype == "auto":
-        config = read_json((base or artifact) / "config.json")
         stored = config.get("dtype") or config.get("torch_dtype")
         dtype = readers.reader_named(reader).dtype or (stored if stored in _ROUNDING else "float32")
     theirs = readers.logits(reader, artifact, ids, tell, base, dtype, timeout_seconds)
-    ours = readers.logits("ours", artifact, ids, tell, base, dtype).logits
+    # Readers multiply by what codes mean as it is, unless they expand them while they load.
+    quantization = config.get("quantization_config")
+    rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
+    ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded).logits
     p, q = ours.log_softmax(-1), theirs.logits.log_softmax(-1)
     found = Reading(
         reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel(),

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 @guarded
 def verb(
     artifact: Annotated[
-        Path, typer.Argument(help="An artifact, or a checkpoint in any state.", metavar="ART", show_default=False)
+        str, typer.Argument(help="An artifact, or a checkpoint in any state.", metavar="ART", show_default=False)
     ],
     reader: Annotated[
         list[str] | None,
@@ -39,7 +39,7 @@ def verb(
         str | None,
         typer.Option("--data", metavar="FILE", help="Text to compare logits on; token ids drawn by a seed without it."),
     ] = None,
-    base: Annotated[Path | None, typer.Option("--base", help="The model below an adapter.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The model below an adapter.")] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="What readers compute in; auto is their own.")
     ] = "auto",
@@ -61,13 +61,15 @@ def verb(
         reader_named(name)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError("--dtype", "auto, float32, bfloat16 or float16", f"'{dtype}'")
-    if base is None and (artifact / "adapter_config.json").is_file():
+    if base is None and (Path(artifact) / "adapter_config.json").is_file():
         raise UsageError("--base", "the directory of the model below this adapter", "none")
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
-    checkpoint = open_source(str(base or artifact))
+    checkpoint = open_source(base or artifact)
+    below = checkpoint.path if base is not None else None
+    place = Path(artifact) if base is not None else checkpoint.path
     found = verify_bytes(checkpoint, Context())
     if not json_:
         show_bytes(found)
@@ -75,7 +77,7 @@ def verb(
     readings = []
     for name in reader or ():
         assert ids is not None
-        readings.append(read_with(name, artifact, ids, tell, base, dtype))
+        readings.append(read_with(name, place, ids, tell, below, dtype))
         if not json_:
             show_reading(readings[-1])
     if json_:

@@ -2,7 +2,7 @@
 
 Of the targets that match a module, an exact name is taken before a regex (`re:`, from the start; the first in the
 alphabet) and that before a class. Classes are not known from headers: names that speak of an embedding take the
-target Embedding, all others the other ones. Tensors, not `ignore`, tell what is quantized.
+target Embedding, all others the other ones. Tensors tell what is quantized; one that `ignore` speaks of no reader finds.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Targets:
     regexes: tuple[tuple[re.Pattern[str], Arguments], ...]
     classes: tuple[tuple[str, Arguments], ...]
     every: frozenset[Arguments]
+    ignored: tuple[tuple[str, re.Pattern[str] | None], ...]
     caches: bool
     """Whether attention has scales of its own: for the KV cache, or in a group without weights."""
 
@@ -81,10 +82,13 @@ class Targets:
         classes = tuple((target, args) for target, args in pairs if not target.startswith("re:") and "." not in target)
         compiled = tuple((_compiled(stored, target), args) for target, args in regexes)
         caches = bool(config.get("kv_cache_scheme")) or not all(group.get("weights") for group in groups.values())
-        return cls(exact, compiled, classes, frozenset(args for _, args in pairs), caches)
+        return cls(exact, compiled, classes, frozenset(args for _, args in pairs), _ignored(stored, config), caches)
 
     def of(self, stored: Stored, module: str) -> Arguments:
         """The arguments of one module. Raises InputError where no group speaks of it."""
+        for name, pattern in self.ignored:
+            if name == module or (pattern is not None and pattern.match(module)):
+                raise stored.bad_config(f"{module}, which is packed, outside of ignore", f"'{name}'")
         if module in self.exact:
             return self.exact[module]
         for regex, args in self.regexes:
@@ -123,6 +127,13 @@ def _group(stored: Stored, name: str, group: Any, top: Any) -> list[tuple[str, A
         return []
     args = _arguments(stored, name, group, kind)
     return [(target, args) for target in targets]
+
+
+def _ignored(stored: Stored, config: dict[str, Any]) -> tuple[tuple[str, re.Pattern[str] | None], ...]:
+    names = config.get("ignore") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise stored.bad_config("a list of names in ignore", names)
+    return tuple((name, _compiled(stored, name) if name.startswith("re:") else None) for name in names)
 
 
 def _compiled(stored: Stored, target: str) -> re.Pattern[str]:

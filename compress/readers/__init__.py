@@ -131,10 +131,12 @@ def logits(
     base: Path | None = None,
     dtype: str = "float32",
     timeout_seconds: float = 3600,
+    rounded: bool = False,
 ) -> Reading:
     """The reader's logits for `ids`, int64 [samples, length]; `dtype` is what its model computes in.
 
-    `base` is the model below an adapter. Raises UsageError, InputError for a folder that is no artifact, MachineError for an
+    `base` is the model below an adapter; `rounded` is for ours: codes mean what is left of them in the dtype they were made
+    from. Raises UsageError, InputError for a folder that is no artifact, MachineError for an
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
     """
     who = reader_named(reader)
@@ -144,7 +146,7 @@ def logits(
             raise InputError(str(artifact), "the base model of this adapter", "none", "give its directory")
         _there(base, "config.json")
     if not who.probe:
-        return _our_own(who, artifact, ids, dtype, base)
+        return _our_own(who, artifact, ids, dtype, base, rounded)
     if who.environment is not None:
         python = ensure(who.environment(), tell)
         held = packages(python)
@@ -153,9 +155,20 @@ def logits(
         if absent := [name for name in who.modules if find_spec(name) is None]:
             do = "pip install 'compress-llm[readers]'"
             raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
+    method = _method(artifact) if who.formats and not who.needs_base else None
+    if method is not None and method not in who.formats:
+        raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
     tell(f"{reader} reads {artifact.name}")
     with tempfile.TemporaryDirectory(prefix="compress-reader-") as scratch:
         return _probe(reader, python, artifact, base, ids, dtype, Path(scratch), timeout_seconds, held)
+
+
+def _method(artifact: Path) -> str | None:
+    """How an artifact is quantized, None if it is not."""
+    from compress.checkpoint import open_checkpoint
+    from compress.foreign import method_of
+
+    return method_of(open_checkpoint(artifact))
 
 
 def _there(folder: Path, file: str) -> None:
@@ -163,7 +176,7 @@ def _there(folder: Path, file: str) -> None:
         raise InputError(str(folder), f"a directory with {file}", "no such file" if folder.is_dir() else "no such directory")
 
 
-def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None) -> Reading:
+def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool) -> Reading:
     """Our own reading, of an adapter on its base where there is one."""
     import importlib.metadata
 
@@ -173,8 +186,7 @@ def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: P
     from compress.model import build
     from compress.readers.adapter import add_adapter
 
-    # Readers multiply by what codes mean as it is.
-    model = build(open_checkpoint(base or artifact), dtype, rounded=False)
+    model = build(open_checkpoint(base or artifact), dtype, rounded)
     if base is not None:
         add_adapter(model, artifact)
     with torch.inference_mode():
