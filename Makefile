@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo test slow readers gpu bench lint types wheel demo-model clean
+.PHONY: demo test slow readers formats gpu bench lint types wheel demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -25,6 +25,10 @@ slow: $(VENV)/test
 # Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test
 	$(BIN)/python -m pytest -q -m slow tests/readers $(ARGS)
+
+# Every width, symmetry and format on some models: make formats MODELS="A B" ARGS=--gptqmodel
+formats: $(VENV)/test
+	$(BIN)/python tests/benchmarks/formats.py $(MODELS) $(ARGS)
 
 # No test needs a GPU yet; pytest's status 5 says that none ran.
 gpu: $(VENV)/test

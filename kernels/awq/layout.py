@@ -133,15 +133,18 @@ class Awq(Format):
         open_ = unsure(weights, states)
         transformers = Verdict("transformers", "yes", "by its source, not run; needs gptqmodel and accelerate")
         vllm = Verdict("vllm", "yes", "by its source, not run; compute capability 7.5 and up")
+        model = Verdict("gptqmodel", "yes", "7.5.0, for the families that it lists; run on Llama")
         if experts:
+            model = Verdict("gptqmodel", "no", "it does not find the experts by their names on disk, and computes NaN")
             transformers = Verdict("transformers", "no", "it fuses experts while loading and finds no dense ones")
         elif open_:
+            model = Verdict("gptqmodel", "unknown", open_)
             transformers = Verdict("transformers", "unknown", open_)
         if open_ or not groups <= {None, 32, 64, 128}:
             vllm = Verdict("vllm", "unknown", open_ or "groups other than 32, 64, 128")
         return [
             Verdict("auto-awq", "unknown", "for the families that it lists; not run"),
-            Verdict("gptqmodel", "unknown", "for the families that it lists; not run"),
+            model,
             transformers,
             vllm,
             Verdict("sglang", "unknown", "by the documentation of GPTQModel; not run"),

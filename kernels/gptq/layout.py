@@ -149,7 +149,7 @@ class Gptq(Format):
         odd = sorted(str(s) for s in schemes if s.group not in (None, 16, 32, 64, 128, 256, 512, 1024))
         return [
             _auto_gptq(mixed, partial, tied=not any(w.kind == "head" for w in weights)),
-            _gptqmodel(mixed, experts, odd, unsure(weights, states)),
+            _gptqmodel(schemes, experts, odd, unsure(weights, states)),
             _transformers(mixed, experts, odd, unsure(weights, states)),
             _server("vllm", weights, states, schemes),
             _server("sglang", weights, states, schemes),
@@ -320,12 +320,16 @@ def _auto_gptq(mixed: bool, partial: bool, tied: bool) -> Verdict:
     return Verdict("auto-gptq", "yes", "0.7.1 with transformers 4.46, for the families that it lists; run on Llama and Mixtral")
 
 
-def _gptqmodel(mixed: bool, experts: bool, odd: list[str], open_: str) -> Verdict:
+def _gptqmodel(schemes: set[Scheme], experts: bool, odd: list[str], open_: str) -> Verdict:
     if odd:
         return Verdict("gptqmodel", "no", f"groups that it does not list: {', '.join(odd)}")
-    if mixed or experts or open_:
-        return Verdict("gptqmodel", "unknown", "by its `dynamic` rules; not run" if mixed else open_ or "experts: not run")
-    return Verdict("gptqmodel", "yes", "by its source, not run; for the families that it lists")
+    if any(not scheme.symmetric for scheme in schemes):
+        return Verdict("gptqmodel", "no", "it takes asymmetric codes of this version from its own quantizer only")
+    if experts:
+        return Verdict("gptqmodel", "no", "it looks for experts by other names than those on disk")
+    if len(schemes) > 1 or open_:
+        return Verdict("gptqmodel", "unknown", "by its `dynamic` rules; not run" if len(schemes) > 1 else open_)
+    return Verdict("gptqmodel", "yes", "7.5.0, for the families that it lists; run on Llama")
 
 
 def _transformers(mixed: bool, experts: bool, odd: list[str], open_: str) -> Verdict:

@@ -139,7 +139,7 @@ def test_config_of_one_scheme(scheme: str, tiny: Path) -> None:
         "modules_to_not_convert": ["lm_head"],
     }  # fmt: skip
     assert verdicts(plan) == {
-        "auto-awq": "unknown", "gptqmodel": "unknown", "transformers": "yes", "vllm": "yes", "sglang": "unknown",
+        "auto-awq": "unknown", "gptqmodel": "yes", "transformers": "yes", "vllm": "yes", "sglang": "unknown",
     }  # fmt: skip
 
 
