@@ -108,8 +108,10 @@ class TrainingPass(TrainPass):
     epochs: int = Field(1, ge=1, description="how often each sample is seen")
     batch: int = Field(16, ge=1, description="samples of an optimizer step, over all processes")
     micro_batch: int = Field(4, ge=1, description="samples of one forward of one process")
-    lr: float = Field(1e-4, ge=0, description="highest learning rate of weights")
-    scale_lr: float = Field(5e-3, ge=0, description="highest learning rate of the scales of codes, as a share of each scale")
+    lr: float = Field(1e-4, ge=0, le=1e30, description="highest learning rate of weights")
+    scale_lr: float = Field(
+        5e-3, ge=0, le=1e30, description="highest learning rate of the scales of codes, as a share of each scale"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     final: float = Field(0.0, ge=0, le=1, description="what the learning rate falls to, as a share of the highest")

@@ -219,7 +219,12 @@ class _Run:
             after = self.step.after[weight.name]
             if after.sparsity is not None:
                 check_mask(weight, after.sparsity, parts[weight.name] if after.scheme is None else decode(weight, after, parts))
-            self.writer.record(weight.name, {name: self.writer.put(name, part) for name, part in parts.items()}, {})
+            if not all(bool(part.isfinite().all()) for part in parts.values() if part.is_floating_point()):
+                do = "lower lr or scale_lr, or raise warmup"
+                raise InputError(f"'{weight.name}'", "finite numbers after the last step", "NaN or Inf", do)
+            digests = {name: self.writer.put(name, part) for name, part in parts.items()}
+            # What pruning or rounding has cost this weight is no longer what it was.
+            self.writer.record(weight.name, digests, {"error": None, "output_error": None})
         if self.ctx.is_main:
             self.record.draw()
 

@@ -133,6 +133,21 @@ def test_weights_that_run_away_stop_at_the_step_and_keep_its_batch(tiny: Path, t
     assert len(losses(next(steps_folder(tmp_path / "out").glob("*.tmp")))) == 1, "what was finite is on record"
 
 
+def test_weights_that_run_away_in_the_last_step_are_not_published(tmp_path: Path) -> None:
+    """No loss is left to show it; fp16 ends at 65504."""
+    source = tiny_llama(tmp_path / "m", dtype="float16")
+    recipe = f"{PRUNE} | distill.logits(data='{ready_inputs()}', samples=6, batch=6, lr=1e9, warmup=0)"
+    with pytest.raises(InputError, match="finite numbers after the last step"):
+        do(source, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_earlier_passes_are_not_told_of_trained_weights(tiny: Path, tmp_path: Path) -> None:
+    result = do(tiny, tmp_path / "out", f"{PRUNE} | {DISTILL}, targets=[attention])")
+    for name, record in result.manifest.weights.items():
+        assert (record.error is None) == ("self_attn" in name), name
+
+
 def test_a_loss_that_is_no_number_is_not_learned_from(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second step only; when it is gone, the same run goes on from the state before it and ends well."""
     from compress.discover import load_pass
