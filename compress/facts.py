@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,3 +139,11 @@ class Note:
     @property
     def count(self) -> int:
         return len(self.names)
+
+
+def counted(what: str, reasons: Mapping[str, str]) -> list[Note]:
+    """A counted line for each reason, from names and their reasons."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TargetedPass, TrainPass
 from compress.errors import Refusal, UsageError
-from compress.facts import FLOATS, MATRICES, Note, State, Weight
+from compress.facts import FLOATS, MATRICES, Note, State, Weight, counted
 from compress.scheme import Scheme
 from compress.sparsity import Sparsity
 
@@ -66,12 +65,12 @@ class QuantizingPass(TargetedPass):
         raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        changed: dict[str, list[str]] = defaultdict(list)
+        changed = {}
         for weight in weights:
             scheme = states[weight.name].scheme
             if scheme is not None and scheme != self.scheme:
-                changed[f"{weight.columns} columns, {self.scheme} became {scheme}"].append(weight.name)
-        return [Note("ragged", reason, tuple(names)) for reason, names in changed.items()]
+                changed[weight.name] = f"{weight.columns} columns, {self.scheme} became {scheme}"
+        return counted("ragged", changed)
 
 
 class PruningPass(TargetedPass):
@@ -178,10 +177,7 @@ class TrainingPass(TrainPass):
         return state
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        kinds: dict[str, list[str]] = defaultdict(list)
-        for weight in weights:
-            state = states[weight.name]
-            kinds["scales" if state.scheme else "weights" if state.sparsity is None else "weights between zeros"].append(
-                weight.name
-            )
-        return [Note("trained", f"{what}, by {self.pass_name()}", tuple(names)) for what, names in kinds.items()]
+        def learned(state: State) -> str:
+            return "scales" if state.scheme else "weights" if state.sparsity is None else "weights between zeros"
+
+        return counted("trained", {w.name: f"{learned(states[w.name])}, by {self.pass_name()}" for w in weights})

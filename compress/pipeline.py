@@ -116,16 +116,25 @@ class _Course:
     lineage: tuple[Step, ...]
     manifest: Manifest | None
     tokens: Path | None = None
-    tokens_digest: str = ""
 
 
 def inputs_of(pass_: Pass, tokens: str, dtype: str, teacher: str) -> dict[str, str]:
     """What a pass reads besides its parent. Texts count as the tokens that they became, a teacher as its fingerprint."""
     if isinstance(pass_, DataPass):
         return {"tokens": tokens}
-    if isinstance(pass_, TrainPass):
+    if isinstance(pass_, LinearPass | TrainPass):
         return {"tokens": tokens, "dtype": dtype, **({"teacher": teacher} if teacher else {})}
-    return {"tokens": tokens, "dtype": dtype} if isinstance(pass_, LinearPass) else {}
+    return {}
+
+
+def _tokens_read(plan: Plan, corpora: dict[int, str]) -> dict[int, str]:
+    """Digest of the tokens that each step reads, by its number: those of its own in `corpora`, or those that travel."""
+    travelling, found = corpora.get(0, ""), {}
+    for step in plan.steps:
+        found[step.number] = corpora.get(step.number, travelling)
+        if isinstance(step.pass_, DataPass):
+            travelling = found[step.number]
+    return found
 
 
 def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options | None = None) -> Result:
@@ -157,14 +166,13 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         ctx.tell("plan", steps=[step.name for step in plan.steps], bytes=plan.steps[-1].payload_bytes)
         manifest = source.manifest
         now = _Course(source, intake.digests, intake.fingerprint, manifest.lineage if manifest else (), manifest)
-        now.tokens_digest = digests.get(0, "")
         now.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
         measured: dict[str, dict[str, Any]] = {}
+        read = _tokens_read(plan, digests)
         for step in plan.steps:
-            read = digests.get(step.number, now.tokens_digest)
-            if isinstance(step.pass_, DataPass):
-                now.tokens_digest = read
-            inputs = inputs_of(step.pass_, read, str(computing(ctx.dtype, source.config)), taught.get(step.number, ""))
+            inputs = inputs_of(
+                step.pass_, read[step.number], str(computing(ctx.dtype, source.config)), taught.get(step.number, "")
+            )
             identity = step_id(now.fingerprint, step.pass_, ctx.seed, inputs)
             place = out if step is plan.steps[-1] else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
             if not ctx.broadcast(_kept(place, step, ctx) if ctx.is_main else None):
@@ -320,11 +328,9 @@ def _existing(
         raise InputError(str(out), "no such directory yet, or one that this recipe made", got, do)
     made_here = list(manifest.lineage)[-len(plan.passes) :]
     same = len(made_here) == len(plan.passes) and made_here[0].parent == intake.fingerprint
-    tokens = corpora.get(0, "")
+    read = _tokens_read(plan, corpora)
     for line, step in zip(made_here, plan.steps, strict=False):
-        read = corpora.get(step.number, tokens)
-        tokens = read if isinstance(step.pass_, DataPass) else tokens
-        inputs = inputs_of(step.pass_, read, line.inputs.get("dtype", ""), teachers.get(step.number, ""))
+        inputs = inputs_of(step.pass_, read[step.number], line.inputs.get("dtype", ""), teachers.get(step.number, ""))
         same = same and line.id == step_id(line.parent, step.pass_, ctx.seed, inputs)
     if same:
         check_bytes(out, ctx)

@@ -17,7 +17,7 @@ from compress import qtensor
 from compress.checkpoint import CALIBRATION, CANONICAL, Checkpoint, local_header
 from compress.contract import DataPass, Format, LinearPass, Pass, TrainPass, Verdict, WeightPass
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
-from compress.facts import Note, State, TensorSpec, Weight
+from compress.facts import Note, State, TensorSpec, Weight, counted
 from compress.footprint import computing, sweep_bytes, train_bytes
 from compress.kinds import QuantizingPass
 from compress.meaning import Meaning
@@ -25,7 +25,7 @@ from compress.names import Model
 from compress.recipe import Recipe
 from compress.resolve import resolve
 from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file
-from compress.tally import folded, grouped, shared_notes, trained_by, untouched
+from compress.tally import folded, shared_notes, trained_by, untouched
 from compress.teacher import teacher_weights
 
 SHARD_BYTES = 5_000_000_000
@@ -279,7 +279,7 @@ def _step(
         return None, wrong, after
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
-    notes = [*pass_.notes(touched, after), *grouped("skipped", skipped), *shared]
+    notes = [*pass_.notes(touched, after), *counted("skipped", skipped), *shared]
     notes += fmt.notes(touched, after) if fmt is not None else []
     if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:
         notes += run.meaning.foreign.notes

@@ -6,17 +6,9 @@ from collections.abc import Sequence
 
 from compress.checkpoint import Checkpoint
 from compress.errors import Problem
-from compress.facts import DENSE, Note, State, Weight
+from compress.facts import DENSE, Note, State, Weight, counted
 from compress.manifest import NoteRecord
 from compress.names import Model
-
-
-def grouped(what: str, reasons: dict[str, str]) -> list[Note]:
-    """A counted line for each reason, of names and their reasons."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
 
 
 def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
@@ -31,7 +23,7 @@ def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]
         if states[weight.name] == DENSE:
             place = f" of {weight.stack}" if weight.stack else ""
             reasons[weight.name] = f"{weight.kind}{place}"
-    return grouped("untouched", reasons)
+    return counted("untouched", reasons)
 
 
 def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:

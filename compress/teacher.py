@@ -6,6 +6,7 @@ pruned, quantized or trained already, the model of the Hub that its manifest tel
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from compress.checkpoint import Checkpoint
@@ -13,6 +14,7 @@ from compress.contract import Context, TrainPass
 from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.source import open_headers, open_source
+from compress.tally import trained_by
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, intake: Intake, ctx: Cont
 
     tokenizer_folder(teacher, source)  # raises where tokens mean something else
     quiet = replace(ctx, events=lambda event: None)
-    return Teacher(teacher, take_in(teacher, quiet).fingerprint)
+    # One process reads every byte, and tells the others.
+    return Teacher(teacher, ctx.broadcast(take_in(teacher, quiet).fingerprint if ctx.is_main else None))
 
 
 def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
@@ -44,14 +47,7 @@ def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
     if name is None:
         return 0
     checkpoint = source if not name else open_headers(name)
-    return sum(_numel(entry.shape) for entry in checkpoint.logical.values())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
+    return sum(math.prod(entry.shape) for entry in checkpoint.logical.values())
 
 
 def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
@@ -71,4 +67,4 @@ def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
 def is_changed(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is another model than the one it was made from."""
     manifest = checkpoint.manifest
-    return manifest is not None and (bool(manifest.weights) or any(note.what == "trained" for note in manifest.notes))
+    return manifest is not None and bool(manifest.weights or trained_by(manifest.notes))

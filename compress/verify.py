@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compress.algebra.divergence import Divergence, divergence
 from compress.checkpoint import Checkpoint, read_json
 from compress.contract import Context
 from compress.errors import FormatError, Problem
@@ -131,11 +132,11 @@ def read_with(
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
     ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded).logits
-    p, q = ours.log_softmax(-1), theirs.logits.log_softmax(-1)
+    kl = divergence(ours, theirs.logits, Divergence())
     found = Reading(
         reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel(),
         float((ours - theirs.logits).abs().max()), float(ours.abs().max()),
-        float((p.exp() * (p - q)).sum(-1).mean()), float((ours.argmax(-1) == theirs.logits.argmax(-1)).float().mean()),
+        float(kl.mean()), float((ours.argmax(-1) == theirs.logits.argmax(-1)).float().mean()),
         _ROUNDING[dtype],
     )  # fmt: skip
     if not found.equal:

@@ -77,10 +77,7 @@ def matrix(name: str) -> dict[str, dict[str, tuple[str, str]]]:
             except Refusal as refusal:
                 found.setdefault(scheme, {"": ("refused", f"{refusal.reason}; {refusal.do}")})
                 continue
-            label = f"{scheme}, dequantize" if dequantize else scheme
-            if not dequantize or scheme not in found or "" in found[scheme]:
-                found[label] = {
-                    v.reader: (v.loads, v.reason) for v in fmt.readers([weight, head], {weight.name: state, head.name: State()})
-                }
+            verdicts = fmt.readers([weight, head], {weight.name: state, head.name: State()})
+            found[f"{scheme}, dequantize" if dequantize else scheme] = {v.reader: (v.loads, v.reason) for v in verdicts}
             break
     return found

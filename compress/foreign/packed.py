@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint, torch_dtype
 from compress.errors import InputError, Problem
-from compress.facts import FLOATS, Note
+from compress.facts import FLOATS, Note, counted
 
 if TYPE_CHECKING:
     import torch
@@ -156,13 +155,9 @@ class Stored:
 
     def foreign(self, weights: dict[str, Packed], dropped: Iterable[str] = (), notes: Iterable[Note] = ()) -> Foreign:
         """The checkpoint's answer, with the notes of its weights counted."""
-        reasons: dict[str, list[str]] = defaultdict(list)
-        for packed in weights.values():
-            if packed.note:
-                reasons[packed.note].append(packed.name)
-        counted = [Note("foreign", reason, tuple(names)) for reason, names in reasons.items()]
+        noted = counted("foreign", {packed.name: packed.note for packed in weights.values() if packed.note})
         parts = {part for packed in weights.values() for part in packed.parts} | set(dropped)
-        return Foreign(self.method, weights, frozenset(parts), (*counted, *notes))
+        return Foreign(self.method, weights, frozenset(parts), (*noted, *notes))
 
 
 def _dtype(config: dict[str, Any]) -> str | None:

@@ -147,6 +147,10 @@ def logits(
         _there(base, "config.json")
     if not who.probe:
         return _our_own(who, artifact, ids, dtype, base, rounded)
+    # Before an environment is built, which takes minutes.
+    method = _method(artifact) if who.formats and not who.needs_base else None
+    if method is not None and method not in who.formats:
+        raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
     if who.environment is not None:
         python = ensure(who.environment(), tell)
         held = packages(python)
@@ -155,9 +159,6 @@ def logits(
         if absent := [name for name in who.modules if find_spec(name) is None]:
             do = "pip install 'compress-llm[readers]'"
             raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
-    method = _method(artifact) if who.formats and not who.needs_base else None
-    if method is not None and method not in who.formats:
-        raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
     tell(f"{reader} reads {artifact.name}")
     with tempfile.TemporaryDirectory(prefix="compress-reader-") as scratch:
         return _probe(reader, python, artifact, base, ids, dtype, Path(scratch), timeout_seconds, held)
