@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from compress import pipeline, places, qtensor
+from compress.algebra.grid import round_to_nearest
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.contract import Context
+from compress.facts import Weight
 from compress.names import resolve
 from compress.pipeline import Options, Result
 from compress.recipe import parse_one_liner
+from compress.scheme import Scheme
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Trained models and texts that may lie beside a checkout; tests that use them are skipped without."""
@@ -27,6 +30,22 @@ def run(source: Path | Checkpoint, out: Path, recipe: str, **options: Any) -> Re
     """Runs a one-liner over a directory, quietly."""
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     return pipeline.run(parse_one_liner(recipe), checkpoint, out, Context(threads=2), Options(**options))
+
+
+def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
+    """Runs a one-liner over a directory, in fp32 and on two threads or as the context says."""
+    settings = {"threads": 2, "dtype": "float32", **context}
+    return pipeline.run(parse_one_liner(recipe), open_checkpoint(source), out, Context(**settings))
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    """The record of a training pass, a step each."""
+    return [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each step of a training pass."""
+    return [row["loss"] for row in rows(out)]
 
 
 def step_of(out: Path, name: str) -> Path:
@@ -116,3 +135,20 @@ def tree(directory: Path) -> dict[str, bytes]:
             content.pop("measured")
             found[path.name] = json.dumps(content).encode()
     return found
+
+
+def linear(shape: tuple[int, ...] = (64, 96), **changes: Any) -> Weight:
+    """A linear of a decoder's block."""
+    fields = {
+        "name": "m.layers.0.q.weight", "dtype": "BF16", "kind": "linear", "module": "m.layers.0.q", "module_class": "Linear",
+        "stack": "decoder", "block": 0,
+    }  # fmt: skip
+    return Weight(**{**fields, "shape": shape, **changes})
+
+
+def random_codes(weight: Weight, scheme: Scheme, dtype: torch.dtype = torch.bfloat16, least_zero: int = 0) -> qtensor.QTensor:
+    """Random codes, scales of either sign, zero points from `least_zero` on."""
+    shape = (weight.rows, scheme.groups(weight.columns))
+    scale = round_to_nearest(torch.randn(weight.shape), scheme, dtype).scale * (torch.randint(0, 2, shape) * 2 - 1).to(dtype)
+    zero = None if scheme.symmetric else torch.randint(least_zero, scheme.levels, shape, dtype=torch.uint8)
+    return qtensor.QTensor(scheme, torch.randint(0, scheme.levels, weight.shape, dtype=torch.uint8), scale, zero)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from compress import model
-from compress.algebra.grid import round_to_nearest
 from compress.checkpoint import open_checkpoint
 from compress.errors import FormatError, Refusal
 from compress.facts import State, Weight
@@ -21,31 +20,9 @@ from compress.qtensor import QTensor
 from compress.recipe import parse_one_liner
 from compress.scheme import Scheme
 from families import build
-from support import logits, run, step_of
+from support import linear, logits, random_codes, run, step_of
 
 SCHEMES = [f"w4a16{g}{a}" for g in ("", "g32", "g16", "g96") for a in ("", "-asym")]
-
-
-def linear(shape: tuple[int, ...] = (64, 96), **changes: Any) -> Weight:
-    """A linear of a decoder's block."""
-    fields = {
-        "dtype": "BF16",
-        "kind": "linear",
-        "module": "m.layers.0.q",
-        "module_class": "Linear",
-        "stack": "decoder",
-        "block": 0,
-    }
-    return Weight(**{"name": "m.layers.0.q.weight", "shape": shape, **fields, **changes})
-
-
-def codes(weight: Weight, scheme: Scheme) -> QTensor:
-    """Random codes, scales of either sign, zero points from 0 on."""
-    shape = (weight.rows, scheme.groups(weight.columns))
-    scale = round_to_nearest(torch.randn(weight.shape), scheme, torch.bfloat16).scale
-    zero = None if scheme.symmetric else torch.randint(0, 16, shape, dtype=torch.uint8)
-    signs = (torch.randint(0, 2, shape) * 2 - 1).bfloat16()
-    return QTensor(scheme, torch.randint(0, 16, weight.shape, dtype=torch.uint8), scale * signs, zero)
 
 
 def nibble(words: list[int], n: int) -> int:
@@ -56,7 +33,7 @@ def nibble(words: list[int], n: int) -> int:
 @pytest.mark.parametrize("text", SCHEMES)
 def test_words_are_what_the_formula_says_and_come_back(text: str) -> None:
     weight, scheme = linear(), Scheme.parse(text)
-    q = codes(weight, scheme)
+    q = random_codes(weight, scheme)
     Awq().refuse(weight, State(scheme))
     tensors = Awq().encode(weight, q)
     qweight, qzeros, scales = (tensors[f"m.layers.0.q.{part}"] for part in ("qweight", "qzeros", "scales"))
@@ -82,13 +59,13 @@ def test_the_order_of_a_word() -> None:
 
 def test_symmetric_codes_have_the_zero_point_eight() -> None:
     weight, scheme = linear(), Scheme(4, 32)
-    zeros = Awq().encode(weight, codes(weight, scheme))["m.layers.0.q.qzeros"]
+    zeros = Awq().encode(weight, random_codes(weight, scheme))["m.layers.0.q.qzeros"]
     assert {word & 0xFFFFFFFF for word in zeros.flatten().tolist()} == {0x88888888}
 
 
 def test_scales_outside_of_fp16_are_refused() -> None:
     weight = linear()
-    q = codes(weight, Scheme(4, 32))
+    q = random_codes(weight, Scheme(4, 32))
     q.scale[5, 2] = 1e-7
     with pytest.raises(FormatError, match="scales that fp16 can hold"):
         Awq().encode(weight, q)

@@ -12,42 +12,19 @@ import pytest
 import torch
 
 from compress import model
-from compress.algebra.grid import round_to_nearest
 from compress.checkpoint import open_checkpoint
 from compress.errors import FormatError, RecipeError, Refusal
 from compress.facts import State, Weight
 from compress.kernels.gptq.layout import Gptq, suffixes
 from compress.names import resolve
 from compress.plan import Plan, make_plan
-from compress.qtensor import QTensor
 from compress.recipe import parse_one_liner
 from compress.scheme import Scheme
 from families import build
-from support import logits, run, step_of, tiny_llama
+from support import linear, logits, random_codes, run, step_of, tiny_llama
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SCHEMES = [f"w{b}a16{g}{a}" for b in (2, 3, 4, 8) for g in ("", "g32", "g16", "g96") for a in ("", "-asym")]
-
-
-def linear(shape: tuple[int, ...] = (64, 96), **changes: Any) -> Weight:
-    """A linear of a decoder's block."""
-    fields = {
-        "dtype": "BF16",
-        "kind": "linear",
-        "module": "m.layers.0.q",
-        "module_class": "Linear",
-        "stack": "decoder",
-        "block": 0,
-    }
-    return Weight(**{"name": "m.layers.0.q.weight", "shape": shape, **fields, **changes})
-
-
-def codes(weight: Weight, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> QTensor:
-    """Random codes, scales of either sign, zero points from 1 on."""
-    shape = (weight.rows, scheme.groups(weight.columns))
-    scale = round_to_nearest(torch.randn(weight.shape), scheme, dtype).scale * (torch.randint(0, 2, shape) * 2 - 1).to(dtype)
-    zero = None if scheme.symmetric else torch.randint(1, scheme.levels, shape, dtype=torch.uint8)
-    return QTensor(scheme, torch.randint(0, scheme.levels, weight.shape, dtype=torch.uint8), scale, zero)
 
 
 def field(words: list[int], index: int, bits: int) -> int:
@@ -70,7 +47,7 @@ def by_the_formula(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("text", SCHEMES)
 def test_words_are_what_the_formula_says_and_come_back(text: str) -> None:
     weight, scheme = linear(), Scheme.parse(text)
-    q = codes(weight, scheme)
+    q = random_codes(weight, scheme, least_zero=1)
     Gptq().refuse(weight, State(scheme))
     tensors = Gptq().encode(weight, q)
     assert torch.equal(by_the_formula(tensors, scheme.bits), q.dequantize())
@@ -85,14 +62,14 @@ def test_words_are_what_the_formula_says_and_come_back(text: str) -> None:
 @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
 def test_zero_points_of_symmetric_codes_are_the_known_words(bits: int, word: int) -> None:
     weight, scheme = linear(), Scheme(bits, 32)
-    zeros = Gptq().encode(weight, codes(weight, scheme))["m.layers.0.q.qzeros"]
+    zeros = Gptq().encode(weight, random_codes(weight, scheme, least_zero=1))["m.layers.0.q.qzeros"]
     assert {value & 0xFFFFFFFF for value in zeros.flatten().tolist()} == {word}
 
 
 @pytest.mark.parametrize(("bits", "do"), [(4, "awq"), (3, "compressed-tensors")])
 def test_a_zero_point_of_zero_is_refused_by_name(bits: int, do: str) -> None:
     weight = linear()
-    q = codes(weight, Scheme(bits, 32, symmetric=False))
+    q = random_codes(weight, Scheme(bits, 32, symmetric=False), least_zero=1)
     assert q.zero is not None
     q.zero[3, 1] = 0
     with pytest.raises(FormatError) as caught:
@@ -106,7 +83,7 @@ def test_a_zero_point_of_zero_is_refused_by_name(bits: int, do: str) -> None:
 @pytest.mark.parametrize("value", [1e-6, 7e4, -1e5, float("nan")])
 def test_scales_outside_of_fp16_are_refused(value: float) -> None:
     weight = linear()
-    q = codes(weight, Scheme(4, 32))
+    q = random_codes(weight, Scheme(4, 32), least_zero=1)
     q.scale[5, 2] = value
     with pytest.raises(FormatError, match="scales that fp16 can hold"):
         Gptq().encode(weight, q)
@@ -116,7 +93,7 @@ def test_scales_of_bf16_are_exact_down_to_two_to_the_minus_17() -> None:
     weight, scheme = linear(), Scheme(4)
     mantissas = torch.arange(128, 192) / 128
     for exponent in range(-17, 15):
-        q = codes(weight, scheme)
+        q = random_codes(weight, scheme, least_zero=1)
         q.scale[:, 0] = (mantissas * 2.0**exponent).bfloat16()
         assert torch.equal(Gptq().decode(weight, State(scheme), Gptq().encode(weight, q)).scale, q.scale)
     q.scale[:, 0] = (mantissas * 2.0**-18).bfloat16()
@@ -126,7 +103,7 @@ def test_scales_of_bf16_are_exact_down_to_two_to_the_minus_17() -> None:
 
 def test_scales_of_fp32_are_rounded_to_fp16() -> None:
     weight, scheme = linear(dtype="F32"), Scheme(4, 32)
-    q = codes(weight, scheme, torch.float32)
+    q = random_codes(weight, scheme, torch.float32, least_zero=1)
     back = Gptq().decode(weight, State(scheme), Gptq().encode(weight, q))
     assert back.scale.dtype == torch.float32
     assert torch.equal(back.codes, q.codes)

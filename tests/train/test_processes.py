@@ -22,7 +22,7 @@ from compress.recipe import parse_one_liner
 from compress.train.loop import _Run
 from compress.train.record import LINES, Record
 from families import build
-from support import ready_inputs, tree
+from support import ready_inputs, rows, tree
 
 ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 RUN = """
@@ -125,10 +125,6 @@ def python(code: str, *arguments: Any, ranks: int = 1) -> str:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def rows(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / LINES).read_text().splitlines()]
 
 
 MOMENTS: dict[str, list[Any]] = {

@@ -21,26 +21,11 @@ from compress.manifest import Manifest
 from compress.pipeline import Result, run
 from compress.places import steps_folder
 from compress.recipe import parse_one_liner
-from families import build
-from support import ready_inputs, tiny_llama
+from support import do, losses, ready_inputs, tiny_llama
 
 PRUNE = "prune.magnitude(sparsity=0.5)"
 DISTILL = f"distill.logits(data='{ready_inputs()}', samples=6, batch=2, micro_batch=2"
 Source = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    folder = tmp_path_factory.mktemp("families")
-    return lambda name: folder / name if (folder / name).exists() else build(name, folder)
-
-
-def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
-    return run(parse_one_liner(recipe), open_checkpoint(source), out, Context(**{"threads": 2, "dtype": "float32", **context}))
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "training.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

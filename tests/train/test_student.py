@@ -25,7 +25,7 @@ from compress.qtensor import QTensor
 from compress.scheme import Scheme
 from compress.sparsity import Sparsity
 from compress.train.student import Student
-from families import FAMILIES, build
+from families import FAMILIES
 from support import dense_meaning, load, logits, run
 
 ENCODER_DECODERS = ("t5", "whisper")
@@ -41,12 +41,6 @@ RECIPES = {
     "asymmetric": "quantize.rtn(scheme=w3a16g64-asym, ragged=divide)",
 }
 Source = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    folder = tmp_path_factory.mktemp("families")
-    return lambda name: folder / name if (folder / name).exists() else build(name, folder)
 
 
 def trained(checkpoint: Checkpoint) -> list[Weight]:

@@ -15,35 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import TRAINING, open_checkpoint
-from compress.contract import Context
 from compress.measure import compare
-from compress.pipeline import Result, run
-from compress.recipe import parse_one_liner
 from compress.windows import token_windows
-from families import FAMILIES, build
-from support import SHARED, dense_meaning, load, ready_inputs, step_of, tiny_llama
+from families import FAMILIES
+from support import SHARED, dense_meaning, do, load, losses, ready_inputs, rows, step_of, tiny_llama
 
 DISTILL = f"distill.logits(data='{ready_inputs()}', samples=6, batch=4, micro_batch=2, epochs=2"
 """Three steps: of 4, 4 and 4 samples; more options and a bracket follow."""
 Source = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    folder = tmp_path_factory.mktemp("families")
-    return lambda name: folder / name if (folder / name).exists() else build(name, folder)
-
-
-def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
-    return run(parse_one_liner(recipe), open_checkpoint(source), out, Context(**{"threads": 2, "dtype": "float32", **context}))
-
-
-def rows(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[float]:
-    return [row["loss"] for row in rows(out)]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
