@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.contract import TargetedPass, TrainPass
+from compress.contract import Pass, TargetedPass, TrainPass
 from compress.errors import Refusal, UsageError
 from compress.facts import FLOATS, MATRICES, Note, State, Weight, counted
 from compress.scheme import Scheme
@@ -88,7 +88,33 @@ class PruningPass(TargetedPass):
         return State(None, self.sparsity)
 
 
-class TrainingPass(TrainPass):
+class TextPass(Pass):
+    """What passes that read texts share: how sources are given, how they are told, and what is wrong with them."""
+
+    data: tuple[str, ...]
+
+    @field_validator("data", "weights", mode="before", check_fields=False)
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    def told(self) -> Self:
+        """Files by their names: their content counts, as tokens, and a path is nobody's business."""
+        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
+        return self.model_copy(update={"data": names})
+
+    @staticmethod
+    def sound(draw: Callable[[], Any]) -> None:
+        """Raises ValueError, as validation has it, for what `draw` cannot make a CorpusSpec of."""
+        try:
+            draw()
+        except UsageError as error:
+            raise ValueError(
+                "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
+            ) from None
+
+
+class TrainingPass(TextPass, TrainPass):
     """Trains weights by AdamW: dense ones, those between the zeros of masked ones, the scales of codes."""
 
     data: tuple[str, ...] = Field(
@@ -124,11 +150,6 @@ class TrainingPass(TrainPass):
         description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
     )
 
-    @field_validator("data", "weights", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
-
     @model_validator(mode="after")
     def _sound(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -137,21 +158,13 @@ class TrainingPass(TrainPass):
             given = self.model_fields_set & {"weights", "samples", "length", "packing", "chat", "field", "split"}
             if given:
                 raise ValueError(f"{', '.join(sorted(given))}: only with data, for the calibration tokens are cut already")
-        try:
-            self.texts()
-        except UsageError as error:
-            raise ValueError(
-                "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
-            ) from None
+        self.sound(self.texts)
         return self
 
     def told(self) -> Self:
-        """Files by their names, as for calibrate; a teacher by its last part, for its content has a digest."""
-        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
-        changed: dict[str, Any] = {"data": names}
-        if teacher := self.teacher_model():
-            changed["teacher"] = PurePath(teacher).name
-        return self.model_copy(update=changed)
+        """A teacher by its last part as well, for its content has a digest."""
+        told, teacher = super().told(), self.teacher_model()
+        return told.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else told
 
     def texts(self) -> CorpusSpec | None:
         if not self.data:

@@ -6,19 +6,19 @@ packed. Nothing but tokens is kept: every pass that needs statistics folds its o
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from compress.contract import DataPass
-from compress.errors import UsageError
+from compress.kinds import TextPass
 
 if TYPE_CHECKING:
     from compress.corpus import Corpus, CorpusSpec
 
 
-class Calibrate(DataPass):
+class Calibrate(TextPass, DataPass):
     """Chooses documents, tokenizes them, and cuts them into samples."""
 
     data: tuple[str, ...] = Field(
@@ -40,25 +40,10 @@ class Calibrate(DataPass):
     field: str = Field("text", description="where a record has its text or its messages")
     split: str = Field("train", description="split of a dataset")
 
-    @field_validator("data", "weights", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
-
     @model_validator(mode="after")
-    def _sound(self) -> Calibrate:
-        try:
-            self.spec()
-        except UsageError as error:
-            raise ValueError(
-                "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
-            ) from None
+    def _sound(self) -> Self:
+        self.sound(self.spec)
         return self
-
-    def told(self) -> Self:
-        """Files by their names: their content counts, as tokens, and a path is nobody's business."""
-        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
-        return self.model_copy(update={"data": names})
 
     def spec(self) -> CorpusSpec:
         """What to draw. Raises UsageError."""

@@ -147,18 +147,17 @@ def logits(
         _there(base, "config.json")
     if not who.probe:
         return _our_own(who, artifact, ids, dtype, base, rounded)
+    if who.environment is None and (absent := [name for name in who.modules if find_spec(name) is None]):
+        do = "pip install 'compress-llm[readers]'"
+        raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
     # Before an environment is built, which takes minutes.
     method = _method(artifact) if who.formats and not who.needs_base else None
     if method is not None and method not in who.formats:
         raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
+    python, held = Path(sys.executable), {}
     if who.environment is not None:
         python = ensure(who.environment(), tell)
         held = packages(python)
-    else:
-        python, held = Path(sys.executable), {}
-        if absent := [name for name in who.modules if find_spec(name) is None]:
-            do = "pip install 'compress-llm[readers]'"
-            raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
     tell(f"{reader} reads {artifact.name}")
     with tempfile.TemporaryDirectory(prefix="compress-reader-") as scratch:
         return _probe(reader, python, artifact, base, ids, dtype, Path(scratch), timeout_seconds, held)
