@@ -7,7 +7,6 @@ mmap, resident memory counts every page touched.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import InputError
-from compress.facts import DENSE, State
+from compress.facts import DENSE, State, Weight
 from compress.manifest import FILE as MANIFEST_FILE
 from compress.manifest import Manifest
+from compress.qtensor import specs
 from compress.shards import CANONICAL_STEM, STEM, TensorRef, read_header
+from compress.strict import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,8 @@ class Checkpoint:
     name: str = ""
     origin: dict[str, Any] = field(default_factory=dict)
     """Hub commit, licence and dataset ids where the source came from the Hub."""
+    trusted: bool = False
+    """Whether the Python that it brings may be run."""
 
     @property
     def logical(self) -> dict[str, Logical]:
@@ -156,14 +159,21 @@ def torch_dtype(name: str) -> torch.dtype:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(str(path), "a readable file", error.strerror or str(error)) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(str(path), "a JSON object", str(error)) from None
     if not isinstance(content, dict):
         raise InputError(str(path), "a JSON object", type(content).__name__)
     return content
+
+
+def size_of(config: dict[str, Any], *keys: str) -> int | None:
+    """The first of these keys under which the text model of a config.json has a size."""
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) and text else config).get
+    return next((n for key in keys if isinstance(n := found(key), int) and not isinstance(n, bool) and n > 0), None)
 
 
 def inside(directory: Path, file: Any, index: str) -> Path:
@@ -173,23 +183,49 @@ def inside(directory: Path, file: Any, index: str) -> Path:
     return directory / file
 
 
-def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = None) -> Checkpoint:
+def check_file(path: Path) -> None:
+    """Raises InputError for an entry of a checkpoint's directory that is not a file of its own.
+
+    A link may lead to a file in the directory, and from a snapshot in the Hub's cache to the blobs of that repository: one
+    that leads elsewhere would put a file of this machine into the artifact. Pipes and devices would be waited for.
+    """
+    if not path.name.isprintable():
+        raise InputError(str(path.parent), "names of files that can be printed", repr(path.name), "rename the file")
+    if not os.path.lexists(path):
+        return
+    # Path.resolve raises for links in a circle.
+    target, own = Path(os.path.realpath(path)), path.parent.resolve()
+    places = [own, own.parent.parent / "blobs"] if own.parent.name == "snapshots" else [own]
+    if path.is_symlink() and not any(place in target.parents for place in places):
+        do = "copy the file itself there, if it belongs to the model"
+        raise InputError(str(path), "a file of this directory, or a link to one", "a link out of it", do)
+    if path.is_symlink() and not target.exists():
+        raise InputError(str(path), "a file", "a link that leads nowhere: the file is missing", "fetch the checkpoint again")
+    if not path.is_file():
+        raise InputError(str(path), "a file", "a folder" if path.is_dir() else "a pipe, a socket or a device", "take it out")
+
+
+def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = None, trusted: bool = False) -> Checkpoint:
     """Opens a directory by its headers. Raises InputError; nothing but headers and JSON is read."""
     if not path.is_dir():
         raise InputError(str(path), "a directory with config.json and safetensors", "no such directory")
-    files = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    files = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
     folders = sorted(f"{entry.name}/" for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     label = name or path.resolve().name
-    return assemble(path, files, folders, lambda file: local_header(path / file), label, origin or {})
+    return assemble(path, files, folders, lambda file: local_header(path / file), label, origin or {}, trusted)
 
 
 def assemble(
-    path: Path, files: list[str], others: list[str], header: Callable[[str], list[TensorRef]], name: str, origin: dict[str, Any]
-) -> Checkpoint:
+    path: Path, files: list[str], others: list[str], header: Callable[[str], list[TensorRef]], name: str,
+    origin: dict[str, Any], trusted: bool = False,
+) -> Checkpoint:  # fmt: skip
     """The checkpoint that `files` make up, checked. Raises InputError.
 
     JSON is read from `path`; `header` reads that of a shard, which may lie elsewhere. `others` are not carried along.
     """
+    for file in files:
+        if not file.startswith("."):
+            check_file(path / file)
     shards = shard_files(path, [file for file in files if file != CALIBRATION])
     refs: dict[str, TensorRef] = {}
     for file in shards:
@@ -205,7 +241,7 @@ def assemble(
     left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in (*shards, CALIBRATION))] + others
     manifest = Manifest.read(path)
     left += [MANIFEST_FILE] if MANIFEST_FILE in files and manifest is None else []
-    checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), name, origin)
+    checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), name, origin, trusted)
     check_index(checkpoint, path, files, set(shards))
     check_records(checkpoint)
     return checkpoint
@@ -285,7 +321,12 @@ def check_records(checkpoint: Checkpoint) -> None:
     if set(manifest.digests) != set(checkpoint.refs):
         odd = sorted(set(manifest.digests) ^ set(checkpoint.refs))
         raise InputError(where, "the tensors of the shards", f"{len(odd)} that differ: {odd[0]}", "make it anew")
-    if manifest.format == "canonical":
-        for name in manifest.weights:
-            if name not in checkpoint.logical:
-                raise InputError(where, f"'{name}' in the shards", "no such tensor", "make it anew")
+    if manifest.format != "canonical":
+        return
+    for name, record in manifest.weights.items():
+        weight = Weight(name, record.dtype, record.shape, transposed=record.transposed)
+        for spec in specs(weight, State.parse(record.state)):
+            ref = checkpoint.refs.get(spec.name)
+            if ref is None or (ref.dtype, ref.shape) != (spec.dtype, spec.shape):
+                got = f"{ref.dtype} {list(ref.shape)} in the shards" if ref else "no such tensor"
+                raise InputError(where, f"'{spec.name}' of {spec.dtype} {list(spec.shape)}", got, "make it anew")

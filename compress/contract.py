@@ -27,10 +27,9 @@ from compress.facts import Note, State, TensorSpec, Weight
 from compress.recipe import Line, Value
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
+    from compress.checkpoint import Checkpoint
     from compress.corpus import Corpus, CorpusSpec
     from compress.names import Model
     from compress.qtensor import QTensor
@@ -97,7 +96,9 @@ def isa() -> str:
 class Pass(BaseModel):
     """A frozen set of options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
     revision: ClassVar[int] = 1
     """Raised by hand when the same options give other bytes."""
 
@@ -131,8 +132,8 @@ class DataPass(Pass):
         """How many tokens it will make, and how many in a sample, for the plan of memory."""
         raise TypeError(f"{type(self).__name__} gathers nothing")
 
-    def gather(self, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
-        """The tokens. `config` is the model's config.json. Raises InputError for texts that cannot be used."""
+    def gather(self, model: Checkpoint, seed: int) -> Corpus:
+        """The tokens, by the tokenizer of `model`. Raises InputError for texts that cannot be used."""
         raise TypeError(f"{type(self).__name__} gathers nothing")
 
 

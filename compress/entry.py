@@ -21,4 +21,4 @@ def enter(recipe: Recipe, source: Checkpoint, allow_dtype_mismatch: bool = False
         where = f"{recipe.lines[0].where or 1}: {first.pass_name()}"
         raise RecipeError(where, "a packed artifact", "a checkpoint with nothing to unpack", "leave this line out")
     # A packed file's dtypes are its format's, so config.json's says nothing of them.
-    return meaning.resolve(names.meta_model(source.config)), meaning
+    return meaning.resolve(names.meta_model(source)), meaning

@@ -6,7 +6,8 @@ CompressError                      1   anything else that is ours to say
 ├── InputError                     3   the checkpoint that came in cannot be used
 ├── CoverageError                  4   a targeted weight would have stayed as it was
 ├── FormatError                    5   the format's reader could not load the artifact
-└── MachineError             6   disk, lock, permission, a missing library
+├── MachineError             6   disk, lock, permission, a missing library
+└── GateError                7   more went otherwise than --fail-on allows
 
 A message has four parts: where, expected, got, what to do.
 """
@@ -31,7 +32,8 @@ class Problem:
         for label, text in (("expected", self.expected), ("got", self.got), ("do", self.do)):
             if text:
                 lines.append(f"  {label + ':':<10}{text}")
-        return "\n".join(lines)
+        # What files say must not steer the terminal that shows it.
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in "\n".join(lines))
 
 
 class CompressError(Exception):
@@ -79,6 +81,20 @@ class MachineError(CompressError):
     """The machine stands in the way: disk, lock, permission, a missing library."""
 
     exit_status = 6
+
+
+class GateError(CompressError):
+    """More fallbacks, skips or errors than the run was told to put up with; nothing is published, and nothing is lost."""
+
+    exit_status = 7
+
+
+class Unsound(ValueError):  # noqa: N818 (pydantic takes it for what is wrong with a value)
+    """Options of a pass that do not fit together, each with the four parts; raised where pydantic validates."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(problem.expected for problem in self.problems))
 
 
 class Refusal(Exception):  # noqa: N818 (no error: an answer that the pipeline counts)

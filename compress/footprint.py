@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint import size_of
 from compress.contract import LinearPass, TrainPass
 from compress.errors import UsageError
 from compress.facts import State, Weight
@@ -48,8 +49,7 @@ def sweep_bytes(
         else:
             outside += weight.numel * element_bytes
     block = max(blocks.values(), default=0)
-    text = config.get("text_config") or config
-    hidden = int(text.get("hidden_size") or text.get("d_model") or max((w.in_features for w in touched), default=0))
+    hidden = size_of(config, "hidden_size", "d_model") or max((w.in_features for w in touched), default=0)
     widest = max((w.in_features for w in touched), default=hidden)
     between = min(BETWEEN_BYTES, tokens * hidden * element_bytes)
     within = min(HELD_BYTES, 3 * tokens * widest * element_bytes) + 8 * 4096 * widest * 4
@@ -94,8 +94,7 @@ def train_bytes(
         expanded, activations = 2 * expanded // blocks, 2 * activations // blocks
     trained = sum(learned(weight, states[weight.name]) for weight in touched)
     masks = sum(weight.numel for weight in touched if states[weight.name].sparsity is not None)
-    text = config.get("text_config") or config
-    logits = 4 * tokens * int(text.get("vocab_size") or 0) * element_bytes + (640 << 20)
+    logits = 4 * tokens * (size_of(config, "vocab_size") or 0) * element_bytes + (640 << 20)
     resident = model + 16 * trained + masks + expanded + activations + teacher * element_bytes + logits
     return resident, 2 * 12 * trained
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress.checkpoint import Checkpoint, torch_dtype
 from compress.contract import Context
 from compress.errors import InputError, Problem
 from compress.manifest import content_fingerprint
+from compress.trust import code_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Intake:
     files: dict[str, str]
     fingerprint: str
     nonfinite: tuple[str, ...] = ()
+    code: dict[str, str] = field(default_factory=dict)
+    """sha256 of the Python files that may be run."""
 
 
 def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False) -> Intake:
@@ -71,9 +74,9 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
             if not path.is_file() or file_digest(path) != digest:
                 got = "other bytes" if path.is_file() else "no such file"
                 raise InputError(str(path), "the bytes that manifest.json names", got, "make the checkpoint anew")
-        return Intake(digests, dict(manifest.files), manifest.fingerprint, nonfinite)
+        return Intake(digests, dict(manifest.files), manifest.fingerprint, nonfinite, code_of(checkpoint))
     files = {name: file_digest(checkpoint.path / name) for name in ("config.json", *checkpoint.side_files)}
-    return Intake(digests, files, content_fingerprint(digests, files), nonfinite)
+    return Intake(digests, files, content_fingerprint(digests, files), nonfinite, code_of(checkpoint))
 
 
 def file_digest(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract import Pass, TargetedPass, TrainPass
-from compress.errors import Refusal, UsageError
+from compress.errors import Refusal, Unsound, UsageError
 from compress.facts import FLOATS, MATRICES, Note, State, Weight, counted
 from compress.scheme import Scheme
 from compress.sparsity import Sparsity
@@ -105,13 +105,11 @@ class TextPass(Pass):
 
     @staticmethod
     def sound(draw: Callable[[], Any]) -> None:
-        """Raises ValueError, as validation has it, for what `draw` cannot make a CorpusSpec of."""
+        """Raises Unsound for what `draw` cannot make a CorpusSpec of."""
         try:
             draw()
         except UsageError as error:
-            raise ValueError(
-                "; ".join(f"{p.where}: expected {p.expected}, got {p.got} ({p.do})" for p in error.problems)
-            ) from None
+            raise Unsound(error.problems) from None
 
 
 class TrainingPass(TextPass, TrainPass):

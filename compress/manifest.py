@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compress.errors import InputError
+from compress.errors import InputError, UsageError
+from compress.facts import DTYPE_BYTES, State
 
 FILE = "manifest.json"
 
@@ -33,6 +34,16 @@ class WeightRecord(_Model):
     bits: float = Field(description="bits per weight as stored, scales and padding included")
     error: float | None = Field(None, description="|W - W'| / |W|, Frobenius")
     output_error: float | None = Field(None, description="|(W - W') x| / |W x| over the calibration tokens")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        try:
+            scheme = State.parse(self.state).scheme
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if self.dtype not in DTYPE_BYTES or min(self.shape, default=0) < 0 or (scheme and len(self.shape) not in (2, 3)):
+            raise ValueError(f"no weight is {self.state} of {self.dtype} {list(self.shape)}")
+        return self
 
 
 class NoteRecord(_Model):
@@ -73,7 +84,7 @@ class Manifest(_Model):
     fingerprint: str = ""
     parent: str = Field(description="fingerprint of the checkpoint this one was made from")
     source: Source
-    lineage: tuple[Step, ...]
+    lineage: tuple[Step, ...] = Field(min_length=1)
     seed: int
     threads: int
     isa: str
@@ -84,6 +95,20 @@ class Manifest(_Model):
     digests: dict[str, str] = Field(description="sha256 of each stored tensor's bytes")
     files: dict[str, str] = Field(description="sha256 of every other file")
     measured: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("files")
+    @classmethod
+    def _beside(cls, files: dict[str, str]) -> dict[str, str]:
+        if odd := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"{odd[0]!a} is no file beside it")
+        return files
+
+    @field_validator("coverage")
+    @classmethod
+    def _counted(cls, coverage: dict[str, int]) -> dict[str, int]:
+        if not {"targeted", "transformed", "skipped"} <= coverage.keys():
+            raise ValueError("coverage tells of targeted, transformed and skipped")
+        return coverage
 
     def sealed(self) -> Manifest:
         """The same manifest with its fingerprint filled in."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from compress import names
 from compress.checkpoint import Checkpoint
+from compress.errors import InputError
 from compress.meaning import Meaning
 from compress.qlinear import QLinear, with_codes
 from compress.qtensor import QTensor
@@ -33,7 +34,11 @@ def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True) 
     if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        except Exception as error:  # transformers validates with exceptions of many kinds
+            got = str(error).strip().partition("\n")[0]
+            raise InputError(str(checkpoint.path / "generation_config.json"), "a valid config of generation", got) from None
     return model
 
 
@@ -115,7 +120,7 @@ class _Loader:
 
 def _as_transformers_has_it(skeleton: Skeleton) -> None:
     """Gives back what a skeleton has set aside for its passes: the cache, and how experts are computed."""
-    fresh = names.meta_model(skeleton.meaning.checkpoint.config)
+    fresh = names.meta_model(skeleton.meaning.checkpoint)
     for ours, theirs in zip(skeleton.module.modules(), fresh.modules(), strict=True):
         config: Any = getattr(ours, "config", None)
         for name in ("use_cache", "_experts_implementation"):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
-from compress.errors import InputError, Problem, did_you_mean
+from compress.classes import model_class
+from compress.errors import InputError, Problem
 from compress.facts import FLOATS, Kind, Weight
 from compress.mapping import Mapping
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
 _MOST_BLOCKS = 2000
+_BLOCKS = re.compile(r"(layers?|blocks|depth)$")
+"""Keys of config.json that say how many blocks there are."""
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
 _JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
@@ -52,50 +55,21 @@ class Model:
     """Modules of experts whose inputs nothing can watch."""
 
 
-def model_class(config: dict[str, Any]) -> tuple[type, Any]:
-    """transformers' class for a config, and the config object. Never runs code that the checkpoint brings."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        do = "update transformers" if not config.get("auto_map") else "code from the checkpoint (auto_map) is not run"
-        near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
-        raise InputError("config.json", "a model_type that transformers knows", f"'{kind}'{near}", do)
-    tables = [
-        getattr(modeling_auto, name)
-        for name in dir(modeling_auto)
-        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
-    ]
-    known = {cls for table in tables for cls in ([table[kind]] if isinstance(table.get(kind), str) else table.get(kind, ()))}
-    listed = config.get("architectures") or [None]
-    wanted = listed[0] if isinstance(listed, list) and isinstance(listed[0], str | None) else listed
-    if wanted is None:
-        wanted = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or modeling_auto.MODEL_MAPPING_NAMES.get(kind)
-    if not isinstance(wanted, str) or wanted not in known:
-        raise InputError(
-            "config.json", f"architectures: one of {', '.join(sorted(known))}", f"'{wanted}' for model_type '{kind}'"
-        )
-    clean = _without(config, {"auto_map", "quantization_config", "_attn_implementation", "attn_implementation"})
-    parser = CONFIG_MAPPING[kind]
-    try:
-        # from_dict alone does not know how save_pretrained writes an infinity.
-        return getattr(transformers, wanted), parser.from_dict(parser._decode_special_floats(clean))
-    except Exception as error:  # transformers validates with exceptions of many kinds
-        raise InputError("config.json", f"a valid config of '{kind}'", str(error).strip().splitlines()[0]) from error
+def _refuse_many(config: dict[str, Any]) -> None:
+    """Raises InputError for more blocks than any model has: they would be listed, or built, for hours."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_many(value)
+        elif _BLOCKS.search(key) and isinstance(value, int | float) and value > _MOST_BLOCKS:
+            raise InputError("config.json", f"{key} of at most {_MOST_BLOCKS}", str(value))
 
 
-def _without(config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """A config, nested ones included, without `keys`: what says how to run a model says nothing of its tensors."""
-    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in config.items() if k not in keys}
-
-
-def meta_model(config: dict[str, Any]) -> nn.Module:
+def meta_model(checkpoint: Checkpoint) -> nn.Module:
     """The model without data."""
     import torch
 
-    cls, parsed = model_class(config)
+    _refuse_many(checkpoint.config)
+    cls, parsed = model_class(checkpoint)
     blocks = getattr(parsed.get_text_config(), "num_hidden_layers", 0)
     if isinstance(blocks, int) and not 0 < blocks <= _MOST_BLOCKS:
         raise InputError("config.json", f"num_hidden_layers from 1 to {_MOST_BLOCKS}", str(blocks))
@@ -111,7 +85,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
 def resolve(checkpoint: Checkpoint, allow_dtype_mismatch: bool = False) -> Model:
     """The place of every tensor of `checkpoint`. Raises InputError with every shape, dtype and name that is wrong."""
     refuse_quantized(checkpoint)
-    return place(checkpoint, checkpoint.logical, meta_model(checkpoint.config), allow_dtype_mismatch)
+    return place(checkpoint, checkpoint.logical, meta_model(checkpoint), allow_dtype_mismatch)
 
 
 def place(checkpoint: Checkpoint, logical: dict[str, Logical], model: nn.Module, allow_dtype_mismatch: bool = False) -> Model:
@@ -303,7 +277,7 @@ class _Resolver:
                 continue
             if weight.dtype not in FLOATS:
                 self.wrong(weight.name, "BF16, F16 or F32", weight.dtype, "start from the model this was made from")
-            elif promised in names and weight.dtype != names[promised]:
+            elif isinstance(promised, str) and promised in names and weight.dtype != names[promised]:
                 self.wrong(weight.name, f"{names[promised]}, config.json's dtype", weight.dtype,
                            "correct config.json, or pass --allow-dtype-mismatch: readers will cast it")  # fmt: skip
 

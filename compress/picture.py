@@ -7,10 +7,12 @@ nothing of a user's settings of it is read, and none of them is changed.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -187,12 +189,27 @@ def _size(nbytes: int) -> str:
 
 
 @contextmanager
+def _away_from_home() -> Iterator[None]:
+    """Where matplotlib is imported: it makes folders, and a list of fonts, in the home of whoever imports it first."""
+    name = "MPLCONFIGDIR"
+    before = os.environ.get(name)
+    with TemporaryDirectory(prefix="compress-fonts-") as folder:
+        os.environ[name] = before or folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+
+
+@contextmanager
 def _page(path: Path, inches: tuple[float, float], title: str) -> Iterator[Figure]:
     """An empty figure that is written when it is left; SVG, or what the suffix says."""
-    import matplotlib
-    import matplotlib.style
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    with _away_from_home():
+        import matplotlib
+        import matplotlib.style
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(), matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=inches, layout=ConstrainedLayoutEngine(wspace=0.05))

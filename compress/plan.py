@@ -26,6 +26,7 @@ from compress.recipe import Recipe
 from compress.resolve import resolve
 from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file
 from compress.tally import folded, shared_notes, trained_by, untouched
+from compress.targets import compiled
 from compress.teacher import teacher_weights
 
 SHARD_BYTES = 5_000_000_000
@@ -158,7 +159,7 @@ def make_plan(
     weights = [weight for weight in model.weights if weight.name not in dropped]
     logical = checkpoint.logical if meaning is None else meaning.logical
     states = {name: entry.state for name, entry in logical.items() if name not in dropped}
-    skips = [_regex(text) for text in allow_skips]
+    skips = [compiled(text, f"--allow-skips '{text}'") for text in allow_skips]
     skipped: set[str] = set()
     steps: list[StepPlan] = []
     problems: list[Problem] = []
@@ -348,10 +349,3 @@ def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dic
         content["quantization_config"] = {"quant_method": CANONICAL, "format": "canonical"}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     return {"config.json": text, **(fmt.files(model, states) if fmt is not None else {})}
-
-
-def _regex(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError(f"--allow-skips '{text}'", "a regular expression", str(error)) from None

@@ -13,6 +13,7 @@ another file, or `--set`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import Problem, RecipeError, did_you_mean
+from compress.strict import whole
 
 Scalar = str | int | float | bool | None
 Value = Scalar | tuple[Scalar, ...]
@@ -28,8 +30,9 @@ NAME = re.compile(r"[a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*")
 _OPTION = re.compile(r"[a-z][a-z0-9_]*")
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-_BARE = re.compile(r"[^\s,()\[\]{}|'\"#&*!%@`?:][^\s,()\[\]{}|'\"#]*")
-_CONSTANTS: dict[str, Scalar] = {"true": True, "false": False, "null": None, "~": None}
+_BARE = re.compile(r"[^\s,()\[\]{}|'\"#&*!%@`?:>-][^\s,()\[\]{}|'\"#]*")
+_WORDS: dict[str, Scalar] = {"true": True, "false": False, "null": None}
+_CONSTANTS = {"": None, "~": None, **{form(word): v for word, v in _WORDS.items() for form in (str, str.title, str.upper)}}
 _MAX_BYTES = 1 << 20
 _MAX_DIGITS = 40
 
@@ -77,8 +80,8 @@ def scalar(text: str) -> Scalar:
         return _CONSTANTS[text]
     if _INT.fullmatch(text) and len(text) <= _MAX_DIGITS:
         return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
+    if _FLOAT.fullmatch(text) and math.isfinite(number := float(text)):
+        return number
     return text
 
 
@@ -90,8 +93,11 @@ def print_value(value: Value) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
-    bare = _BARE.fullmatch(value) and value == scalar(value) and not value.endswith(":") and not value.startswith("-")
-    return value if bare else json.dumps(value, ensure_ascii=False)
+    if value.isprintable() and _BARE.fullmatch(value) and value == scalar(value) and not value.endswith(":"):
+        return value
+    # Neither notation takes control characters as they are, and YAML has no surrogate pairs.
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c > "\uffff" else f"\\u{ord(c):04x}" for c in quoted)
 
 
 class _Cursor:
@@ -99,6 +105,8 @@ class _Cursor:
 
     def __init__(self, text: str, origin: str) -> None:
         self.text, self.origin, self.at = text, origin, 0
+        if not whole(text):
+            raise RecipeError(origin, "a text in UTF-8", "bytes that are not")
 
     @property
     def where(self) -> str:
@@ -143,6 +151,8 @@ def _quoted(cursor: _Cursor) -> str:
             word = json.loads(found[0])
         except ValueError:
             raise cursor.fail("a quoted text with JSON's escapes") from None
+        if not whole(word):
+            raise cursor.fail("whole characters, not half of a surrogate pair")
         cursor.at = found.end()
         return str(word)
     found = re.compile(r"'((?:[^']|'')*)'").match(cursor.text, cursor.at)
@@ -231,121 +241,135 @@ def _events(text: str, origin: str) -> None:
             raise RecipeError(where, "at most 6 levels of nesting", "more", "see `compress recipes show`")
 
 
+def _too_long(origin: str) -> RecipeError:
+    return RecipeError(origin, f"a recipe of at most {_MAX_BYTES:,} bytes", "more", "a variant is another file, or --set")
+
+
 def parse_yaml(text: str, origin: str = "recipe") -> Recipe:
     """Reads `version: 1` YAML 1.2. Raises RecipeError with every structural problem, each with line and column."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-    if len(text.encode()) > _MAX_BYTES:
-        raise RecipeError(origin, f"a recipe of at most {_MAX_BYTES} bytes", f"{len(text.encode())} bytes")
+    if len(text.encode(errors="surrogatepass")) > _MAX_BYTES:
+        raise _too_long(origin)
     try:
         _events(text, origin)
-        tree = YAML(typ="rt", pure=True).load(text)
+        root = YAML(typ="rt", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
         raise RecipeError(where, "valid YAML 1.2", str(error.problem or error.context)) from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(origin, "valid YAML 1.2", str(error).splitlines()[0]) from None
-    return _Tree(origin).recipe(tree)
+    return _Tree(origin).recipe(root)
 
 
 class _Tree:
-    """Walks ruamel's tree and gathers problems instead of stopping at the first."""
+    """Walks YAML's nodes and gathers problems instead of stopping at the first.
+
+    Plain words are typed by `scalar`, as in a one-liner: one grammar, whatever YAML's library makes of dates and 0x1F.
+    """
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
         self.problems: list[Problem] = []
 
-    def at(self, mark: tuple[int, int] | None) -> str:
-        return f"{self.origin}:{mark[0] + 1}:{mark[1] + 1}" if mark else self.origin
-
-    def wrong(self, where: str, expected: str, got: str, do: str = "") -> None:
+    def wrong(self, node: Any, expected: str, got: str, do: str = "") -> None:
+        where = f"{self.origin}:{node.start_mark.line + 1}:{node.start_mark.column + 1}" if node is not None else self.origin
         self.problems.append(Problem(where, expected, got, do))
 
-    def recipe(self, root: object) -> Recipe:
-        if not isinstance(root, dict):
+    def mapping(self, node: Any) -> dict[str, Any]:
+        """Key -> (its node, the value's node)."""
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            if key.id != "scalar":
+                self.wrong(key, "a word for a key", _kind(key))
+            elif key.value in found:
+                self.wrong(key, "each key once", f"'{_short(key.value)}' twice")
+            else:
+                found[key.value] = (key, value)
+        return found
+
+    def recipe(self, root: Any) -> Recipe:
+        if root is None or root.id != "mapping":
             raise RecipeError(self.origin, "a mapping with version and passes", _kind(root))
-        tree: Any = root  # ruamel's mapping, which knows its lines and columns
-        known = ("version", "model", "seed", "passes")
-        for key in tree:
-            if key not in known:
-                where = self.at(tree.lc.key(key))
-                self.wrong(where, f"one of {', '.join(known)}", f"'{key}'{did_you_mean(str(key), known)}")
-        if tree.get("version") != 1 or isinstance(tree.get("version"), bool):
-            where = self.at(tree.lc.key("version") if "version" in tree else None)
-            got = f"version {tree['version']}" if "version" in tree else "no version"
-            self.wrong(where, "version: 1", got, "begin with `version: 1`")
-        model, seed = tree.get("model"), tree.get("seed", 0)
+        known, tree = ("version", "model", "seed", "passes"), self.mapping(root)
+        for word, (key, _) in tree.items():
+            if word not in known:
+                self.wrong(key, f"one of {', '.join(known)}", f"'{_short(word)}'{did_you_mean(word, known)}")
+        nodes = {word: tree.get(word, (None, None))[1] for word in known}
+        values: dict[str, Any] = {word: self.value(node, word) for word, node in nodes.items() if node and word != "passes"}
+        version, model, seed = values.get("version"), values.get("model"), values.get("seed", 0)
+        if version != 1 or not isinstance(version, int) or isinstance(version, bool):
+            got = f"version {_short(str(version))}" if "version" in tree else "no version"
+            self.wrong(tree.get("version", (None,))[0], "version: 1", got, "begin with `version: 1`")
         if model is not None and not isinstance(model, str):
-            self.wrong(self.at(tree.lc.value("model")), "a directory or a Hub id", _kind(model))
+            self.wrong(nodes["model"], "a directory or a Hub id", _kind(nodes["model"]))
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            self.wrong(self.at(tree.lc.value("seed")), "a whole number >= 0", str(seed))
-            seed = 0
-        passes = tree.get("passes")
-        lines: list[Line] = []
-        if not isinstance(passes, list) or not passes:
-            where = self.at(tree.lc.value("passes") if "passes" in tree else None)
-            self.wrong(where, "passes: a list of `- name: {options}`", _kind(passes))
+            self.wrong(nodes["seed"], "a whole number >= 0", _kind(nodes["seed"]))
+        passes, lines = nodes["passes"], []
+        if passes is None or passes.id != "sequence" or not passes.value:
+            self.wrong(passes, "passes: a list of `- name: {options}`", _kind(passes))
         else:
-            marks: Any = passes  # ruamel's list
-            lines = [line for i, entry in enumerate(passes) if (line := self.line(entry, marks.lc.item(i)))]
+            lines = [line for entry in passes.value if (line := self.line(entry))]
         if self.problems:
             raise RecipeError(self.problems)
-        return Recipe(tuple(lines), str(model) if model is not None else None, int(seed))
+        return Recipe(tuple(lines), model, seed)
 
-    def line(self, entry: Any, mark: tuple[int, int]) -> Line | None:
-        where = self.at(mark)
-        if isinstance(entry, str):
-            entry, options = {entry: None}, None
-        elif not isinstance(entry, dict) or len(entry) != 1:
-            self.wrong(where, "one pass, `name: {options}`", _kind(entry))
+    def line(self, entry: Any) -> Line | None:
+        key: Any = entry
+        options: Any = None
+        if entry.id == "mapping" and len(entry.value) == 1:
+            key, options = entry.value[0]
+        if key.id != "scalar":
+            self.wrong(entry, "one pass, `name: {options}`", _kind(entry))
             return None
-        name, options = next(iter(entry.items()))
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            self.wrong(where, "the name of a pass", f"'{name}'")
+        name, where = key.value, f"{self.origin}:{entry.start_mark.line + 1}:{entry.start_mark.column + 1}"
+        if not NAME.fullmatch(name):
+            self.wrong(entry, "the name of a pass", f"'{_short(name)}'")
             return None
-        if options is None:
-            return Line(str(name), {}, where)
-        if not isinstance(options, dict):
-            self.wrong(where, f"options of {name} as a mapping", _kind(options))
+        if options is None or (options.id == "scalar" and _plain(options) is None):
+            return Line(name, {}, where)
+        if options.id != "mapping":
+            self.wrong(entry, f"options of {name} as a mapping", _kind(options))
             return None
-        values: dict[str, Value] = {}
-        marks: Any = options
-        for key, value in options.items():
-            spot = self.at(marks.lc.value(key))
-            if not isinstance(key, str):
-                self.wrong(spot, "the name of an option", f"'{key}'")
-            elif isinstance(value, list) and all(_is_scalar(item) for item in value):
-                values[str(key)] = tuple(_plain(item) for item in value)
-            elif _is_scalar(value):
-                values[str(key)] = _plain(value)
-            else:
-                self.wrong(spot, f"{name}.{key}: a scalar or a flat list", _kind(value))
-        return Line(str(name), values, where)
+        return Line(name, {word: self.value(v, f"{name}.{word}") for word, (_, v) in self.mapping(options).items()}, where)
+
+    def value(self, node: Any, what: str) -> Value:
+        """A scalar, or a flat list of scalars."""
+        items = node.value if node.id == "sequence" else [node]
+        if any(item.id != "scalar" for item in items):
+            self.wrong(node, f"{_short(what)}: a scalar or a flat list", _kind(node))
+            return None
+        found = tuple(_plain(item) for item in items)
+        if any(isinstance(word, str) and not whole(word) for word in found):
+            self.wrong(node, f"{_short(what)}: whole characters", "half of a surrogate pair")
+        return found if node.id == "sequence" else found[0]
 
 
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool))
+def _plain(node: Any) -> Scalar:
+    """The value of a scalar's node; what is quoted is a text."""
+    return str(node.value) if node.style else scalar(node.value)
 
 
-def _plain(value: Any) -> Scalar:
-    """ruamel's scalar subclasses back to Python's own."""
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return None
+def _kind(node: Any) -> str:
+    if node is None or (node.id == "scalar" and _plain(node) is None):
+        return "nothing"
+    words = {"mapping": "a mapping", "sequence": "a list"}
+    return words.get(node.id) or f"the {'text' if isinstance(_plain(node), str) else 'value'} '{_short(node.value)}'"
 
 
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {dict: "a mapping", list: "a list", str: f"the text '{value}'", type(None): "nothing"}
-    return next((name for kind, name in names.items() if isinstance(value, kind)), f"the value {value}")
+def _short(text: str) -> str:
+    """A text for a message, in one short line."""
+    return text if len(text) <= 60 and text.isprintable() else f"{ascii(text[:60])[1:-1]}..."
 
 
 def read(path: Path) -> Recipe:
     """Reads a recipe file. Raises RecipeError."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), path.name)
+        if path.stat().st_size > _MAX_BYTES:
+            raise _too_long(path.name)
+        return parse_yaml(path.read_text(encoding="utf-8-sig"), path.name)
     except OSError as error:
         raise RecipeError(str(path), "a recipe file", error.strerror or str(error)) from None
     except UnicodeDecodeError:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from compress.contract import Pass
 from compress.discover import load_pass
-from compress.errors import Problem, RecipeError, UsageError, did_you_mean
+from compress.errors import Problem, RecipeError, Unsound, UsageError, did_you_mean
 from compress.recipe import Line, Recipe
+
+_SAID = 200
+"""Characters of a value that a message repeats."""
 
 
 def resolve_line(line: Line) -> tuple[Pass | None, list[Problem]]:
@@ -22,21 +27,29 @@ def resolve_line(line: Line) -> tuple[Pass | None, list[Problem]]:
     try:
         return cls.model_validate(dict(line.options)), []
     except ValidationError as error:
-        return None, [_problem(line, cls, detail) for detail in error.errors()]
+        return None, [problem for detail in error.errors() for problem in _problems(line, cls, detail)]
 
 
-def _problem(line: Line, cls: type[Pass], detail: Any) -> Problem:
+def _problems(line: Line, cls: type[Pass], detail: Any) -> Iterator[Problem]:
     option = str(detail["loc"][0]) if detail["loc"] else ""
     where = f"{line.where or line.name}: {line.name}.{option}".rstrip(".")
+    raised = detail.get("ctx", {}).get("error")
+    if isinstance(raised, Unsound):
+        yield from (replace(problem, where=f"{where}.{problem.where}") for problem in raised.problems)
+        return
     known = list(cls.model_fields)
     if detail["type"] == "extra_forbidden":
-        return Problem(where, f"one of {', '.join(known)}", f"an unknown option{did_you_mean(option, known)}")
+        yield Problem(where, f"one of {', '.join(known)}", f"an unknown option{did_you_mean(option, known)}")
+        return
     described = cls.model_fields[option].description if option in known else ""
-    if detail["type"] == "missing":
-        return Problem(where, described or "a value", "nothing", f"give {option}=...")
-    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing" and len(detail["loc"]) == 1:
+        yield Problem(where, described or "a value", "nothing", f"give {option}=...")
+        return
+    message = "one more value" if detail["type"] == "missing" else detail["msg"].removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
-    return Problem(where, message, f"{detail['input']!r}", described or "")
+    # What options that do not fit together are is said in the message.
+    got = repr(detail["input"]) if option else ""
+    yield Problem(where, message, got if len(got) <= _SAID else f"{got[:_SAID]}...", described or "")
 
 
 def resolve(recipe: Recipe) -> list[Pass]:

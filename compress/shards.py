@@ -16,9 +16,13 @@ from typing import Any
 
 from compress.errors import InputError
 from compress.facts import DTYPE_BYTES, TensorSpec
+from compress.strict import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 _ALIGN = 8
+_SAID = 300
+"""Characters of a header that a message repeats."""
+_MOST_DIMENSIONS, _LARGEST = 64, (1 << 63) - 1
 STEM, CANONICAL_STEM = "model", "canonical"
 """File names of shards. Canonical codes have a name of their own: transformers only warns of a `quant_method` it does not
 know and then fills the weights at random; a file that it does not find stops it."""
@@ -36,17 +40,12 @@ class TensorRef:
     nbytes: int
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"the key '{next(k for k in keys if keys.count(k) > 1)}' occurs twice")
-    return dict(pairs)
-
-
 def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -> tuple[list[TensorRef], dict[str, str]]:
     """The tensors of one file, by offset, and its metadata. `size_bytes` is the whole file's size."""
 
     def bad(expected: str, got: str) -> InputError:
+        # What a broken header holds may be of any length.
+        got = got if len(got) <= _SAID else f"{got[:_SAID]}..."
         return InputError(file, expected, got, "fetch the file again, or save it anew with safetensors")
 
     if size_bytes < 8:
@@ -58,10 +57,10 @@ def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -
             f"a header length of {length}: truncated, or not a safetensors file",
         )
     try:
-        header = json.loads(read(8, length).decode("utf-8"), object_pairs_hook=_unique)
+        header = parse_json(read(8, length))
         if not isinstance(header, dict):
             raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise bad("a header that is a JSON object", str(error)) from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -83,13 +82,18 @@ def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -
 
 
 def _entry(name: str, entry: Any, start: int, file: str, bad: Callable[[str, str], InputError]) -> TensorRef:
+    # A name is printed, and written into other files.
+    if not name.isprintable() or len(name) > _SAID:
+        raise bad(f"names of at most {_SAID} printable characters", ascii(name))
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad(f"dtype, shape and data_offsets for '{name}'", "something else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise bad(f"a known dtype for '{name}'", f"'{dtype}'")
     whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in whole) or len(offsets) != 2:
+    if len(whole) > _MOST_DIMENSIONS + 2:
+        raise bad(f"at most {_MOST_DIMENSIONS} dimensions for '{name}'", f"{len(shape)}")
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _LARGEST for n in whole) or len(offsets) != 2:
         raise bad(f"a shape and two offsets of whole numbers for '{name}'", f"{shape}, {offsets}")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:

@@ -37,7 +37,7 @@ class Skeleton:
     def __init__(self, meaning: Meaning, dtype: torch.dtype) -> None:
         self.meaning, self.dtype = meaning, dtype
         with _default_dtype(dtype):
-            self.module: Any = names.meta_model(meaning.checkpoint.config)
+            self.module: Any = names.meta_model(meaning.checkpoint)
         self.model = meaning.resolve(self.module)
         self.mapping = Mapping(self.module)
         self._groups, self._aliases = self._by_parameter()

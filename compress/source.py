@@ -4,8 +4,8 @@
     owner/name, name, owner/name@v1    a model of the Hub, at a branch, tag or commit
 
 Of the Hub's files the ones that an artifact carries are fetched, at one commit, into the Hub's own cache: the safetensors
-that the index names, JSON, tokenizer and text files. Pickles and Python files never are. A plan needs less: config.json,
-the index, and the headers by range requests. Messages hold no URL and no header, for either may carry a credential.
+that the index names, JSON, tokenizer and text files; Python files for a model that is trusted, pickles never. A plan needs less:
+config.json, the index, and the headers by range requests. Messages hold no URL and no header, for either may carry a credential.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,27 +33,32 @@ _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtoc
 _WORKERS = 8
 
 
-def open_source(model: str) -> Checkpoint:
-    """Opens a directory or a model of the Hub, fetching what is not in the cache yet. Raises CompressError."""
+def open_source(model: str, trusted: bool = False) -> Checkpoint:
+    """Opens a directory or a model of the Hub, fetching what is not in the cache yet. Raises CompressError.
+
+    `trusted` lets the Python that it brings be run, when a class of it is needed.
+    """
     if (directory := _directory(model)) is not None:
-        return open_checkpoint(directory)
-    repo = _look_up(model)
+        return open_checkpoint(directory, trusted=trusted)
+    repo = _look_up(model, trusted)
     with repo.named():
         shards = shard_files(repo.folder, repo.files)
         repo.fetch([*shards, *(file for file in repo.files if not is_weights(file))])
-        return assemble(repo.folder, repo.files, repo.others, lambda f: local_header(repo.folder / f), repo.id, repo.origin)
+        return repo.assembled(lambda file: local_header(repo.folder / file))
 
 
-def open_headers(model: str) -> Checkpoint:
+def open_headers(model: str, trusted: bool = False) -> Checkpoint:
     """The same without the data of tensors: enough for a plan. Raises CompressError."""
     if (directory := _directory(model)) is not None:
-        return open_checkpoint(directory)
-    repo = _look_up(model)
+        return open_checkpoint(directory, trusted=trusted)
+    repo = _look_up(model, trusted)
     with repo.named():
         shards = shard_files(repo.folder, repo.files)
         with ThreadPoolExecutor(_WORKERS) as pool:
             headers = dict(zip(shards, pool.map(repo.header, shards), strict=True))
-        return assemble(repo.folder, repo.files, repo.others, headers.__getitem__, repo.id, repo.origin)
+        if trusted:
+            repo.fetch([file for file in repo.files if file.endswith(".py")])
+        return repo.assembled(headers.__getitem__)
 
 
 def _directory(model: str) -> Path | None:
@@ -82,6 +87,7 @@ class _Repo:
     folder: Path
     sizes: dict[str, int]
     origin: dict[str, Any]
+    trusted: bool
 
     @property
     def id(self) -> str:
@@ -90,7 +96,15 @@ class _Repo:
     @property
     def files(self) -> list[str]:
         """The files at the top that are weights or are carried along."""
-        return sorted(file for file in self.sizes if "/" not in file and (is_weights(file) or _carried(file)))
+        return sorted(file for file in self.sizes if "/" not in file and (is_weights(file) or self.carries(file)))
+
+    def carries(self, file: str) -> bool:
+        """Whether an artifact takes this file along; weights, pickles among them, are told apart by `is_weights`."""
+        return self.trusted if file.endswith(".py") else any(fnmatchcase(file, pattern) for pattern in _CARRIED)
+
+    def assembled(self, header: Callable[[str], list[TensorRef]]) -> Checkpoint:
+        """The checkpoint that its files make up."""
+        return assemble(self.folder, self.files, self.others, header, self.id, self.origin, self.trusted)
 
     @property
     def others(self) -> list[str]:
@@ -147,12 +161,7 @@ class _Repo:
         return bytes(data[start : start + length])
 
 
-def _carried(file: str) -> bool:
-    """Whether an artifact takes this file along; weights, pickles among them, are told apart by `is_weights`."""
-    return not file.endswith(".py") and any(fnmatchcase(file, pattern) for pattern in _CARRIED)
-
-
-def _look_up(model: str) -> _Repo:
+def _look_up(model: str, trusted: bool) -> _Repo:
     """Finds the commit, the files and the card of `model`, and fetches its small files."""
     from huggingface_hub import HfApi, get_cached_repo_tree, is_offline_mode
 
@@ -170,7 +179,8 @@ def _look_up(model: str) -> _Repo:
         sizes = {entry.path: entry.size for entry in get_cached_repo_tree(name, revision=folder.name)}
     named = "license_name" if card.get("license") == "other" and card.get("license_name") else "license"
     licence = ", ".join(_texts(card.get(named))) or None
-    return _Repo(model, folder, sizes, {"commit": folder.name, "licence": licence, "datasets": _texts(card.get("datasets"))})
+    origin = {"commit": folder.name, "licence": licence, "datasets": _texts(card.get("datasets"))}
+    return _Repo(model, folder, sizes, origin, trusted)
 
 
 def _snapshot(name: str, revision: str | None, files: Iterable[str], quiet: bool = False) -> Path:
@@ -206,7 +216,9 @@ def _hub_errors(model: str) -> Iterator[None]:
 
     # HTTPError is httpx's or httpx2's, as the library's version has it; RuntimeError is what its xet client raises.
     http: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    expected = (OSError, ValueError, RuntimeError, http, errors.CachedRepoTreeNotFoundError)
+    # An answer of another kind than the Hub's surfaces wherever its library takes it apart.
+    odd = (ValueError, TypeError, KeyError, AttributeError)
+    expected = (OSError, *odd, RuntimeError, http, errors.CachedRepoTreeNotFoundError)
     # The library's warnings of interrupted downloads quote signed URLs, which open the file to whoever reads the log.
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -249,6 +261,6 @@ def _told(model: str, error: Exception) -> CompressError:
     if isinstance(error, OSError) and error.errno is not None:
         do = "free some space there, or set HF_HUB_CACHE to another place"
         return MachineError(constants.HF_HUB_CACHE, "a place to write", error.strerror or kind, do)
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | TypeError | KeyError | AttributeError):
         return MachineError(model, answer, f"something else ({kind})", "check HF_ENDPOINT and the proxy")
     return MachineError(model, answer, f"the read was cut ({kind})", again)

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from compress.errors import UsageError
 from compress.textform import TextForm
 
-_GRAMMAR = re.compile(r"(?P<kept>\d+):(?P<of>\d+)|(?P<fraction>0?\.\d+)")
+_GRAMMAR = re.compile(r"(?P<kept>\d{1,3}):(?P<of>\d{1,3})|(?P<fraction>0?\.\d+)", re.ASCII)
+
+
+def _digits(fraction: float) -> str:
+    """A number as the grammar has it, without an exponent; reads back to the same one."""
+    return f"{Decimal(repr(fraction)):f}"
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,16 @@ class Sparsity(TextForm):
         """Reads the text form. Raises UsageError."""
         if isinstance(text, Sparsity):
             return text
-        match = _GRAMMAR.fullmatch(str(text))
+        match = _GRAMMAR.fullmatch(_digits(text) if isinstance(text, float) else str(text))
         if match and match["fraction"] and 0 < float(match["fraction"]) < 1:
             return cls(fraction=float(match["fraction"]))
         if match and match["of"] and 0 < int(match["kept"]) < int(match["of"]) <= 64:
             return cls(kept=int(match["kept"]), of=int(match["of"]))
-        raise UsageError(f"sparsity '{text}'", "a share of zeros between 0 and 1 such as 0.5, or kept:of such as 2:4", "neither")
+        expected = "a share of zeros between 0 and 1 such as 0.5, or kept:of such as 2:4"
+        raise UsageError(f"sparsity '{str(text)[:40]}'", expected, "neither")
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.of}" if self.fraction is None else repr(self.fraction)
+        return f"{self.kept}:{self.of}" if self.fraction is None else _digits(self.fraction)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:

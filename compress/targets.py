@@ -47,14 +47,19 @@ def matches(selector: str, weight: Weight) -> bool:
     return weight.name in (selector, f"{selector}.weight")
 
 
+def compiled(text: str, where: str, expected: str = "a regular expression") -> re.Pattern[str]:
+    """The pattern. Raises UsageError."""
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(where, expected, str(error)) from None
+
+
 def check(selectors: Iterable[str]) -> None:
     """Raises UsageError for a regex that does not compile."""
     for selector in selectors:
         if selector.startswith("re:"):
-            try:
-                re.compile(selector[3:])
-            except re.error as error:
-                raise UsageError(f"target '{selector}'", "a regular expression after re:", str(error)) from None
+            compiled(selector[3:], f"target '{selector}'", "a regular expression after re:")
 
 
 def select(weights: Sequence[Weight], targets: Sequence[str], skip: Sequence[str] = ()) -> list[Weight]:

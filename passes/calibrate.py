@@ -6,8 +6,7 @@ packed. Nothing but tokens is kept: every pass that needs statistics folds its o
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +14,7 @@ from compress.contract import DataPass
 from compress.kinds import TextPass
 
 if TYPE_CHECKING:
+    from compress.checkpoint import Checkpoint
     from compress.corpus import Corpus, CorpusSpec
 
 
@@ -54,7 +54,7 @@ class Calibrate(TextPass, DataPass):
     def tokens_at_most(self) -> tuple[int, int]:
         return self.samples * self.length, self.length
 
-    def gather(self, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
+    def gather(self, model: Checkpoint, seed: int) -> Corpus:
         from compress.corpus import build_for
 
-        return build_for(self.spec(), tokenizer_folder, config, seed)
+        return build_for(self.spec(), model, seed)

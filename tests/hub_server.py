@@ -64,6 +64,8 @@ class Hub:
     """...this many times."""
     status: int | None = None
     """Answers everything with this."""
+    garbage: bytes | None = None
+    """Answers everything with this, as if all were well."""
 
     def add(self, name: str, directory: Path, card: dict[str, Any] | None = None, revision: str = "main") -> str:
         """Publishes a directory as a revision of `name`; returns its commit."""
@@ -111,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if self.hub.status is not None:
             return self.refuse(self.hub.status, "", "out of order")
+        if self.hub.garbage is not None:
+            return self.send(200, {"Content-Type": "application/json"}, self.hub.garbage)
         if found := re.fullmatch(r"/storage/(.+?)/([0-9a-f]{40})/([^/]+)", path):
             return self.body(self.hub.repos[found[1]].commits[found[2]] / found[3], {})
         if found := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/(.+))?", path):

@@ -102,7 +102,7 @@ def test_every_problem_of_every_line_is_told_with_its_place() -> None:
         ("[" * 50, "r:1", "nesting"),
         ("a: [", "r:1", "YAML"),
         ("x" * (1 << 21), "r", "at most"),
-        ("version: 1\nversion: 1\npasses: [pack]", "r", "YAML"),
+        ("version: 1\nversion: 1\npasses: [pack]", "r:2:1", "each key once"),
     ],
 )
 def test_bad_yaml_names_its_place(text: str, place: str, said: str) -> None:

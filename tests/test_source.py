@@ -117,6 +117,18 @@ def test_only_what_an_artifact_carries_is_fetched(hub: Hub, local: Path, cache: 
     )  # fmt: skip
 
 
+def test_python_is_fetched_only_for_a_model_that_is_trusted(hub: Hub, local: Path) -> None:
+    publish(hub, local)
+    code = {"modeling_tiny.py", "tokenizer_tiny.py"}
+    for opener in (open_headers, open_source):
+        assert not code & set(opener(NAME).side_files)
+    assert not hub.bodies(".py")
+    for trusting in (open_headers, open_source):
+        assert code <= set(trusting(NAME, trusted=True).side_files)
+        assert all((trusting(NAME, trusted=True).path / file).is_file() for file in code)
+    assert not hub.bodies(".bin")
+
+
 def test_other_files_in_the_cache_change_nothing(hub: Hub, local: Path) -> None:
     publish(hub, local)
     first = open_source(NAME)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compress.checkpoint import size_of
 from compress.corpus.documents import open_documents
 from compress.corpus.encoder import Encoder
 from compress.corpus.inputs import Inputs, check_alike, check_values
@@ -19,6 +20,8 @@ from compress.errors import InputError, MachineError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+    from compress.checkpoint import Checkpoint
 
 _KEY = "corpus"
 
@@ -97,8 +100,9 @@ class Corpus:
 
 
 def build_corpus(
-    spec: CorpusSpec, tokenizer_folder: Path, seed: int, *, vocabulary: int | None = None, positions: int | None = None
-) -> Corpus:
+    spec: CorpusSpec, tokenizer_folder: Path, seed: int, *, vocabulary: int | None = None, positions: int | None = None,
+    trusted: bool = False,
+) -> Corpus:  # fmt: skip
     """Draws the corpus; `vocabulary` and `positions` are the model's limits on ids and on length. Raises CompressError."""
     import torch
 
@@ -120,7 +124,7 @@ def build_corpus(
             check_values(parts[-1], file.name, vocabulary, positions)
             records.append(SourceRecord(file.path.name, count, count, file.count, file.sha256))
     else:
-        encoder = Encoder(spec, tokenizer_folder)
+        encoder = Encoder(spec, tokenizer_folder, trusted)
         with ExitStack() as stack:
             sources = [open_documents(source, spec.field, spec.split, spec.chat, stack) for source in spec.data]
             _check_apart([(source.name, source.key) for source in sources])
@@ -133,11 +137,10 @@ def build_corpus(
     return Corpus({name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}, tuple(records))
 
 
-def build_for(spec: CorpusSpec, tokenizer_folder: Path, config: dict[str, Any], seed: int) -> Corpus:
-    """The same within the limits of the model that `config`, its config.json, describes."""
-    text = config.get("text_config") or config
-    limits = {"vocabulary": text.get("vocab_size"), "positions": text.get("max_position_embeddings")}
-    return build_corpus(spec, tokenizer_folder, seed, **limits)
+def build_for(spec: CorpusSpec, model: Checkpoint, seed: int) -> Corpus:
+    """The same with the tokenizer of a model, within the limits that its config.json describes."""
+    vocabulary, positions = size_of(model.config, "vocab_size"), size_of(model.config, "max_position_embeddings")
+    return build_corpus(spec, model.path, seed, vocabulary=vocabulary, positions=positions, trusted=model.trusted)
 
 
 def _check_apart(sources: list[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress.corpus.documents import Documents, kind_word, not_text
 from compress.corpus.spec import CorpusSpec, shuffled
 from compress.errors import InputError, UsageError
+from compress.trust import references, would_run
 
 if TYPE_CHECKING:
     import torch
@@ -27,19 +28,24 @@ _MARGIN = 8
 
 
 class Encoder:
-    """A tokenizer, and how `spec` has samples made with it. Raises InputError, UsageError."""
+    """A tokenizer, and how `spec` has samples made with it. Raises InputError, UsageError.
 
-    def __init__(self, spec: CorpusSpec, folder: Path) -> None:
+    Python that the folder brings for it is run only where it is `trusted`.
+    """
+
+    def __init__(self, spec: CorpusSpec, folder: Path, trusted: bool = False) -> None:
         from transformers import AutoTokenizer
 
         self.spec, self.folder = spec, folder
         if not any(True for pattern in _FILES for _ in folder.glob(pattern)):
             do = "copy the tokenizer's files there from the model's source"
             raise InputError(str(folder), "tokenizer.json, with tokenizer_config.json", "no file of a tokenizer", do)
+        if trusted:
+            references(folder)  # raises for another repository's code
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         except Exception as error:  # whatever the library and its parsers raise for a broken file
-            do = "copy its files again; a tokenizer that needs code of its own is not run"
+            do = (not trusted and would_run(folder)) or "copy its files again"
             raise InputError(str(folder), "a tokenizer that transformers can load", _first_line(error), do) from None
         self.bos, self.eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if spec.chat and not self.tokenizer.chat_template:

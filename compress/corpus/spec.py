@@ -74,7 +74,7 @@ class CorpusSpec:
         if not self.data:
             yield Problem("data", "at least one source", "none", f"name {_WANTED}")
         for source, kind in zip(self.data, kinds, strict=True):
-            if not kind and "://" in source:  # not quoted: it may carry a credential
+            if kind != "dataset" and "://" in source:  # not quoted: it may carry a credential
                 yield Problem("data", _WANTED, "a URL", "download the file, or write hf:NAME for a dataset of the Hub")
             elif not kind:
                 ending = PurePath(source).suffix

@@ -18,8 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint import read_json
+from compress.classes import refuse_kernels
 from compress.errors import FormatError, InputError, MachineError, UsageError, did_you_mean
 from compress.readers.environment import Environment, cache_folder, clean_variables, ensure, packages, torch_pin
+from compress.trust import references
 
 if TYPE_CHECKING:
     import torch
@@ -132,11 +135,14 @@ def logits(
     dtype: str = "float32",
     timeout_seconds: float = 3600,
     rounded: bool = False,
+    trusted: bool = False,
 ) -> Reading:
     """The reader's logits for `ids`, int64 [samples, length]; `dtype` is what its model computes in.
 
     `base` is the model below an adapter; `rounded` is for ours: codes mean what is left of them in the dtype they were made
-    from. Raises UsageError, InputError for a folder that is no artifact, MachineError for an
+    from. Python that the artifact, or its base, brings is run only where it is `trusted`.
+
+    Raises UsageError, InputError for a folder that is no artifact, MachineError for an
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
     """
     who = reader_named(reader)
@@ -145,8 +151,11 @@ def logits(
         if base is None:
             raise InputError(str(artifact), "the base model of this adapter", "none", "give its directory")
         _there(base, "config.json")
+    refuse_kernels(read_json((base or artifact) / "config.json"))
+    if trusted:
+        references(base or artifact)  # raises for another repository's code
     if not who.probe:
-        return _our_own(who, artifact, ids, dtype, base, rounded)
+        return _our_own(who, artifact, ids, dtype, base, rounded, trusted)
     if who.environment is None and (absent := [name for name in who.modules if find_spec(name) is None]):
         do = "pip install 'compress-llm[readers]'"
         raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
@@ -160,7 +169,7 @@ def logits(
         held = packages(python)
     tell(f"{reader} reads {artifact.name}")
     with tempfile.TemporaryDirectory(prefix="compress-reader-") as scratch:
-        return _probe(reader, python, artifact, base, ids, dtype, Path(scratch), timeout_seconds, held)
+        return _probe(reader, python, artifact, base, ids, dtype, Path(scratch), timeout_seconds, held, trusted)
 
 
 def _method(artifact: Path) -> str | None:
@@ -176,7 +185,9 @@ def _there(folder: Path, file: str) -> None:
         raise InputError(str(folder), f"a directory with {file}", "no such file" if folder.is_dir() else "no such directory")
 
 
-def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool) -> Reading:
+def _our_own(
+    who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool
+) -> Reading:
     """Our own reading, of an adapter on its base where there is one."""
     import importlib.metadata
 
@@ -186,7 +197,7 @@ def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: P
     from compress.model import build
     from compress.readers.adapter import add_adapter
 
-    model = build(open_checkpoint(base or artifact), dtype, rounded)
+    model = build(open_checkpoint(base or artifact, trusted=trusted), dtype, rounded)
     if base is not None:
         add_adapter(model, artifact)
     with torch.inference_mode():
@@ -202,7 +213,7 @@ def _our_own(who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: P
 
 def _probe(
     reader: str, python: Path, artifact: Path, base: Path | None, ids: torch.Tensor, dtype: str, scratch: Path,
-    timeout_seconds: float, held: dict[str, str],
+    timeout_seconds: float, held: dict[str, str], trusted: bool,
 ) -> Reading:  # fmt: skip
     import torch
     from safetensors.torch import load_file, save_file
@@ -214,7 +225,7 @@ def _probe(
     request: dict[str, Any] = {
         **{name: str(path) for name, path in files.items()}, "artifact": str(artifact.absolute()), "dtype": dtype,
         "base": str(base.absolute()) if base else "", "scratch": str(scratch / "work"), "packages": who.packages,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "trusted": trusted,
     }  # fmt: skip
     files["request"].write_text(json.dumps(request))
     log = scratch / "log"
@@ -250,6 +261,8 @@ def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path
     # Readers keep caches and compile kernels in the home of whoever runs them; here that is the scratch folder.
     for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
         variables[name] = str(scratch / "work")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        variables.pop(name, None)
     variables.update(dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
     with open(log, "wb") as record:
         process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Probe: runs one reader in its own interpreter and writes its logits down.
 
 Run by path, with nothing of ours importable: python probe.py READER.py REQUEST.json. READER.py defines
-`load(artifact, scratch, base, dtype, notes)`, which gives what maps ids to logits. `scratch` is removed afterwards.
+`load(artifact, scratch, base, dtype, notes, trusted)`, which gives what maps ids to logits. `scratch` is removed afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main(script: str, request_file: str) -> int:
         base = Path(request["base"]) if request["base"] else None
         load = runpy.run_path(script)["load"]
         dtype = getattr(torch, request["dtype"])
-        forward = load(Path(request["artifact"]), Path(request["scratch"]), base, dtype, answer["notes"])
+        places = Path(request["artifact"]), Path(request["scratch"]), base
+        forward = load(*places, dtype, answer["notes"], request["trusted"])
         ids = load_file(request["ids"])["input_ids"]
         with torch.inference_mode():
             rows = [forward(row[None]).float().cpu() for row in ids]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str]) -> Callable[[Any], Any]:
+def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str], trusted: bool) -> Callable[[Any], Any]:
     """Ids [samples, length] -> logits [samples, length, vocabulary]."""
     copy = scratch / "artifact"
     copy.mkdir()
@@ -28,7 +28,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
     auto_gptq = importlib.import_module("auto_gptq")
     wrapped = auto_gptq.AutoGPTQForCausalLM.from_quantized(
         str(copy), device="cpu", use_triton=False, inject_fused_attention=False, inject_fused_mlp=False, disable_exllama=True,
-        disable_exllamav2=True, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+        disable_exllamav2=True, torch_dtype=dtype, use_safetensors=True, trust_remote_code=trusted, local_files_only=True,
     )  # fmt: skip
     model = wrapped.model.eval()
     complete(model, stored, notes)

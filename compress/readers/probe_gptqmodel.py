@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str]) -> Callable[[Any], Any]:
+def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str], trusted: bool) -> Callable[[Any], Any]:
     """Ids [samples, length] -> logits [samples, length, vocabulary]."""
     # By name: it is not there for whoever checks the types of this file.
     gptqmodel = importlib.import_module("gptqmodel")
@@ -22,7 +22,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
         dtype = importlib.import_module("torch").float16
         notes.append("it computes in float16: its kernels know no float32")
     model = gptqmodel.GPTQModel.load(
-        str(copy), device="cpu", backend=gptqmodel.BACKEND.TORCH, dtype=dtype, trust_remote_code=False
+        str(copy), device="cpu", backend=gptqmodel.BACKEND.TORCH, dtype=dtype, trust_remote_code=trusted
     )
     inner = model.model.eval()
     return lambda ids: inner(input_ids=ids, use_cache=False).logits

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
-def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str]) -> Callable[[Any], Any]:
+def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str], trusted: bool) -> Callable[[Any], Any]:
     """Ids [samples, length] -> logits [samples, length, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        artifact, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        artifact, dtype=dtype, local_files_only=True, trust_remote_code=trusted, use_safetensors=True, output_loading_info=True
     )
     # It fills with random numbers what it does not find, and says so in a log only.
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):

@@ -37,7 +37,7 @@ def at_their_places(checkpoint: Checkpoint, foreign: Foreign, names: set[str]) -
     logical = {n: Logical(p.dtype, p.shape, State(p.scheme), False) for n, p in foreign.weights.items()}
     logical |= {n: Logical(r.dtype, r.shape, State(), False) for n, r in checkpoint.refs.items() if n not in foreign.parts}
     assert set(logical) == names
-    resolved = place(checkpoint, logical, meta_model(checkpoint.config), allow_dtype_mismatch=True)
+    resolved = place(checkpoint, logical, meta_model(checkpoint), allow_dtype_mismatch=True)
     assert not resolved.unused
 
 
