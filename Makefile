@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo test slow readers formats gpu bench lint types wheel demo-model clean
+.PHONY: demo test fuzz slow kill readers formats gpu bench lint types wheel demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -19,8 +19,17 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
 
+# Every parser against 20,000 texts of each kind; tests/bad_input prints the table of what is refused, and how.
+fuzz: $(VENV)/test
+	COMPRESS_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py $(ARGS)
+	$(BIN)/python tests/bad_input
+
 slow: $(VENV)/test
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# Kills, signals, power cuts, full disks: every kind of pass, at every moment; ends with a table of the kills.
+kill: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kill $(ARGS)
 
 # Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test

@@ -31,9 +31,17 @@ def main() -> None:
         sys.exit("compress runs on Linux and macOS: it relies on pread, flock and atomic renames. Use WSL on Windows.")
     for folder in shadowed():
         print(f"warning: {folder} shadows a package of that name; run with PYTHONSAFEPATH=1", file=sys.stderr)
-    from compress.cli.app import build
+    from compress.cli.guard import close_output, stopped
 
-    build(sys.argv[1:])()
+    try:
+        from compress.cli.app import build
+
+        build(sys.argv[1:])()
+    except KeyboardInterrupt as stop:
+        # While a verb is being found; what a verb does is guarded there.
+        stopped(stop)
+    finally:
+        close_output()
 
 
 if __name__ == "__main__":

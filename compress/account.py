@@ -15,14 +15,18 @@ from compress.facts import DENSE, Note, Weight
 from compress.intake import Intake
 from compress.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.plan import StepPlan
+from compress.trust import NOTE, code_notes
 
-LASTING = ("skipped", "ragged", "nonfinite", "fallback", "damping", "trained")
+LASTING = (
+    "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained", NOTE
+)  # fmt: skip
 """Counted lines that stay true of a checkpoint through later steps."""
 
 
 def account(
     step: StepPlan, weights: list[Weight], source: Checkpoint, before: Manifest | None, lineage: tuple[Step, ...],
-    intake: Intake, entries: dict[str, dict[str, Any]], files: dict[str, str], measured: dict[str, Any], ctx: Context,
+    intake: Intake, teacher: Checkpoint | None, entries: dict[str, dict[str, Any]], files: dict[str, str],
+    measured: dict[str, Any], ctx: Context,
 ) -> Manifest:  # fmt: skip
     """The manifest of a step that read `source`, whose manifest is `before`; `entries` are the journal's, by weight."""
     records: dict[str, WeightRecord] = {}
@@ -50,7 +54,10 @@ def account(
     notes = [*step.notes, *(Note(what, reason, tuple(names)) for (what, reason), names in happened.items())]
     if intake.nonfinite and before is None:
         notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
-    kept = [n for n in (before.notes if before else ()) if n.what in LASTING]
+    kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
+    said = {(note.what, note.reason, note.names) for note in kept}
+    ran = code_notes(source, "model") + (code_notes(teacher, "teacher") if teacher else [])
+    notes += [note for note in ran if (note.what, note.reason, note.names) not in said]
     return Manifest(
         compress_version=__version__,
         parent=lineage[-1].parent,
@@ -72,6 +79,14 @@ def account(
             "ranks": ctx.world_size,
         },
     ).sealed()
+
+
+def _still(note: NoteRecord, step: StepPlan) -> NoteRecord | None:
+    """What is left of an earlier step's counted line: an error of a weight that is made anew is told anew."""
+    if note.what != "large error" or step.format is not None:
+        return note
+    names = tuple(name for name in note.names if name not in set(step.transformed))
+    return note.model_copy(update={"names": names, "count": len(names)}) if names else None
 
 
 def peak_resident_bytes() -> int:

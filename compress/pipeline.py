@@ -22,14 +22,17 @@ from compress.entry import enter
 from compress.errors import InputError, MachineError, Problem
 from compress.facts import Weight
 from compress.footprint import computing
+from compress.gate import Gate, hold, hold_plan
 from compress.intake import Intake, file_digest, same_bytes, take_in
 from compress.manifest import FILE, Manifest, Step, hash_json
 from compress.meaning import Meaning
+from compress.memory import check_memory
 from compress.places import check_disk, locked, placed, steps_folder
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
 from compress.stream import stream
 from compress.teacher import Teacher, open_teacher
+from compress.trust import tell_code
 from compress.writer import Writer
 
 if TYPE_CHECKING:
@@ -47,6 +50,9 @@ class Options:
     allow_nonfinite: bool = False
     allow_dtype_mismatch: bool = False
     shard_bytes: int = SHARD_BYTES
+    fail_on: Sequence[str] = ()
+    """Gates, such as `fallbacks>1%`."""
+    allow_overcommit: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,17 @@ class _Course:
     tokens: Path | None = None
 
 
-def inputs_of(pass_: Pass, tokens: str, dtype: str, teacher: str) -> dict[str, str]:
-    """What a pass reads besides its parent. Texts count as the tokens that they became, a teacher as its fingerprint."""
+def inputs_of(pass_: Pass, tokens: str, dtype: str, teacher: str, code: dict[str, str]) -> dict[str, str]:
+    """What a pass reads besides its parent. Texts count as the tokens that they became, a teacher as its fingerprint.
+
+    `code` is the model's own that may be run: with it another class may compute than without.
+    """
+    found = {"code": hash_json(code)} if code else {}
     if isinstance(pass_, DataPass):
-        return {"tokens": tokens}
+        return {**found, "tokens": tokens}
     if isinstance(pass_, LinearPass | TrainPass):
-        return {"tokens": tokens, "dtype": dtype, **({"teacher": teacher} if teacher else {})}
-    return {}
+        return {**found, "tokens": tokens, "dtype": dtype, **({"teacher": teacher} if teacher else {})}
+    return found
 
 
 def _tokens_read(plan: Plan, corpora: dict[int, str]) -> dict[int, str]:
@@ -141,13 +151,19 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     """Runs `recipe` over `source` into `out`. Raises CompressError; then nothing is published."""
     started = time.perf_counter()
     options = options or Options()
+    gates = [Gate.parse(text) for text in options.fail_on]
     out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
+    tell_code(source, ctx)
     model, meaning = enter(recipe, source, options.allow_dtype_mismatch)
 
     # config.json may tie what a checkpoint holds twice; only what is equal is written once.
     dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
     plan = make_plan(recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning)
+    for step in plan.steps:
+        hold_plan(gates, step, plan.weights)
+    if not options.allow_overcommit:
+        check_memory(plan)
     with locked(out, ctx):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
         refuse_nonfinite(plan, intake)
@@ -160,6 +176,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         taught = {number: teacher.fingerprint for number, teacher in teachers.items()}
         existing = ctx.broadcast(_existing(out, intake, plan, digests, taught, ctx) if ctx.is_main else None)
         if existing is not None:
+            hold(gates, existing)
             return Result(out, plan, existing, False, time.perf_counter() - started)
         if ctx.is_main:
             check_disk(plan, out)
@@ -171,7 +188,11 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         read = _tokens_read(plan, digests)
         for step in plan.steps:
             inputs = inputs_of(
-                step.pass_, read[step.number], str(computing(ctx.dtype, source.config)), taught.get(step.number, "")
+                step.pass_,
+                read[step.number],
+                str(computing(ctx.dtype, source.config)),
+                taught.get(step.number, ""),
+                intake.code,
             )
             identity = step_id(now.fingerprint, step.pass_, ctx.seed, inputs)
             place = out if step is plan.steps[-1] else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
@@ -180,11 +201,13 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
                     id=identity, parent=now.fingerprint, text=str(step.pass_.told().line()), revision=step.pass_.revision,
                     options=step.pass_.told().model_dump(mode="json"), inputs=inputs,
                 )  # fmt: skip
-                made = _run_step(step, plan, now, line, place, intake, corpora.get(step.number), teachers.get(step.number), ctx)
+                corpus, teacher = corpora.get(step.number), teachers.get(step.number)
+                made = _run_step(step, plan, now, line, place, intake, corpus, teacher, gates, ctx)
                 measured[step.name] = made
                 ctx.tell("step", name=step.name, where=str(place), **made)
             ctx.barrier()
             _go_on(now, step, place, source, identity)
+            hold(gates, now.manifest)
         now.source.close()
         assert now.manifest is not None
         return Result(out, plan, now.manifest, True, time.perf_counter() - started, measured)
@@ -200,9 +223,9 @@ def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
         found[0] = Corpus.load(source.path / CALIBRATION)
     for step in plan.steps:
         if isinstance(step.pass_, DataPass):
-            found[step.number] = step.pass_.gather(source.path, source.config, ctx.seed)
+            found[step.number] = step.pass_.gather(source, ctx.seed)
         elif isinstance(step.pass_, TrainPass) and (texts := step.pass_.texts()) is not None:
-            found[step.number] = build_for(texts, source.path, source.config, ctx.seed)
+            found[step.number] = build_for(texts, source, ctx.seed)
     return found
 
 
@@ -223,18 +246,24 @@ def _go_on(now: _Course, step: StepPlan, place: Path, source: Checkpoint, identi
         return
     if now.source is not source:
         now.source.close()
-    now.source = open_checkpoint(place, source.name, source.origin)
+    now.source = open_checkpoint(place, source.name, source.origin, source.trusted)
     now.manifest, now.digests, now.fingerprint = manifest, manifest.digests, manifest.fingerprint
 
 
 def _run_step(
     step: StepPlan, plan: Plan, now: _Course, line: Step, place: Path, intake: Intake, corpus: Corpus | None,
-    teacher: Teacher | None, ctx: Context,
+    teacher: Teacher | None, gates: Sequence[Gate], ctx: Context,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs one step into its .tmp and publishes it at `place`. Returns seconds, also by what they were spent on."""
     started = time.perf_counter()
+    ctx.tell("begin", step=step.name)
     folder = steps_folder(place) if step is plan.steps[-1] else place.parent
     writer = Writer(folder / f"{step.number}-{step.name}-{line.id[:8]}.tmp", step.shards, ctx.rank)
+    if ctx.broadcast(_only_to_rename(writer, step, line, ctx) if ctx.is_main else None):
+        if ctx.is_main:
+            writer.publish(place, read_only=step is not plan.steps[-1])
+        ctx.barrier()
+        return {"seconds": round(time.perf_counter() - started, 3)}
     if ctx.is_main:
         writer.open(line.id)
     ctx.barrier()
@@ -271,11 +300,25 @@ def _run_step(
             path.name: file_digest(path) for path in (writer.path / name for name in (CALIBRATION, *TRAINING)) if path.is_file()
         }
         files |= made_here
-        manifest = account(step, weights, now.source, now.manifest, (*now.lineage, line), intake, entries, files, measured, ctx)
+        taught_by = None if teacher is None else teacher.checkpoint
+        manifest = account(
+            step, weights, now.source, now.manifest, (*now.lineage, line), intake, taught_by, entries, files, measured, ctx
+        )
+        hold(gates, manifest)
+        ctx.tell("publish", step=step.name)
         carried = [path for path in side.values() if path.parent != writer.path]
-        writer.publish({**texts, FILE: manifest.to_text()}, carried, place, read_only=step is not plan.steps[-1])
+        writer.seal({**texts, FILE: manifest.to_text()}, carried)
+        writer.publish(place, read_only=step is not plan.steps[-1])
     ctx.barrier()
     return measured
+
+
+def _only_to_rename(writer: Writer, step: StepPlan, line: Step, ctx: Context) -> bool:
+    """Whether a run that was killed has made all of a step, byte for byte, but for its last rename."""
+    if not writer.sealed:
+        return False
+    manifest = Manifest.read(writer.path)
+    return manifest is not None and manifest.lineage[-1].id == line.id and _kept(writer.path, step, ctx)
 
 
 def _meaning(step: StepPlan, source: Checkpoint) -> Meaning | None:
@@ -330,7 +373,8 @@ def _existing(
     same = len(made_here) == len(plan.passes) and made_here[0].parent == intake.fingerprint
     read = _tokens_read(plan, corpora)
     for line, step in zip(made_here, plan.steps, strict=False):
-        inputs = inputs_of(step.pass_, read[step.number], line.inputs.get("dtype", ""), teachers.get(step.number, ""))
+        dtype, taught = line.inputs.get("dtype", ""), teachers.get(step.number, "")
+        inputs = inputs_of(step.pass_, read[step.number], dtype, taught, intake.code)
         same = same and line.id == step_id(line.parent, step.pass_, ctx.seed, inputs)
     if same:
         check_bytes(out, ctx)

@@ -23,7 +23,7 @@ def sample(checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float 
         raise UsageError(
             "temperature", "a number from 0", f"{temperature}", "0 takes the likeliest token, 1 draws as the model says"
         )
-    tokenizer = Encoder(CorpusSpec(("-",)), checkpoint.path).tokenizer
+    tokenizer = Encoder(CorpusSpec(("-",)), checkpoint.path, checkpoint.trusted).tokenizer
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
     if not ids.numel():
         raise UsageError("prompt", "at least one token", "none", "begin with a word")

@@ -74,7 +74,7 @@ def measure_stages(result: Result, source: Checkpoint, windows: torch.Tensor) ->
             continue
         manifest = Manifest.read(place)
         assert manifest is not None
-        quality = compare(source, open_checkpoint(place), windows)
+        quality = compare(source, open_checkpoint(place, trusted=source.trusted), windows)
         bits, seconds = plan.bits(step, touched), float(manifest.measured["seconds"])
         stages.append(Measured(step.name, step.payload_bytes, bits, quality.perplexity, quality, seconds))
     assert stages, "a run that changes no weights has no stages"

@@ -20,6 +20,7 @@ from compress.intake import single_threaded
 from compress.meaning import Meaning
 from compress.plan import MAX_WORKERS, StepPlan
 from compress.sparsity import Sparsity
+from compress.watch import watch
 from compress.writer import Writer, trim_memory
 
 
@@ -39,14 +40,13 @@ def stream(
     touched = set(step.transformed)
 
     def one(weight: Weight) -> None:
-        started = time.perf_counter()
-        if not writer.is_done(weight.name):
-            written, error = _move(step, source, weight, weight.name in touched, digests, writer, meaning)
-            writer.record(weight.name, written, {} if error is None else {"error": error})
+        started, kept = time.perf_counter(), writer.is_done(weight.name)
+        if not kept:
+            writer.record(weight.name, *_move(step, source, weight, weight.name in touched, digests, writer, meaning))
         with lock:
             done[0] += weight.nbytes
             ctx.tell(
-                "progress", step=step.name, weight=weight.name, seconds=time.perf_counter() - started,
+                "progress", step=step.name, weight=weight.name, seconds=time.perf_counter() - started, kept=int(kept),
                 done_bytes=done[0], total_bytes=total,
             )  # fmt: skip
 
@@ -76,14 +76,14 @@ def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
 def _move(
     step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer,
     meaning: Meaning | None,
-) -> tuple[dict[str, str], float | None]:  # fmt: skip
-    """Writes one weight; returns the digests of what was written and the relative error."""
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """Writes one weight; returns the digests of what was written and what the journal says of it besides."""
     before, after = step.before[weight.name], step.after[weight.name]
     names = [spec.name for spec in qtensor.specs(weight, before)]
     if not touched:
         for name in names:
             _carry(source, writer, name, name)
-        return {name: digests[name] for name in names}, None
+        return {name: digests[name] for name in names}, {}
     written: dict[str, str] = {}
     wanted = [spec.name for spec in step.specs(weight)]
     if step.format and before == after:
@@ -93,7 +93,7 @@ def _move(
         for there, tensor in step.format.constants(weight, after).items():
             written[there] = writer.put(there, tensor)
         if written.keys() == set(wanted):
-            return written, None
+            return written, {}
     value: Any
     if meaning is not None:
         q = meaning.qtensor(weight.name)
@@ -103,7 +103,9 @@ def _move(
         value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
     assert isinstance(step.pass_, TensorPass)
     result, error = step.pass_.tensor(weight, after, value)
-    del value
+    facts: dict[str, Any] = {} if error is None else {"error": error}
+    if step.format is None and (odd := watch(weight, result, error, lambda: value)):
+        facts["notes"] = odd
     if after.sparsity is not None:
         check_mask(weight, after.sparsity, result)
     if isinstance(result, qtensor.QTensor):
@@ -111,11 +113,10 @@ def _move(
         parts = encode(weight, result)
     else:
         parts = {weight.name: qtensor.as_matrix(weight, result)}
-    del result
     for name in wanted:
         if name not in written:
             written[name] = writer.put(name, parts[name])
-    return written, error
+    return written, facts
 
 
 def check_mask(weight: Weight, sparsity: Sparsity, value: Any) -> None:

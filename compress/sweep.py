@@ -34,6 +34,7 @@ from compress.plan import StepPlan
 from compress.skeleton import Skeleton
 from compress.stream import check_mask, stream
 from compress.traveller import Traveller
+from compress.watch import watch
 from compress.writer import Writer, trim_memory
 
 _STACKED_ROWS = 4096
@@ -97,12 +98,11 @@ class _Sweep:
             with self.spent("load"):
                 self.skeleton.load(block.path)
             mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
-            if mine:
-                self.block(block.path, mine, scout)
+            kept = self.block(block.path, mine, scout) if mine else 0
             for weight in mine:
                 del remaining[weight.name]
             self.ctx.tell(
-                "progress", step=self.step.name, weight=block.path, total_bytes=total,
+                "progress", step=self.step.name, weight=block.path, kept=kept, total_bytes=total,
                 done_bytes=total - sum(weight.nbytes for weight in remaining.values()),
             )  # fmt: skip
             if not remaining:
@@ -121,8 +121,8 @@ class _Sweep:
                 "skip them, or calibrate on inputs that do",
             )  # fmt: skip
 
-    def block(self, path: str, weights: list[Weight], scout: Traveller) -> None:
-        """Solves the weights of one block, inputs by inputs."""
+    def block(self, path: str, weights: list[Weight], scout: Traveller) -> int:
+        """Solves the weights of one block, inputs by inputs; returns how many an earlier run had solved."""
         readers = {weight.name: self.readers(weight) for weight in weights}
         forget = self.roads.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
@@ -134,14 +134,17 @@ class _Sweep:
             )
         if torn := [name for name, found in held.items() if len(found) > 1]:
             raise CoverageError(torn[0], "a weight whose parts read one tensor", "parts that read several", "skip it")
+        kept = 0
         for space in spaces:
             members = [weight for weight in weights if held[weight.name][0] is space]
             pending = [weight for weight in members if not self.writer.is_done(weight.name)]
             self.replace({weight.name: self.read_back(weight) for weight in members if weight not in pending})
+            kept += len(members) - len(pending)
             if pending:
                 solve = self.experts if space[0][1] else self.linears
                 solve(space[0], pending)
         forget()
+        return kept
 
     def readers(self, weight: Weight) -> set[Key]:
         """Who reads what a weight is calibrated on: its modules, or the experts that it belongs to."""
@@ -265,6 +268,9 @@ class _Sweep:
         after = self.step.after[weight.name]
         if after.sparsity is not None:
             check_mask(weight, after.sparsity, value)
+        facts = _facts(ordered)
+        notes = [s.note for s in ordered if s.note is not None]
+        notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.skeleton.meaning.dense(weight.name)))
         with self.spent("write"):
             # Every process has every solution; one of them writes it.
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
@@ -274,7 +280,7 @@ class _Sweep:
                     else {weight.name: qtensor.as_matrix(weight, value)}
                 )
                 digests = {name: self.writer.put(name, part) for name, part in parts.items()}
-                self.writer.record(weight.name, digests, _facts(ordered))
+                self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
         self.replace({weight.name: _dense(weight, after, value)})
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
@@ -341,16 +347,13 @@ def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
     return qtensor.as_matrix(weight, value)
 
 
-def _facts(solutions: list[Solution]) -> dict[str, Any]:
-    """What the journal says of a weight: relative errors over all of its matrices, and notes."""
+def _facts(solutions: list[Solution]) -> dict[str, float]:
+    """What the journal says of a weight: relative errors over all of its matrices."""
 
     def ratio(lost: float, norm: float) -> float:
         return (max(lost, 0.0) / norm) ** 0.5 if norm else 0.0
 
-    facts: dict[str, Any] = {
+    return {
         "error": ratio(sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
         "output_error": ratio(sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),
     }
-    if notes := [list(s.note) for s in solutions if s.note is not None]:
-        facts["notes"] = notes
-    return facts

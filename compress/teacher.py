@@ -15,6 +15,7 @@ from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.source import open_headers, open_source
 from compress.tally import trained_by
+from compress.trust import tell_code
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, intake: Intake, ctx: Cont
         return None
     if not name:
         return Teacher(source, intake.fingerprint)
-    teacher = open_source(name)
+    # An ancestor is named by a manifest, not by the user, who has not said to trust it.
+    teacher = open_source(name, source.trusted and bool(pass_.teacher_model()))
+    tell_code(teacher, ctx)
     from compress.windows import tokenizer_folder
 
     tokenizer_folder(teacher, source)  # raises where tokens mean something else

@@ -112,11 +112,12 @@ def _wrong(meaning: Meaning, name: str, told: dict[str, Packed]) -> Problem | No
 
 def read_with(
     reader: str, artifact: Path, ids: torch.Tensor, tell: Callable[[str], None], base: Path | None = None,
-    dtype: str = "auto", timeout_seconds: float = 3600,
+    dtype: str = "auto", timeout_seconds: float = 3600, trusted: bool = False,
 ) -> Reading:  # fmt: skip
     """Logits of the reader's own code for ids [samples, length], against those of our own reading.
 
-    `dtype` is what both compute in; auto is what the reader does by itself.
+    `dtype` is what both compute in; auto is what the reader does by itself. Python of the artifact's own is run by both
+    only where it is `trusted`.
 
     Raises FormatError for an artifact that the reader refuses or computes something else from, MachineError for a reader that
     cannot be run.
@@ -126,12 +127,12 @@ def read_with(
     config = read_json((base or artifact) / "config.json")
     if dtype == "auto":
         stored = config.get("dtype") or config.get("torch_dtype")
-        dtype = readers.reader_named(reader).dtype or (stored if stored in _ROUNDING else "float32")
-    theirs = readers.logits(reader, artifact, ids, tell, base, dtype, timeout_seconds)
+        dtype = readers.reader_named(reader).dtype or (stored if isinstance(stored, str) and stored in _ROUNDING else "float32")
+    theirs = readers.logits(reader, artifact, ids, tell, base, dtype, timeout_seconds, trusted=trusted)
     # Readers multiply by what codes mean as it is, unless they expand them while they load.
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
-    ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded).logits
+    ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted).logits
     kl = divergence(ours, theirs.logits, Divergence())
     found = Reading(
         reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel(),

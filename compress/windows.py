@@ -37,12 +37,14 @@ def check_data(data: str, length: int, limit: int | None = None) -> CorpusSpec:
     return spec
 
 
-def token_windows(tokenizer_folder: Path, data: Path | str, length: int, limit: int | None = None) -> torch.Tensor:
+def token_windows(
+    tokenizer_folder: Path, data: Path | str, length: int, limit: int | None = None, trusted: bool = False
+) -> torch.Tensor:
     """Token ids [windows, length] of the first `limit` tokens of a text, or of all. Raises InputError if it is too short."""
     import torch
 
     spec = check_data(str(data), length, limit)
-    tokenizer = Encoder(spec, tokenizer_folder).tokenizer
+    tokenizer = Encoder(spec, tokenizer_folder, trusted).tokenizer
     ids: list[int] = []
     with ExitStack() as stack:
         documents = open_documents(str(data), spec.field, spec.split, False, stack)
@@ -71,7 +73,7 @@ def tokenizer_folder(source: Checkpoint | None, artifact: Checkpoint) -> Path:
         from compress.forward import label_of
 
         spec = CorpusSpec(("-",), join="none", bos="never")
-        ours, theirs = (Encoder(spec, owner.path).tokenizer.get_vocab() for owner in reversed(owners))
+        ours, theirs = (Encoder(spec, owner.path, owner.trusted).tokenizer.get_vocab() for owner in reversed(owners))
         if ours != theirs:
             expected = f"the tokenizer of {label_of(owners[0])}, of {len(theirs):,} tokens"
             got = f"one of {len(ours):,}" + (", some of them others" if len(ours) == len(theirs) else "")

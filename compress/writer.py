@@ -3,7 +3,7 @@
 Every tensor's place is known before any data exists, so tensors are written with pwrite in whatever order they
 are ready, by several threads or ranks, with one tensor in memory. A tensor that is written gets a line in the
 journal; after a crash the same writer opens the same `.tmp`, checks each journaled tensor against its
-sha256 and goes on. Publishing is fsync of every file, fsync of the directory, one rename, fsync of the parent.
+sha256 and goes on. Sealing is fsync of every file and of the directory; publishing one rename, and fsync of the parent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import MachineError
+from compress.manifest import FILE as MANIFEST
 from compress.shards import Shard, index_file
 
 if TYPE_CHECKING:
@@ -56,13 +57,16 @@ class Writer:
         if self.path.exists() and (not stamp.is_file() or stamp.read_text() != step_id):
             shutil.rmtree(self.path)
         with _said(self.path):
-            if not self.path.exists():
-                self.path.mkdir(parents=True)
-                for shard in self.shards:
-                    with open(self.path / shard.file, "wb") as stream:
-                        stream.write(shard.header)
-                        stream.truncate(shard.nbytes)
-                stamp.write_text(step_id)
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Of a directory that is reopened, too: a power cut may have kept the stamp and lost a header.
+            for shard in self.shards:
+                descriptor = os.open(self.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    _pwrite(descriptor, memoryview(shard.header), 0)
+                    os.ftruncate(descriptor, shard.nbytes)
+                finally:
+                    os.close(descriptor)
+            stamp.write_text(step_id)
 
     def attach(self) -> None:
         """Opens the shards and reads the journals that an interrupted run left."""
@@ -163,8 +167,8 @@ class Writer:
             self._descriptors.clear()
             self._journal_stream.close()
 
-    def publish(self, texts: dict[str, str], side_files: Iterable[Path], target: Path, read_only: bool = False) -> None:
-        """Adds index, texts and side files, makes all of it durable, and renames the directory to `target`."""
+    def seal(self, texts: dict[str, str], side_files: Iterable[Path]) -> None:
+        """Adds index, texts and side files, and makes all of it durable; then only the rename is left to do."""
         with _said(self.path):
             index = index_file(self.shards)
             for name, text in [*([index] if index else []), *texts.items()]:
@@ -173,8 +177,18 @@ class Writer:
                 shutil.copyfile(file, self.path / file.name)
             for entry in self.path.iterdir():
                 _fsync(entry)
-            # From here a crash leaves a directory without its stamp, which is made again from nothing.
+            _fsync(self.path)
+            # From here on it is whole; a run that finds it so has nothing to do but rename it.
             (self.path / _STAMP).unlink()
+
+    @property
+    def sealed(self) -> bool:
+        """Whether an earlier run has come as far as the rename."""
+        return (self.path / MANIFEST).is_file() and not (self.path / _STAMP).exists()
+
+    def publish(self, target: Path, read_only: bool = False) -> None:
+        """Renames the sealed directory to `target`."""
+        with _said(self.path):
             for hidden in self.path.glob(".*"):
                 hidden.unlink()
             if read_only:

@@ -6,7 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.checkpoint import Checkpoint
 
 
 def size(nbytes: float) -> str:
@@ -35,6 +38,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -
         print(line(row))
 
 
+def notes(found: Iterable[Any]) -> None:
+    """Prints counted lines; where something went otherwise than asked, with the first weights that it happened to."""
+    from compress.gate import NAMED
+
+    for note in found:
+        names = f": {', '.join(note.names[:3])}{' ...' if note.count > 3 else ''}" if note.what in NAMED else ""
+        print(f"{note.what}: {note.count} ({note.reason}){names}")
+
+
+def json_line(event: dict[str, Any]) -> None:
+    """Prints an event; in one write, for threads print theirs meanwhile."""
+    sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 def _number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
 
@@ -43,13 +61,37 @@ def _remarks(event: dict[str, Any]) -> None:
     """What a person must hear of even when nobody watches the progress."""
     if event["event"] == "damaged":
         print(f"note: {event['where']} was damaged and is made again\n{event['reason']}", file=sys.stderr)
+    elif event["event"] == "code":
+        _warn_of(event["model"], event["files"])
+
+
+def warn_of_code(checkpoint: Checkpoint) -> None:
+    """Names every Python file that a trusted checkpoint brings, before any is run."""
+    from compress.trust import code_of
+
+    _warn_of(checkpoint.name, code_of(checkpoint))
+
+
+def _warn_of(model: str, files: dict[str, str]) -> None:
+    """In red on a terminal; whatever else is not printed, this is."""
+    from rich.console import Console
+
+    for file, digest in files.items():
+        text = f"warning: Python of {model} is run, by --trust-remote-code: {file}, sha256 {digest}"
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A receiver of a run's events: JSON lines on stdout, a rich progress bar with ETA on a terminal, or nothing."""
     if as_json:
-        yield lambda event: print(json.dumps(event, ensure_ascii=False), flush=True)
+
+        def tell(event: dict[str, Any]) -> None:
+            json_line(event)
+            if event["event"] == "code":
+                _remarks(event)
+
+        yield tell
         return
     if quiet or not sys.stderr.isatty():
         yield _remarks

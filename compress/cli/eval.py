@@ -41,6 +41,7 @@ def verb(
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
+    trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -57,9 +58,11 @@ def verb(
     from compress.source import open_source
 
     logging.set_verbosity_error()
-    checkpoint = open_source(artifact)
-    source = open_source(against) if against is not None else None
-    windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens)
+    checkpoint = open_source(artifact, trust_remote_code)
+    source = open_source(against, trust_remote_code) if against is not None else None
+    for model in filter(None, (checkpoint, source)):
+        console.warn_of_code(model)
+    windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens, trust_remote_code)
     total = checkpoint.nbytes + (source.nbytes if source else 0)
     started = time.perf_counter()
     with console.events(False, json_) as receive:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from compress.cli import options
+from compress.cli import console, options
 from compress.cli.guard import guarded
 
 
@@ -20,7 +20,8 @@ def verb(
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What it goes on from.")],
     tokens: Annotated[int, typer.Option(help="How many tokens at most.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=(1 << 63) - 1)] = 0,
+    trust_remote_code: options.Trust = False,
     debug: options.Debug = False,
 ) -> None:
     """Continue a prompt: a smoke test of a checkpoint, in fp32, with all of it in memory (codes as codes)."""
@@ -30,4 +31,6 @@ def verb(
     from compress.source import open_source
 
     logging.set_verbosity_error()
-    print(sample(open_source(model), prompt, tokens, temperature, seed))
+    checkpoint = open_source(model, trust_remote_code)
+    console.warn_of_code(checkpoint)
+    print(sample(checkpoint, prompt, tokens, temperature, seed))

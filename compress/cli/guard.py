@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from compress.errors import CompressError, Problem
+from compress.cli.console import json_line
+from compress.errors import CompressError, MachineError, Problem
 
 INTERNAL = 70
-INTERRUPTED = 130
+STOPPED = 128
+"""Plus the signal's number, as shells have it."""
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")
+"""How torch says it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which takes the same way out as Ctrl-C."""
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
@@ -19,40 +30,86 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        as_json, debug = bool(kwargs.get("json_")), bool(kwargs.get("debug"))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             verb(*args, **kwargs)
         except CompressError as error:
-            if kwargs.get("debug"):
+            if debug:
                 raise
-            fail(error, bool(kwargs.get("json_")))
-        except KeyboardInterrupt:
-            print("stopped. Nothing is lost: the same command goes on where it was.", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            fail(error, as_json)
+        except KeyboardInterrupt as stop:
+            stopped(stop, as_json, resumes="out" in kwargs)
         except BrokenPipeError:
-            sys.exit(0)
+            # Whoever read our output has gone, and a run may be half done.
+            close_output()
+            sys.exit(STOPPED + signal.SIGPIPE)
         except Exception as error:
-            if kwargs.get("debug"):
+            if (signal_ := _interrupted(error)) is not None:
+                stopped(signal_, as_json, resumes="out" in kwargs)
+            if debug:
                 raise
-            problem = Problem(
-                f"internal error: {type(error).__name__}: {error}", do="run it again with --debug and report what it prints"
-            )
-            if kwargs.get("json_"):
-                print(json.dumps({"event": "error", "kind": "internal", "problems": [problem.__dict__]}, ensure_ascii=False))
-            else:
-                print(problem, file=sys.stderr)
+            if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+                do = "give it a machine with more, or close other programs: the same command goes on where it was"
+                fail(MachineError("memory", "as much as the plan says", "the system gave no more", do), as_json)
+            what = f"internal error: {type(error).__name__}: {error}"
+            _say([Problem(what, do="run it again with --debug and report what it prints")], "internal", as_json)
             sys.exit(INTERNAL)
 
     return wrapper
 
 
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _interrupted(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The signal behind an error: while a class is made, Python wraps what is raised."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def stopped(stop: KeyboardInterrupt, as_json: bool = False, resumes: bool = False) -> None:
+    """Says how to go on after Ctrl-C or SIGTERM, and ends."""
+    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    # A second one must not cut the message.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    command = shlex.join(["compress", *sys.argv[1:]])
+    if as_json:
+        json_line({"event": "stopped", "signal": number.name, "resume": command if resumes else None})
+    elif resumes:
+        print(f"stopped by {number.name}. Nothing is lost; this goes on where it was:\n  {command}", file=sys.stderr)
+    else:
+        print(f"stopped by {number.name}", file=sys.stderr)
+    close_output()
+    # Threads that still compute would keep the interpreter waiting; what they have not journaled is done again.
+    os._exit(STOPPED + number)
+
+
+def close_output() -> None:
+    """Flushes what can be; a pipe that nobody reads must not print an error while the interpreter ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def fail(error: CompressError, as_json: bool) -> None:
     """Prints every problem of `error` and ends with its status."""
-    if as_json:
-        problems = [problem.__dict__ for problem in error.problems]
-        print(json.dumps({"event": "error", "kind": type(error).__name__, "problems": problems}, ensure_ascii=False))
-    else:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if len(error.problems) > 1:
-            print(f"{len(error.problems)} problems", file=sys.stderr)
+    _say(error.problems, type(error).__name__, as_json)
     sys.exit(error.exit_status)
+
+
+def _say(problems: Any, kind: str, as_json: bool) -> None:
+    if as_json:
+        found = [problem.__dict__ for problem in problems]
+        json_line({"event": "error", "kind": kind, "problems": found})
+        return
+    for problem in problems:
+        print(problem if kind == "internal" else f"error: {problem}", file=sys.stderr)
+    if len(problems) > 1:
+        print(f"{len(problems)} problems", file=sys.stderr)

@@ -22,11 +22,25 @@ AllowSkips = Annotated[
     typer.Option("--allow-skips", metavar="REGEX", help="Let targeted weights that match stay as they are; counted."),
 ]
 ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest shard to write, e.g. 500MB or 5GB.")]
+FailOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-on", metavar="WORD>LIMIT",
+        help="Stop with status 7 above a limit: fallbacks>1%, skips>0, unrouted, damped, clamped, zero-rows, error>0.3.",
+    ),
+]  # fmt: skip
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Take a source with NaN or Inf in it.", rich_help_panel=DANGER)
 ]
 AllowDtype = Annotated[
     bool, typer.Option("--allow-dtype-mismatch", help="Take weights whose dtype is not config.json's.", rich_help_panel=DANGER)
+]
+AllowOvercommit = Annotated[
+    bool,
+    typer.Option("--allow-overcommit", help="Run what is predicted to need more memory than there is.", rich_help_panel=DANGER),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that the model brings (auto_map).", rich_help_panel=DANGER)
 ]
 Dtype = Annotated[
     str,
@@ -46,7 +60,7 @@ def parse_size(text: str) -> int:
 
     from compress.errors import UsageError
 
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
     if match is None or float(match[1]) <= 0:
         raise UsageError("--shard-size", "a size such as 500MB or 5GB", f"'{text}'")
     base = 1024 if match[3] else 1000

@@ -12,6 +12,7 @@ from compress.cli.guard import guarded
 from compress.cli.run import chosen_recipe
 
 if TYPE_CHECKING:
+    from compress.errors import Problem
     from compress.plan import Plan
 
 
@@ -29,6 +30,7 @@ def verb(
     shard_size: options.ShardSize = "5GB",
     layers: Annotated[bool, typer.Option("--layers", help="Print every weight.")] = False,
     allow_dtype_mismatch: options.AllowDtype = False,
+    trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -37,19 +39,22 @@ def verb(
     limit = options.parse_size(shard_size)
     from compress.contract import Context
     from compress.entry import enter
+    from compress.memory import lacking, machine_bytes
     from compress.plan import make_plan
     from compress.resolve import resolve as resolve_recipe
     from compress.source import open_headers
 
     resolve_recipe(found)
-    checkpoint = open_headers((found.model or model) if model == "-" else model)
+    checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
+    console.warn_of_code(checkpoint)
     model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)
     skips, threads = tuple(allow_skips or ()), Context().threads
     plan = make_plan(found, checkpoint, model_, threads, skips, shard_bytes=limit, meaning=meaning)
+    there_bytes = machine_bytes()
     if json_:
-        print(json.dumps(facts(plan, layers), ensure_ascii=False))
+        print(json.dumps({**facts(plan, layers), "machine_memory_bytes": there_bytes}, ensure_ascii=False))
     else:
-        show(plan, checkpoint.name, layers)
+        show(plan, checkpoint.name, layers, lacking(plan, there_bytes))
 
 
 def facts(plan: Plan, layers: bool) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def facts(plan: Plan, layers: bool) -> dict[str, Any]:
     return found
 
 
-def show(plan: Plan, name: str, layers: bool) -> None:
+def show(plan: Plan, name: str, layers: bool, lacking: list[Problem]) -> None:
     """The plan as tables."""
     print(f"model:    {name} ({plan.model.family}), {console.size(plan.source_bytes)}, "
           + ", ".join(f"{blocks} {stack} blocks" for stack, blocks in plan.model.stacks.items()))  # fmt: skip
@@ -98,6 +103,8 @@ def show(plan: Plan, name: str, layers: bool) -> None:
             [(w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{last.bits([w]):.3f}") for w in plan.weights],
         )
     print(f"memory:   at most {console.size(plan.peak_bytes)} resident")
+    for problem in lacking:
+        print(f"memory:   does not fit: {problem.where} needs {problem.expected}; there are {problem.got}; {problem.do}")
     print(f"disk:     {plan.disk_bytes:,} bytes added until `compress clean`")
     for verdict in plan.verdicts:
         print(f"reader:   {verdict.reader}: {verdict.loads} ({verdict.reason})")

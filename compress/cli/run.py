@@ -34,8 +34,11 @@ def verb(
     allow_skips: options.AllowSkips = None,
     shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = "auto",
+    fail_on: options.FailOn = None,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
+    allow_overcommit: options.AllowOvercommit = False,
+    trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -47,7 +50,8 @@ def verb(
     """
     found = chosen_recipe(recipe, passes, set_)
     execute(
-        found, model, out, seed, allow_skips, shard_size, dtype, allow_nonfinite, allow_dtype_mismatch, json_, quiet
+        found, model, out, seed, allow_skips, shard_size, dtype, fail_on, allow_nonfinite, allow_dtype_mismatch,
+        allow_overcommit, trust_remote_code, json_, quiet,
     )  # fmt: skip
 
 
@@ -67,7 +71,8 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
-    dtype: str, allow_nonfinite: bool, allow_dtype_mismatch: bool, json_: bool, quiet: bool,
+    dtype: str, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
+    allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
     limit = options.parse_size(shard_size)
@@ -83,8 +88,8 @@ def execute(
         model = recipe.model
     elif recipe.model not in (None, model) and not quiet:
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
-    opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit)
-    source = open_source(model)
+    opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
+    source = open_source(model, trust_remote_code)
     with console.events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, dtype, receive)
         result = run(recipe, source, out, ctx, opts)
@@ -135,9 +140,7 @@ def report(result: Result) -> None:
         print(f"up to date: {result.out}")
         return
     last, coverage = result.plan.steps[-1], result.manifest.coverage
-    for note in result.manifest.notes:
-        if note.what != "untouched" or "tower" in note.reason:
-            print(f"{note.what}: {note.count} ({note.reason})")
+    console.notes(note for note in result.manifest.notes if note.what != "untouched" or "tower" in note.reason)
     before, after = result.plan.source_bytes, last.payload_bytes
     print(f"where:    {result.out}")
     print(f"before:   {console.size(before)}")

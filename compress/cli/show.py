@@ -48,10 +48,10 @@ def verb(
     covered = manifest.coverage
     print(f"coverage: {covered['transformed']} of {covered['targeted']} targeted, {covered['skipped']} skipped")
     console.table(("weights", "count", "state", "shape", "bits", "error", "output error"), _rows(manifest, layers))
-    for note in manifest.notes:
-        print(f"{note.what}: {note.count} ({note.reason})")
+    console.notes(manifest.notes)
     measured = manifest.measured
-    print(f"measured: {measured['seconds']} s in the last step, peak memory {console.size(measured['peak_resident_bytes'])}")
+    if {"seconds", "peak_resident_bytes"} <= measured.keys():  # what is measured is not sealed, and may be cut out
+        print(f"measured: {measured['seconds']} s in the last step, peak memory {console.size(measured['peak_resident_bytes'])}")
 
 
 def _rows(manifest: Manifest, layers: bool) -> list[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli import options
+from compress.cli import console, options
 from compress.cli.guard import guarded
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def verb(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="What readers compute in; auto is their own.")
     ] = "auto",
+    trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -67,7 +68,8 @@ def verb(
     def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
-    checkpoint = open_source(base or artifact)
+    checkpoint = open_source(base or artifact, trust_remote_code)
+    console.warn_of_code(checkpoint)
     below = checkpoint.path if base is not None else None
     place = Path(artifact) if base is not None else checkpoint.path
     found = verify_bytes(checkpoint, Context())
@@ -77,7 +79,7 @@ def verb(
     readings = []
     for name in reader or ():
         assert ids is not None
-        readings.append(read_with(name, place, ids, tell, below, dtype))
+        readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
         if not json_:
             show_reading(readings[-1])
     if json_:
@@ -88,13 +90,18 @@ def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:
     """What logits are compared on, [samples, length]."""
     import torch
 
+    from compress.checkpoint import size_of
+    from compress.errors import UsageError
+
     if data is not None:
         from compress.windows import token_windows
 
-        return token_windows(checkpoint.path, data, WINDOW, TOKENS)
-    text: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
+        return token_windows(checkpoint.path, data, WINDOW, TOKENS, checkpoint.trusted)
+    vocabulary = size_of(checkpoint.config, "vocab_size")
+    if vocabulary is None:
+        raise UsageError("--data", "a text, for config.json does not say how many token ids there are", "none")
     drawn = torch.Generator().manual_seed(0)
-    return torch.randint(0, int(text["vocab_size"]), (TOKENS // WINDOW, WINDOW), generator=drawn)
+    return torch.randint(0, vocabulary, (TOKENS // WINDOW, WINDOW), generator=drawn)
 
 
 def facts(reading: Reading) -> dict[str, Any]:

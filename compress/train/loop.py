@@ -14,11 +14,13 @@ import contextlib
 import math
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress import qtensor
 from compress.checkpoint import Checkpoint
 from compress.contract import Context, Lesson, TrainPass
 from compress.corpus import Corpus
@@ -28,12 +30,12 @@ from compress.footprint import computing
 from compress.forward import is_masked
 from compress.model import build
 from compress.plan import StepPlan
-from compress.qtensor import decode
 from compress.stream import check_mask, stream
 from compress.train import state
 from compress.train.lessons import Lessons
 from compress.train.record import Record
 from compress.train.student import Student
+from compress.watch import watch
 from compress.writer import Writer, trim_memory
 
 STATE, BAD = ".training-state.safetensors", "bad-batch.safetensors"
@@ -157,6 +159,8 @@ class _Run:
             self.ctx.tell("train", step=self.step.name, number=number + 1, steps=lessons.steps, loss=loss, tokens_per_second=pace)
             if (number + 1) % self.schooling.save_every == 0 or number + 1 == lessons.steps:
                 started = time.perf_counter()
+                if self.ctx.is_main:
+                    self.record.keep()
                 state.save(path, number + 1, self.parameters, self.optimizer, self.ctx)
                 self.seconds["save"] += time.perf_counter() - started
 
@@ -209,6 +213,10 @@ class _Run:
             f"look at its batch, {kept}; lower lr, or try --dtype float32",
         )  # fmt: skip
 
+    def _before(self, weight: Weight) -> torch.Tensor:
+        """What a weight was, [experts?, rows, columns]."""
+        return qtensor.as_matrix(weight, self.student.meaning.dense(weight.name))
+
     def write(self) -> None:
         """Every trained weight at its place, and what was recorded."""
         for weight in self.weights:
@@ -217,14 +225,14 @@ class _Run:
                 continue
             parts = self.student.parts(weight, learned)
             after = self.step.after[weight.name]
+            dense = after.scheme is None
+            value = qtensor.as_matrix(weight, parts[weight.name]) if dense else qtensor.decode(weight, after, parts)
             if after.sparsity is not None:
-                check_mask(weight, after.sparsity, parts[weight.name] if after.scheme is None else decode(weight, after, parts))
-            if not all(bool(part.isfinite().all()) for part in parts.values() if part.is_floating_point()):
-                do = "lower lr or scale_lr, or raise warmup"
-                raise InputError(f"'{weight.name}'", "finite numbers after the last step", "NaN or Inf", do)
+                check_mask(weight, after.sparsity, value)
+            odd = watch(weight, value, None, partial(self._before, weight), "lower lr or scale_lr, or raise warmup")
             digests = {name: self.writer.put(name, part) for name, part in parts.items()}
             # What pruning or rounding has cost this weight is no longer what it was.
-            self.writer.record(weight.name, digests, {"error": None, "output_error": None})
+            self.writer.record(weight.name, digests, {"error": None, "output_error": None, "notes": odd})
         if self.ctx.is_main:
             self.record.draw()
 

@@ -8,6 +8,7 @@ Times are not in it, so that the same run gives the same bytes; a manifest tells
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from compress.checkpoint import TRAINING
@@ -36,13 +37,22 @@ class Record:
         """Drops what was recorded after `step` steps; returns the tokens until then."""
         rows = [row for row in self._rows() if row["step"] <= step]
         if (self.folder / LINES).is_file():
-            (self.folder / LINES).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            # A kill in the middle must leave the old lines or the new ones.
+            new = self.folder / f".{LINES}.new"
+            new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            new.replace(self.folder / LINES)
+            self.keep()
         return int(rows[-1]["tokens"]) if rows else 0
 
     def add(self, **row: float) -> None:
         """Writes down a step."""
         with open(self.folder / LINES, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def keep(self) -> None:
+        """Makes the lines so far durable; a state that is kept counts on them."""
+        with open(self.folder / LINES, "a") as stream:
+            os.fsync(stream.fileno())
 
     def draw(self) -> None:
         """Makes the picture."""

@@ -32,23 +32,24 @@ class Wanda(PruningPass, LinearPass):
     def statistic_bytes(self, width: int) -> int:
         return 8 * width
 
-    def prepare(self, statistic: Any) -> torch.Tensor:
-        rms: torch.Tensor = statistic.rms()
-        return rms
+    def prepare(self, statistic: Any) -> torch.Tensor | None:
+        """Root mean square of each input; None for an expert that no token was sent to."""
+        return statistic.rms() if statistic.tokens else None
 
-    def solve(self, jobs: Sequence[Job], prepared: torch.Tensor) -> list[Solution]:
+    def solve(self, jobs: Sequence[Job], prepared: torch.Tensor | None) -> list[Solution]:
         from compress.algebra.masks import keep_best
 
+        note = ("unrouted", "no calibration token: pruned by magnitude") if prepared is None else None
         solutions = []
         for job in jobs:
             magnitudes = job.value.float().abs()
-            scores = magnitudes * prepared
+            scores = magnitudes if prepared is None else magnitudes * prepared
             keep = keep_best(scores, self.sparsity, per_row=self.scope == "row")
             # The inputs' cross terms are not known here, so the outputs' error is that of inputs that do not correlate.
             lost, norm, out_lost, out_norm = (
                 float(values.square().sum()) for values in (magnitudes * ~keep, magnitudes, scores * ~keep, scores)
             )
-            solutions.append(Solution(job.value.masked_fill(~keep, 0), lost, norm, out_lost, out_norm))
+            solutions.append(Solution(job.value.masked_fill(~keep, 0), lost, norm, out_lost, out_norm, note))
         return solutions
 
     def workspace_bytes(self, weight: Weight) -> int:

@@ -60,10 +60,11 @@ class Gptq(QuantizingPass, LinearPass):
         from compress.algebra.hessian import factor
 
         order: Any = "activation" if self.order == "activation" else "none"
-        if statistic.tokens < self.min_tokens:
+        if statistic.tokens < max(1, self.min_tokens):
             # With the identity for a Hessian every column is rounded by itself.
             alone = torch.eye(len(statistic.matrix))
-            note = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
+            few = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
+            note = few if statistic.tokens else ("unrouted", "no calibration token: rounded to nearest")
             return Prepared(alone, factor(alone, self.damping, "none"), note)
         hessian = statistic.mean()
         found = factor(hessian, self.damping, order)
