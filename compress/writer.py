@@ -66,7 +66,9 @@ class Writer:
                     os.ftruncate(descriptor, shard.nbytes)
                 finally:
                     os.close(descriptor)
-            stamp.write_text(step_id)
+            # Never again where it is: a kill between emptying and filling it would lose all that was journaled.
+            if not stamp.is_file():
+                stamp.write_text(step_id)
 
     def attach(self) -> None:
         """Opens the shards and reads the journals that an interrupted run left."""
