@@ -24,6 +24,10 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_MOST = 1 << 48
+"""Rows or columns of a weight at most."""
+
+
 class WeightRecord(_Model):
     """What holds for one weight that a pass has touched."""
 
@@ -41,7 +45,8 @@ class WeightRecord(_Model):
             scheme = State.parse(self.state).scheme
         except UsageError as error:
             raise ValueError(str(error)) from None
-        if self.dtype not in DTYPE_BYTES or min(self.shape, default=0) < 0 or (scheme and len(self.shape) not in (2, 3)):
+        sizes = all(0 <= size <= _MOST for size in self.shape) and (scheme is None or len(self.shape) in (2, 3))
+        if self.dtype not in DTYPE_BYTES or not sizes:
             raise ValueError(f"no weight is {self.state} of {self.dtype} {list(self.shape)}")
         return self
 
