@@ -296,18 +296,17 @@ def _run_step(
         texts = {} if step.inherits else step.texts
         files = {name: file_digest(path) for name, path in side.items()}
         files |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        made_here = {
-            path.name: file_digest(path) for path in (writer.path / name for name in (CALIBRATION, *TRAINING)) if path.is_file()
-        }
-        files |= made_here
+        # Of what is carried a run that was killed may have left a part there.
+        carried = {name: path for name, path in side.items() if path.parent != writer.path}
+        made_here = [writer.path / name for name in (CALIBRATION, *TRAINING) if name not in carried]
+        files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
         taught_by = None if teacher is None else teacher.checkpoint
         manifest = account(
             step, weights, now.source, now.manifest, (*now.lineage, line), intake, taught_by, entries, files, measured, ctx
         )
         hold(gates, manifest)
         ctx.tell("publish", step=step.name)
-        carried = [path for path in side.values() if path.parent != writer.path]
-        writer.seal({**texts, FILE: manifest.to_text()}, carried)
+        writer.seal({**texts, FILE: manifest.to_text()}, carried.values())
         writer.publish(place, read_only=step is not plan.steps[-1])
     ctx.barrier()
     return measured

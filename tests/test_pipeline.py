@@ -20,7 +20,7 @@ from compress.errors import CompressError, CoverageError, FormatError, InputErro
 from compress.manifest import Manifest
 from compress.places import clean, locked, steps_folder
 from compress.writer import Writer
-from support import run, step_of, tiny_llama, tree
+from support import ready_inputs, run, step_of, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
 
@@ -367,3 +367,24 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     assert two.measured["ranks"] == 2
     assert one.digests == two.digests
     assert open_checkpoint(tmp_path / "two").refs.keys() == one.digests.keys()
+
+
+def test_tokens_that_a_kill_has_left_half_copied_are_not_told_of(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = f"calibrate(data='{ready_inputs()}', samples=6) | quantize.rtn(scheme=w4a16g32)"
+    reference = run(tiny, tmp_path / "ref", recipe)
+    copy = shutil.copyfile
+
+    def torn(source: Path, target: Path) -> None:
+        copy(source, target)
+        if target.name == "calibration.safetensors":
+            os.truncate(target, 100)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.writer.shutil.copyfile", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "out", recipe)
+    monkeypatch.undo()
+    assert run(tiny, tmp_path / "out", recipe).manifest.fingerprint == reference.manifest.fingerprint
+    assert not run(tiny, tmp_path / "out", recipe).fresh
