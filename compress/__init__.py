@@ -26,6 +26,7 @@ _HOMES = {
     "Result": "pipeline",
     "Scheme": "scheme",
     "TensorPass": "contract",
+    "load": "artifact",
     "open_checkpoint": "checkpoint",
     "open_source": "source",
     "parse_one_liner": "recipe",

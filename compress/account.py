@@ -18,7 +18,8 @@ from compress.plan import StepPlan
 from compress.trust import NOTE, code_notes
 
 LASTING = (
-    "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained", NOTE
+    "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
+    "smoothed", NOTE,
 )  # fmt: skip
 """Counted lines that stay true of a checkpoint through later steps."""
 

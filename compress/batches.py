@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from compress.errors import InputError
+from compress.footprint import BATCH_TOKENS
 from compress.journey import Call
-
-_BATCH_TOKENS = 4096
-"""Tokens in one forward: enough for the matrix products, little beside a block."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,18 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
     decoder_mask: torch.Tensor | None
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The tokens that a language model predicts, int64 [samples, length]."""
+        return self.inputs["decoder_input_ids" if "decoder_input_ids" in self.inputs else "input_ids"]
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """Which of them are followed by one to predict, bool [samples, length]."""
+        mask = self.decoder_mask if "decoder_input_ids" in self.inputs else self.mask
+        mask = torch.ones_like(self.ids) if mask is None else mask
+        return followed(mask.bool(), self.inputs.get("position_ids"))
 
     def first(self) -> Batch:
         """Its first sample alone."""
@@ -48,13 +58,22 @@ class Batch:
         return 3 * x.nbytes
 
 
+def followed(mask: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens have a next one in the same text; `mask` [samples, length] are those that count, `places` their positions."""
+    found = torch.zeros_like(mask)
+    found[:, :-1] = mask[:, 1:] & mask[:, :-1]
+    if places is not None:
+        found[:, :-1] &= places[:, 1:] > 0
+    return found
+
+
 def cut(tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype) -> list[Batch]:
     """This rank's batches; the cuts are the same for any number of processes that the batches suffice for."""
     samples = len(next(iter(tensors.values())))
     if samples < world_size:
         raise InputError("calibration", f"at least a sample for each of {world_size} processes", f"{samples}")
     tokens = tensors["input_ids"].shape[1] if "input_ids" in tensors else next(iter(tensors.values()))[0].numel()
-    step = max(1, min(_BATCH_TOKENS // tokens, samples // world_size))
+    step = max(1, min(BATCH_TOKENS // tokens, samples // world_size))
     starts = range(0, samples, step)
     own = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
     return [_batch({name: tensor[at : at + step] for name, tensor in tensors.items()}, model, dtype) for at in own]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from compress.errors import InputError
 from compress.facts import DENSE, State, Weight
 from compress.manifest import FILE as MANIFEST_FILE
 from compress.manifest import Manifest
-from compress.qtensor import specs
+from compress.qtensor import PARTS, specs
 from compress.shards import CANONICAL_STEM, STEM, TensorRef, read_header
 from compress.strict import parse_json
 
@@ -28,12 +28,19 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 TRAINING = ("training.jsonl", "training.svg")
 """The record of a training pass; it stays with the step that it is of."""
-_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING}
+ALLOCATION = ("allocation.jsonl", "allocation.svg")
+"""What a deciding pass has decided, a weight a line; it stays with its step, too."""
+_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION}
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CALIBRATION = "calibration.safetensors"
 """Calibration tokens, a side file of a checkpoint until it is packed."""
+ADAPTER = "loftq_init"
+"""The folder of an adapter that belongs to the weights beside it."""
+ADAPTER_CONFIG, ADAPTER_TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
 CANONICAL = "compress"
 """`quant_method` of a checkpoint that holds canonical codes, so that no other reader takes it for a dense one."""
+NATIVE = "native"
+"""`format` beside that `quant_method` in an artifact of our own layout; a canonical checkpoint says `canonical` there."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Checkpoint:
         found: dict[str, Logical] = {}
         for ref in self.refs.values():
             whole, _, part = ref.name.rpartition(".")
-            if part in ("codes", "scale", "zero") and whole in records:
+            if part in PARTS and whole in records:
                 record = records[whole]
                 found[whole] = Logical(record.dtype, record.shape, State.parse(record.state), record.transposed)
             else:
@@ -211,6 +218,9 @@ def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = 
         raise InputError(str(path), "a directory with config.json and safetensors", "no such directory")
     files = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
     folders = sorted(f"{entry.name}/" for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if (path / ADAPTER_TENSORS).is_file() and not (path / ADAPTER).is_symlink():
+        folders.remove(f"{ADAPTER}/")
+        files.append(ADAPTER_TENSORS)
     label = name or path.resolve().name
     return assemble(path, files, folders, lambda file: local_header(path / file), label, origin or {}, trusted)
 
@@ -228,17 +238,19 @@ def assemble(
             check_file(path / file)
     shards = shard_files(path, [file for file in files if file != CALIBRATION])
     refs: dict[str, TensorRef] = {}
-    for file in shards:
+    for file in (*shards, *(file for file in files if file == ADAPTER_TENSORS)):
         for ref in header(file):
+            ref = replace(ref, file=file)
             if ref.name in refs:
                 raise InputError(str(path / file), "each tensor once", f"'{ref.name}', also in {refs[ref.name].file}")
             refs[ref.name] = ref
     config_path = path / "config.json"
     if "config.json" not in files:
         raise InputError(str(config_path), "the model's config.json", "no such file")
-    side = tuple(f for f in files if f not in _NOT_CARRIED and not f.startswith(".") and not is_weights(f))
+    side = tuple(f for f in files if f not in _NOT_CARRIED and "/" not in f and not f.startswith(".") and not is_weights(f))
     side += (CALIBRATION,) if CALIBRATION in files else ()
-    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in (*shards, CALIBRATION))] + others
+    read = (*shards, CALIBRATION, ADAPTER_TENSORS)
+    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in read)] + others
     manifest = Manifest.read(path)
     left += [MANIFEST_FILE] if MANIFEST_FILE in files and manifest is None else []
     checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), name, origin, trusted)
@@ -253,7 +265,8 @@ def is_weights(file: str) -> bool:
 
 
 def shard_files(path: Path, files: list[str]) -> list[str]:
-    """The safetensors files that make up the model: those of the index, or the single one."""
+    """The safetensors files that make up the model: those of the index, or the single one; none of an adapter."""
+    files = [file for file in files if "/" not in file]
     if indexes := [file for file in INDEXES if file in files]:
         index = path / indexes[0]
         weight_map = read_json(index).get("weight_map")
@@ -308,7 +321,7 @@ def check_index(checkpoint: Checkpoint, path: Path, files: list[str], shards: se
         if ref is None or ref.file != file:
             where = f"it is in {ref.file}" if ref else "no shard has it"
             raise InputError(str(index), f"'{tensor}' in {file}", where, "fetch the checkpoint again")
-    if extra := sorted(set(checkpoint.refs) - set(weight_map)):
+    if extra := sorted({ref.name for ref in checkpoint.refs.values() if ref.file != ADAPTER_TENSORS} - set(weight_map)):
         raise InputError(str(index), "every tensor of its shards", f"{len(extra)} that it does not name: {extra[0]}")
 
 

@@ -5,6 +5,8 @@
     LinearPass   weight by weight, from what it reads        driver: sweep
     TrainPass    the whole model, by gradients of a loss     driver: train
 
+A fifth, which decides what another one then does, stands in deciding.py.
+
 A pass module defines exactly one Pass class. Its fields are the recipe keys, the flags and the help text; its
 docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
 help and plans of recipes start fast.
@@ -17,7 +19,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -221,6 +223,8 @@ class Job:
     weight: Weight
     after: State
     value: torch.Tensor
+    codes: QTensor | None = None
+    """For a CompensatingPass: what `value` has become, in the rows and columns of the quantized form."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,34 @@ class LinearPass(TargetedPass):
     def solve(self, jobs: Sequence[Job], prepared: Any) -> list[Solution]:
         """The new values of weights that read the same inputs."""
         raise TypeError(f"{type(self).__name__} solves nothing")
+
+    def observes(self) -> bool:
+        """Whether it needs statistics at all; with options that need none, a pass that can do without is no sweep."""
+        return True
+
+
+def sweeps(pass_: Pass) -> TypeGuard[LinearPass]:
+    """Whether a pass is lifted by `sweep`."""
+    return isinstance(pass_, LinearPass) and pass_.observes()
+
+
+class CompensatingPass(TargetedPass):
+    """Makes up for what rounding has lost, with the dense weights at hand that the codes were made from; see ancestor.py.
+
+    Lifted by `stream`, or by `sweep` where it is a LinearPass that observes.
+    """
+
+    dense: str = Field(
+        "", description="what the codes were made from, a directory or a Hub id; needed only where no manifest tells"
+    )
+
+    def compensate(self, weight: Weight, q: QTensor, after: State, dense: torch.Tensor) -> tuple[QTensor, float]:
+        """The codes with what stands beside them, and the relative error; `dense` as [experts?, rows, columns]."""
+        raise TypeError(f"{type(self).__name__} makes up for nothing")
+
+    def told(self) -> Self:
+        """A checkpoint by its last part: its content is in the lineage, and a path is nobody's business."""
+        return self.model_copy(update={"dense": self.dense.rstrip("/").rpartition("/")[2]})
 
 
 @dataclass(frozen=True)
@@ -304,6 +336,10 @@ class Format:
     name: ClassVar[str] = ""
     least_zero: ClassVar[int] = 0
     """The smallest zero point that it can say."""
+    expands: ClassVar[bool] = False
+    """Whether it holds what codes mean, and not the codes: then it is read as another tool's."""
+    holds: ClassVar[frozenset[str]] = frozenset()
+    """What may stand beside codes: outliers, lowrank."""
 
     def __init__(self, dequantize: bool = False) -> None:
         self.dequantize = dequantize
@@ -318,6 +354,10 @@ class Format:
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
         """The tensors that hold `weight`, in order."""
         raise TypeError(f"{self.name} writes nothing")
+
+    def file_of(self, name: str) -> str:
+        """The file of its own that a tensor lies in; empty for the shards of the model."""
+        return ""
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
         """Tensors of this format whose bytes the canonical form has already: name here -> name there."""
@@ -340,8 +380,12 @@ class Format:
         return []
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
-        """`quantization_config` for config.json."""
+        """`quantization_config` for config.json; empty where there is to be none."""
         raise TypeError(f"{self.name} has no config")
+
+    def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
+        """What config.json alone says of an artifact's weights in codes; empty where it says too little. Raises InputError."""
+        return {}
 
     def files(self, model: Model, states: dict[str, State]) -> dict[str, str]:
         """Texts of further files that a reader looks for, by name."""

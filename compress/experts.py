@@ -6,6 +6,7 @@ family that computes its experts elsewhere (Llama 4's batched product) cannot be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ class Routed(NamedTuple):
     offsets: tuple[int, ...]
     tokens: torch.Tensor
     """The token that each row belongs to, int64 [rows]."""
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one expert reads, and the tokens it belongs to."""
+        rows = slice(self.offsets[expert], self.offsets[expert + 1])
+        return self.rows[rows], self.tokens[rows]
 
 
 def watched(module: nn.Module) -> bool:
@@ -53,14 +59,14 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
     listener = getattr(module, "listener", None)
 
     def product(inputs: torch.Tensor, name: str) -> torch.Tensor:
-        weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None) if module.has_bias else None
+        bias = getattr(module, f"{name}_bias", None) if module.has_bias else None
+        multiply = module.multiplier(name) if hasattr(module, "multiplier") else _dense(module, name)
         parts = []
         for e in range(experts):
             part = inputs[offsets[e] : offsets[e + 1]]
             if len(part):
-                w = weight[e].T if module.is_transposed else weight[e]
-                parts.append(linear(part, w) if bias is None else linear(part, w) + bias[e])
-        return torch.cat(parts) if parts else inputs.new_zeros(0, weight.shape[-1 if module.is_transposed else -2])
+                parts.append(multiply(e, part) if bias is None else multiply(e, part) + bias[e])
+        return torch.cat(parts) if parts else multiply(0, inputs)
 
     if listener is not None:
         listener(INPUT, Routed(rows, offsets, tokens))
@@ -77,3 +83,10 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
     back[order.indices] = torch.arange(len(back))
     # A sum over each token's experts adds in fp32, whatever the dtype.
     return out[back].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _dense(module: Any, name: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """What multiplies an expert's inputs [tokens, in] by its matrix of a stacked parameter."""
+    # Taken apart once: the gradient of each single index would be as large as all of them.
+    matrices = getattr(module, name).unbind()
+    return lambda e, x: linear(x, matrices[e].T if module.is_transposed else matrices[e])

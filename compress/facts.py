@@ -1,8 +1,9 @@
 """Facts: what is true of each weight, before and after every pass.
 
 A Weight is one tensor of the source, by its name on disk, with its place in the model.
-A State is what holds for it: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are masked too. Replaying
-states over a recipe is a type check that costs no bytes: a pass says what a weight becomes, or refuses it.
+A State is what holds for it: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are masked too, or have outliers
+or low-rank factors beside them. Replaying states over a recipe is a type check that costs no bytes: a pass says what a
+weight becomes, or refuses it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from compress.beside import Lowrank, Outliers
 from compress.scheme import Scheme
 from compress.sparsity import Sparsity
 
@@ -65,6 +67,8 @@ class Weight:
     """Why a matrix cannot be read as one (an orientation that nothing tells), or empty."""
     unlearned: str = ""
     """Why no gradient of a loss on texts reaches it, or empty."""
+    peak: float | None = None
+    """The largest magnitude among it and what readers fuse it with, where a driver has measured that; see peers.py."""
 
     @property
     def out_features(self) -> int:
@@ -98,28 +102,41 @@ class Weight:
         return self.numel * DTYPE_BYTES[self.dtype]
 
 
+_STATE = re.compile(
+    r"dense|masked\((?P<alone>[^()]+)\)|codes\((?P<scheme>[^()]+)\)(?:\+masked\((?P<sparsity>[^()]+)\))?"
+    r"(?:\+outliers\((?P<outliers>[^()]+)\))?(?:\+lowrank\((?P<lowrank>[^()]+)\))?"
+)
+
+
 @dataclass(frozen=True)
 class State:
-    """What holds for one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`.
+    """What holds for one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`,
+    `codes(w2a16g64-asym)+outliers(0.005)+lowrank(r8)`.
 
     Without a scheme the weight is stored as a plain tensor. Parses and prints back.
     """
 
     scheme: Scheme | None = None
     sparsity: Sparsity | None = None
+    outliers: Outliers | None = None
+    lowrank: Lowrank | None = None
 
     @classmethod
     def parse(cls, text: str) -> State:
-        match = re.fullmatch(r"dense|(codes\((?P<scheme>[^()]+)\))?\+?(masked\((?P<sparsity>[^()]+)\))?", text)
-        if match is None or not text:
+        match = _STATE.fullmatch(text)
+        if match is None:
             raise ValueError(f"unknown state '{text}'")
-        scheme = Scheme.parse(match["scheme"]) if match["scheme"] else None
-        return cls(scheme, Sparsity.parse(match["sparsity"]) if match["sparsity"] else None)
+        sparsity = match["sparsity"] or match["alone"]
+        return cls(
+            Scheme.parse(match["scheme"]) if match["scheme"] else None,
+            Sparsity.parse(sparsity) if sparsity else None,
+            Outliers.parse(match["outliers"]) if match["outliers"] else None,
+            Lowrank.parse(match["lowrank"]) if match["lowrank"] else None,
+        )
 
     def __str__(self) -> str:
-        parts = [f"codes({self.scheme})"] if self.scheme else []
-        parts += [f"masked({self.sparsity})"] if self.sparsity else []
-        return "+".join(parts) or "dense"
+        words = {"codes": self.scheme, "masked": self.sparsity, "outliers": self.outliers, "lowrank": self.lowrank}
+        return "+".join(f"{word}({part})" for word, part in words.items() if part is not None) or "dense"
 
 
 DENSE = State()

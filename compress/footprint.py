@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from compress.facts import State, Weight
 if TYPE_CHECKING:
     import torch
 
+BATCH_TOKENS = 4096
+"""Tokens in one forward of a sweep: enough for the matrix products, little beside a block."""
 HELD_BYTES = 1 << 30
 """Activations held inside a block; batches beyond it run the block again for every statistic."""
 BETWEEN_BYTES = 2 << 30
@@ -66,6 +69,45 @@ def _at_once(weight: Weight, pass_: LinearPass) -> int:
     return min(fits, weight.experts or fits)
 
 
+def stride(blocks: int, state_bytes: int) -> int:
+    """Every how many blocks a reverse sweep keeps what they are called with: each if that is little, else the least in all."""
+    return 1 if blocks * state_bytes <= BETWEEN_BYTES else max(1, math.isqrt(blocks))
+
+
+def reverse_bytes(weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int) -> tuple[int, int]:
+    """(resident bytes beyond the interpreter, bytes on disk) of a reverse sweep, all in fp32.
+
+    A block with its gradients and what a batch leaves for its backward pass, or the last block with the head, its gradient
+    and a batch's logits; on disk hidden states of every few blocks, and those of one more segment, and gradients.
+    """
+    batch = min(tokens, BATCH_TOKENS)
+    blocks: dict[tuple[str, int | None], int] = defaultdict(int)
+    graphs: dict[tuple[str, int | None], int] = defaultdict(int)
+    wanted, outside, head = {weight.name for weight in touched}, 0, 0
+    for weight in weights:
+        # Where transformers fuses or splits, places of numbers and a second copy.
+        nbytes = (4 + (4 + (20 if weight.converted else 0)) * (weight.name in wanted)) * weight.numel
+        if weight.block is not None:
+            place = weight.stack, weight.block
+            blocks[place] += nbytes
+            if len(weight.shape) > 1:
+                # A router sends a token to a few experts; two is usual, of which each is counted that is fused.
+                share = 2 if weight.experts else 1
+                graphs[place] += 3 * batch * (weight.in_features + weight.out_features) * share * 4
+        elif weight.kind in ("embedding", "head"):
+            head = max(head, nbytes)
+        else:
+            outside += nbytes
+    text = config.get("text_config") or config
+    hidden = int(text.get("hidden_size") or text.get("d_model") or max((w.in_features for w in touched), default=0))
+    state = tokens * hidden * 4
+    logits = 4 * batch * int(text.get("vocab_size") or 0) * 4
+    block = max(blocks.values(), default=0)
+    resident = max(block + max(graphs.values(), default=0), block + head + logits) + 2 * min(BETWEEN_BYTES, state) + outside
+    every = stride(len(blocks), state)
+    return resident + (256 << 20), (-(-len(blocks) // every) + every + 1) * state
+
+
 def train_bytes(
     pass_: TrainPass, weights: list[Weight], touched: list[Weight], states: dict[str, State], config: dict[str, Any],
     teacher: int, sample: int, element_bytes: int,
@@ -100,7 +142,8 @@ def train_bytes(
 
 
 def learned(weight: Weight, state: State) -> int:
-    """Numbers that are trained of a weight: itself, or its scales."""
+    """Numbers that are trained of a weight: itself, or its scales and low-rank factors."""
     if state.scheme is None:
         return weight.numel
-    return weight.numel // weight.columns * state.scheme.groups(weight.columns)
+    factors = 0 if state.lowrank is None else state.lowrank.rank * (weight.rows + weight.columns)
+    return (math.prod(state.scheme.grid_shape(weight.rows, weight.columns)) + factors) * (weight.experts or 1)

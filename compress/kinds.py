@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import PurePath
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from compress import targets
+from compress.beside import Lowrank, Outliers
 from compress.contract import Pass, TargetedPass, TrainPass
 from compress.errors import Refusal, Unsound, UsageError
 from compress.facts import FLOATS, MATRICES, Note, State, Weight, counted
-from compress.scheme import Scheme
+from compress.scheme import BLOCK, Scheme
 from compress.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -32,10 +35,20 @@ def refuse_no_matrix(weight: Weight) -> None:
         raise Refusal(f"{weight.dtype} {list(weight.shape)} is not a matrix of weights", "skip it by name")
 
 
-class QuantizingPass(TargetedPass):
-    """Makes integer codes of dense or masked weights."""
+def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
+    """Raises Refusal where a scheme's rounding of activations would not happen as the model runs."""
+    if weight.kind not in ("linear", "head"):
+        raise Refusal(f"{scheme} rounds activations, which nothing here does for {weight.kind}s", "use a scheme with a16 for it")
+    if weight.converted:
+        raise Refusal("transformers fuses or splits it while loading, and what it reads is not rounded", "skip it")
+    if scheme.scales == "block" and weight.in_features % BLOCK:
+        raise Refusal(f"blocks of {BLOCK} do not divide the {weight.in_features} inputs that {scheme} rounds", "skip it")
 
-    scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a16")
+
+class QuantizingPass(TargetedPass):
+    """Makes codes of dense or masked weights."""
+
+    scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4, nvfp4")
     ragged: Literal["refuse", "divide", "channel"] = Field(
         "refuse",
         description="columns that the group does not divide: refuse, or take the largest group that does, or one scale per row",
@@ -44,18 +57,29 @@ class QuantizingPass(TargetedPass):
     least_zero: int = Field(
         0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
     )
+    outliers: float = Field(
+        0.0, ge=0, lt=1, description="share of a matrix's entries, the largest, that are kept as they are beside the codes"
+    )
 
     def becomes(self, weight: Weight, state: State) -> State:
         refuse_no_matrix(weight)
         if state.scheme is not None:
             raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
-        return State(self._fitting(weight), state.sparsity)
+        if self.scheme.inputs:
+            refuse_inputs(weight, self.scheme)
+        scheme = self._fitting(weight)
+        if self.outliers and scheme.scales in ("tensor", "e4m3"):
+            reason = f"{scheme} has a scale for all of what readers fuse, which no outlier can be taken out of"
+            raise Refusal(reason, "use a scheme with scales of rows, or no outliers for it")
+        return State(scheme, state.sparsity, Outliers(self.outliers) if self.outliers else None)
 
     def _fitting(self, weight: Weight) -> Scheme:
         """The scheme with a group that divides this weight's columns."""
         group, columns = self.scheme.group, weight.columns
-        if group is None or columns % group == 0:
+        if group is None or columns % group == 0 or self.scheme.scales == "block":
             return self.scheme
+        if self.scheme.scales != "row":
+            raise Refusal(f"the groups of {group} that {self.scheme} has do not divide {columns} columns", "skip it, or use fp4g")
         if self.ragged == "channel":
             return replace(self.scheme, group=None)
         divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
@@ -71,6 +95,66 @@ class QuantizingPass(TargetedPass):
             if scheme is not None and scheme != self.scheme:
                 changed[weight.name] = f"{weight.columns} columns, {self.scheme} became {scheme}"
         return counted("ragged", changed)
+
+
+class FactoringPass(TargetedPass):
+    """Puts low-rank factors beside codes."""
+
+    rank: int = Field(8, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
+    ranks: tuple[str, ...] = Field(
+        (), description="other ranks for some, SELECTOR=RANK with selectors of targets, e.g. attention=32; the first that fits"
+    )
+    bpw: float | None = Field(
+        None, gt=0, description="instead of rank, what the factors may take: bits for each weight of a matrix"
+    )
+    factors: Literal["int8", "bf16"] = Field("bf16", description="what factors are stored in; int8 ones cannot be trained")
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("ranks")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if re.fullmatch(r"(.+)=[1-9]\d{0,5}", text, re.ASCII) is None:
+                raise ValueError(f"SELECTOR=RANK, not '{text}'")
+        return value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.bpw is not None and self.model_fields_set & {"rank", "ranks"}:
+            raise ValueError("either bpw or ranks")
+        return self
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        # One that fits nothing is an error, as it is among targets.
+        targets.select(weights, [text.rpartition("=")[0] for text in self.ranks])
+        return super().chosen(weights)
+
+    def lowrank(self, weight: Weight, state: State) -> Lowrank:
+        """What a weight in this state is to have beside it. Raises Refusal."""
+        if state.sparsity is not None:
+            raise Refusal(f"it is {state}, and factors would fill its zeros", "skip it, or do not prune")
+        int8, most = self.factors == "int8", min(weight.rows, weight.columns)
+        if self.bpw is None:
+            own = (text.rpartition("=") for text in self.ranks)
+            return Lowrank(min(most, next((int(n) for s, _, n in own if targets.matches(s, weight)), self.rank)), int8)
+        each = (8 if int8 else 16) * (weight.rows + weight.columns) + 32 * int8
+        rank = min(most, int(self.bpw * weight.rows * weight.columns / each))
+        if not rank:
+            least = each / (weight.rows * weight.columns)
+            raise Refusal(f"bpw={self.bpw:g} does not pay for one rank, which takes {least:.3g}", "raise bpw, or skip it")
+        return Lowrank(rank, int8)
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        short = {}
+        for weight in weights:
+            lowrank = states[weight.name].lowrank
+            if self.bpw is None and lowrank is not None and lowrank.rank == min(weight.rows, weight.columns) < self.rank:
+                short[weight.name] = f"a rank of {lowrank.rank}, for it has no more rows or columns"
+        return [*super().notes(weights, states), *counted("lowrank", short)]
 
 
 class PruningPass(TargetedPass):
@@ -113,7 +197,7 @@ class TextPass(Pass):
 
 
 class TrainingPass(TextPass, TrainPass):
-    """Trains weights by AdamW: dense ones, those between the zeros of masked ones, the scales of codes."""
+    """Trains weights by AdamW: dense ones, those between the zeros of masked ones, scales of codes, low-rank factors."""
 
     data: tuple[str, ...] = Field(
         (), description="texts to train on, named as for calibrate; without them, the calibration tokens"
@@ -185,10 +269,16 @@ class TrainingPass(TextPass, TrainPass):
         return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
 
     def becomes(self, weight: Weight, state: State) -> State:
+        factors = state.lowrank is not None and not state.lowrank.int8
+        if state.scheme is not None and state.scheme.powers and not factors:
+            raise Refusal(f"{state.scheme} binds scales to powers of two or to few bits: none can be moved", "skip it")
         return state
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
         def learned(state: State) -> str:
-            return "scales" if state.scheme else "weights" if state.sparsity is None else "weights between zeros"
+            if state.scheme is None:
+                return "weights" if state.sparsity is None else "weights between zeros"
+            scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
+            return " and ".join(["scales"] * scales + ["low-rank factors"] * factors)
 
         return counted("trained", {w.name: f"{learned(states[w.name])}, by {self.pass_name()}" for w in weights})

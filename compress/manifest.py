@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -104,7 +105,9 @@ class Manifest(_Model):
     @field_validator("files")
     @classmethod
     def _beside(cls, files: dict[str, str]) -> dict[str, str]:
-        if odd := [name for name in files if Path(name).name != name]:
+        # An adapter's lie in a folder of their own.
+        plain = re.compile(r"(?:[^/]+/)?[^/]+")
+        if odd := [name for name in files if not plain.fullmatch(name) or {".", ".."} & {*name.split("/")}]:
             raise ValueError(f"{odd[0]!a} is no file beside it")
         return files
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress import names, qtensor
-from compress.checkpoint import CANONICAL, Checkpoint, Logical, torch_dtype
+from compress.checkpoint import CANONICAL, NATIVE, Checkpoint, Logical, torch_dtype
 from compress.facts import State, TensorSpec, Weight
 from compress.foreign import Foreign, method_of, open_foreign
 
@@ -35,11 +35,14 @@ class Meaning:
         manifest, method = checkpoint.manifest, method_of(checkpoint)
         self.format: Format | None = None
         self.foreign: Foreign | None = None
-        if manifest is not None and manifest.format not in ("canonical", "tokens") and method == manifest.format:
+        self._told = manifest is not None and manifest.format not in ("canonical", "tokens") and method == manifest.format
+        if self._told or method == NATIVE:
             from compress.kernels.dispatch import load_format
 
-            self.format = load_format(manifest.format)()
-        elif method is not None and not (manifest is not None and method == CANONICAL):
+            self.format = load_format(str(method))()
+        if self.format is not None and self.format.expands:
+            self.format, self.foreign = None, open_foreign(checkpoint)
+        elif self.format is None and method is not None and not (manifest is not None and method == CANONICAL):
             self.foreign = open_foreign(checkpoint)
 
     @property
@@ -52,10 +55,15 @@ class Meaning:
         """Every weight whose bytes are codes: its shape as passes see it, and its state."""
         if self.foreign is not None:
             return {
-                p.name: (Weight(p.name, p.dtype, p.shape, module=p.name.rpartition(".")[0]), State(p.scheme))
+                p.name: (
+                    Weight(p.name, p.dtype, p.shape, transposed=p.transposed, module=p.name.rpartition(".")[0]),
+                    State(p.scheme),
+                )
                 for p in self.foreign.weights.values()
                 if p.scheme is not None
             }
+        if self.format is not None and not self._told:
+            return self.format.described(self.checkpoint)
         return {
             name: (Weight(name, r.dtype, r.shape, transposed=r.transposed, module=name.rpartition(".")[0]), state)
             for name, r in (self.checkpoint.manifest.weights if self.checkpoint.manifest else {}).items()
@@ -120,7 +128,7 @@ class Meaning:
             if self.foreign is not None and name in self.foreign.weights:
                 found = self.foreign.weights[name].read(self.checkpoint.read)
                 assert isinstance(found, torch.Tensor)
-                return found
+                return found.to(torch_dtype(self.foreign.weights[name].dtype)) if self.rounded else found
             return self.checkpoint.read(name)
         weight, _ = self.weights[name]
         return qtensor.as_matrix(weight, q.dequantize()).to(self.dtype_of(weight)).contiguous()

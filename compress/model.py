@@ -8,6 +8,7 @@ than one block is dense at a time. Everything else is transformers' own model: `
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,14 +61,8 @@ class _Loader:
         self.kinds = (nn.Linear, nn.Embedding, Conv1D)
         groups = {group.parameter: group for group in skeleton.mapping.groups(self.meaning.logical)}
         self.names = {p: group.sources[0] for p, group in groups.items() if not group.patterns}
-        clusters: dict[str, list[str]] = defaultdict(list)
-        for alias, kept in (getattr(skeleton.module, "all_tied_weights_keys", None) or {}).items():
-            clusters[kept] += [alias] if clusters[kept] else [kept, alias]
-        self.ties: dict[str, str] = {}
-        for members in clusters.values():
-            # Two that have tensors of their own stay two, whatever the config says of them.
-            if owners := [name for name in members if name in groups]:
-                self.ties.update((name, owners[0]) for name in members if name not in groups)
+        self.placed: set[str] = set()
+        self.ties = ties(skeleton.module, groups)
 
     def load(self) -> None:
         """Everything, a block at a time."""
@@ -83,6 +78,12 @@ class _Loader:
             parts[path]._forward_pre_hooks.clear()
         for alias, owner in self.ties.items():
             self.tie(alias, owner)
+        inputs = {name for name, (_, state) in self.meaning.weights.items() if state.scheme is not None and state.scheme.inputs}
+        if lost := sorted(inputs - self.placed):
+            raise InputError(
+                lost[0], "a module of its own, whose activations can be rounded", f"{len(lost)} weights that transformers fuses",
+                "unpack with to=dense: the weights alone",
+            )  # fmt: skip
 
     def encode(self, parameters: list[str]) -> None:
         """Puts codes in the place of those parameters that are made of nothing else."""
@@ -95,15 +96,16 @@ class _Loader:
             weight, _ = self.meaning.weights[name]
             q = self.meaning.qtensor(name)
             assert q is not None
+            self.placed.add(name)
             self.place(module, q, self.meaning.dtype_of(weight))
 
     def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
         """Codes instead of the dense weight, which tells the dtype that this module computes in."""
         dense = module._parameters["weight"]
         assert dense is not None
-        if dense.dtype == torch.float32:
+        if dense.dtype == torch.float32 or not q.scheme.integer:
             # Exact, and transformers takes the dtype of the first parameter for the one of the model.
-            q = QTensor(q.scheme, q.codes, q.scale.float(), q.zero)
+            q = q.plain()
         with_codes(module, q, stored, dense.dtype)
 
     def tie(self, alias: str, owner: str) -> None:
@@ -114,8 +116,9 @@ class _Loader:
             module._parameters[attribute] = held._parameters[other_attribute]
         elif attribute == "weight" and isinstance(module, self.kinds):
             assert isinstance(held, QLinear)
-            self.place(module, QTensor(held.scheme, held.codes, held.scale, held.zero), held.stored_dtype)
-            module._parameters["scale"] = held.scale
+            self.place(module, held.quantized(), held.stored_dtype)
+            if "scale" in held._parameters:
+                module._parameters["scale"] = held.scale
 
 
 def _as_transformers_has_it(skeleton: Skeleton) -> None:
@@ -126,3 +129,16 @@ def _as_transformers_has_it(skeleton: Skeleton) -> None:
         for name in ("use_cache", "_experts_implementation"):
             if hasattr(config, name):
                 setattr(config, name, getattr(theirs.config, name))
+
+
+def ties(model: nn.Module, owned: Container[str]) -> dict[str, str]:
+    """Tied parameters without tensors of their own -> the one that has them; `owned` are those that have some."""
+    clusters: dict[str, list[str]] = defaultdict(list)
+    for alias, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        clusters[kept] += [alias] if clusters[kept] else [kept, alias]
+    found: dict[str, str] = {}
+    for members in clusters.values():
+        # Two that have tensors of their own stay two, whatever the config says of them.
+        if owners := [name for name in members if name in owned]:
+            found.update((name, owners[0]) for name in members if name not in owned)
+    return found

@@ -1,4 +1,4 @@
-"""Picture: a run as SVG, its losses over steps or its stages' sizes and KL.
+"""Picture: a run as SVG: losses, stages by size and KL, bits by block.
 
 The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw;
 nothing of a user's settings of it is read, and none of them is changed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,36 @@ def stages(path: Path, stages: Sequence[Stage], title: str) -> None:
             axes.grid(axis="x")
             axes.tick_params(length=0)
             axes.spines["bottom"].set_visible(False)
+
+
+def allocation(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws rows of `weight`, `block`, `bytes` and `numel`: bits per weight, a column a block; raises ValueError for none."""
+    if not rows:
+        raise ValueError("there are no rows to draw")
+    places = sorted({-1 if row["block"] is None else row["block"] for row in rows})
+    cells: dict[str, dict[int, list[tuple[int, int]]]] = {}
+    for row in rows:
+        # Experts differ by a number, too: they are one row, of means.
+        name = re.sub(r"\.\d+(?=\.)", ".*", row["weight"].removesuffix(".weight"))
+        place = -1 if row["block"] is None else row["block"]
+        cells.setdefault(name, {}).setdefault(place, []).append((8 * row["bytes"], row["numel"]))
+
+    def mean(found: list[tuple[int, int]]) -> float:
+        return sum(bits for bits, _ in found) / sum(numel for _, numel in found) if found else math.nan
+
+    bits = [[mean(row.get(place, [])) for place in places] for row in cells.values()]
+    with _page(path, (3.6 + 0.28 * max(12, len(places)), 1.3 + 0.28 * len(cells)), title) as page:
+        axes = page.subplots()
+        mesh = axes.pcolormesh(bits, cmap="YlGnBu", edgecolors="white", linewidth=0.7)
+        axes.set_yticks([number + 0.5 for number in range(len(cells))], list(cells))
+        shown = range(0, len(places), max(1, len(places) // 16))
+        axes.set_xticks([at + 0.5 for at in shown], ["none" if places[at] < 0 else str(places[at]) for at in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("block")
+        axes.tick_params(length=0)
+        total = 8 * sum(row["bytes"] for row in rows) / sum(row["numel"] for row in rows)
+        axes.set_title(f"bits per weight, scales included: {total:.3f} over all")
+        page.colorbar(mesh, ax=axes, format=_plain).outline.set_visible(False)
 
 
 def _kl_bars(axes: Axes, stages: Sequence[Stage]) -> None:

@@ -9,23 +9,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress import qtensor
+from compress.balancing import SpacePass
 from compress.checkpoint import CALIBRATION, CANONICAL, Checkpoint, local_header
-from compress.contract import DataPass, Format, LinearPass, Pass, TrainPass, Verdict, WeightPass
+from compress.contract import DataPass, Format, Pass, TrainPass, Verdict, WeightPass, sweeps
+from compress.decide import offers_of
+from compress.deciding import decides
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.facts import Note, State, TensorSpec, Weight, counted
-from compress.footprint import computing, sweep_bytes, train_bytes
+from compress.footprint import computing, reverse_bytes, sweep_bytes, train_bytes
 from compress.kinds import QuantizingPass
 from compress.meaning import Meaning
 from compress.names import Model
 from compress.recipe import Recipe
-from compress.resolve import resolve
-from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file
-from compress.tally import folded, shared_notes, trained_by, untouched
+from compress.resolve import reads_tokens, resolve, worker_of
+from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file, single
+from compress.tally import changed_by, folded, shared_notes, untouched
 from compress.targets import compiled
 from compress.teacher import teacher_weights
 
@@ -33,6 +36,7 @@ SHARD_BYTES = 5_000_000_000
 INTERPRETER_BYTES = 480 << 20
 """Resident bytes of Python with torch, transformers and one model class imported, measured on Linux x86-64."""
 MAX_WORKERS = 4
+_UNDECIDED = "sizes are an upper bound, for the largest choice, until the step has decided"
 _QUANTIZED = ("quantization_config", "compression_config")
 """Keys of config.json that say how weights are packed."""
 
@@ -149,8 +153,9 @@ def make_plan(
     shard_bytes: int = SHARD_BYTES,
     dtype: str = "auto",
     meaning: Meaning | None = None,
+    decided: Mapping[int, Mapping[str, State]] | None = None,
 ) -> Plan:
-    """Replays facts over all lines; `meaning` is that of a packed source.
+    """Replays facts over all lines; `meaning` is that of a packed source, `decided` the states that steps have decided on.
 
     Raises RecipeError, CoverageError or FormatError with everything that is wrong.
     """
@@ -169,7 +174,7 @@ def make_plan(
     written = replace(model, weights=tuple(weights))
     packed_by = ""
     tokens, length = _tokens_of(checkpoint)
-    trained = trained_by(checkpoint.manifest.notes if checkpoint.manifest else ())
+    changed = changed_by(checkpoint.manifest.notes if checkpoint.manifest else ())
     for number, pass_ in enumerate(passes, start=1):
         where = f"{recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
         if packed_by:
@@ -180,7 +185,7 @@ def make_plan(
             steps.append(_data_step(number, pass_, last, weights, states, shared, checkpoint, written, shard_bytes))
             continue
         assert isinstance(pass_, WeightPass)
-        if not tokens and (isinstance(pass_, LinearPass) or (isinstance(pass_, TrainPass) and pass_.texts() is None)):
+        if not tokens and reads_tokens(pass_):
             more = ", or give it data=..." if isinstance(pass_, TrainPass) else ""
             raise RecipeError(where, "calibration tokens", "none", f"put calibrate(data=...) before it{more}")
         fmt: Format | None = pass_.target_format()
@@ -189,7 +194,8 @@ def make_plan(
             _refuse_zeros(fmt, recipe, passes[: number - 1])
         if isinstance(pass_, WeightPass) and pass_.unpacks and number > 1:
             raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
-        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(trained), meaning)
+        found = (decided or {}).get(number)
+        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(changed), meaning, found)
         step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, run)
         if wrong and kind is None:
             kind = FormatError if fmt is not None else CoverageError
@@ -200,7 +206,7 @@ def make_plan(
         skipped.update(step.skipped if step is not None else ())
         if step is not None:
             steps.append(step)
-            trained |= trained_by(step.notes)
+            changed |= changed_by(step.notes)
         if fmt is not None:
             verdicts = tuple(fmt.readers(weights, states))
     if kind is not None:
@@ -225,10 +231,12 @@ class _Run:
     length: int
     """Tokens of a calibration sample."""
     dtype: str
-    trained: frozenset[str]
-    """Weights that an earlier step has trained."""
+    changed: frozenset[str]
+    """Weights that an earlier step has trained or smoothed."""
     meaning: Meaning | None
     """Of a packed source."""
+    decided: Mapping[str, State] | None
+    """What this step has decided."""
 
 
 def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -255,7 +263,10 @@ def _step(
     skips: list[re.Pattern[str]], shared: list[Note], run: _Run,
 ) -> tuple[StepPlan | None, list[tuple[str, str, str]], dict[str, State]]:  # fmt: skip
     """One step, or the (weight, reason, what to do) of everything that stands in its way; and the states after it."""
-    chosen = pass_.chosen(weights)
+    layout = None
+    if isinstance(pass_, SpacePass):
+        layout = pass_.layout(weights, run.model.family, run.checkpoint.config)
+    chosen = pass_.chosen(weights) if layout is None else layout.weights
     if pass_.unpacks and run.meaning is not None:
         chosen = [weight for weight in chosen if run.meaning.is_packed(weight.name)]
     if fmt is not None:
@@ -264,10 +275,11 @@ def _step(
             return None, [("*", "nothing is quantized, so there is nothing to pack", "quantize first")], before
     if not chosen:
         return None, [("*", "targets and skip leave no weight to work on", "see `compress plan MODEL ... --layers`")], before
-    after, refused = dict(before), []
+    after, refused, worker = dict(before), [], worker_of(pass_)
+    assert isinstance(worker, WeightPass)
     for weight in chosen:
         try:
-            if isinstance(pass_, LinearPass):
+            if sweeps(worker):
                 _refuse_unread(weight, run.model)
             after[weight.name] = pass_.becomes(weight, before[weight.name])
         except Refusal as refusal:
@@ -280,21 +292,36 @@ def _step(
         return None, wrong, after
     skipped = {name: reason for name, reason, _ in refused}
     touched = [weight for weight in chosen if weight.name not in skipped]
-    notes = [*pass_.notes(touched, after), *counted("skipped", skipped), *shared]
+    decided = run.decided
+    if decides(pass_):
+        decided = pass_.known(touched) if decided is None else decided
+        after.update(decided or {})
+    own = pass_.notes(touched, after) if layout is None else layout.within({weight.name for weight in touched}).notes
+    notes = [*own, *counted("skipped", skipped), *shared]
     notes += fmt.notes(touched, after) if fmt is not None else []
+    lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]
+    notes += counted("dropped", dict.fromkeys(lost, "rounding of activations: the weights go on alone"))
     if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:
         notes += run.meaning.foreign.notes
-    changed = trained_by(notes) | run.trained
+    if decides(pass_):
+        kind = "decided" if decided else "undecided"
+        notes += counted(kind, {w.name: str(after[w.name]) if decided else _UNDECIDED for w in touched})
+    changed = changed_by(notes) | run.changed
     notes += untouched([weight for weight in weights if weight.name not in changed], after)
     canonical = fmt is None and any(after[w.name].scheme for w in weights)
     specs = [spec for w in weights for spec in layout_specs(fmt, w, after[w.name])]
-    shards = arrange(specs, run.shard_bytes, CANONICAL_STEM if canonical else STEM)
-    work = max((_workspace(pass_, weight, after[weight.name], fmt) for weight in touched), default=0)
+    apart = {spec.name: file for spec in specs if fmt is not None and (file := fmt.file_of(spec.name))}
+    shards = arrange((s for s in specs if s.name not in apart), run.shard_bytes, CANONICAL_STEM if canonical else STEM)
+    shards += [single(file, (s for s in specs if apart.get(s.name) == file)) for file in sorted(set(apart.values()))]
+    work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
     resident = min(run.threads, MAX_WORKERS) * max(work, 32 << 20)
-    if isinstance(pass_, LinearPass):
+    if sweeps(worker):
         config = run.checkpoint.config
-        resident = max(resident, sweep_bytes(pass_, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize))
+        resident = max(resident, sweep_bytes(worker, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize))
     scratch = 0
+    if decides(pass_) and pass_.gradients and not pass_.table_digest():
+        needed, scratch = reverse_bytes(weights, touched, run.checkpoint.config, run.tokens)
+        resident = max(resident, needed)
     if isinstance(pass_, TrainPass):
         config, texts = run.checkpoint.config, pass_.texts()
         sample, teacher = texts.length if texts else run.length, teacher_weights(pass_, run.checkpoint)
@@ -304,14 +331,23 @@ def _step(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
         _texts(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident, scratch,
     )  # fmt: skip
+    if decides(pass_) and not decided:
+        # Whether anything fits shows without a gradient.
+        pass_.decide(*offers_of(step, weights))
     return step, [], after
+
+
+def _inputs(state: State) -> str:
+    """What activations are rounded to where a weight in this state reads them."""
+    return state.scheme.inputs if state.scheme is not None else ""
 
 
 def _refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
     """Raises RecipeError where a quantizer may choose zero points that a format has no word for."""
-    for line, pass_ in zip(recipe.lines, passes, strict=False):
+    for line, own in zip(recipe.lines, passes, strict=False):
+        pass_ = worker_of(own)
         if isinstance(pass_, QuantizingPass) and not pass_.scheme.symmetric and pass_.least_zero < fmt.least_zero:
-            where = f"{line.where or pass_.pass_name()}: {pass_.pass_name()}.least_zero"
+            where = f"{line.where or own.pass_name()}: {own.pass_name()}.least_zero"
             expected = f"{fmt.least_zero}, the smallest zero point that {fmt.name} can say"
             raise RecipeError(
                 where, expected, str(pass_.least_zero), f"set least_zero={fmt.least_zero}, or pack in another format"
@@ -344,7 +380,7 @@ def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dic
     if isinstance(text := content.get("text_config"), dict):
         content["text_config"] = {key: value for key, value in text.items() if key not in _QUANTIZED}
     if fmt is not None:
-        content["quantization_config"] = fmt.config(model, states)
+        content |= {"quantization_config": found} if (found := fmt.config(model, states)) else {}
     elif any(state.scheme for state in states.values()):
         content["quantization_config"] = {"quant_method": CANONICAL, "format": "canonical"}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -126,6 +126,12 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
+def single(file: str, specs: Iterable[TensorSpec]) -> Shard:
+    """One file with these tensors, however large."""
+    run = tuple(specs)
+    return Shard(file, write_header(run, {"format": "pt"}), run)
+
+
 def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = STEM) -> list[Shard]:
     """Cuts tensors into shards of at most `shard_bytes` (one tensor may exceed it), named as transformers does."""
     runs: list[list[TensorSpec]] = [[]]
@@ -138,11 +144,12 @@ def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = STEM) -> 
         filled += spec.nbytes
     count = len(runs)
     names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [Shard(name, write_header(run, {"format": "pt"}), tuple(run)) for name, run in zip(names, runs, strict=True)]
+    return [single(name, run) for name, run in zip(names, runs, strict=True)]
 
 
 def index_file(shards: list[Shard]) -> tuple[str, str] | None:
-    """Name and text of the index (`model.safetensors.index.json`), None for a single file."""
+    """Name and text of the index (`model.safetensors.index.json`), None for a single file; folders have their own."""
+    shards = [shard for shard in shards if "/" not in shard.file]
     if len(shards) <= 1:
         return None
     total = sum(spec.nbytes for shard in shards for spec in shard.specs)

@@ -194,8 +194,17 @@ class Skeleton:
 
     def readers(self, name: str) -> list[str]:
         """Paths of the modules that a tensor on disk becomes part of; several where it is split while loading."""
-        made = [parameter for parameter, group in self._groups.items() if name in group.sources]
+        made = (parameter for parameter in self.made_of(name) if parameter in self._groups)
         return sorted({parameter.rpartition(".")[0] for parameter in made})
+
+    def made_of(self, name: str) -> list[str]:
+        """The parameters that a tensor on disk becomes, or becomes part of; tied ones included."""
+        made = [parameter for parameter, group in self._groups.items() if name in group.sources]
+        return made + [alias for alias, parameter in self._aliases.items() if parameter in made]
+
+    def group_of(self, parameter: str) -> Group:
+        """The tensors that make up a parameter."""
+        return self._groups[self._aliases.get(parameter, parameter)]
 
     def module_at(self, path: str) -> nn.Module:
         """The module at a path."""

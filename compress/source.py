@@ -22,12 +22,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from compress.checkpoint import Checkpoint, assemble, is_weights, local_header, open_checkpoint, shard_files
+from compress.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    Checkpoint,
+    assemble,
+    is_weights,
+    local_header,
+    open_checkpoint,
+    shard_files,
+)
 from compress.errors import CompressError, InputError, MachineError
 from compress.manifest import FILE as MANIFEST_FILE
 from compress.shards import TensorRef, read_header
 
-_HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE)
+_HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE, ADAPTER_CONFIG)
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "tokenizer*", "vocab*", "LICEN[CS]E*", "NOTICE*")
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
 _WORKERS = 8
@@ -43,7 +52,7 @@ def open_source(model: str, trusted: bool = False) -> Checkpoint:
     repo = _look_up(model, trusted)
     with repo.named():
         shards = shard_files(repo.folder, repo.files)
-        repo.fetch([*shards, *(file for file in repo.files if not is_weights(file))])
+        repo.fetch([*shards, *(file for file in repo.files if not is_weights(file) or file == ADAPTER_TENSORS)])
         return repo.assembled(lambda file: local_header(repo.folder / file))
 
 
@@ -53,7 +62,7 @@ def open_headers(model: str, trusted: bool = False) -> Checkpoint:
         return open_checkpoint(directory, trusted=trusted)
     repo = _look_up(model, trusted)
     with repo.named():
-        shards = shard_files(repo.folder, repo.files)
+        shards = [*shard_files(repo.folder, repo.files), *(file for file in repo.files if file == ADAPTER_TENSORS)]
         with ThreadPoolExecutor(_WORKERS) as pool:
             headers = dict(zip(shards, pool.map(repo.header, shards), strict=True))
         if trusted:
@@ -95,8 +104,9 @@ class _Repo:
 
     @property
     def files(self) -> list[str]:
-        """The files at the top that are weights or are carried along."""
-        return sorted(file for file in self.sizes if "/" not in file and (is_weights(file) or self.carries(file)))
+        """The files at the top that are weights or are carried along, and those of an adapter beside them."""
+        top = [file for file in self.sizes if "/" not in file and (is_weights(file) or self.carries(file))]
+        return sorted(top + ([ADAPTER_CONFIG, ADAPTER_TENSORS] if ADAPTER_TENSORS in self.sizes else []))
 
     def carries(self, file: str) -> bool:
         """Whether an artifact takes this file along; weights, pickles among them, are told apart by `is_weights`."""

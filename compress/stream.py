@@ -10,27 +10,32 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import qtensor
 from compress.checkpoint import Checkpoint
-from compress.contract import Context, TensorPass
+from compress.contract import CompensatingPass, Context, TensorPass
 from compress.facts import Weight
 from compress.intake import single_threaded
 from compress.meaning import Meaning
+from compress.peers import Peaks
 from compress.plan import MAX_WORKERS, StepPlan
 from compress.sparsity import Sparsity
 from compress.watch import watch
 from compress.writer import Writer, trim_memory
 
+if TYPE_CHECKING:
+    from compress.ancestor import Ancestor
+
 
 def stream(
     step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], writer: Writer, ctx: Context,
-    meaning: Meaning | None = None,
+    meaning: Meaning | None = None, ancestor: Ancestor | None = None,
 ) -> None:  # fmt: skip
     """Writes every weight that the journal does not have yet.
 
-    `digests` are those of `source`'s tensors; `meaning` is what they mean where they are packed.
+    `digests` are those of `source`'s tensors; `meaning` is what they mean where they are packed, `ancestor` what a pass
+    that compensates asks for.
     """
     mine = share(weights, ctx.rank, ctx.world_size)
     total = sum(weight.nbytes for weight in mine)
@@ -38,11 +43,14 @@ def stream(
     for file in {ref.file for ref in source.refs.values()}:
         source.descriptor(file)
     touched = set(step.transformed)
+    peaks = Peaks((weight for weight in weights if weight.name in touched), step.after, source.read)
 
     def one(weight: Weight) -> None:
         started, kept = time.perf_counter(), writer.is_done(weight.name)
         if not kept:
-            writer.record(weight.name, *_move(step, source, weight, weight.name in touched, digests, writer, meaning))
+            weight = peaks.of(weight) if step.before[weight.name] != step.after[weight.name] else weight
+            moved = _move(step, source, weight, weight.name in touched, digests, writer, meaning, ancestor)
+            writer.record(weight.name, *moved)
         with lock:
             done[0] += weight.nbytes
             ctx.tell(
@@ -75,7 +83,7 @@ def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
 
 def _move(
     step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer,
-    meaning: Meaning | None,
+    meaning: Meaning | None, ancestor: Ancestor | None,
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """Writes one weight; returns the digests of what was written and what the journal says of it besides."""
     before, after = step.before[weight.name], step.after[weight.name]
@@ -101,18 +109,24 @@ def _move(
     else:
         value = {name: source.read(name) for name in names}
         value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
-    assert isinstance(step.pass_, TensorPass)
-    result, error = step.pass_.tensor(weight, after, value)
-    facts: dict[str, Any] = {} if error is None else {"error": error}
+    facts: dict[str, Any] = {}
+    result: Any
+    error: float | None
+    if isinstance(step.pass_, CompensatingPass):
+        assert ancestor is not None
+        result, error = step.pass_.compensate(weight, value, after, ancestor.read(weight))
+        facts["output_error"] = None
+    else:
+        assert isinstance(step.pass_, TensorPass)
+        result, error = step.pass_.tensor(weight, after, value)
+    facts |= {} if error is None else {"error": error}
     if step.format is None and (odd := watch(weight, result, error, lambda: value)):
         facts["notes"] = odd
     if after.sparsity is not None:
         check_mask(weight, after.sparsity, result)
-    if isinstance(result, qtensor.QTensor):
-        encode = step.format.encode if step.format else qtensor.encode
-        parts = encode(weight, result)
-    else:
-        parts = {weight.name: qtensor.as_matrix(weight, result)}
+    coded = isinstance(result, qtensor.QTensor) and step.format is not None
+    parts = step.format.encode(weight, result) if coded and step.format else qtensor.stored(weight, result)
+    del result
     for name in wanted:
         if name not in written:
             written[name] = writer.put(name, parts[name])

@@ -15,13 +15,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress import qtensor
+from compress.algebra.inputs import rounded_inputs
+from compress.algebra.rounding import stacked, unstacked
 from compress.batches import Batch, cut
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, torch_dtype
 from compress.contract import Context, Job, LinearPass, Solution
 from compress.errors import CoverageError, InputError
 from compress.experts import INPUT, MIDDLE, Routed
@@ -30,12 +32,16 @@ from compress.footprint import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, comp
 from compress.journey import Key, Roads
 from compress.meaning import Meaning
 from compress.parking import Parking
+from compress.peers import Peaks
 from compress.plan import StepPlan
 from compress.skeleton import Skeleton
 from compress.stream import check_mask, stream
 from compress.traveller import Traveller
 from compress.watch import watch
 from compress.writer import Writer, trim_memory
+
+if TYPE_CHECKING:
+    from compress.ancestor import Ancestor
 
 _STACKED_ROWS = 4096
 
@@ -45,27 +51,34 @@ Part = tuple[Weight, int | None]
 
 def sweep(
     step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: dict[str, torch.Tensor],
-    writer: Writer, ctx: Context,
+    writer: Writer, ctx: Context, driver: type[Sweep] | None = None, ancestor: Ancestor | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on."""
+    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on.
+
+    `ancestor` is what a pass that compensates asks for: its jobs are dense weights, and the codes that they have become.
+    """
     touched = set(step.transformed)
     stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
     skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config))
     batches = cut(corpus, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype)
     with torch.no_grad(), Roads(skeleton) as roads:
-        run = _Sweep(step, skeleton, roads, batches, writer, ctx)
+        run = (driver or Sweep)(step, skeleton, roads, batches, writer, ctx)
+        run.ancestor = ancestor
         run.all_blocks([weight for weight in weights if weight.name in touched])
     trim_memory()
     return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
 
 
-class _Sweep:
+class Sweep:
+    """One sweep over the blocks; `block` is what it does with each."""
+
     def __init__(
         self, step: StepPlan, skeleton: Skeleton, roads: Roads, batches: list[Batch], writer: Writer, ctx: Context
     ) -> None:
         assert isinstance(step.pass_, LinearPass)
         self.step, self.pass_, self.skeleton, self.roads = step, step.pass_, skeleton, roads
         self.batches, self.writer, self.ctx = batches, writer, ctx
+        self.ancestor: Ancestor | None = None
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -76,6 +89,7 @@ class _Sweep:
 
     def all_blocks(self, weights: list[Weight]) -> None:
         """Every block that has to be passed, until no weight is left."""
+        self.peaks = Peaks(weights, self.step.after, self.skeleton.meaning.dense)
         remaining = {weight.name: weight for weight in weights}
         total = sum(weight.nbytes for weight in weights)
         parking = Parking(self.writer.path, self.ctx.rank, BETWEEN_BYTES)
@@ -126,7 +140,7 @@ class _Sweep:
         readers = {weight.name: self.readers(weight) for weight in weights}
         forget = self.roads.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
-            spaces = _spaces(scout.survey(), path)
+            spaces = read_alike(scout.survey(), path)
         held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
         if missed := [name for name, found in held.items() if not found]:
             raise CoverageError(
@@ -138,8 +152,11 @@ class _Sweep:
         for space in spaces:
             members = [weight for weight in weights if held[weight.name][0] is space]
             pending = [weight for weight in members if not self.writer.is_done(weight.name)]
-            self.replace({weight.name: self.read_back(weight) for weight in members if weight not in pending})
-            kept += len(members) - len(pending)
+            solved = [weight for weight in members if weight not in pending]
+            self.replace({weight.name: self.read_back(weight) for weight in solved})
+            for weight in solved:
+                self.round_inputs(weight)
+            kept += len(solved)
             if pending:
                 solve = self.experts if space[0][1] else self.linears
                 solve(space[0], pending)
@@ -154,7 +171,14 @@ class _Sweep:
 
     def linears(self, key: Key, weights: list[Weight]) -> None:
         """Weights that read one tensor: one statistic, then all of them."""
-        statistic = self.pass_.statistic(weights[0].in_features)
+        statistic = self.observe(key, weights[0])
+        solved = self.solve([(weight, None) for weight in weights], {None: statistic})
+        for weight in weights:
+            self.keep(weight, {None: solved.pop((weight.name, None))})
+
+    def observe(self, key: Key, weight: Weight) -> Any:
+        """The statistic of what a weight reads."""
+        statistic = self.pass_.statistic(weight.in_features)
         for x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
@@ -162,35 +186,35 @@ class _Sweep:
                 statistic.add(rows if valid is None else rows[valid])
         self.add_up(statistic)
         if not statistic.tokens:
-            raise CoverageError(weights[0].name, "calibration tokens", "none that reached it", "calibrate on other texts")
-        solved = self.solve([(weight, None) for weight in weights], {None: statistic})
-        for weight in weights:
-            self.keep(weight, {None: solved.pop((weight.name, None))})
+            raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
+        return statistic
 
     def experts(self, key: Key, weights: list[Weight]) -> None:
         """Weights of routed experts: a statistic for each expert, as many at a time as the budget allows."""
         parts = [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
-        width = weights[0].in_features
-        wanted = sorted({expert for _, expert in parts})
-        at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
         found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
-        for start in range(0, len(wanted), at_once):
-            statistics = {expert: self.pass_.statistic(width) for expert in wanted[start : start + at_once]}
-            for routed, valid in self.inputs(key):
-                assert isinstance(routed, Routed)
-                with self.spent("statistics"):
-                    for expert, statistic in statistics.items():
-                        rows = slice(routed.offsets[expert], routed.offsets[expert + 1])
-                        x = routed.rows[rows]
-                        statistic.add(x if valid is None else x[valid[routed.tokens[rows]]])
-            for statistic in statistics.values():
-                self.add_up(statistic)
+        for statistics in self.observe_experts(key, sorted({expert for _, expert in parts}), weights[0].in_features):
             solved = self.solve([part for part in parts if part[1] in statistics], statistics)
             for (name, which), solution in solved.items():
                 found[name][which] = solution
             for weight in weights:
                 if weight.name in found and len(found[weight.name]) == (weight.experts or 1):
                     self.keep(weight, found.pop(weight.name))
+
+    def observe_experts(self, key: Key, experts: list[int], width: int) -> Iterator[dict[int, Any]]:
+        """The statistics of what routed experts read, as many at a time as the budget allows."""
+        at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
+        for start in range(0, len(experts), at_once):
+            statistics = {expert: self.pass_.statistic(width) for expert in experts[start : start + at_once]}
+            for routed, valid in self.inputs(key):
+                assert isinstance(routed, Routed)
+                with self.spent("statistics"):
+                    for expert, statistic in statistics.items():
+                        x, tokens = routed.of(expert)
+                        statistic.add(x if valid is None else x[valid[tokens]])
+            for statistic in statistics.values():
+                self.add_up(statistic)
+            yield statistics
 
     def inputs(self, key: Key) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
         """What every batch has to say to a reader, and which of its tokens count (None: all).
@@ -236,7 +260,7 @@ class _Sweep:
                 if expert not in ready:
                     ready[expert] = self.prepare(stack[0][0], statistics[expert])
             with self.spent("solve"):
-                jobs = [Job(weight, self.step.after[weight.name], self.matrix(weight, which)) for weight, which in stack]
+                jobs = [self.job(weight, which) for weight, which in stack]
                 for (weight, which), solution in zip(stack, self.pass_.solve(jobs, ready[expert]), strict=True):
                     mine[weight.name, which] = solution
         if self.ctx.world_size == 1:
@@ -253,6 +277,18 @@ class _Sweep:
         except ValueError as error:
             where = f"what '{weight.name}' reads"
             raise InputError(where, "finite activations", str(error), "try --dtype float32, or look at the source") from None
+
+    def job(self, weight: Weight, expert: int | None) -> Job:
+        """One matrix of a weight, and what it has become where a pass compensates."""
+        after = self.step.after[weight.name]
+        if self.ancestor is None:
+            return Job(self.peaks.of(weight), after, self.matrix(weight, expert))
+        dense, q = self.ancestor.read(weight), self.skeleton.meaning.qtensor(weight.name)
+        assert q is not None
+        if weight.experts is not None:
+            assert expert is not None
+            dense, q = dense[expert], unstacked(q)[expert]
+        return Job(weight, after, qtensor.along_inputs(weight, dense), q)
 
     def matrix(self, weight: Weight, expert: int | None) -> torch.Tensor:
         """One matrix [out, in] of a weight, as it is stored."""
@@ -274,14 +310,18 @@ class _Sweep:
         with self.spent("write"):
             # Every process has every solution; one of them writes it.
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
-                parts = (
-                    qtensor.encode(weight, value)
-                    if isinstance(value, qtensor.QTensor)
-                    else {weight.name: qtensor.as_matrix(weight, value)}
-                )
-                digests = {name: self.writer.put(name, part) for name, part in parts.items()}
+                digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, value).items()}
                 self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
         self.replace({weight.name: _dense(weight, after, value)})
+        self.round_inputs(weight)
+
+    def round_inputs(self, weight: Weight) -> None:
+        """The block goes on with what a solved weight will read as the model runs."""
+        scheme = self.step.after[weight.name].scheme
+        if scheme is not None and scheme.inputs:
+            for path in self.skeleton.readers(weight.name):
+                module = self.skeleton.module_at(path)
+                module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], scheme), *inputs[1:]))
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """The block goes on with what the weights have become."""
@@ -316,7 +356,7 @@ def _stacks(parts: list[Part]) -> list[list[Part]]:
     return stacks
 
 
-def _spaces(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:
+def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:
     """Readers grouped by the tensor that they read, in the order of a forward."""
     spaces: dict[Any, list[Key]] = {}
     keys: set[Key] = set()
@@ -336,14 +376,13 @@ def _joined(weight: Weight, values: list[Any]) -> Any:
         return qtensor.along_inputs(weight, values[0]) if weight.experts is None else torch.stack(values)
     if weight.experts is None:
         return values[0]
-    zero = None if values[0].zero is None else torch.stack([q.zero for q in values])
-    return qtensor.QTensor(values[0].scheme, torch.stack([q.codes for q in values]), torch.stack([q.scale for q in values]), zero)
+    return stacked(values)
 
 
 def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
     """A new value in the stored shape and dtype, as a reader would have it."""
     if isinstance(value, qtensor.QTensor):
-        value = value.dequantize().to(value.scale.dtype)
+        value = value.dequantize().to(torch_dtype(weight.dtype))
     return qtensor.as_matrix(weight, value)
 
 

@@ -16,6 +16,11 @@ def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
     return {name for note in notes if note.what == "trained" for name in note.names}
 
 
+def changed_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
+    """The weights that stay plain tensors with other values, by counted lines."""
+    return {name for note in notes if note.what in ("trained", "smoothed") for name in note.names}
+
+
 def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
     """What stays dense, by kind and tower, so that a reader of the manifest need not guess."""
     reasons = {}

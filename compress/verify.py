@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.algebra.divergence import Divergence, divergence
-from compress.checkpoint import Checkpoint, read_json
+from compress.checkpoint import ADAPTER, Checkpoint, read_json
 from compress.contract import Context
 from compress.errors import FormatError, Problem
 from compress.foreign import METHODS, method_of, open_foreign
@@ -76,6 +76,11 @@ def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
     # What config.json alone says: a reader has no manifest.
     told = open_foreign(checkpoint).weights if meaning.format is not None and method_of(checkpoint) in METHODS else {}
     problems = [problem for name in meaning.logical if (problem := _wrong(meaning, name, told))]
+    described = meaning.format.described(checkpoint) if meaning.format is not None else {}
+    for name in sorted(described.keys() | meaning.weights.keys()) if described else ():
+        if described.get(name) != meaning.weights.get(name):
+            expected, got = "the same by config.json as by manifest.json", "another state, shape or dtype"
+            problems.append(Problem(f"'{name}'", expected, got, "make the artifact anew"))
     if problems:
         raise FormatError(problems[:20])
     foreign = meaning.foreign
@@ -96,13 +101,18 @@ def _wrong(meaning: Meaning, name: str, told: dict[str, Packed]) -> Problem | No
         return None if finite else Problem(where, "finite weights", "NaN or Inf", do)
     weight, state = meaning.weights[name]
     top = q.scheme.levels
-    if not bool(torch.isfinite(q.scale).all()) or int(q.codes.max()) >= top or (q.zero is not None and int(q.zero.max()) >= top):
+    plain = q.scheme.integer and q.outliers is None and q.lowrank is None
+    finite = bool(torch.isfinite(q.steps() if plain else q.dequantize()).all())
+    if not finite or int(q.codes.max()) >= top or (q.zero is not None and int(q.zero.max()) >= top):
         return Problem(where, f"finite scales, codes and zero points below {top}", "others", do)
     if state.sparsity is not None and not masks.holds(along_inputs(weight, q.nonzero()), state.sparsity):
         return Problem(where, f"the zeros of masked({state.sparsity})", "other zeros", do)
     if told:
         if name not in told:
             return Problem(where, "codes, as manifest.json says", "a dense weight by config.json", do)
+        said = told[name].scheme
+        if q.scheme.inputs != (said.inputs if said is not None else ""):
+            return Problem(where, f"activations as in {q.scheme}, as manifest.json says", f"{said} by config.json", do)
         other = told[name].read(meaning.checkpoint.read)
         value = other.dequantize() if isinstance(other, QTensor) else other.float()
         if not torch.equal(value, q.dequantize().to(value.dtype)):
@@ -124,6 +134,8 @@ def read_with(
     """
     from compress import readers
 
+    if base is None and readers.reader_named(reader).needs_base and (artifact / ADAPTER).is_dir():
+        artifact, base = artifact / ADAPTER, artifact
     config = read_json((base or artifact) / "config.json")
     if dtype == "auto":
         stored = config.get("dtype") or config.get("torch_dtype")

@@ -29,9 +29,10 @@ def watch(
 
     `error` is the relative one; `before` gives what the weight was, in either form. Raises InputError for NaN and Inf.
     """
-    scale = value.scale if isinstance(value, QTensor) else value
-    if not bool(scale.float().isfinite().all()):
-        got = "NaN or Inf" + (" among its scales" if isinstance(value, QTensor) else "")
+    coded = isinstance(value, QTensor)
+    factors = [value.lowrank.left, value.lowrank.right] if coded and value.lowrank is not None else []
+    if not all(bool(part.float().isfinite().all()) for part in (value.steps() if coded else value, *factors)):
+        got = "NaN or Inf" + (" among its scales" if coded else "")
         raise InputError(f"'{weight.name}'", "finite numbers in what the pass has made", got, do)
     found = []
     if error is not None and error > LARGE:
@@ -39,10 +40,10 @@ def watch(
     zero = ~_filled(weight, value)
     if bool(zero.any()) and bool((zero & _filled(weight, before())).any()):
         found.append(("zero rows", "an output whose every weight has become zero"))
-    if isinstance(value, QTensor) and scale.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        limits, size = torch.finfo(scale.dtype), scale.abs()
+    if coded and value.scheme.scales == "row":
+        limits, size = torch.finfo(value.scale.dtype), value.scale.abs()
         if bool(((size <= limits.tiny) | (size >= limits.max)).any()):
-            found.append(("clamped", f"a scale at the limit of {str(scale.dtype).removeprefix('torch.')}"))
+            found.append(("clamped", f"a scale at the limit of {str(value.scale.dtype).removeprefix('torch.')}"))
     return found
 
 

@@ -60,6 +60,7 @@ class Writer:
             self.path.mkdir(parents=True, exist_ok=True)
             # Of a directory that is reopened, too: a power cut may have kept the stamp and lost a header.
             for shard in self.shards:
+                (self.path / shard.file).parent.mkdir(exist_ok=True)
                 descriptor = os.open(self.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 try:
                     _pwrite(descriptor, memoryview(shard.header), 0)
@@ -177,7 +178,7 @@ class Writer:
                 (self.path / name).write_text(text, encoding="utf-8")
             for file in side_files:
                 shutil.copyfile(file, self.path / file.name)
-            for entry in self.path.iterdir():
+            for entry in self.path.rglob("*"):
                 _fsync(entry)
             _fsync(self.path)
             # From here on it is whole; a run that finds it so has nothing to do but rename it.

@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from compress.contract import Format, TensorPass
+from compress.errors import Refusal
 from compress.facts import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
     from compress.qtensor import QTensor
+
+
+_BESIDE = {
+    "outliers": "pack as native or peft, keep the canonical form, or quantize without outliers",
+    "lowrank": "pack as native or peft, or keep the canonical form",
+}
 
 
 class Pack(TensorPass):
@@ -47,7 +54,11 @@ class Pack(TensorPass):
         return list(weights)
 
     def becomes(self, weight: Weight, state: State) -> State:
-        self.target_format().refuse(weight, state)
+        fmt = self.target_format()
+        for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)):
+            if part is not None and word not in fmt.holds:
+                raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _BESIDE[word])
+        fmt.refuse(weight, state)
         return state
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:

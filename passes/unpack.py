@@ -3,7 +3,7 @@
 A recipe can then go on from it.
 
 Codes are kept where a scheme of ours has their numbers: unpacking and packing for another reader then changes no weight.
-Other numbers (FP8, NF4, MXFP4) become the dense weights that they mean, and so does everything with `to=dense`.
+Other numbers become the dense weights that they mean, and so does everything with `to=dense`.
 """
 
 from __future__ import annotations

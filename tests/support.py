@@ -12,18 +12,30 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from compress import pipeline, places, qtensor
+from compress import demo, pipeline, places, qtensor
 from compress.algebra.grid import round_to_nearest
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint import Checkpoint, open_checkpoint, torch_dtype
 from compress.contract import Context
 from compress.facts import Weight
+from compress.measure import compare
 from compress.names import resolve
 from compress.pipeline import Options, Result
 from compress.recipe import parse_one_liner
 from compress.scheme import Scheme
+from compress.windows import token_windows
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Trained models and texts that may lie beside a checkout; tests that use them are skipped without."""
+
+TEXT = Path(demo.__file__).parent / "text"
+CALIBRATE = f"calibrate(data='{TEXT / 'calibration.jsonl'}', samples=32, length=256)"
+"""Calibration of the embedded model on its own texts."""
+
+
+def kl(source: Path, artifact: Path) -> float:
+    """KL to the source on the embedded model's evaluation text."""
+    windows = token_windows(source, TEXT / "evaluation.jsonl", 256, 4096)
+    return compare(open_checkpoint(source), open_checkpoint(artifact), windows).kl.value
 
 
 def run(source: Path | Checkpoint, out: Path, recipe: str, **options: Any) -> Result:
@@ -66,7 +78,7 @@ def dense_meaning(canonical: Path, target: Path) -> Path:
             continue
         q = qtensor.decode(weight, state, parts)
         dense = qtensor.as_matrix(weight, q.dequantize())
-        tensors[weight.name] = dense.to(q.scale.dtype).contiguous()
+        tensors[weight.name] = dense.to(torch_dtype(weight.dtype)).contiguous()
     target.mkdir(parents=True)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     for name in source.side_files:

@@ -1,10 +1,13 @@
 """Scheme: the grammar parses, prints back, and refuses in words."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import UsageError
+from compress.facts import State
 from compress.scheme import BITS, Scheme
 
 
@@ -14,7 +17,15 @@ def test_text_round_trips(bits: int, group: int | None, symmetric: bool) -> None
     assert Scheme.parse(str(scheme)) == scheme
 
 
-@pytest.mark.parametrize("text", ["w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym"])
+KNOWN = [
+    "w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym", "w8a8", "w4a8g128", "w4a8g128-asym", "w4a8g128-afp8", "fp8", "fp8-tensor",
+    "fp8-block", "fp8-e5m2", "fp8-e5m2-tensor", "fp8-e5m2-block", "fp8-afp8", "fp8-block-afp8", "nf4g64", "nf3g64", "nf2g64", "nf4",
+    "fp4g128", "fp4g256-m1", "fp4g256-m1-ceil", "fp4g320-m2", "e3m0g256", "e3m0g256-m2", "mxfp4", "mxfp4-floor", "mxfp4-even",
+    "mxfp4-mse", "mxfp4-afp8", "nvfp4", "nvfp4-4over6", "nvfp4-4over6-afp8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", KNOWN)
 def test_known_spellings_print_back(text: str) -> None:
     assert str(Scheme.parse(text)) == text
 
@@ -23,9 +34,16 @@ def test_known_spellings_print_back(text: str) -> None:
     ("text", "said"),
     [
         ("w5a16", "2, 3, 4, 8"),
-        ("w4a8", "a16"),
+        ("w4a4", "a16"),
         ("w4", "w4a16g128"),
         ("w4a16g4", "at least 8"),
+        ("nf4g4", "at least 8"),
+        ("w4a16g128-afp8", "a8"),
+        ("nf5g64", "nf4g64"),
+        ("mxfp4g32", "mxfp4"),
+        ("fp8g128", "fp8"),
+        ("nvfp4-m1", "nvfp4"),
+        ("fp4g128-asym", "fp8"),
         ("W4A16", "w4a16g128"),
         ("", "w4a16"),
     ],
@@ -38,3 +56,21 @@ def test_wrong_text_is_refused_with_what_would_do(text: str, said: str) -> None:
 def test_groups_count_a_ragged_last_one() -> None:
     assert Scheme(4, 64).groups(172) == 3
     assert Scheme(4).groups(172) == 1
+
+
+def test_the_default_of_mxfp4_need_not_be_said() -> None:
+    assert str(Scheme.parse("mxfp4-rceil")) == "mxfp4"
+
+
+@pytest.mark.parametrize("text", KNOWN)
+def test_the_schema_takes_what_parses_and_states_print_it(text: str) -> None:
+    assert re.match(Scheme.__get_pydantic_json_schema__(None, None)["pattern"], text)
+    assert str(State.parse(f"codes({text})")) == f"codes({text})"
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [("fp8", (300, 1)), ("fp8-tensor", (1, 1)), ("fp8-block", (3, 2)), ("nf4g64", (300, 3)), ("nvfp4", (300, 11))],
+)
+def test_shapes_of_scales(text: str, shape: tuple[int, int]) -> None:
+    assert Scheme.parse(text).grid_shape(300, 172) == shape

@@ -14,6 +14,9 @@ Sweeps (coordinate descent; never raise the damped loss). With everything else a
 the first pass's form with other coefficients, so both share `_round`. A group's scale is first moved to the best for its
 codes, s += <c, D H> / <c, c H>, which costs little because D H is at hand.
 
+On a grid of floats c is a value of the grid, the one nearest to t / s, and scales are fitted to the weights before anything
+is rounded and never moved, for they may be bound to each other. All else is the same, the identity above included.
+
 Everything is done on W^T, where a column is contiguous. What earlier blocks of columns add to a block's targets is one
 matrix product, and inside a block the same is done by halves. Along the outputs, as a Conv1D is grouped, each column has
 scales of its own over groups of rows; nothing else changes.
@@ -27,7 +30,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from compress.algebra.fit import Clip, fit
+from compress.algebra.floats import decode, encode
 from compress.algebra.hessian import Factor
+from compress.algebra.rounding import fit_all, largest
+from compress.algebra.scales import divisor, steps
 from compress.scheme import Scheme
 
 Along = Literal["inputs", "outputs"]
@@ -43,7 +49,7 @@ _WHOLE = 512
 
 
 class Solved(NamedTuple):
-    """codes uint8 [rows, n], scale [rows, groups], zero uint8 or None; along outputs [n, rows] and [n, groups]."""
+    """codes uint8 [rows, n], scale as stored, zero uint8 or None, the same as of a QTensor; along outputs codes [n, rows]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -56,6 +62,7 @@ class Solved(NamedTuple):
     """|W - Q|^2 of each row."""
     identity: float
     """sum_k R_kk^2 |t_k - q_k|^2 of the first pass: its trace(D (H + lambda I) D^T)."""
+    tensor_scale: torch.Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -102,6 +109,8 @@ class _Task:
     along: Along
     group: int
     """Columns (along the outputs: rows) that share a scale."""
+    fixed: torch.Tensor | None
+    """Scales of a grid of floats, for every row: [rows, groups], or along the outputs [n, groups]."""
 
     @property
     def dim(self) -> int:
@@ -133,25 +142,36 @@ def solve(
     refit: bool = True,
     mask: torch.Tensor | None = None,
     along: Along = "inputs",
+    peak: float | None = None,
 ) -> Solved:
     """Codes for `w` [rows, n] whose inputs have the mean outer product `hessian` [n, n], factored in `factor`.
 
     Rows do not influence each other: weights that read the same inputs may be stacked. `mask` is False where a weight
-    must stay zero. Plain GPTQ is clip="none", signed=False, sweeps=0.
+    must stay zero. Plain GPTQ is clip="none", signed=False, sweeps=0. `peak` is the largest magnitude among all that share the
+    scale of the matrix, if more than `w` do. Scales of floats are never `signed`, nor moved by sweeps.
     """
     rows, n = w.shape
     inputs = along == "inputs"
     length = n if inputs else rows
-    task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, least_zero, along, scheme.group or length)
+    fixed = scale = tensor_scale = None
+    if not scheme.integer:
+        # As it is stored, and without the columns that will be zero.
+        stored = w.masked_fill(factor.dead, 0) if inputs else w.masked_fill(factor.dead, 0).T
+        peak = largest(stored) if peak is None else peak
+        scale = fit_all(stored, scheme, scale_dtype, clip, peak, hessian.diagonal() if inputs else None)
+        tensor_scale = divisor(peak, scheme)
+        each = steps(scale, tensor_scale).to(factor.feedback.dtype)
+        fixed = each.repeat_interleave(scheme.rows_per_scale(len(stored)), dim=0)[: len(stored)]
+    task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, least_zero, along, scheme.group or length, fixed)
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8)
-    scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype)
-    zero = torch.empty(scale.shape, dtype=torch.uint8)
+    scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype) if scale is None else scale
+    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8)
     losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype)
     identity = 0.0
     step = _ROWS if inputs else max(1, _ROWS // task.group) * task.group
     for start in range(0, rows, step):
         rs = slice(start, min(rows, start + step))
-        part = _begin(w[rs], None if mask is None else mask[rs], task)
+        part = _begin(w[rs], None if mask is None else mask[rs], task, rs)
         norms[rs] = _energies(part.flat, hessian)[: rs.stop - start]
         damped = _first_pass(part, task, refit)
         identity += float(damped.sum())
@@ -162,14 +182,17 @@ def solve(
         errors[rs] = moved[: rs.stop - start] + w[rs][:, factor.dead].square().sum(1)
         found = part.codes.view(n, -1)[:, : rs.stop - start]
         if inputs:
-            codes[rs], scale[rs], zero[rs] = found.T, part.scale.squeeze(1).T, part.zero.squeeze(1).T
+            codes[rs] = found.T
         else:
-            gs = slice(start // task.group, start // task.group + part.scale.shape[1])
-            codes[:, rs], scale[:, gs], zero[:, gs] = found, part.scale.squeeze(2), part.zero.squeeze(2)
-    return Solved(codes, scale, None if scheme.symmetric else zero, losses, norms, errors, identity)
+            codes[:, rs] = found
+        at = rs if inputs else (slice(None), slice(start // task.group, start // task.group + part.scale.shape[1]))
+        for whole, own in ((None if task.fixed is not None else scale, part.scale), (zero, part.zero)):
+            if whole is not None:
+                whole[at] = own.squeeze(1).T if inputs else own.squeeze(2)
+    return Solved(codes, scale, zero, losses, norms, errors, identity, tensor_scale)
 
 
-def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task) -> _Rows:
+def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -> _Rows:
     rows, n = w.shape
     inputs = task.along == "inputs"
     width = rows if inputs else -(-rows // task.group) * task.group
@@ -184,6 +207,9 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task) -> _Rows:
         keep = keep.view(shape)
     scales = (-(-n // task.group), 1, width) if inputs else (n, width // task.group, 1)
     s = torch.ones(scales, dtype=d.dtype)
+    if task.fixed is not None:
+        first = rs.start // task.group
+        s = (task.fixed[rs].T if inputs else task.fixed[:, first : first + scales[1]]).contiguous().view(scales)
     return _Rows(d.view(shape), torch.empty(shape, dtype=torch.uint8), s, torch.full_like(s, task.scheme.middle), keep)
 
 
@@ -201,8 +227,8 @@ def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
     """Rounds every column once; the damped loss of each row."""
     n, order = len(part.d), task.factor.order
     columns = torch.arange(n) if order is None else order
-    fixed = not refit or order is not None
-    if fixed:
+    fixed = not refit or order is not None or task.fixed is not None
+    if fixed and task.fixed is None:
         _fit_all(part, task)
     if order is not None:
         _permute(part, order)
@@ -265,7 +291,7 @@ def _permute(part: _Rows, order: torch.Tensor) -> None:
 def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
     """Moves scales and codes of each block to the best, all others fixed; by how much each row's damped loss has fallen."""
     n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
-    rescale = task.along == "inputs" and task.group <= _WHOLE
+    rescale = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
     size = task.group if rescale else _BLOCK
     fallen = torch.zeros(flat.shape[1], dtype=flat.dtype)
     for start in range(0, n, size):
@@ -274,7 +300,8 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
         square = h[ks, ks].clone()
         square.diagonal().add_(ridge).masked_fill_(task.factor.dead[ks], 1)
         slope = (h[ks] @ flat).add_(flat[ks], alpha=ridge)
-        c = part.codes[ks].to(flat.dtype).sub_(part.zero[owners])
+        codes = part.codes[ks]
+        c = codes.to(flat.dtype).sub_(part.zero[owners]) if task.fixed is None else decode(codes, task.scheme, flat.dtype)
         if rescale:
             fallen += _rescale(part, task.dtype, int(owners[0]), c.flatten(1), flat[ks], slope, square)
         pivots = square.diagonal().clone()
@@ -336,16 +363,18 @@ def _round(
         for k in range(start, end):
             if k > start:
                 rows[k].addmv_(earlier[:, : k - start], coefficients[k, start:k])
-            q = torch.div(targets[k], scales[k], out=cs[k]).round_()
-            if scheme.symmetric:
-                q.clamp_(-scheme.middle, top - scheme.middle)
+            q = torch.div(targets[k], scales[k], out=cs[k])
+            if not scheme.integer:
+                q.copy_(decode(encode(q, scheme), scheme, q.dtype))
+            elif scheme.symmetric:
+                q.round_().clamp_(-scheme.middle, top - scheme.middle)
             else:
-                torch.clamp(q, lows[k], highs[k], out=q)
+                torch.clamp(q.round_(), lows[k], highs[k], out=q)
             if keeps is not None:
                 q.mul_(keeps[k])
             bases[k].addcmul_(q, scales[k], value=-1)
 
     turns(0, n)
-    # By way of int16, because torch converts floats to uint8 four times slower.
-    part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8)
+    # By way of int16, because torch converts floats to uint8 four times slower. Adding zero makes +0 of a masked -0.
+    part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.integer else encode(c if keeps is None else c + 0, scheme)
     return c, target.addcmul_(c, s, value=-1)

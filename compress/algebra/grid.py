@@ -33,11 +33,12 @@ class Rounded(NamedTuple):
 
 
 def round_to_nearest(
-    w: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: str = "none", least_zero: int = 0
+    w: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: str = "none", least_zero: int = 0, least_code: int = 0
 ) -> Rounded:
     """Rounds `w` [rows, columns] to `scheme`; `clip="mse"` searches each group's range for the least squared error.
 
-    `least_zero` is the smallest zero point of asymmetric codes.
+    `least_zero` is the smallest zero point of asymmetric codes, `least_code` the smallest code that is used: with 1 a symmetric
+    grid is -(2^(b-1) - 1) .. 2^(b-1) - 1, as MoQE has it.
 
     A ragged last group is legal here: it has a scale of its own.
     """
@@ -57,8 +58,8 @@ def round_to_nearest(
                 continue
             cs = slice(g0 * group, g0 * group + (g1 - g0) * width)
             part = w[rs, cs].to(torch.float32).reshape(-1, g1 - g0, width)
-            s, z = _fit(part, scheme, scale_dtype, clip, least_zero)
-            q = _codes(part, s, z, scheme)
+            s, z = _fit(part, scheme, scale_dtype, clip, least_zero, least_code)
+            q = _codes(part, s, z, scheme, least_code)
             # By way of int16, because torch converts fp32 to uint8 four times slower.
             codes[rs, cs] = q.reshape(q.shape[0], -1).to(torch.int16).to(torch.uint8)
             scale[rs, g0:g1] = s.squeeze(-1).to(scale_dtype)
@@ -70,12 +71,14 @@ def round_to_nearest(
     return Rounded(codes, scale, zero, sums[0], sums[1])
 
 
-def _codes(part: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """fp32 codes [rows, groups, width], 0 .. levels - 1."""
-    return torch.div(part, s).round_().add_(z).clamp_(0, scheme.levels - 1)
+def _codes(part: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme, least_code: int) -> torch.Tensor:
+    """fp32 codes [rows, groups, width], least_code .. levels - 1."""
+    return torch.div(part, s).round_().add_(z).clamp_(least_code, scheme.levels - 1)
 
 
-def _fit(part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, least_zero: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit(
+    part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, least_zero: int, least_code: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point [rows, groups, 1] in fp32, the scale already on `dtype`'s grid."""
     low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
     s, z = grid_of(low, high, scheme, dtype, least_zero)
@@ -85,7 +88,7 @@ def _fit(part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, leas
     s_best, z_best = s, z
     for shrink in torch.linspace(1.0, 0.3, 57).tolist():
         s, z = grid_of(low * shrink, high * shrink, scheme, dtype, least_zero)
-        error = _codes(part, s, z, scheme).sub_(z).mul_(s).sub_(part).square_().sum(-1, keepdim=True)
+        error = _codes(part, s, z, scheme, least_code).sub_(z).mul_(s).sub_(part).square_().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         s_best, z_best = torch.where(better, s, s_best), torch.where(better, z, z_best)
@@ -116,6 +119,11 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     columns = codes.shape[-1]
     group = scheme.group or columns
     z = zero.float() if zero is not None else torch.full_like(scale, scheme.middle, dtype=torch.float32)
+
+    if columns % group == 0:
+        # The same numbers, with nothing spread out.
+        parts: torch.Tensor = codes.float().unflatten(-1, (-1, group)).sub_(z[..., None]).mul_(scale.float()[..., None])
+        return parts.flatten(-2)
 
     def spread(per_group: torch.Tensor) -> torch.Tensor:
         return per_group.repeat_interleave(group, dim=-1)[..., :columns]

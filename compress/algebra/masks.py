@@ -32,7 +32,7 @@ def keep_best(scores: torch.Tensor, sparsity: Sparsity, per_row: bool = False) -
         return _keep_in_rows(scores.reshape(-1, columns), keep).reshape(scores.shape)
     matrices = scores.reshape(-1, scores.shape[-2] * columns)
     drop = int(matrices.shape[-1] * sparsity.fraction)
-    return torch.stack([_keep_above(matrix, drop) for matrix in matrices]).reshape(scores.shape)
+    return torch.stack([keep_above(matrix, drop) for matrix in matrices]).reshape(scores.shape)
 
 
 def _keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
@@ -44,8 +44,10 @@ def _keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
     return mask
 
 
-def _keep_above(scores: torch.Tensor, drop: int) -> torch.Tensor:
+def keep_above(scores: torch.Tensor, drop: int) -> torch.Tensor:
     """Drops the `drop` smallest of a vector by two histograms of its bits, which order floats >= 0; no sort."""
+    if drop >= len(scores):
+        return torch.zeros(len(scores), dtype=torch.bool)
     bits = scores.contiguous().view(torch.int32)
     pieces = bits.split(_CHUNK)
     high, smaller = _bin((piece >> 16 for piece in pieces), drop)

@@ -9,7 +9,10 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 
-SCHEMES = tuple(f"w{bits}a16g64{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym"))
+SCHEMES = (
+    *(f"w{bits}a16g64{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym")), "w8a8", "w4a8g64", "fp8", "fp8-afp8",
+    "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
+)  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:

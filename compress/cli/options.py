@@ -52,16 +52,3 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `5GB`, `4GiB`. Raises UsageError."""
-    import re
-
-    from compress.errors import UsageError
-
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([kMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
-    if match is None or float(match[1]) <= 0:
-        raise UsageError("--shard-size", "a size such as 500MB or 5GB", f"'{text}'")
-    base = 1024 if match[3] else 1000
-    return max(1, int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")))

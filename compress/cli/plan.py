@@ -10,6 +10,7 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.cli.run import chosen_recipe
+from compress.size import parse_size
 
 if TYPE_CHECKING:
     from compress.errors import Problem
@@ -36,7 +37,7 @@ def verb(
 ) -> None:
     """Say what a recipe would make of MODEL; a Hub id is planned from its headers, without a download."""
     found = chosen_recipe(recipe, passes, set_)
-    limit = options.parse_size(shard_size)
+    limit = parse_size(shard_size)
     from compress.contract import Context
     from compress.entry import enter
     from compress.memory import lacking, machine_bytes
@@ -94,7 +95,7 @@ def show(plan: Plan, name: str, layers: bool, lacking: list[Problem]) -> None:
     console.table(("pass", "tensor bytes", "bytes on disk", "bits/weight", "over all", "weights"), rows)
     for step in plan.steps:
         for note in step.notes:
-            if step is plan.steps[-1] or note.what in ("skipped", "ragged"):
+            if step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):
                 print(f"{note.what}: {note.count} ({note.reason})")
     if layers:
         last = plan.steps[-1]

@@ -13,6 +13,7 @@ from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.errors import RecipeError, UsageError
 from compress.recipe import Recipe, override, parse_one_liner, read
+from compress.size import parse_size
 
 if TYPE_CHECKING:
     from compress.contract import Context
@@ -75,7 +76,7 @@ def execute(
     allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
-    limit = options.parse_size(shard_size)
+    limit = parse_size(shard_size)
     from compress.resolve import resolve
 
     resolve(recipe)  # mistakes in a recipe are told before torch is imported

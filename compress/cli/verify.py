@@ -33,7 +33,9 @@ def verb(
     ],
     reader: Annotated[
         list[str] | None,
-        typer.Option("--reader", metavar="NAME", help="transformers, auto-gptq, gptqmodel, peft or ours; may be repeated."),
+        typer.Option(
+            "--reader", metavar="NAME", help="transformers, native, auto-gptq, gptqmodel, peft or ours; may be repeated."
+        ),
     ] = None,
     data: Annotated[
         str | None,

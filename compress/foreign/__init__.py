@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import read_json
+from compress.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS, CANONICAL, NATIVE, read_json
 from compress.errors import InputError
 from compress.foreign.packed import Foreign, Packed, Stored
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Foreign", "Packed", "method_of", "open_foreign"]
 
-METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4")
-"""Values of `quant_method` that are read here."""
+METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4", "peft")
+"""Values of `quant_method` that are read here, and PEFT's adapters."""
 _BESIDE = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ wrote their config before config.json had a place for it."""
 
@@ -38,12 +38,16 @@ def _config(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     for file in _BESIDE:
         if (checkpoint.path / file).is_file() and any(name.endswith(".qweight") for name in checkpoint.refs):
             return file, read_json(checkpoint.path / file)
+    if any(ref.file == ADAPTER_TENSORS for ref in checkpoint.refs.values()):
+        return ADAPTER_CONFIG, {**read_json(checkpoint.path / ADAPTER_CONFIG), "quant_method": "peft"}
     return None
 
 
 def _named(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
     """The method by its name, or, in old files that name none, by what the config and the tensors have."""
     method = config.get("quant_method") or config.get("method")
+    if method == CANONICAL and config.get("format") == NATIVE:
+        return NATIVE
     if isinstance(method, str):
         return method.lower()
     if config.get("load_in_4bit") or config.get("load_in_8bit"):

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.errors import InputError
 from compress.foreign.packed import Stored
+from compress.scheme import BLOCK
 
 FORMATS = (
     "float-quantized", "int-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized",
@@ -38,6 +39,8 @@ class Arguments:
     group: int | None
     block: tuple[int, int]
     activations: bool
+    inputs: str
+    """What a scheme here calls the rounding of activations, empty where none has it."""
 
     def bad(self, where: str, expected: str, got: str) -> InputError:
         return InputError(f"{self.where}: {where} (compressed-tensors)", expected, got)
@@ -172,5 +175,16 @@ def _arguments(stored: Stored, name: str, group: dict[str, Any], kind: Any) -> A
     activations = any(group.get(key) for key in ("input_activations", "output_activations"))
     return Arguments(
         str(stored.checkpoint.path), kind, bits, type_ == "int", bool(weights.get("symmetric", True)), strategy, size, pair,
-        activations,
+        activations, _inputs(group, strategy),
     )  # fmt: skip
+
+
+def _inputs(group: dict[str, Any], strategy: str) -> str:
+    """int8 or fp8 for symmetric activations of 8 bits with a scale per token, or with blocks per 128 of a token."""
+    said = group.get("input_activations")
+    if not isinstance(said, dict) or group.get("output_activations") or said.get("dynamic") is not True:
+        return ""
+    blocks = strategy == "block" and (said.get("strategy"), said.get("group_size")) == ("group", BLOCK)
+    if said.get("num_bits", 8) != 8 or not said.get("symmetric", True) or not (blocks or said.get("strategy") == "token"):
+        return ""
+    return "fp8" if said.get("type", "int") == "float" else "" if strategy == "block" else "int8"

@@ -1,4 +1,4 @@
-"""bitsandbytes checkpoints, NF4, FP4 and int8: dense.
+"""bitsandbytes checkpoints: NF4 as codes where blocks are groups, the rest dense.
 
 A weight of 4 bits [out, in], flattened row by row in blocks of B elements, the even one in the high nibble:
     NAME                                     uint8 [numel / 2, 1], or the same bytes under another dtype
@@ -8,7 +8,8 @@ A weight of 4 bits [out, in], flattened row by row in blocks of B elements, the 
     NAME.nested_absmax, NAME.nested_quant_map    fp32: absmax = map[u] * nested_absmax + nested_offset, blocks of 256
 w = code * absmax in fp32, rounded to the dtype of the JSON, then to the model's. int8: NAME int8 [out, in] and SCB
 fp32 [out] beside it, w = (q * SCB) * 7.874015718698502e-3 in fp32 (bitsandbytes' int8_vectorwise_dequant), which no
-scale SCB / 127 repeats bit for bit, so it is dense too. A Conv1D was turned over before it was quantized.
+scale SCB / 127 repeats bit for bit, so it is dense. A Conv1D was turned over before it was quantized. Blocks of NF4 are groups
+of columns where they divide a row and each has a scale of its own that the weight's dtype can hold.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ from typing import Any
 
 import torch
 
+from compress.algebra.floats import NF4
 from compress.checkpoint import torch_dtype
 from compress.errors import InputError
 from compress.facts import DTYPE_BYTES
 from compress.foreign.packed import Foreign, Packed, Reader, Stored
 from compress.foreign.words import by_rows
+from compress.qtensor import QTensor
+from compress.scheme import Scheme
 
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
 _STATE = ".quant_state.bitsandbytes__"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _INT8_STEP = 7.874015718698502e-3
-_NOTE = "no scheme here has a code book as a grid (nf4, fp4), so it is dense"
+_NOTE = "no scheme here has the code book of its fp4, so it is dense"
+_NOTE_NF4 = "its blocks are no groups of columns with scales that its dtype can hold (or are turned over), so it is dense"
 _NOTE_INT8 = "its reader multiplies twice, which no one scale repeats bit for bit, so it is dense"
 _CHUNK = 1 << 20
 
@@ -95,8 +95,19 @@ def _four(stored: Stored, name: str, json_name: str) -> Packed:
         _check_map(stored, f"{name}.quant_map", state.kind)
     dtype = stored.dtype or {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[state.dtype]
     shape, turned = _turn(stored, name, state.shape)
+    whole = state.kind == "nf4" and len(shape) == 2 and not (turned or state.nested_block or shape[1] % state.block)
+    if whole and torch_dtype(dtype) == state.dtype and stored.code_dtype(f"{name}.absmax") == (dtype, ""):
+        scheme = Scheme.parse(f"nf4g{state.block}")
+        kept = partial(_read_codes, name=name, shape=shape, scheme=scheme, dtype=state.dtype)
+        return Packed(name, dtype, shape, scheme, tuple(parts), kept)
     read = partial(_read_four, name=name, state=state, dtype=torch_dtype(dtype), turned=turned)
-    return Packed(name, dtype, shape, None, tuple(parts), read, _NOTE)
+    return Packed(name, dtype, shape, None, tuple(parts), read, _NOTE_NF4 if state.kind == "nf4" else _NOTE)
+
+
+def _read_codes(reader: Reader, *, name: str, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> QTensor:
+    pairs = reader(name).flatten().view(torch.uint8)
+    codes = torch.stack([pairs >> 4, pairs & 0xF], dim=-1).reshape(shape)
+    return QTensor(scheme, codes, reader(f"{name}.absmax").to(dtype).reshape(shape[0], -1))
 
 
 def _state(stored: Stored, name: str) -> State:
@@ -128,7 +139,7 @@ def _state(stored: Stored, name: str) -> State:
 
 def _codes() -> dict[str, torch.Tensor]:
     fp4 = torch.tensor(_FP4)
-    return {"nf4": torch.tensor(_NF4), "fp4": fp4 / fp4.abs().max()}
+    return {"nf4": torch.tensor(NF4), "fp4": fp4 / fp4.abs().max()}
 
 
 def _check_map(stored: Stored, name: str, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: integer codes kept, small floats dense.
+"""compressed-tensors checkpoints, as codes where a scheme has them.
 
 By format, for a linear NAME [O, I] (`NAME.weight` is what it stands for):
     pack-quantized        weight_packed int32 [O, ceil(I b / 32)], codes u = q + 2^(b-1), a bit stream per row;
@@ -18,16 +18,19 @@ The reader (0.20's decompress) multiplies in the dtype of weight_scale, which tr
 loads: integers below 256 and their product with a 16-bit scale are exact in fp32, so QTensor's meaning, rounded
 once to the weight's dtype, is the same. mx formats are multiplied in bf16
 and nvfp4 in fp32 and rounded to bf16; what comes out is then rounded to config.json's dtype.
-Quantization of activations and of the KV cache is dropped, with a note: the weights are read alone.
+Activations that are rounded per token are part of the scheme; other quantization of activations, that of experts and of
+the KV cache are dropped, with a note: the weights are read alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from compress.algebra import bitstream
 from compress.algebra.bitstream import row_bytes
 from compress.checkpoint import torch_dtype
 from compress.facts import FLOATS, Note
@@ -36,15 +39,15 @@ from compress.foreign.floats import E2M3, e8m0, pairs, spread
 from compress.foreign.packed import NOT_HERE, Foreign, Packed, Reader, Stored, joined
 from compress.foreign.words import IN_ORDER, Order, along_rows, by_rows, down_rows, expand, order_of, scheme_for
 from compress.qtensor import QTensor
-
-if TYPE_CHECKING:
-    from compress.scheme import Scheme
+from compress.scheme import BLOCK, Scheme
 
 _COMPANIONS = tuple(f"{side}_{part}" for side in ("input", "output") for part in ("scale", "zero_point", "global_scale"))
 _CACHE = frozenset(f"{which}_{part}" for which in "qkv" for part in ("scale", "zero_point", "global_scale"))
 _SMALL = {"mxfp4-pack-quantized": (32, 2, 1), "mxfp6-pack-quantized": (32, 4, 3), "nvfp4-pack-quantized": (16, 2, 1)}
 """Columns per scale, and how many columns lie in how many bytes."""
-_FLOAT_NOTE = "no scheme here has floats of {bits} bits, so it is dense"
+_FLOAT_NOTE = "no scheme here has floats of {bits} bits in groups of {group}, so it is dense"
+_FP8_NOTE = "no scheme here has FP8 with such blocks, or scales of such a dtype, so it is dense"
+_NVFP4_NOTE = "its reader rounds to bfloat16 before it rounds to {dtype}, which no scheme does, so it is dense"
 _NO_SCHEME = "no scheme here has integers of {bits} bits in groups of {group}, so it is dense"
 _OUT_OF_ORDER = "its inputs belong to groups out of order (actorder), which no scheme has, so it is dense"
 
@@ -69,7 +72,8 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
         dropped += names
         if names:
             notes.append(Note("dropped", f"{what}: the weights are read alone", tuple(names)))
-    if quiet := tuple(f"{module}.weight" for module, args in used.items() if args.activations):
+    loud = {name for name, packed in weights.items() if packed.scheme is not None and packed.scheme.inputs}
+    if quiet := tuple(name for module, args in used.items() if args.activations and (name := f"{module}.weight") not in loud):
         notes.append(Note("dropped", "quantization of activations: the weights are read alone", quiet))
     return stored.foreign(weights, dropped, notes)
 
@@ -125,7 +129,7 @@ def _integers(
         order, order_note = _order(stored, parts[-1], group or columns, columns)
         note = joined(note, order_note)
     dtype, dtype_note = stored.code_dtype(scale.name)
-    scheme = scheme_for(args.bits, group, args.symmetric)
+    scheme = _with_inputs(scheme_for(args.bits, group, args.symmetric), module, args)
     if scheme is None:
         note = joined(note, _NO_SCHEME.format(bits=args.bits, group=group or "a row"))
     if order.scattered:
@@ -189,6 +193,11 @@ def _unsigned(signed: torch.Tensor, args: Arguments, name: str) -> torch.Tensor:
     return signed.to(torch.int8).view(torch.uint8) + middle
 
 
+def _with_inputs(scheme: Scheme | None, module: str, args: Arguments) -> Scheme | None:
+    """The scheme with the rounding of activations; experts, which transformers fuses, have none here."""
+    return scheme if scheme is None or ".experts." in module else replace(scheme, inputs=args.inputs)
+
+
 def _spread(scale: torch.Tensor, args: Arguments, rows: int) -> torch.Tensor:
     """Scales or zero points [rows, groups] from those of any strategy."""
     if args.strategy == "tensor":
@@ -207,8 +216,16 @@ def _fp8(stored: Stored, module: str, args: Arguments) -> Packed:
     scale = stored.ref(f"{module}.weight_scale", FLOATS, *grid)
     dtype = stored.dense_dtype(scale.dtype)
     width = group or columns
+    known = {("tensor", (0, 0)): "fp8-tensor", ("channel", (0, 0)): "fp8", ("block", (BLOCK, BLOCK)): "fp8-block"}
+    text = known.get((args.strategy, args.block))
+    # Other scales would be multiplied, and the product rounded, in another dtype than the weight's.
+    scheme = Scheme.parse(text) if text and scale.dtype in (dtype, "F32") else None
+    scheme = _with_inputs(scheme, module, args)
 
-    def read(reader: Reader) -> torch.Tensor:
+    def read(reader: Reader) -> torch.Tensor | QTensor:
+        if scheme is not None:
+            s = reader(scale.name).float().reshape(scheme.grid_shape(rows, columns))
+            return QTensor(scheme, reader(weight.name).view(torch.uint8), s)
         values, s = reader(weight.name), _spread(reader(scale.name), args, rows)
 
         def piece(part: slice) -> torch.Tensor:
@@ -217,9 +234,9 @@ def _fp8(stored: Stored, module: str, args: Arguments) -> Packed:
 
         return by_rows((rows, columns), torch_dtype(dtype), piece)
 
-    note = _FLOAT_NOTE.format(bits=8)
+    note = "" if scheme is not None else _FP8_NOTE
     parts = (weight.name, scale.name, *_empty_zeros(stored, module))
-    return Packed(weight.name, dtype, (rows, columns), None, parts, read, note)
+    return Packed(weight.name, dtype, (rows, columns), scheme, parts, read, note)
 
 
 def _mxfp8(stored: Stored, module: str, args: Arguments) -> Packed:
@@ -239,7 +256,7 @@ def _mxfp8(stored: Stored, module: str, args: Arguments) -> Packed:
 
         return by_rows((rows, columns), torch_dtype(dtype), piece)
 
-    note = _FLOAT_NOTE.format(bits=8)
+    note = _FLOAT_NOTE.format(bits=8, group=32)
     return Packed(weight.name, dtype, (rows, columns), None, (weight.name, scale.name), read, note)
 
 
@@ -257,9 +274,22 @@ def _small(stored: Stored, module: str, args: Arguments) -> Packed:
     if nvidia:
         parts.append(stored.ref(f"{module}.weight_global_scale", {"F32"}, (1,)).name)
     dtype = stored.dense_dtype()
+    note = _FLOAT_NOTE.format(bits=args.bits, group=width)
+    if args.bits == 4 and (dtype == "BF16" or not nvidia):
+        scheme = _with_inputs(Scheme.parse("nvfp4" if nvidia else "mxfp4"), module, args)
+        assert scheme is not None
+        kept = partial(_read_codes, parts=tuple(parts), columns=columns, scheme=scheme)
+        return Packed(f"{module}.weight", dtype, (rows, columns), scheme, tuple(parts), kept)
+    note = _NVFP4_NOTE.format(dtype=dtype) if nvidia else note
     read = partial(_read_small, parts=tuple(parts), shape=(rows, columns), kind=args.format, dtype=torch_dtype(dtype))
-    note = _FLOAT_NOTE.format(bits=args.bits)
     return Packed(f"{module}.weight", dtype, (rows, columns), None, tuple(parts), read, note)
+
+
+def _read_codes(reader: Reader, *, parts: tuple[str, ...], columns: int, scheme: Scheme) -> QTensor:
+    codes, scale = bitstream.unpack(reader(parts[0]), 4, columns), reader(parts[1])
+    if len(parts) == 3:
+        return QTensor(scheme, codes, scale, None, reader(parts[2]).view(()))
+    return QTensor(scheme, codes, scale.view(torch.uint8))
 
 
 def _read_small(reader: Reader, *, parts: tuple[str, ...], shape: tuple[int, int], kind: str, dtype: torch.dtype) -> torch.Tensor:

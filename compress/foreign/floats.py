@@ -1,11 +1,15 @@
-"""Small floats: E2M1 and E2M3 values, E8M0 scales, and scales spread over blocks."""
+"""Small floats of other tools: pairs of E2M1, E2M3, E8M0, scales over blocks."""
 
 from __future__ import annotations
 
 import torch
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The value of each 4-bit code: sign, two bits of exponent, one of mantissa."""
+from compress.algebra.bitstream import unpack
+from compress.algebra.floats import decode
+from compress.scheme import Scheme
+
+_E2M1 = Scheme.parse("mxfp4")
+
 _E2M3_MAGNITUDES = [m / 8 for m in range(8)] + [(1 + m / 8) * 2**e for e in range(3) for m in range(8)]
 E2M3 = (*_E2M3_MAGNITUDES, *(-m for m in _E2M3_MAGNITUDES))
 """The value of each 6-bit code: sign, two bits of exponent, three of mantissa."""
@@ -13,10 +17,8 @@ E2M3 = (*_E2M3_MAGNITUDES, *(-m for m in _E2M3_MAGNITUDES))
 
 def pairs(packed: torch.Tensor) -> torch.Tensor:
     """Bytes [..., n] -> fp32 E2M1 values [..., 2 n], the low nibble first."""
-    values = torch.tensor(E2M1)
     index = packed.contiguous().view(torch.uint8)
-    both = torch.stack([values[(index & 0xF).int()], values[(index >> 4).int()]], dim=-1)
-    return both.flatten(-2)
+    return decode(unpack(index, 4, 2 * index.shape[-1]), _E2M1)
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""FP8 checkpoints with block scales, as DeepSeek and transformers write: dense.
+"""FP8 checkpoints with block scales, as DeepSeek and transformers write.
 
     NAME             float8_e4m3fn [out, in], or [experts, ., .] for fused experts
     NAME_scale_inv   fp32, E8M0 or its bytes [ceil(out / 128), ceil(in / 128)]; one value where weight_block_size is null
@@ -6,7 +6,9 @@ DeepSeek-V4 calls a scale `.scale`, Mistral `.qscale_weight`, an embedding `.wei
 E2M1 in int8 [out, in / 2] with E8M0 scales [out, in / 32] (`expert_dtype: fp4`).
 w = weight * scale in fp32, rounded once to the dtype of the model, as DeepSeek's weight_dequant and transformers'
 Fp8Dequantize do. Blocks are those of weight_block_size, where last ones may be cut short, if the grid of scales
-fits them; else, as in transformers, what divides the weight into the grid. Scales of activations are dropped.
+fits them; else, as in transformers, what divides the weight into the grid. Codes are kept where blocks are of 128 by 128,
+rows or the whole matrix, and E2M1 where scales are of 32; others are dense, and fused experts, because nothing here
+tells how they lie. Scales of activations are dropped.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.algebra.bitstream import unpack
 from compress.checkpoint import torch_dtype
 from compress.facts import Note
 from compress.foreign.floats import e8m0, pairs, spread
 from compress.foreign.packed import Foreign, Packed, Reader, Stored
 from compress.foreign.words import by_rows
+from compress.qtensor import QTensor
+from compress.scheme import BLOCK, Scheme
 
 if TYPE_CHECKING:
     from compress.shards import TensorRef
@@ -31,8 +36,8 @@ _SCALES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
 _SCALE_NAMES = ("_scale_inv", "_scale")
 _MODULE_SCALES = (".scale", ".qscale_weight")
 _DROPPED = ("activation_scale", "input_scale", "qscale_act")
-_NOTE = "no scheme here has floats of 8 bits, so it is dense"
-_NOTE_FP4 = "no scheme here has floats of 4 bits, so it is dense"
+_NOTE = "no scheme here has floats in blocks of {block[0]} by {block[1]}, so it is dense"
+_NOTE_FUSED = "nothing tells how fused experts lie, so they are dense"
 
 
 def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
@@ -70,8 +75,30 @@ def _weight(stored: Stored, name: str, block: tuple[int, int] | None) -> Packed:
     shape = (*weight.shape[:-1], weight.shape[-1] * 2) if fp4 else weight.shape
     sizes = _blocks(stored, scale, shape, None if fp4 else block)
     dtype = stored.dense_dtype(scale.dtype)
+    scheme = _scheme(weight, scale, sizes, shape) if len(shape) == 2 else None
+    if scheme is not None:
+        kept = partial(_read_codes, weight=name, scale=scale.name, rows=shape[0], columns=shape[1], scheme=scheme)
+        return Packed(name, dtype, shape, scheme, (name, scale.name), kept)
     read = partial(_read, weight=name, scale=scale.name, shape=shape, block=sizes, dtype=torch_dtype(dtype))
-    return Packed(name, dtype, shape, None, (name, scale.name), read, _NOTE_FP4 if fp4 else _NOTE)
+    note = _NOTE.format(block=sizes) if len(shape) == 2 else _NOTE_FUSED
+    return Packed(name, dtype, shape, None, (name, scale.name), read, note)
+
+
+def _scheme(weight: TensorRef, scale: TensorRef, block: tuple[int, int], shape: tuple[int, ...]) -> Scheme | None:
+    """The scheme with these numbers, None where there is none."""
+    if weight.dtype in _FP4:
+        return Scheme.parse("mxfp4") if block == (1, 32) and scale.dtype in ("F8_E8M0", "U8") else None
+    known = {(BLOCK, BLOCK): "-block", shape: "-tensor", (1, shape[1]): ""}
+    kind = "fp8-e5m2" if weight.dtype == "F8_E5M2" else "fp8"
+    return Scheme.parse(kind + known[block]) if block in known else None
+
+
+def _read_codes(reader: Reader, *, weight: str, scale: str, rows: int, columns: int, scheme: Scheme) -> QTensor:
+    codes, s = reader(weight).view(torch.uint8), reader(scale)
+    if scheme.bits == 4:
+        return QTensor(scheme, unpack(codes, 4, columns), s.view(torch.uint8))
+    s = e8m0(s) if s.dtype == torch.uint8 else s.float()
+    return QTensor(scheme, codes, s.reshape(scheme.grid_shape(rows, columns)))
 
 
 def _blocks(stored: Stored, scale: TensorRef, shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int]:

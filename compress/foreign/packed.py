@@ -44,9 +44,11 @@ class Packed:
     parts: tuple[str, ...]
     """The tensors on disk that it is made of."""
     read: Callable[[Reader], QTensor | torch.Tensor]
-    """The weight, from a reader of stored tensors: dense ones in `shape` and `dtype`."""
+    """The weight, from a reader of stored tensors: dense ones in `shape` and `dtype`, or in fp32 where readers add in it."""
     note: str = ""
     """Why codes are not kept, or what was corrected."""
+    transposed: bool = False
+    """Whether the dense weight is [experts, in, out]; codes have outputs in rows."""
 
 
 @dataclass(frozen=True)

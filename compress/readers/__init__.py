@@ -115,6 +115,7 @@ READERS: dict[str, Reader] = {
         ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
     ),
     "peft": Reader(("peft",), "probe_peft.py", None, (*_BESIDE, "peft"), ("peft",), needs_base=True, dtype="float32"),
+    "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_BESIDE[:2])),
     "ours": Reader((), packages=("compress-llm", "torch", "transformers")),
 }
 
@@ -193,12 +194,13 @@ def _our_own(
 
     import torch
 
-    from compress.checkpoint import open_checkpoint
+    from compress.checkpoint import ADAPTER, open_checkpoint
     from compress.model import build
     from compress.readers.adapter import add_adapter
 
     model = build(open_checkpoint(base or artifact, trusted=trusted), dtype, rounded)
-    if base is not None:
+    # One that lies in its base's own folder is part of what that means.
+    if base is not None and artifact.resolve() != (base / ADAPTER).resolve():
         add_adapter(model, artifact)
     with torch.inference_mode():
         rows = [model(input_ids=row[None], use_cache=False).logits.float() for row in ids]

@@ -1,12 +1,10 @@
 """Adapter: what a LoRA folder as PEFT writes it adds to a model of ours.
 
-y += scaling * B (A x) beside each module that has a pair, with scaling = alpha / r, or alpha / sqrt(r) with rslora (Hu et al.,
-2106.09685; Kalajdzievski, 2312.03732). Patterns give modules ranks and alphas of their own.
+y += scaling * B (A x) beside each module that has a pair; see lora.py for the scaling.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 
 from compress.checkpoint import read_json
 from compress.errors import InputError
+from compress.lora import refuse_other, scaling
 
 _PREFIX = "base_model.model."
 
@@ -24,9 +23,7 @@ def add_adapter(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
-        got = f"{config.get('peft_type')}" + (" with DoRA" if config.get("use_dora") else "")
-        raise InputError(str(folder), "a LoRA adapter without DoRA and modules_to_save", got)
+    refuse_other(str(folder), config)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise InputError(str(file), "the adapter's tensors", "no such file")
@@ -43,15 +40,7 @@ def add_adapter(model: nn.Module, folder: Path) -> None:
             raise InputError(str(file), "modules of the base model", f"'{path}'", "give the base it was made for") from None
         if b is None or a.shape[0] != b.shape[1]:
             raise InputError(str(file), f"lora_B of '{path}' [out, {a.shape[0]}]", "none" if b is None else f"{list(b.shape)}")
-        module.register_forward_hook(_adding(a.float(), b.float(), _scaling(config, path, a.shape[0])))
-
-
-def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = value
-    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+        module.register_forward_hook(_adding(a.float(), b.float(), scaling(config, path, a.shape[0])))
 
 
 def _adding(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Any:

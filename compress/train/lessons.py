@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from compress.batches import followed
 from compress.contract import Lesson
 from compress.corpus import Corpus
 from compress.corpus.spec import shuffled
@@ -40,13 +41,7 @@ class Lessons:
     @cached_property
     def scored(self) -> torch.Tensor:
         """Which logits count, bool [samples, length]: of a causal model those whose next token belongs to the same text."""
-        if not self.causal:
-            return self.mask
-        found = torch.zeros_like(self.mask)
-        found[:, :-1] = self.mask[:, 1:] & self.mask[:, :-1]
-        if self.places is not None:
-            found[:, :-1] &= self.places[:, 1:] > 0
-        return found
+        return followed(self.mask, self.places) if self.causal else self.mask
 
     def of_step(self, step: int) -> list[int]:
         """The samples of a step."""

@@ -84,7 +84,7 @@ class _Run:
         self._recompute()
         self.teacher = None if teacher is None else self._placed(build(teacher, str(self.dtype).removeprefix("torch.")))
         self._keeps_texts_apart()
-        paths = {weight.name: self.student.path_of(weight.name) for weight in weights}
+        paths = {name: self.student.path_of(name) for name in self.student.trainable}
         self.model, self.optimizer = self._prepared()
         inner = self.accelerator.unwrap_model(self.model)
         self.parameters: dict[str, nn.Parameter] = {name: inner.get_parameter(path) for name, path in paths.items()}
@@ -96,8 +96,8 @@ class _Run:
         """The student and its optimizer as accelerate wraps them."""
         kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "other": [], "scale": []}
         for name, parameter in {id(p): (n, p) for n, p in self.student.trainable.items()}.values():
-            codes = self.student.leaves[name].codes
-            kinds["scale" if codes else "matrix" if parameter.dim() > 1 else "other"].append(parameter)
+            gain = self.student.is_gain(name)
+            kinds["scale" if gain else "matrix" if parameter.dim() > 1 else "other"].append(parameter)
         s = self.schooling
         groups = [
             {"params": parameters, "peak": s.scale_lr if kind == "scale" else s.lr, "lr": 0.0,
@@ -220,7 +220,7 @@ class _Run:
     def write(self) -> None:
         """Every trained weight at its place, and what was recorded."""
         for weight in self.weights:
-            learned = state.whole(self.parameters[weight.name])
+            learned = {key: state.whole(self.parameters[key]) for key in self.student.learned(weight.name)}
             if not self.ctx.is_main:
                 continue
             parts = self.student.parts(weight, learned)

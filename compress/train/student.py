@@ -1,15 +1,15 @@
 """Student: a checkpoint in any state as a model that can be trained.
 
 What is trained has the shape that it has on disk, whatever transformers makes of it while it loads: a dense weight in fp32;
-of a weight in codes the gain of each scale. A parameter that transformers fuses or splits becomes a property that is made
-of them, by transformers' own conversion, whenever it is used. So a step's result is written down as it stands, experts
-and fused projections can be in codes, and a mask lies on the weight that it was made for.
+of a weight in codes the gain of each scale, and low-rank factors beside it in fp32. A parameter that transformers fuses or
+splits becomes a property that is made of them, by transformers' own conversion, whenever it is used. So a step's result is
+written down as it stands, experts and fused projections can be in codes, and a mask lies on the weight that it was made for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from compress import qtensor
+from compress.algebra.lowrank import Factors
 from compress.checkpoint import Checkpoint, torch_dtype
 from compress.errors import InputError
 from compress.facts import FLOATS, Weight
 from compress.mapping import Group, Mapping
 from compress.model import filled
 from compress.qlinear import QLinear, with_codes
-from compress.qtensor import QTensor
 
 if TYPE_CHECKING:
     from compress.meaning import Meaning
@@ -59,6 +59,7 @@ class Student:
                 self._fuse(skeleton.mapping, group)
         self.checkpoint = checkpoint
         self._learning: dict[str, nn.Parameter] = {}
+        self._paths: dict[str, str] = {}
 
     def _fuse(self, mapping: Mapping, group: Group) -> None:
         """Makes properties of the parameters that a group becomes, and leaves of its sources."""
@@ -75,14 +76,14 @@ class Student:
                 weight, _ = self.meaning.weights[name]
                 q = self.meaning.qtensor(name)
                 assert q is not None
-                with_codes(part, QTensor(q.scheme, q.codes, q.scale.float(), q.zero), torch_dtype(weight.dtype), torch.float32)
+                with_codes(part, q.plain(), torch_dtype(weight.dtype), torch.float32)
                 self.leaves[name] = Leaf(f"{path}.{key}", True)
             else:
                 part.weight = nn.Parameter(self.meaning.dense(name).float(), requires_grad=False)
                 self.leaves[name] = Leaf(f"{path}.{key}.weight", False)
             home.add_module(key, part)
             parts.append((part, self.meaning.weights[name][0] if name in self.meaning.weights else None))
-        conversion = _Conversion(mapping, group, [tuple(self.meaning.logical[name].shape) for name in group.sources])
+        conversion = Conversion(mapping, group, [tuple(self.meaning.logical[name].shape) for name in group.sources])
 
         def value(parameter: str) -> torch.Tensor:
             sources = [part.weight if weight is None else qtensor.as_matrix(weight, part.weight) for part, weight in parts]
@@ -98,18 +99,23 @@ class Student:
 
     def learn(self, weights: Iterable[Weight]) -> None:
         """Makes these weights trainable; all others stay as they are."""
-        gains: dict[int, nn.Parameter] = {}
+        learned: dict[int, dict[str, nn.Parameter]] = {}
         for weight in weights:
             leaf = self.leaves[weight.name]
             if leaf.codes:
                 module = self.module.get_submodule(leaf.path)
-                self._learning[weight.name] = gains[id(module.scale)] = module.learn()
+                learned[id(module.scale)] = found = module.learn()
+                self._paths.update({_key(weight.name, part): f"{leaf.path}.{part}" for part in found})
+                self._learning.update({_key(weight.name, part): parameter for part, parameter in found.items()})
             else:
+                self._paths[weight.name] = leaf.path
                 self._learning[weight.name] = self.module.get_parameter(leaf.path).requires_grad_(True)
-        # What is tied shares its scale, and so its gain.
+        # What is tied shares its scale, and so its gain and its factors.
         for module in self.module.modules():
-            if isinstance(module, QLinear) and id(module.scale) in gains:
-                module.gain = gains[id(module.scale)]
+            if isinstance(module, QLinear) and id(module.scale) in learned:
+                for part, parameter in learned[id(module.scale)].items():
+                    module._buffers.pop(part, None)
+                    module.register_parameter(part, parameter)
                 # A buffer is whole on every process, where parameters may be sharded.
                 frozen = module.scale.detach()
                 del module._parameters["scale"]
@@ -117,30 +123,47 @@ class Student:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the name of the weight on disk: the weight, or the gains of its scales."""
+        """What is trained, by the name of the weight on disk: the weight, or the gains of its scales; NAME.left, NAME.right."""
         return self._learning
 
     def path_of(self, name: str) -> str:
-        """Where the trained parameter of a weight is in the model."""
-        leaf = self.leaves[name]
-        return f"{leaf.path}.gain" if leaf.codes else leaf.path
+        """Where something that is trained is in the model."""
+        return self._paths[name]
+
+    def learned(self, name: str) -> list[str]:
+        """What is trained of a weight, by the names of `trainable`."""
+        return [key for part in ("gain", "left", "right") if (key := _key(name, part)) in self._learning]
+
+    def is_gain(self, name: str) -> bool:
+        """Whether something that is trained is a share of scales."""
+        return name in self.leaves and self.leaves[name].codes
 
     def masks(self, states: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Where a trained dense weight may differ from zero, by its name on disk, for those that are masked."""
-        masked = [n for n in self._learning if not self.leaves[n].codes and states[n].sparsity is not None]
+        masked = [n for n in self._learning if n in states and not self.leaves[n].codes and states[n].sparsity is not None]
         return {name: self._learning[name].detach() != 0 for name in masked}
 
-    def parts(self, weight: Weight, learned: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A trained weight's tensors on disk, from what was learned of it."""
+    def parts(self, weight: Weight, learned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A trained weight's tensors on disk, from all that was learned, by the names of `trainable`."""
         stored = torch_dtype(weight.dtype)
         leaf = self.leaves[weight.name]
         if not leaf.codes:
             # Adding zero makes +0 of -0, which some sparse kernels take for a value.
-            return {weight.name: (learned.to(stored) + 0).reshape(weight.shape)}
-        module = self.module.get_submodule(leaf.path)
-        scale = (module.scale.detach().cpu() * learned).to(stored)
-        zero = None if module.zero is None else module.zero.cpu()
-        return qtensor.encode(weight, QTensor(module.scheme, module.codes.cpu(), scale, zero))
+            return {weight.name: (learned[weight.name].to(stored) + 0).reshape(weight.shape)}
+        # Whatever else stands beside the codes, as it is stored.
+        q = self.meaning.qtensor(weight.name)
+        assert q is not None
+        if (gain := learned.get(weight.name)) is not None:
+            # On the grid of the weight's dtype, whatever it is kept in.
+            q = replace(q, scale=(q.steps() * gain).to(stored).to(q.scale.dtype), tensor_scale=None)
+        if (left := learned.get(_key(weight.name, "left"))) is not None:
+            q = replace(q, lowrank=Factors(left.bfloat16(), learned[_key(weight.name, "right")].bfloat16()))
+        return qtensor.encode(weight, q)
+
+
+def _key(name: str, part: str) -> str:
+    """What a part of a weight in codes is called among all that is trained: gains go by the weight's own name."""
+    return name if part == "gain" else f"{name}.{part}"
 
 
 def _called(value: Callable[[str], torch.Tensor], parameter: str, _: nn.Module) -> torch.Tensor:
@@ -148,7 +171,7 @@ def _called(value: Callable[[str], torch.Tensor], parameter: str, _: nn.Module) 
     return value(parameter)
 
 
-class _Conversion:
+class Conversion:
     """transformers' conversion of a group of tensors, which only moves numbers about, and the way back for gradients."""
 
     def __init__(self, mapping: Mapping, group: Group, shapes: list[tuple[int, ...]]) -> None:
@@ -183,7 +206,7 @@ class _Converted(torch.autograd.Function):
     """One parameter of a conversion."""
 
     @staticmethod
-    def forward(ctx: Any, conversion: _Conversion, parameter: str, *sources: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, conversion: Conversion, parameter: str, *sources: torch.Tensor) -> torch.Tensor:
         ctx.conversion, ctx.parameter = conversion, parameter
         # A view of a source would be taken for one of its parameter's.
         return conversion.run(sources)[parameter].clone(memory_format=torch.contiguous_format)

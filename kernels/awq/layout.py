@@ -54,7 +54,7 @@ class Awq(Format):
         scheme = state.scheme
         if scheme is None:
             return
-        if scheme.bits != BITS:
+        if scheme.integer and scheme.bits != BITS:
             raise Refusal(f"the layout holds {BITS} bits, not {scheme.bits}", "pack as gptq or compressed-tensors")
         refuse_place(weight)
         refuse_size(weight, scheme)

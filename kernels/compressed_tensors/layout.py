@@ -1,18 +1,12 @@
-"""compressed-tensors `pack-quantized`: codes for transformers and vLLM.
+"""compressed-tensors: codes for transformers and vLLM.
 
-A linear `NAME.weight` [out, in] becomes
-    NAME.weight_packed      int32 [out, ceil(in * b / 32)]   codes u = q + 2^(b-1), one bit stream per row
-    NAME.weight_scale       model dtype [out, groups]        [out, 1] per channel
-    NAME.weight_shape       int64 [2]
-    NAME.weight_zero_point  int32 [ceil(out * b / 32), groups]   asymmetric only; streams run down the rows
-The canonical form has the same streams, so a symmetric weight moves over as bytes and nothing is rounded again.
-
-What the reader cannot hold is refused here, from experiments with compressed-tensors 0.20 and transformers 5.23:
-fused 3-D experts (no layout loads: experts stay random), asymmetric weights and Conv1D unless it expands at
-load (`dequantize`), asymmetric experts, experts of unequal schemes (loaded silently wrong), mixed schemes
-under `dequantize` (silently wrong), groups that do not divide the columns. Of whole models: dense experts that
-lie one by one (lost beside packed tensors), Llama 4's experts, and, unless expanded at load, linears whose weight
-transformers' initialisation asks for (T5, Falcon).
+How the codes of each scheme lie is told in parts.py. What the reader cannot hold is refused here, from experiments with
+compressed-tensors 0.20 and transformers 5.23: fused 3-D experts (no layout loads: experts stay random), asymmetric
+weights and Conv1D unless it expands at load (`dequantize`), which in turn forgets to round activations, experts that are
+asymmetric or nvfp4 (the latter silently wrong), experts of unequal schemes (loaded silently wrong), mixed schemes under
+`dequantize` (silently wrong), groups that do not divide the columns. Of whole models: dense experts that lie one by one
+(lost beside packed tensors), Llama 4's experts, and, unless expanded at load, linears whose weight transformers'
+initialisation asks for (T5, Falcon).
 """
 
 from __future__ import annotations
@@ -26,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compress.contract import Format, Verdict
 from compress.errors import Refusal
 from compress.facts import State, TensorSpec, Weight
+from compress.kernels.compressed_tensors import parts
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -36,13 +31,15 @@ if TYPE_CHECKING:
 
 VERSION = "0.20.0"
 """The version of the format that is written into config.json."""
+_ROUNDED_INPUTS = frozenset(map(Scheme.parse, ("w8a8", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8")))
+"""Schemes with rounded activations that vLLM's documentation names."""
 _AT_LOAD = "pack with dequantize=true: the reader then expands the weights while loading"
 _NEVER = "no artifact of this model fits this format"
 _SPLIT = "transformers splits these experts in every quantized model and finds no tensors for the parts"
 
 
 class CompressedTensors(Format):
-    """Integer codes packed for compressed-tensors; `dequantize` makes the reader expand them at load."""
+    """Integers, FP8, MXFP4 and NVFP4 for compressed-tensors; `dequantize` makes the reader expand them at load."""
 
     name = "compressed-tensors"
 
@@ -50,6 +47,8 @@ class CompressedTensors(Format):
         scheme = state.scheme
         if scheme is None:
             return
+        if not parts.kind_of(scheme):
+            raise Refusal(f"no format of it holds {scheme}", "keep the canonical form, or use integers, fp8, mxfp4 or nvfp4")
         if weight.module_class in _split_experts():
             raise Refusal(_SPLIT, _NEVER)
         if weight.experts is not None:
@@ -60,10 +59,19 @@ class CompressedTensors(Format):
             raise Refusal("the reader holds no quantized embeddings", "leave them out of targets")
         if weight.converted and weight.kind != "expert":
             raise Refusal("transformers splits or permutes this tensor while loading, codes cannot follow", "skip it")
-        if weight.columns % (scheme.group or weight.columns):
+        if scheme.scales != "block" and weight.columns % (scheme.group or weight.columns):
             raise Refusal(f"groups of {scheme.group} do not divide {weight.columns} columns", "quantize with ragged=divide")
+        if scheme.scales == "e4m3" and weight.kind == "expert":
+            raise Refusal("transformers loses the scales of nvfp4 experts while loading, silently", "use mxfp4 or fp8 for them")
         if not scheme.symmetric and weight.kind == "expert":
             raise Refusal("the reader loads no asymmetric experts", "use a symmetric scheme for them")
+        if scheme.scales in ("e8m0", "e4m3") and weight.dtype != "BF16" and not (self.dequantize and scheme.scales == "e8m0"):
+            reason = f"the reader expands {scheme} to bfloat16, and this weight is {weight.dtype}"
+            raise Refusal(reason, _AT_LOAD if scheme.scales == "e8m0" else "convert the model to bfloat16 first")
+        if scheme.inputs and self.dequantize:
+            raise Refusal("with dequantize the reader no longer rounds activations", "pack without it, or use a scheme with a16")
+        if scheme.inputs == "int8" and not scheme.symmetric:
+            raise Refusal("no layout here has zero points beside int8 activations", "use a symmetric scheme")
         if not scheme.symmetric and not self.dequantize:
             raise Refusal("the reader fails on packed zero points (asymmetric)", f"{_AT_LOAD}; or use a symmetric scheme")
         if weight.transposed and not self.dequantize:
@@ -102,58 +110,24 @@ class CompressedTensors(Format):
         return refused
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
-        scheme = state.scheme
-        if scheme is None:
+        if state.scheme is None:
             return [TensorSpec(weight.name, weight.dtype, weight.shape)]
-        groups = scheme.groups(weight.columns)
-        found = [
-            TensorSpec(f"{weight.name}_packed", "I32", (weight.rows, _words(weight.columns, scheme))),
-            TensorSpec(f"{weight.name}_scale", weight.dtype, (weight.rows, groups)),
-            TensorSpec(f"{weight.name}_shape", "I64", (2,)),
-        ]
-        if not scheme.symmetric:
-            found.append(TensorSpec(f"{weight.name}_zero_point", "I32", (_words(weight.rows, scheme), groups)))
-        return found
+        return parts.specs(weight, state.scheme)
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
-        return {f"{weight.name}_packed": f"{weight.name}.codes", f"{weight.name}_scale": f"{weight.name}.scale"}
+        assert state.scheme is not None
+        return parts.copies(weight, state.scheme)
 
     def constants(self, weight: Weight, state: State) -> dict[str, torch.Tensor]:
-        import torch
-
-        return {f"{weight.name}_shape": torch.tensor([weight.rows, weight.columns], dtype=torch.int64)}
+        assert state.scheme is not None
+        return parts.constants(weight, state.scheme)
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
-        import torch
-
-        from compress.algebra import bitstream
-
-        bits = value.scheme.bits
-        tensors = {
-            f"{weight.name}_packed": bitstream.pack(value.codes, bits).view(torch.int32),
-            f"{weight.name}_scale": value.scale,
-            **self.constants(weight, State(value.scheme)),
-        }
-        if value.zero is not None:
-            # A clone, because a single group's transpose counts as contiguous with strides that cannot be viewed as words.
-            down = bitstream.pack(value.zero.T.clone(memory_format=torch.contiguous_format), bits).view(torch.int32)
-            tensors[f"{weight.name}_zero_point"] = down.T.contiguous()
-        return tensors
+        return parts.encode(weight, value)
 
     def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
-        import torch
-
-        from compress.algebra import bitstream
-        from compress.qtensor import QTensor
-
         assert state.scheme is not None
-        bits = state.scheme.bits
-        codes = bitstream.unpack(tensors[f"{weight.name}_packed"].view(torch.uint8), bits, weight.columns)
-        zero = None
-        if not state.scheme.symmetric:
-            down = tensors[f"{weight.name}_zero_point"].T.contiguous().view(torch.uint8)
-            zero = bitstream.unpack(down, bits, weight.rows).T.contiguous()
-        return QTensor(state.scheme, codes, tensors[f"{weight.name}_scale"], zero)
+        return parts.decode(weight, state.scheme, tensors)
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
         members: dict[Scheme, list[Weight]] = defaultdict(list)
@@ -171,13 +145,12 @@ class CompressedTensors(Format):
             others = [path for path in {*model.linears, *quantized} if path not in {_module(w) for w in weights}]
             classes = sorted({model.linears.get(w.module, "Linear") for w in weights})
             targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
-            groups[f"group_{number:03d}"] = {
-                "targets": targets, "format": "pack-quantized", "weights": _weights(scheme),
-                "input_activations": None, "output_activations": None,
-            }  # fmt: skip
+            groups[f"group_{number:03d}"] = {"targets": targets, **parts.group_of(scheme)}
         ignore = patterns(sorted(set(dense)), sorted(quantized))
+        kinds = {group["format"] for group in groups.values()}
         found = {
-            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "quant_method": "compressed-tensors", "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
             "version": VERSION, "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ignore,
             "config_groups": groups, "sparsity_config": {}, "transform_config": {},
         }  # fmt: skip
@@ -194,12 +167,16 @@ class CompressedTensors(Format):
             )
         ]
         wide = [s for s in schemes if s.bits in (2, 3)]
-        odd = [s for s in schemes if s.group not in (None, 32, 64, 128)]
+        odd = [s for s in schemes if s.integer and s.group not in (None, 32, 64, 128)]
+        untold = [s for s in schemes if s.scales == "e8m0" or (s.inputs and s not in _ROUNDED_INPUTS)]
         conv = any(w.transposed and states[w.name].scheme for w in weights)
         if wide:
             verdicts.append(Verdict("vllm", "no", f"no kernel for {', '.join(sorted(map(str, wide)))}"))
         elif odd:
             verdicts.append(Verdict("vllm", "no", f"groups other than 32, 64, 128: {', '.join(sorted(map(str, odd)))}"))
+        elif untold:
+            said = ", ".join(sorted(map(str, untold)))
+            verdicts.append(Verdict("vllm", "unknown", f"its documentation does not say it: {said}"))
         elif conv or any(not s.symmetric for s in schemes):
             verdicts.append(Verdict("vllm", "unknown", "asymmetric or Conv1D"))
         else:
@@ -219,18 +196,9 @@ def _split_experts() -> frozenset[str]:
     return frozenset(name for name, patch in patched.items() if CompressedTensors.name in patch["quantization_methods"])
 
 
-def _words(values: int, scheme: Scheme) -> int:
-    return -(-values * scheme.bits // 32)
-
-
 def _module(weight: Weight) -> str:
     """The path a reader matches: the module, or for experts, which transformers fuses, the name on disk."""
     return weight.name.removesuffix(".weight") if weight.kind == "expert" else weight.module
-
-
-def _weights(scheme: Scheme) -> dict[str, Any]:
-    strategy = {"strategy": "group", "group_size": scheme.group} if scheme.group else {"strategy": "channel"}
-    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy, "dynamic": False}
 
 
 def patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ from compress.contract import Format, Verdict
 from compress.errors import FormatError, Refusal
 from compress.facts import Note, State, TensorSpec, Weight
 from compress.kernels.compressed_tensors.layout import patterns
+from compress.peers import FUSED
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
 
 _MULTIPLE = 32
 _ELSEWHERE = "leave it out of targets, or pack as compressed-tensors"
-_FUSED = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-}  # fmt: skip
-"""What vLLM and SGLang fuse while loading, and then look up in the rules by the fused name."""
 
 
 class Gptq(Format):
@@ -192,7 +189,9 @@ def refuse_place(weight: Weight) -> None:
 
 
 def refuse_size(weight: Weight, scheme: Scheme) -> None:
-    """Raises Refusal for sizes that its readers do not allocate."""
+    """Raises Refusal for codes that its readers do not know, and for sizes that they do not allocate."""
+    if not scheme.integer or scheme.inputs:
+        raise Refusal(f"its readers know integer weights and 16-bit activations only, not {scheme}", "pack as compressed-tensors")
     if weight.rows % _MULTIPLE or weight.columns % _MULTIPLE:
         size = f"{weight.rows} outputs and {weight.columns} inputs"
         raise Refusal(f"its readers take multiples of {_MULTIPLE} only, here {size}", _ELSEWHERE)
@@ -287,8 +286,8 @@ def _together(meant: dict[str, Scheme | None]) -> dict[str, set[Scheme | None]]:
         head, _, last = path.rpartition(".")
         if experts := _experts_of(path):
             found[experts].add(scheme)
-        elif last in _FUSED:
-            found[f"{head}.{_FUSED[last]}"].add(scheme)
+        elif last in FUSED:
+            found[f"{head}.{FUSED[last]}"].add(scheme)
     return found
 
 

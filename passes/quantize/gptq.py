@@ -8,6 +8,7 @@ of groups by a weighted search (`clip`), scales of either sign (`signed`), and c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -37,7 +38,9 @@ class Gptq(QuantizingPass, LinearPass):
         "activation", description="columns with the largest inputs first, scales fixed before; or as stored, scales on the way"
     )
     clip: Literal["mse", "none"] = Field("mse", description="range of a group: a search for least error, or the largest value")
-    signed: bool = Field(True, description="scales may be negative, which puts a symmetric code's extra level where it helps")
+    signed: bool = Field(
+        True, description="scales of integers may be negative, which puts a symmetric code's extra level where it helps"
+    )
     sweeps: int = Field(
         1, ge=0, le=100, description="rounds of coordinate descent over codes and scales afterwards; 3 is better and slower"
     )
@@ -74,8 +77,9 @@ class Gptq(QuantizingPass, LinearPass):
     def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
         stacks: dict[Any, list[Job]] = {}
         for number, job in enumerate(jobs):
-            # A Conv1D has scales along its outputs, so that its rows cannot be cut out of a stack.
-            alone = number if _along(job) == "outputs" else None
+            # A Conv1D has scales along its outputs, and some schemes scales of many rows: none of these are cut out of a stack.
+            shared = job.after.scheme is not None and job.after.scheme.scales in ("tensor", "block", "e4m3")
+            alone = number if shared or _along(job) == "outputs" else None
             stacks.setdefault((job.after, job.value.dtype, alone), []).append(job)
         found = {id(job): solution for stack in stacks.values() for job, solution in self._stack(stack, prepared)}
         return [found[id(job)] for job in jobs]
@@ -85,24 +89,35 @@ class Gptq(QuantizingPass, LinearPass):
         import torch
 
         from compress.algebra.gptq import solve
-        from compress.qtensor import QTensor
+        from compress.algebra.outliers import split
+        from compress.qtensor import QTensor, along_inputs
 
         scheme, dtype = jobs[0].after.scheme, jobs[0].value.dtype
         assert scheme is not None
         w = torch.cat([job.value for job in jobs]).float()
+        mask = w != 0 if jobs[0].after.sparsity is not None else None
+        rest, kept = w, []
+        if (outliers := jobs[0].after.outliers) is not None:
+            # Where an outlier is, the rest is zero and its code has to be, so that nothing is lost there.
+            splits = [split(along_inputs(job.weight, job.value), outliers) for job in jobs]
+            kept = [part.sparse for part in splits]
+            out = torch.cat([along_inputs(job.weight, part.mask) for job, part in zip(jobs, splits, strict=True)])
+            rest, mask = w.masked_fill(out, 0), ~out if mask is None else mask & ~out
         found = solve(
-            w, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed,
+            rest, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed,
             least_zero=self.least_zero, sweeps=self.sweeps,
-            mask=w != 0 if jobs[0].after.sparsity is not None else None, along=_along(jobs[0]),
+            mask=mask, along=_along(jobs[0]), peak=jobs[0].weight.peak,
         )  # fmt: skip
+        norms = ((w @ prepared.hessian) * w).sum(1) if kept else found.norms
         start = 0
-        for job in jobs:
+        for number, job in enumerate(jobs):
             rows = slice(start, start + len(job.value))
-            q = QTensor(scheme, found.codes, found.scale, found.zero)
+            q = QTensor(scheme, found.codes, found.scale, found.zero, found.tensor_scale)
             if len(jobs) > 1:
                 q = QTensor(scheme, q.codes[rows], q.scale[rows], None if q.zero is None else q.zero[rows])
+            q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
-            outputs = float(found.losses[rows].sum()), float(found.norms[rows].sum())
+            outputs = float(found.losses[rows].sum()), float(norms[rows].sum())
             yield job, Solution(q, *weights, *outputs, prepared.note)
             start = rows.stop
 

@@ -1,19 +1,20 @@
-"""Round to nearest: integer codes without data, one weight at a time.
+"""Round to nearest: codes of any scheme without data, one weight at a time.
 
 Scale from the largest magnitude of each group (`clip=none`) or from a search for the least squared error
-(`clip=mse`); all rounding in fp32, scales on the grid of the dtype they are stored in. Derivation and
-conventions: compress/algebra/grid.py.
+(`clip=mse`; FP8 has nothing to search); all rounding in fp32, scales on the grid of the dtype they are stored in.
+With granularity=adaptive the group of each matrix is chosen before (compress/granular.py).
+Derivation and conventions: compress/algebra/grid.py for integers, scales.py and floats.py beside it for all others.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.contract import TensorPass
 from compress.facts import State, Weight
-from compress.kinds import QuantizingPass
+from compress.granular import GranularPass
 
 if TYPE_CHECKING:
     import torch
@@ -21,24 +22,28 @@ if TYPE_CHECKING:
     from compress.qtensor import QTensor
 
 
-class Rtn(QuantizingPass, TensorPass):
+class Rtn(GranularPass, TensorPass):
     """Rounds weights to the nearest code."""
 
     clip: Literal["none", "mse"] = Field(
         "none", description="range of a group: its largest magnitude, or a search for least squared error"
     )
+    grid: Literal["full", "paper"] = Field(
+        "full", description="symmetric integers: all of them, or as many below zero as above, as MoQE and FineQuant have them"
+    )
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.grid == "paper" and not (self.scheme.integer and self.scheme.symmetric):
+            raise ValueError(f"grid=paper: symmetric integers, not {self.scheme}")
+        return self
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        from compress.algebra.grid import round_to_nearest
+        from compress.algebra.rounding import nearest
         from compress.qtensor import QTensor
 
         assert after.scheme is not None
         assert not isinstance(value, QTensor)
-        flat = value.reshape(-1, weight.columns)
-        result = round_to_nearest(flat, after.scheme, value.dtype, self.clip, self.least_zero)
-        lead = value.shape[:-1]
-        shaped = [None if t is None else t.reshape(*lead, -1) for t in (result.codes, result.scale, result.zero)]
-        assert shaped[0] is not None
-        assert shaped[1] is not None
-        error = (result.squared_error / result.squared_norm) ** 0.5 if result.squared_norm else 0.0
-        return QTensor(after.scheme, shaped[0], shaped[1], shaped[2]), error
+        least_code = int(self.grid == "paper")
+        found = nearest(value, after.scheme, value.dtype, self.clip, self.least_zero, weight.peak, after.outliers, least_code)
+        return found.q, found.error

@@ -44,7 +44,8 @@ def store(tmp_path: Path) -> Store:
 def dense() -> Callable[[Checkpoint, Any], torch.Tensor]:
     """The dense weight that a Packed means, codes by QTensor.dequantize and one rounding to its dtype."""
     from compress.checkpoint import torch_dtype
-    from compress.qtensor import QTensor
+    from compress.facts import State, Weight
+    from compress.qtensor import QTensor, as_matrix, part_specs
 
     def read(checkpoint: Checkpoint, packed: Any) -> torch.Tensor:
         value = packed.read(checkpoint.read)
@@ -52,12 +53,16 @@ def dense() -> Callable[[Checkpoint, Any], torch.Tensor]:
         if isinstance(value, QTensor):
             assert value.scheme == packed.scheme
             assert value.codes.dtype == torch.uint8
-            assert value.codes.shape == packed.shape
-            assert value.scale.dtype == torch_dtype(packed.dtype)
-            assert value.scale.shape == (packed.shape[0], packed.scheme.groups(packed.shape[1]))
-            assert (value.zero is None) == packed.scheme.symmetric
-            assert all(t is None or t.is_contiguous() for t in (value.codes, value.scale, value.zero))
-            value = value.dequantize().to(torch_dtype(packed.dtype))
+            weight = Weight(packed.name, packed.dtype, packed.shape, transposed=packed.transposed)
+            specs = part_specs(weight, State(packed.scheme))
+            assert value.codes.shape == as_matrix(weight, torch.empty(packed.shape, device="meta")).shape
+            for part in ("scale", "zero", "tensor_scale"):
+                found = getattr(value, part)
+                assert (found is None) == (part not in specs)
+                assert found is None or (found.dtype, tuple(found.shape)) == (torch_dtype(specs[part][0]), specs[part][1])
+                assert found is None or found.is_contiguous()
+            assert value.codes.is_contiguous()
+            value = as_matrix(weight, value.dequantize()).to(torch_dtype(packed.dtype)).contiguous()
         assert value.shape == packed.shape
         assert value.dtype == torch_dtype(packed.dtype)
         assert value.is_contiguous()

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from compress.algebra.rounding import nearest
 from compress.errors import InputError
 from compress.foreign import method_of, open_foreign
 from compress.foreign.bitsandbytes import _codes
+from compress.scheme import Scheme
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -69,6 +71,26 @@ def test_another_storage_dtype_and_another_dtype_of_the_model(store: Any, dense:
     assert torch.equal(dense(checkpoint, open_foreign(checkpoint).weights[NAME]), weight.bfloat16())
     checkpoint = store(tensors, CONFIG, dtype=None)
     assert torch.equal(dense(checkpoint, open_foreign(checkpoint).weights[NAME]), weight)
+
+
+def test_blocks_that_are_groups_are_kept_as_codes(store: Any, dense: Any) -> None:
+    """The largest weight of a block is a bf16 number, so that what was made of bf16 weights keeps its codes."""
+    q = nearest(torch.randn(16, 128).bfloat16(), Scheme.parse("nf4g64"), torch.bfloat16).q
+    pairs = q.codes.reshape(-1, 2)
+    tensors, _ = four("nf4", (16, 128), 64, False, "bfloat16")
+    tensors[NAME] = (pairs[:, :1] << 4 | pairs[:, 1:]).contiguous()
+    tensors[f"{NAME}.absmax"] = q.scale.float().flatten()
+    for dtype, kept in (("bfloat16", True), ("float16", False)):
+        checkpoint = store(tensors, CONFIG, dtype=dtype)
+        packed = open_foreign(checkpoint).weights[NAME]
+        assert str(packed.scheme) == ("nf4g64" if kept else "None")
+        assert torch.equal(dense(checkpoint, packed), q.dequantize().bfloat16().to(getattr(torch, dtype)))
+    found = open_foreign(store(tensors, CONFIG, dtype="bfloat16")).weights[NAME]
+    assert torch.equal(found.read(store(tensors, CONFIG, dtype="bfloat16").read).codes, q.codes)
+    tensors[f"{NAME}.absmax"] *= 1.001
+    packed = open_foreign(store(tensors, CONFIG, dtype="bfloat16")).weights[NAME]
+    assert packed.scheme is None
+    assert "groups of columns" in packed.note
 
 
 def test_eight_bits(store: Any, dense: Any) -> None:

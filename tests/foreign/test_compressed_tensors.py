@@ -9,6 +9,7 @@ import torch
 
 from compress.errors import InputError
 from compress.foreign import open_foreign
+from compress.scheme import Scheme
 
 pytest.importorskip("compressed_tensors")
 
@@ -134,7 +135,9 @@ def test_fp8(store: Any, dense: Any, strategy: dict[str, Any], kind: str, dtype:
     stored, read = compress(kind, args, w, {"weight_scale": scales(w, args, 448.0, dtype)[0]})
     checkpoint = store(stored, config(kind, args), dtype="bfloat16")
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
-    assert (packed.scheme, packed.dtype) == (None, "BF16")
+    kept = strategy["strategy"] != "block" and dtype != torch.float16
+    text = {"tensor": "fp8-tensor", "channel": "fp8"}.get(strategy["strategy"]) if kept else None
+    assert (str(packed.scheme), packed.dtype) == (str(text), "BF16")
     assert torch.equal(dense(checkpoint, packed), read.to(torch.bfloat16))
 
 
@@ -146,8 +149,36 @@ def test_nvfp4(store: Any, dense: Any) -> None:
     stored, read = compress("nvfp4-pack-quantized", args, w, {"weight_scale": scale, "weight_global_scale": total})
     checkpoint = store(stored, config("nvfp4-pack-quantized", args), dtype="bfloat16")
     foreign = open_foreign(checkpoint)
+    assert str(foreign.weights[f"{NAME}.weight"].scheme) == "nvfp4"
     assert torch.equal(dense(checkpoint, foreign.weights[f"{NAME}.weight"]), read)
     assert foreign.parts == set(stored)
+    half = store(stored, config("nvfp4-pack-quantized", args), dtype="float16")
+    packed = open_foreign(half).weights[f"{NAME}.weight"]
+    assert packed.scheme is None
+    assert "bfloat16" in packed.note
+    assert torch.equal(dense(half, packed), read.half())
+
+
+@pytest.mark.parametrize(("bits", "args", "found"), [
+    (8, {"type": "int", "strategy": "token", "dynamic": True}, "w8a8"),
+    (8, {"type": "float", "strategy": "token", "dynamic": True}, "w8a8-afp8"),
+    (8, {"type": "int", "strategy": "tensor", "dynamic": False}, "w8a16"),
+    (8, {"type": "int", "strategy": "token", "dynamic": True, "symmetric": False}, "w8a16"),
+    (4, {"type": "int", "strategy": "token", "dynamic": True}, "w4a8"),
+])  # fmt: skip
+def test_rounded_activations_are_kept_where_a_scheme_has_them(store: Any, bits: int, args: dict[str, Any], found: str) -> None:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    w = weight()
+    stored, _ = compress("int-quantized", weights, w, {"weight_scale": scales(w, weights, 127.0, torch.bfloat16)[0]})
+    stored |= {name.replace("mlp.up", "mlp.experts.3.up"): tensor for name, tensor in stored.items()}
+    said = config("int-quantized", weights)
+    said["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, **args}
+    foreign = open_foreign(store(stored, said, dtype="bfloat16"))
+    assert str(foreign.weights[f"{NAME}.weight"].scheme) == found
+    assert foreign.weights[f"{NAME.replace('mlp', 'mlp.experts.3')}.weight"].scheme == Scheme(bits)
+    dropped = {name for note in foreign.notes if note.what == "dropped" for name in note.names}
+    assert (f"{NAME}.weight" in dropped) == found.endswith("a16")
+    assert any("experts" in name for name in dropped)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("mxfp4-pack-quantized", 4), ("mxfp6-pack-quantized", 6), ("mxfp8-quantized", 8)])
@@ -188,9 +219,14 @@ def test_every_code_and_every_scale_of_mxfp4(store: Any, dense: Any) -> None:
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
     read = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized").decompress(dict(local), scheme)["weight"]
     checkpoint = store({f"{NAME}.{part}": t for part, t in local.items()}, config("mxfp4-pack-quantized", args), dtype="bfloat16")
-    ours = dense(checkpoint, open_foreign(checkpoint).weights[f"{NAME}.weight"])
-    assert torch.equal(ours.nan_to_num(7), read.nan_to_num(7))
-    assert torch.equal(ours.signbit(), read.signbit())
+    packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
+    assert str(packed.scheme) == "mxfp4"
+    ours = dense(checkpoint, packed)
+    # The last scale means NaN, of which the reader makes infinities.
+    assert torch.equal(ours[:255], read[:255])
+    assert torch.equal(ours[:255].signbit(), read[:255].signbit())
+    assert bool(ours[255].isnan().all())
+    assert not bool(read[255].isfinite().any())
 
 
 def test_groups_of_different_formats_and_the_order_of_targets(store: Any, dense: Any) -> None:
@@ -226,7 +262,7 @@ def test_groups_of_different_formats_and_the_order_of_targets(store: Any, dense:
         dtype="bfloat16",
     )
     foreign = open_foreign(checkpoint)
-    assert [str(foreign.weights[f"{module}.weight"].scheme) for module in reads] == ["w4a16g32", "w8a16", "None"]
+    assert [str(foreign.weights[f"{module}.weight"].scheme) for module in reads] == ["w4a16g32", "w8a16", "fp8"]
     for module, read in reads.items():
         assert torch.equal(dense(checkpoint, foreign.weights[f"{module}.weight"]), read)
     assert foreign.parts == set(stored)

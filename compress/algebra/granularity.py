@@ -1,0 +1,49 @@
+"""Granularity: how much ranges shrink when groups of columns are halved.
+
+Legend: w [rows, columns] in groups of B columns; r(B) the range of a group, its largest magnitude, or for codes with a zero
+point max - min with zero inside. Halving makes two groups of one, and each has a ratio r(B/2) / r(B) <= 1. Of magnitudes
+one of the two keeps the larger's range, so that the largest ratio is always 1 and the mean is between 1/2 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Halving(NamedTuple):
+    """Ratios of ranges, new to old, over all groups that are halved; groups of zeros count as 1."""
+
+    mean: float
+    least: float
+    most: float
+
+
+def widths(columns: int, least: int) -> list[int]:
+    """Columns of a group: all of them, then half as many each time, as long as that is whole and not below `least`."""
+    found = [columns]
+    while found[-1] % 2 == 0 and found[-1] // 2 >= least:
+        found.append(found[-1] // 2)
+    return found
+
+
+def halvings(w: torch.Tensor, groups: Sequence[int], symmetric: bool) -> list[Halving]:
+    """One for each step from a width in `groups`, as `widths` has them, to the next; w [..., columns]."""
+    low, high = w.unflatten(-1, (-1, groups[-1])).aminmax(dim=-1)
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    found: list[Halving] = []
+    new = _ranges(low, high, symmetric)
+    for _ in groups[1:]:
+        low, high = low.unflatten(-1, (-1, 2)).amin(-1), high.unflatten(-1, (-1, 2)).amax(-1)
+        old = _ranges(low, high, symmetric)
+        wide = old.repeat_interleave(2, dim=-1)
+        ratio = torch.where(wide == 0, 1, new / wide)
+        found.append(Halving(float(ratio.mean(dtype=torch.float64)), float(ratio.amin()), float(ratio.amax())))
+        new = old
+    return found[::-1]
+
+
+def _ranges(low: torch.Tensor, high: torch.Tensor, symmetric: bool) -> torch.Tensor:
+    return torch.maximum(low.neg(), high) if symmetric else high - low

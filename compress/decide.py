@@ -1,0 +1,130 @@
+"""Decide: what each weight becomes, before its bytes are laid out.
+
+What was decided stands in a table beside the step's directory as soon as it is known, so that a crash while weights are
+written does not cost another sweep; in the end the table and its picture lie in the directory that was made.
+
+    allocation.jsonl   a weight each: its state, bytes, and what each state that was offered would have cost
+    allocation.svg     bits over the blocks
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import qtensor
+from compress.checkpoint import ALLOCATION, Checkpoint
+from compress.contract import Context
+from compress.deciding import DecidingPass, Offer, Rest, read_table, rows_of
+from compress.errors import InputError
+from compress.facts import State, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.plan import StepPlan
+
+LINES, PICTURE = ALLOCATION
+_ENTRY_BYTES = 256
+"""What headers and index say of a tensor at most, besides its name."""
+
+
+def offers_of(step: StepPlan, weights: Sequence[Weight]) -> tuple[list[Offer], Rest]:
+    """What a step has to decide on, and what there is besides."""
+    assert isinstance(step.pass_, DecidingPass)
+    touched = set(step.transformed)
+    others = [weight for weight in weights if weight.name not in touched]
+    nbytes = sum(spec.nbytes for weight in others for spec in step.specs(weight))
+    offers = [Offer(w, step.pass_.offers(w, step.before[w.name])) for w in weights if w.name in touched]
+    overhead = step.disk_bytes - step.payload_bytes
+    for weight, states in ((offer.weight, offer.states) for offer in offers):
+        # A state with more tensors than the planned one has longer headers, though it may be smaller.
+        more = max(len(qtensor.specs(weight, state)) for state in states) - len(step.specs(weight))
+        overhead += more * (2 * len(weight.name) + _ENTRY_BYTES)
+    return offers, Rest(sum(weight.numel for weight in others), nbytes, overhead)
+
+
+def decide(
+    step: StepPlan, weights: Sequence[Weight], source: Checkpoint, tokens: Path | None, table: Path, ctx: Context
+) -> dict[str, State]:
+    """What every weight of a step becomes: by its own table, if a run has left one, by that it was given, or anew."""
+    pass_ = step.pass_
+    assert isinstance(pass_, DecidingPass)
+    offers, rest = offers_of(step, weights)
+    if not ctx.broadcast(table.is_file()):
+        found = pass_.known([offer.weight for offer in offers])
+        if found is None:
+            offers = (
+                sense(pass_, offers, source, tokens, table.with_suffix(".states"), ctx)
+                if pass_.gradients
+                else [look(pass_, offer, source) for offer in offers]
+            )
+            found = pass_.decide(offers, rest)
+        if ctx.is_main:
+            draft = table.with_suffix(".draft")
+            draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(offers, found)))
+            draft.rename(table)
+        ctx.barrier()
+    return ctx.broadcast(read_table(table) if ctx.is_main else None)  # type: ignore[no-any-return]
+
+
+def sense(
+    pass_: DecidingPass, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path, ctx: Context
+) -> list[Offer]:
+    """The offers with what each would cost; hidden states that have to wait do so in `folder`."""
+    assert tokens is not None
+    import torch
+
+    from compress.batches import cut
+    from compress.corpus import Corpus
+    from compress.forward import is_masked, label_of
+    from compress.meaning import Meaning
+    from compress.reverse import Reverse
+    from compress.skeleton import Skeleton
+
+    skeleton = Skeleton(Meaning(source), torch.float32)
+    kind = type(skeleton.module).__name__
+    if skeleton.module.get_output_embeddings() is None or is_masked(kind):
+        do = "use a pass that needs no gradients, or give a table that was made elsewhere"
+        raise InputError(label_of(source), "a language model that predicts the next token", kind, do)
+    wanted = {offer.weight.name: offer for offer in offers}
+    costs: dict[str, tuple[float, ...]] = {}
+
+    def take(weight: Weight, gradient: torch.Tensor) -> None:
+        value = qtensor.as_matrix(weight, skeleton.meaning.dense(weight.name))
+        costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
+
+    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype)
+    loss = Reverse(skeleton, [offer.weight for offer in offers], folder, ctx).run(batches, take)
+    ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
+    return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
+
+
+def look(pass_: DecidingPass, offer: Offer, source: Checkpoint) -> Offer:
+    """An offer with what the pass asks of its weight."""
+    return replace(offer, costs=pass_.look(offer, qtensor.as_matrix(offer.weight, source.read(offer.weight.name))))
+
+
+def _rows(offers: Sequence[Offer], found: Mapping[str, State]) -> list[dict[str, Any]]:
+    rows = []
+    for offer in offers:
+        weight, state = offer.weight, found[offer.weight.name]
+        costs = {str(offered): float(f"{cost:.6g}") for offered, cost in zip(offer.states, offer.costs, strict=False)}
+        nbytes = sum(spec.nbytes for spec in qtensor.specs(weight, state))
+        rows.append({
+            "weight": weight.name, "state": str(state), "bytes": nbytes, "numel": weight.numel, "stack": weight.stack,
+            "block": weight.block, **({"costs": costs} if costs else {}),
+        })  # fmt: skip
+    return rows
+
+
+def record(table: Path, folder: Path, title: str) -> None:
+    """Puts a table and its picture into the directory that a step makes."""
+    from compress.picture import allocation
+
+    shutil.copyfile(table, folder / LINES)
+    allocation(folder / PICTURE, rows_of(table), title)

@@ -1,0 +1,194 @@
+"""Reverse: gradients of a language model's loss, with one block in memory.
+
+The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches; everything is in fp32.
+Forward, every batch goes from block to block (route.py). Backward, blocks come in the reverse order; each is loaded, runs
+every batch again with a graph, and is released. What it was called with is on disk for every few blocks (footprint's
+`stride`); for those between it is computed again from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.batches import Batch
+from compress.contract import Context
+from compress.errors import CoverageError, InputError
+from compress.facts import Weight
+from compress.footprint import BETWEEN_BYTES, stride
+from compress.journey import Roads
+from compress.parking import Parking
+from compress.route import Route
+from compress.shelf import Shelf
+from compress.skeleton import Block, Skeleton
+from compress.train.student import Conversion
+from compress.writer import trim_memory
+
+Take = Callable[[Weight, torch.Tensor], None]
+"""Receives the gradient of a weight, fp32 in its stored shape."""
+
+
+class Reverse:
+    """Gradients of `weights`; what has to be set aside lies in `folder`."""
+
+    def __init__(self, skeleton: Skeleton, weights: list[Weight], folder: Path, ctx: Context) -> None:
+        self.skeleton, self.weights, self.folder, self.ctx = skeleton, weights, folder, ctx
+        inside = tuple(f"{block.path}." for block in skeleton.blocks)
+        self._outside = [weight for weight in weights if not weight.module.startswith(inside)]
+        self._sizes = {
+            block.path: sum(w.nbytes for w in skeleton.model.weights if w.module.startswith(f"{block.path}."))
+            for block in skeleton.blocks
+        }
+        self._lent: dict[str, list[torch.nn.Parameter]] = {}
+
+    def run(self, batches: list[Batch], take: Take) -> float:
+        """Hands the gradient of every weight to `take`; returns the loss. Raises CoverageError, InputError, MachineError."""
+        total = self._sum(sum(int(batch.scored.sum()) for batch in batches))
+        if not total:
+            raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
+        shelf, parking = Shelf(self.folder / str(self.ctx.rank)), Parking(self.folder, self.ctx.rank, BETWEEN_BYTES)
+        undo = self._lend()
+        try:
+            with Roads(self.skeleton) as roads:
+                routes = [Route(n, batch, self.skeleton, roads, parking, shelf) for n, batch in enumerate(batches)]
+                blocks, every, loss = self._forward(routes, 1 / total)
+                self._backward(routes, blocks, every, take)
+            self._take(self._outside, self._lent, take)
+        finally:
+            undo()
+            self.skeleton.release_visitors()
+            parking.clear()
+            shelf.close()
+            with suppress(OSError):
+                self.folder.rmdir()
+        return self._sum(loss) / total
+
+    def _forward(self, routes: list[Route], weight: float) -> tuple[list[Block], int, float]:
+        """The blocks in the order of a forward, every how many of them are kept, and this process's sum of losses."""
+        blocks: list[Block] = []
+        loss = 0.0
+        with torch.enable_grad():
+            for route in routes:
+                route.advance()
+            every = stride(len(self.skeleton.blocks), sum(route.state_bytes for route in routes))
+            while (call := routes[0].call) is not None:
+                if call.block in blocks:
+                    expected, got = "each block once in a forward", "a block that runs again"
+                    raise CoverageError(call.block.path, expected, got, "use a pass that needs no gradients")
+                with self._loaded(call.block):
+                    for route in routes:
+                        assert route.call is not None
+                        assert route.call.block == call.block
+                        output = route.first_run(len(blocks) % every == 0)
+                        # Nothing may hold the old hidden states any longer.
+                        route.call = None
+                        route.advance(output)
+                        del output
+                        if route.call is None:
+                            loss += route.finish(weight)
+                blocks.append(call.block)
+                del call
+                self._tell("forward", blocks)
+        if not math.isfinite(loss):
+            raise InputError("the loss on the calibration tokens", "a finite number", f"{loss}", "look at the source")
+        return blocks, every, loss
+
+    def _backward(self, routes: list[Route], blocks: list[Block], every: int, take: Take) -> None:
+        for start in range((len(blocks) - 1) // every * every, -1, -every):
+            stop = min(len(blocks), start + every)
+            for step in range(start, stop - 1):
+                with self._loaded(blocks[step]), torch.no_grad():
+                    for route in routes:
+                        route.carry(blocks[step], step)
+            for step in range(stop - 1, start - 1, -1):
+                with self._loaded(blocks[step]):
+                    self._one_block(routes, blocks[step], step, take)
+                self._tell("backward", blocks[step:])
+        for route in routes:
+            route.leave()
+
+    def _one_block(self, routes: list[Route], block: Block, step: int, take: Take) -> None:
+        mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
+        parameters = {path for weight in mine for path in self.skeleton.made_of(weight.name)}
+        for path in parameters:
+            self.skeleton.module.get_parameter(path).requires_grad_(True)
+        for route in routes:
+            route.go_back(block, step)
+        self._take(mine, {path: [self.skeleton.module.get_parameter(path)] for path in sorted(parameters)}, take)
+
+    def _take(self, weights: list[Weight], parameters: dict[str, list[torch.nn.Parameter]], take: Take) -> None:
+        """Hands over the gradients of `weights`, from those of all that was loaded as each parameter."""
+        grads: dict[str, torch.Tensor] = {}
+        logical, kept = self.skeleton.meaning.logical, self.skeleton.model.duplicates
+        for path, loaded in parameters.items():
+            group = self.skeleton.group_of(path)
+            grad = torch.zeros(loaded[0].shape) if (first := loaded[0].grad) is None else first
+            for other in loaded[1:]:
+                grad += 0 if other.grad is None else other.grad
+            self.ctx.add_up(grad)
+            shapes = [logical[source].shape for source in group.sources]
+            parts = Conversion(self.skeleton.mapping, group, shapes).back(path, grad) if group.patterns else [grad]
+            for parameter in loaded:
+                parameter.grad = None
+            for source, part in zip(group.sources, parts, strict=True):
+                name = kept.get(source, source)
+                grads[name] = grads[name].add_(part) if name in grads else part
+        for weight in weights:
+            grad = grads.pop(weight.name).reshape(weight.shape)
+            if not bool(grad.any()):
+                do = "skip it, or calibrate on other texts"
+                raise CoverageError(weight.name, "a weight that the loss depends on", "a gradient of zeros", do)
+            take(weight, grad)
+
+    def _lend(self) -> Callable[[], None]:
+        """Makes parameters outside of blocks ask for gradients whenever their modules are called. Returns what undoes it."""
+        hooks = []
+        for path in sorted({path for weight in self._outside for path in self._made_of(weight)}):
+            owner, _, attribute = path.rpartition(".")
+
+            def hook(module: torch.nn.Module, _: Any, path: str = path, attribute: str = attribute) -> None:
+                parameter = module.get_parameter(attribute)
+                if not parameter.requires_grad:
+                    parameter.requires_grad_(True)
+                    self._lent.setdefault(path, []).append(parameter)
+
+            hooks.append(self.skeleton.module_at(owner).register_forward_pre_hook(hook))
+
+        def undo() -> None:
+            for handle in hooks:
+                handle.remove()
+            for parameters in self._lent.values():
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+
+        return undo
+
+    def _made_of(self, weight: Weight) -> list[str]:
+        """The parameters that a weight becomes, those of its copies on disk included."""
+        copies = [alias for alias, kept in self.skeleton.model.duplicates.items() if kept == weight.name]
+        return [path for name in (weight.name, *copies) for path in self.skeleton.made_of(name)]
+
+    @contextmanager
+    def _loaded(self, block: Block) -> Iterator[None]:
+        self.skeleton.release_visitors()
+        self.skeleton.load(block.path)
+        yield
+        self.skeleton.release(block.path)
+        trim_memory()
+
+    def _tell(self, direction: str, done: list[Block]) -> None:
+        self.ctx.tell(
+            "progress", step=direction, weight=done[-1].path, total_bytes=sum(self._sizes.values()),
+            done_bytes=sum(self._sizes[block.path] for block in done),
+        )  # fmt: skip
+
+    def _sum(self, number: float) -> float:
+        """The sum over processes."""
+        box = torch.tensor(number, dtype=torch.float64)
+        self.ctx.add_up(box)
+        return float(box)

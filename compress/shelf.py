@@ -1,0 +1,70 @@
+"""Shelf: tensors set aside in files under a name, small ones in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Hashable
+from pathlib import Path
+
+import torch
+
+from compress.errors import MachineError
+
+_SMALLEST = 1 << 16
+"""Bytes below which a tensor is not worth a file."""
+
+
+class Shelf:
+    """Everything lies under `folder`, which is its own: emptied when it is made, gone when it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._held: dict[Hashable, torch.Tensor | tuple[Path, torch.Size, torch.dtype]] = {}
+        self._files = 0
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        """Sets a copy aside, in the place of what had that name. Raises MachineError."""
+        self.drop(key)
+        if tensor.nbytes < _SMALLEST:
+            self._held[key] = tensor.detach().clone()
+            return
+        self._files += 1
+        file = self.folder / str(self._files)
+        try:
+            file.write_bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            do = "free some space there, or calibrate on fewer tokens"
+            expected = f"{tensor.nbytes:,} bytes for hidden states"
+            raise MachineError(str(self.folder), expected, error.strerror or str(error), do) from None
+        self._held[key] = file, tensor.shape, tensor.dtype
+
+    def add(self, key: Hashable, tensor: torch.Tensor) -> None:
+        """Adds to what has that name, if there is any."""
+        self.put(key, self.get(key).add_(tensor) if key in self else tensor)
+
+    def get(self, key: Hashable) -> torch.Tensor:
+        """A copy of what has that name."""
+        held = self._held[key]
+        if isinstance(held, torch.Tensor):
+            return held.clone()
+        file, shape, dtype = held
+        data = bytearray(file.stat().st_size)
+        with open(file, "rb") as stream:
+            stream.readinto(data)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets what has that name, if there is any."""
+        held = self._held.pop(key, None)
+        if held is not None and not isinstance(held, torch.Tensor):
+            held[0].unlink()
+
+    def close(self) -> None:
+        """Removes the files."""
+        self._held.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)

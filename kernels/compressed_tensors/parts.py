@@ -1,0 +1,179 @@
+"""How the codes of each scheme lie in a compressed-tensors artifact.
+
+A linear `NAME.weight` [out, in] becomes, by the format that its scheme has there,
+    pack-quantized        integers, activations in 16 bits or FP8
+        NAME.weight_packed      int32 [out, ceil(in * b / 32)]   codes u = q + 2^(b-1), one bit stream per row
+        NAME.weight_scale       model dtype [out, groups]        [out, 1] per channel
+        NAME.weight_shape       int64 [2]
+        NAME.weight_zero_point  int32 [ceil(out * b / 32), groups]   asymmetric only; streams run down the rows
+    int-quantized         integers with activations in int8
+        NAME.weight             int8 [out, in]                   q, whatever its bits
+        NAME.weight_scale       as above
+    float-quantized       FP8 E4M3
+        NAME.weight             float8_e4m3fn [out, in]
+        NAME.weight_scale       model dtype [out, 1], [1] for the matrix, [ceil(out / 128), ceil(in / 128)] for blocks
+    nvfp4-pack-quantized
+        NAME.weight_packed      uint8 [out, in / 2]              the even column in the low nibble
+        NAME.weight_scale       float8_e4m3fn [out, in / 16]
+        NAME.weight_global_scale  fp32 [1]                       what weight_scale is divided by
+    mxfp4-pack-quantized
+        NAME.weight_packed      uint8 [out, in / 2]
+        NAME.weight_scale       uint8 [out, in / 32]             E8M0
+Streams, nibbles and the bytes of scales are those of the canonical form, so they move over and nothing is rounded again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import FormatError
+from compress.facts import TensorSpec, Weight
+from compress.scheme import BLOCK, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.qtensor import QTensor
+
+
+def kind_of(scheme: Scheme) -> str:
+    """The name of the format that holds a scheme, empty where none does."""
+    if scheme.integer:
+        return "int-quantized" if scheme.inputs == "int8" else "pack-quantized"
+    if scheme.grid == "e4m3":
+        return "float-quantized"
+    return {"e8m0": "mxfp4-pack-quantized", "e4m3": "nvfp4-pack-quantized"}.get(scheme.scales, "")
+
+
+def specs(weight: Weight, scheme: Scheme) -> list[TensorSpec]:
+    """The tensors of a weight, in order."""
+    name, kind, rows, columns = weight.name, kind_of(scheme), weight.rows, weight.columns
+    scales = scheme.grid_shape(rows, columns)
+    if kind == "pack-quantized":
+        found = [
+            TensorSpec(f"{name}_packed", "I32", (rows, _words(columns, scheme))),
+            TensorSpec(f"{name}_scale", weight.dtype, scales),
+            TensorSpec(f"{name}_shape", "I64", (2,)),
+        ]
+        if not scheme.symmetric:
+            found.append(TensorSpec(f"{name}_zero_point", "I32", (_words(rows, scheme), scales[1])))
+        return found
+    if kind in ("int-quantized", "float-quantized"):
+        shape = (1,) if scheme.scales == "tensor" else scales
+        dtype = "I8" if scheme.integer else "F8_E4M3"
+        return [TensorSpec(name, dtype, (rows, columns)), TensorSpec(f"{name}_scale", weight.dtype, shape)]
+    packed = TensorSpec(f"{name}_packed", "U8", (rows, columns // 2))
+    if kind == "mxfp4-pack-quantized":
+        return [packed, TensorSpec(f"{name}_scale", "U8", scales)]
+    return [packed, TensorSpec(f"{name}_scale", "F8_E4M3", scales), TensorSpec(f"{name}_global_scale", "F32", (1,))]
+
+
+def copies(weight: Weight, scheme: Scheme) -> dict[str, str]:
+    """Tensors whose bytes the canonical form has already."""
+    name, kind = weight.name, kind_of(scheme)
+    codes, scale = f"{name}.codes", f"{name}.scale"
+    if kind == "int-quantized":
+        return {f"{name}_scale": scale}
+    if kind == "float-quantized":
+        # A row of the canonical form is filled up to whole words.
+        return {} if weight.columns % 4 else {name: codes}
+    found = {f"{name}_packed": codes, f"{name}_scale": scale}
+    return found if kind != "nvfp4-pack-quantized" else {**found, f"{name}_global_scale": f"{name}.tensor_scale"}
+
+
+def constants(weight: Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """Tensors that say nothing of the values."""
+    import torch
+
+    if kind_of(scheme) != "pack-quantized":
+        return {}
+    return {f"{weight.name}_shape": torch.tensor([weight.rows, weight.columns], dtype=torch.int64)}
+
+
+def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
+    """The tensors of `specs`. Raises FormatError for scales that the dtype of the model cannot hold."""
+    import torch
+
+    from compress.algebra import bitstream
+
+    name, scheme, kind = weight.name, q.scheme, kind_of(q.scheme)
+    if kind == "int-quantized":
+        # In bytes the offset wraps to what it should be.
+        return {name: (q.codes - scheme.middle).view(torch.int8), f"{name}_scale": q.scale}
+    if kind == "float-quantized":
+        scale = _in_dtype(weight, q.scale)
+        return {name: q.codes.view(torch.float8_e4m3fn), f"{name}_scale": scale.view(1) if scheme.scales == "tensor" else scale}
+    stream = bitstream.pack(q.codes, scheme.bits)
+    if kind != "pack-quantized":
+        found = {f"{name}_packed": stream, f"{name}_scale": q.scale}
+        return found if q.tensor_scale is None else {**found, f"{name}_global_scale": q.tensor_scale.view(1)}
+    tensors = {f"{name}_packed": stream.view(torch.int32), f"{name}_scale": q.scale, **constants(weight, scheme)}
+    if q.zero is not None:
+        # A clone, because a single group's transpose counts as contiguous with strides that cannot be viewed as words.
+        down = bitstream.pack(q.zero.T.clone(memory_format=torch.contiguous_format), scheme.bits).view(torch.int32)
+        tensors[f"{name}_zero_point"] = down.T.contiguous()
+    return tensors
+
+
+def decode(weight: Weight, scheme: Scheme, tensors: dict[str, torch.Tensor]) -> QTensor:
+    """The inverse of `encode`."""
+    import torch
+
+    from compress.algebra import bitstream
+    from compress.qtensor import QTensor
+
+    name, kind, bits = weight.name, kind_of(scheme), scheme.bits
+    scale = tensors[f"{name}_scale"]
+    if kind == "int-quantized":
+        return QTensor(scheme, tensors[name].view(torch.uint8) + scheme.middle, scale)
+    if kind == "float-quantized":
+        scale = scale.float().view(scheme.grid_shape(weight.rows, weight.columns))
+        return QTensor(scheme, tensors[name].view(torch.uint8), scale)
+    codes = bitstream.unpack(tensors[f"{name}_packed"].view(torch.uint8), bits, weight.columns)
+    if kind != "pack-quantized":
+        whole = tensors.get(f"{name}_global_scale")
+        return QTensor(scheme, codes, scale, None, None if whole is None else whole.view(()))
+    zero = None
+    if not scheme.symmetric:
+        down = tensors[f"{name}_zero_point"].T.contiguous().view(torch.uint8)
+        zero = bitstream.unpack(down, bits, weight.rows).T.contiguous()
+    return QTensor(scheme, codes, scale, zero)
+
+
+def group_of(scheme: Scheme) -> dict[str, Any]:
+    """What a group of config_groups says of a scheme, but for its targets."""
+    kind, type_ = kind_of(scheme), "int" if scheme.integer else "float"
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": type_, "symmetric": scheme.symmetric}
+    if scheme.scales == "block":
+        weights |= {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+    elif kind == "nvfp4-pack-quantized":
+        weights |= {"strategy": "tensor_group", "group_size": scheme.group, "scale_dtype": "torch.float8_e4m3fn"}
+    elif kind == "mxfp4-pack-quantized":
+        weights |= {"strategy": "group", "group_size": scheme.group, "scale_dtype": "torch.uint8"}
+    elif scheme.group:
+        weights |= {"strategy": "group", "group_size": scheme.group}
+    else:
+        weights |= {"strategy": "tensor" if scheme.scales == "tensor" else "channel"}
+    inputs: dict[str, Any] | None = None
+    if scheme.inputs:
+        blocks = {"strategy": "group", "group_size": BLOCK} if scheme.scales == "block" else {"strategy": "token"}
+        type_ = "float" if scheme.inputs == "fp8" else "int"
+        inputs = {"num_bits": 8, "type": type_, "symmetric": True, **blocks, "dynamic": True}
+    return {"format": kind, "weights": {**weights, "dynamic": False}, "input_activations": inputs, "output_activations": None}
+
+
+def _words(values: int, scheme: Scheme) -> int:
+    return -(-values * scheme.bits // 32)
+
+
+def _in_dtype(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
+    """Scales in the dtype that the reader casts them to. Raises FormatError where that would change one."""
+    from compress.checkpoint import torch_dtype
+
+    cast = scale.to(torch_dtype(weight.dtype))
+    if lost := int((cast.float() != scale).sum()):
+        raise FormatError(
+            f"'{weight.name}'", f"scales that {weight.dtype} can hold, in which the reader multiplies",
+            f"{lost} of {scale.numel()} that it cannot", "unpack with to=dense and quantize again",
+        )  # fmt: skip
+    return cast
