@@ -1,0 +1,216 @@
+"""LLM-MQ: bits where the loss feels them, within a budget of bits or bytes.
+
+Li et al., ENLSP 2023: a gradient of the language model's loss tells what rounding a weight to each scheme would cost, and an
+exact integer program spends the budget. Gradients, which the paper leaves open, are those of the mean loss over all
+calibration tokens, fp32, with the weights as they are (compress/reverse.py); what a scheme costs is felt by rounding to
+nearest, whatever the method that rounds in the end. With g the gradient and D = W - Q(W):
+
+    paper   |sum g D|      the loss to first order. Terms of either sign cancel, near a minimum to noise, so that more
+                           bits may cost more
+    abs     sum |g D|      the same without cancelling
+    fisher  sum (g D)^2    to second order, with the square of the mean gradient for the Hessian's diagonal: not summed over
+                           tokens, so noisier than a Fisher matrix, but of all tokens at once
+
+abs is the default: rounded by GPTQ, it had the least KL to the source on a model of 2.6 M parameters at 3 bits (0.0142, fisher
+0.0153, paper 0.0258, 3 bits everywhere 0.0192), and fisher at 2.5 (0.0363, abs 0.0378, paper 0.0469). On one of 0.26 M in five
+blocks nothing beats 3 bits everywhere (0.34; abs 0.38, fisher 0.43, paper 0.59): there is little to win there, for even
+costs that were measured, a group at a time, gained 6 % (rounded to nearest).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.deciding import DecidingPass, Offer, Rest, read_table
+from compress.errors import InputError, Refusal, UsageError
+from compress.facts import DENSE, Note, State, Weight, counted
+from compress.kinds import QuantizingPass
+from compress.peers import together
+from compress.qtensor import specs
+from compress.recipe import Line
+from compress.scheme import Scheme
+from compress.size import parse_size
+
+if TYPE_CHECKING:
+    import torch
+
+_BAND = 1 << 22
+"""Elements of a matrix that are worked on at a time."""
+
+
+class LlmMq(DecidingPass):
+    """Gives each weight one of several schemes, by what it costs in loss."""
+
+    schemes: tuple[Scheme, ...] = Field(
+        tuple(map(Scheme.parse, ("w2a16g128-asym", "w3a16g128-asym", "w4a16g128-asym"))), description="schemes to choose among"
+    )
+    bits: float | None = Field(None, gt=0, description="budget: mean bits of a code over the targeted weights, as in the paper")
+    bpw: float | None = Field(
+        None, gt=0, description="budget: mean bits of a weight over the whole model, with scales and what is not targeted"
+    )
+    size: str | None = Field(None, description="budget: the checkpoint's weights and config on disk, e.g. 3.2GB")
+    mode: Literal["paper", "abs", "fisher"] = Field(
+        "abs", description="what a rounding costs: |sum g D|, sum |g D| or sum (g D)^2, gradient times error"
+    )
+    method: Literal["gptq", "rtn"] = Field("gptq", description="the pass that then rounds, with its defaults but for clip")
+    clip: Literal["mse", "none"] = Field("mse", description="range of a group: a search for least error, or the largest value")
+    outliers: float = Field(
+        0.0, ge=0, lt=1, description="share of a matrix's entries, the largest, that are kept as they are; 0.005 in the paper"
+    )
+    outlier_bits: tuple[int, ...] = Field((2,), description="schemes that have outliers, by the bits of their codes")
+    fused: bool = Field(True, description="q, k and v share a scheme, gate and up too: some readers fuse them")
+    experts: Literal["model", "block", "own"] = Field(
+        "model", description="routed experts that share a scheme: all, as readers want it, those of a block, or none"
+    )
+    reuse: str = Field("", description="an allocation.jsonl to take instead of a budget")
+    ragged: Literal["refuse", "divide", "channel"] = Field(
+        "refuse", description="columns that the group does not divide: as for quantize.rtn"
+    )
+    least_zero: int = Field(
+        0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
+    )
+
+    @field_validator("schemes", "outlier_bits", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int) else value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("bits", "bpw", "size") if getattr(self, name) is not None]
+        if len(given) != (0 if self.reuse else 1):
+            raise ValueError(f"{'no budget beside reuse' if self.reuse else 'one of bits, bpw and size'}, not {given or 'none'}")
+        if not self.schemes or len(set(self.schemes)) < len(self.schemes):
+            raise ValueError("schemes that differ")
+        if self.size is not None:
+            try:
+                parse_size(self.size)
+            except UsageError as error:
+                raise ValueError(f"size: {error.problems[0].expected}") from None
+        return self
+
+    def told(self) -> Self:
+        """A table by its name: its content has a digest, and a path is nobody's business."""
+        return self.model_copy(update={"reuse": PurePath(self.reuse).name})
+
+    def work(self) -> Line:
+        # One with zero points, if any has them: whether the format has a word for the least of them is asked of this pass.
+        scheme = min(self.schemes, key=lambda scheme: scheme.symmetric)
+        return Line(f"quantize.{self.method}", {"scheme": str(scheme), "clip": self.clip, "least_zero": self.least_zero})
+
+    def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
+        wanted = [(scheme, self.outliers if scheme.bits in self.outlier_bits else 0.0) for scheme in self.schemes]
+        if self.reuse:
+            found = self.table.get(weight.name, DENSE)
+            if found.scheme is None:
+                raise Refusal(f"{PurePath(self.reuse).name} has no scheme for it", "skip it")
+            wanted = [(found.scheme, found.outliers.share if found.outliers else 0.0)]
+        passes = [
+            QuantizingPass(
+                targets=self.targets, skip=self.skip, scheme=scheme, outliers=share, ragged=self.ragged,
+                least_zero=self.least_zero,
+            )
+            for scheme, share in wanted
+        ]  # fmt: skip
+        return tuple(pass_.becomes(weight, state) for pass_ in passes)
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        changed = {}
+        for weight in weights:
+            if (scheme := states[weight.name].scheme) not in self.schemes:
+                changed[weight.name] = f"{weight.columns} columns: {scheme}, which none of schemes is"
+        return counted("ragged", changed) if not self.reuse else []
+
+    def table_digest(self) -> str:
+        if not self.reuse:
+            return ""
+        from compress.intake import file_digest
+
+        return file_digest(Path(self.reuse))
+
+    @cached_property
+    def table(self) -> dict[str, State]:
+        """What the table that is reused says of each weight."""
+        return read_table(Path(self.reuse))
+
+    def known(self, weights: Sequence[Weight]) -> dict[str, State] | None:
+        if not self.reuse:
+            return None
+        if more := sorted(self.table.keys() - {weight.name for weight in weights}):
+            do = "reuse it with the targets and skip that it was made with"
+            raise InputError(self.reuse, "weights that are targeted", f"'{more[0]}' among {len(more)} that are not", do)
+        return self.table
+
+    def sense(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor) -> tuple[float, ...]:
+        from compress.algebra.outliers import split
+        from compress.algebra.rounding import largest, nearest
+
+        found = [0.0] * len(offer.states)
+        columns = value.shape[-1]
+        # Whole blocks of 128 rows, which some schemes have a scale for.
+        height = max(1, _BAND // (128 * columns)) * 128
+        for w, g in zip(value.reshape(-1, *value.shape[-2:]), gradient.reshape(-1, *value.shape[-2:]), strict=True):
+            peak = offer.weight.peak or largest(w)
+            for number, state in enumerate(offer.states):
+                assert state.scheme is not None
+                # An outlier costs nothing: the rest is zero there, and its code too.
+                rest = w if state.outliers is None else split(w, state.outliers).rest
+                for own, slope in zip(rest.split(height), g.split(height), strict=True):
+                    q = nearest(own, state.scheme, value.dtype, self.clip, self.least_zero, peak).q
+                    found[number] += self._felt(slope * (q.dequantize().to(value.dtype).float() - own.float()))
+        return tuple(map(abs, found))
+
+    def _felt(self, products: torch.Tensor) -> float:
+        """The sum that the mode takes over gradient times error."""
+        if self.mode == "paper":
+            return float(products.double().sum())
+        return float((products.abs() if self.mode == "abs" else products.square()).double().sum())
+
+    def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
+        from compress.algebra.knapsack import choose
+
+        groups: dict[str, list[Offer]] = defaultdict(list)
+        for offer in offers:
+            groups[self._group(offer.weight)].append(offer)
+        choices = range(len(self.schemes))
+        sizes = [[sum(self._taken(o, c) for o in group) for c in choices] for group in groups.values()]
+        costs = [[sum(o.costs[c] if o.costs else 0.0 for o in group) for c in choices] for group in groups.values()]
+        numel = sum(offer.weight.numel for offer in offers)
+        word, given, unit, base = self._budget(numel, rest)
+        least = sum(map(min, sizes))
+        if least > (room := math.floor(given * unit - base + 1e-6)):
+            expected = f"{math.ceil((least + base) / unit * 1e4) / 1e4:,.10g} at least, with the smallest of schemes everywhere"
+            do = "raise it, offer smaller schemes, or target more weights"
+            raise UsageError(f"{self.pass_name()}.{word}", expected, f"{given:,.10g}", do)
+        found = choose(costs, sizes, room)
+        return {o.weight.name: o.states[c] for c, group in zip(found, groups.values(), strict=True) for o in group}
+
+    def _budget(self, numel: int, rest: Rest) -> tuple[str, float, float, int]:
+        """The option and its value; what one of it is worth, in what `_taken` counts, and how much of that is taken anyway."""
+        if self.bits is not None:
+            return "bits", self.bits, numel, 0
+        if self.bpw is not None:
+            return "bpw", self.bpw, (numel + rest.numel) / 8, rest.nbytes
+        assert self.size is not None
+        return "size", parse_size(self.size), 1, rest.nbytes + rest.overhead_bytes
+
+    def _taken(self, offer: Offer, choice: int) -> int:
+        """What a choice takes of the budget: bits of codes, or bytes of everything."""
+        state = offer.states[choice]
+        assert state.scheme is not None
+        if self.bits is not None:
+            return offer.weight.numel * state.scheme.bits
+        return sum(spec.nbytes for spec in specs(offer.weight, state))
+
+    def _group(self, weight: Weight) -> str:
+        """What weights have in common that share a scheme."""
+        if weight.kind == "expert" and self.experts != "own":
+            return f"experts {weight.stack} {weight.block}" if self.experts == "block" else "experts"
+        return together(weight.name) if self.fused else weight.name
