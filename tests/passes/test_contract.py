@@ -13,6 +13,7 @@ from compress.discover import caption, load_pass, pass_files
 from compress.names import resolve as resolve_names
 from compress.recipe import Recipe, parse_one_liner, parse_yaml
 from compress.resolve import json_schema, resolve
+from families import build
 from support import ready_inputs, run, step_of, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs()}', samples=6)"
@@ -21,7 +22,12 @@ EXAMPLES = {
     "prune.magnitude": "prune.magnitude(sparsity=2:4)",
     "prune.wanda": f"{CALIBRATE} | prune.wanda(sparsity=2:4)",
     "quantize.gptq": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32)",
+    "quantize.llm_mq": f"{CALIBRATE} | quantize.llm_mq(schemes=[w2a16g32-asym, w4a16g32-asym], bits=3)",
+    "quantize.loftq": "quantize.loftq(scheme=nf4g32, rank=4, iterations=2)",
+    "quantize.lorc": "quantize.rtn(scheme=w3a16g32) | quantize.lorc(rank=4)",
+    "quantize.moqe": "quantize.moqe(scheme=w3a16g32, granularity=adaptive, share=none, alpha=0.95)",
     "quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)",
+    "quantize.smooth": f"{CALIBRATE} | quantize.smooth(scheme=w4a16g32)",
     "distill.logits": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.logits(batch=4, micro_batch=2)",
     "pack": "quantize.rtn(scheme=w4a16g32) | pack",
 }
@@ -29,7 +35,9 @@ EXAMPLES = {
 
 
 def start(name: str, tiny: Path, scratch: Path) -> Path:
-    """What the recipe of a pass starts from: a dense model, or a packed one."""
+    """What the recipe of a pass starts from: a dense model, one with experts, or a packed one."""
+    if name == "quantize.moqe":
+        return build("mixtral", scratch)
     if name != "unpack":
         return tiny
     run(tiny, scratch / "packed", EXAMPLES["pack"])

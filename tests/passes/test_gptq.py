@@ -8,22 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import compress.demo
 from compress.checkpoint import open_checkpoint
 from compress.errors import InputError
 from compress.meaning import Meaning
-from compress.measure import compare
-from compress.windows import token_windows
 from families import build
-from support import dense_meaning, load, logits, ready_inputs, run, step_of, tiny_llama
-
-TEXT = Path(compress.demo.__file__).parent / "text"
-CALIBRATE = f"calibrate(data='{TEXT / 'calibration.jsonl'}', samples=32, length=256)"
-
-
-def kl(source: Path, artifact: Path) -> float:
-    windows = token_windows(source, TEXT / "evaluation.jsonl", 256, 4096)
-    return compare(open_checkpoint(source), open_checkpoint(artifact), windows).kl.value
+from support import CALIBRATE, TEXT, dense_meaning, kl, load, logits, ready_inputs, run, step_of, tiny_llama
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("w4a16g32", 0.6), ("w3a16g32", 0.5), ("w2a16g32", 0.4), ("w3a16g32-asym", 0.7)])

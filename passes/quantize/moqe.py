@@ -1,0 +1,80 @@
+"""MoQE: codes for routed experts only; all other weights keep their bits.
+
+Kim et al., 2310.02410: experts are most of a mixture's weights and suffer rounding best, down to 2 bits without data (which
+the paper then trains with; `distill.logits` does that here). One scale per output channel, 2 max|w| / (2^b - 1), and no
+zero point. The paper's `int()` leaves the rounding open: cutting off would leave 3 levels of 2 bits, rounding to nearest 5,
+which 2 bits cannot say. Here codes are rounded to nearest and kept within +-(2^(b-1) - 1): that errs by half a step at most,
+as the largest weight lies half a step beyond, Q(-w) is -Q(w), and one code stays unused (2 bits are ternary). With
+`grid=full` it is used: exactly what quantize.rtn does with targets=[experts].
+
+Groups, searched ranges and groups by matrix are options; so is GPTQ, each expert on its own calibration tokens: those that
+few tokens reach are rounded to nearest, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.errors import InputError, UsageError
+from compress.facts import Note, State, Weight, counted
+from compress.granular import GranularPass
+from compress.recipe import Line
+from compress.scheme import Scheme
+
+
+class Moqe(GranularPass):
+    """Rounds the weights of routed experts to few bits."""
+
+    scheme: Scheme = Field(
+        Scheme(4), description="symmetric integers: w2a16, w3a16, w4a16 or w8a16 per output channel, or in groups, e.g. w4a16g64"
+    )
+    targets: tuple[str, ...] = Field(("experts",), description="which weights of routed experts: all, or by re:REGEX or name")
+    method: Literal["rtn", "gptq"] = Field("rtn", description="round to nearest without data, or GPTQ on calibration tokens")
+    grid: Literal["paper", "full"] | None = Field(
+        None, description="as many codes below zero as above, the default of rtn; or all of them, as gptq has it"
+    )
+    clip: Literal["none", "mse"] | None = Field(
+        None, description="range of a group: its largest magnitude, the default of rtn; or a search for least error, that of gptq"
+    )
+    min_tokens: int | None = Field(
+        None, ge=0, description="gptq: experts that saw fewer calibration tokens are rounded to nearest; 32 without it"
+    )
+
+    @model_validator(mode="after")
+    def _as_the_paper(self) -> Self:
+        if not self.scheme.integer or not self.scheme.symmetric or self.scheme.inputs:
+            raise ValueError(f"scheme: symmetric integers and a16, not {self.scheme}; quantize.rtn takes others for experts")
+        if self.method == "gptq" and self.grid == "paper":
+            raise ValueError("grid: full with method=gptq")
+        if self.method == "rtn" and self.min_tokens is not None:
+            raise ValueError("min_tokens: only with method=gptq")
+        return self
+
+    def work(self) -> Line:
+        grid = (self.grid or "paper") if self.method == "rtn" else None
+        given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid}
+        options = {name: value for name, value in given.items() if value is not None}
+        return Line(f"quantize.{self.method}", {"scheme": str(self.scheme), **options})
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        if not any(weight.kind == "expert" for weight in weights):
+            do = "use quantize.rtn or quantize.gptq, which take every linear"
+            raise InputError(self.pass_name(), "a model with routed experts", "a dense one", do)
+        found = super().chosen(weights)
+        if other := next((weight for weight in found if weight.kind != "expert"), None):
+            do = "use quantize.rtn or quantize.gptq for it"
+            raise UsageError(f"{self.pass_name()}.targets", "weights of routed experts", f"'{other.name}', a {other.kind}", do)
+        return found
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        return [*super().notes(weights, states), *counted("experts", {weight.name: _layout(weight) for weight in weights})]
+
+
+def _layout(weight: Weight) -> str:
+    """How the experts of a weight lie on disk."""
+    if weight.experts is None:
+        return "a tensor for each expert"
+    return f"{weight.experts} experts in one tensor, each stored [{'in, out' if weight.transposed else 'out, in'}]"

@@ -1,0 +1,111 @@
+"""Smooth: rescales activations so that weights round well, keeping the function.
+
+Channels of an activation are divided by numbers where they are written (a norm, the linear before) and multiplied in the
+columns of all that reads them. Large channels then have large weights, which rounding hurts less (AWQ, Lin et al.,
+2306.00978), or activations lose outliers to weights (SmoothQuant, Xiao et al., 2211.10438).
+
+    awq          mean |x|^r, r = 0, .05, .., .95, by the least error of outputs when the readers are rounded to nearest
+                 to the scheme that will follow; r = 0 changes nothing, so that no layer gets worse on these tokens.
+                 Errors are those of each layer's outputs over all tokens (AWQ: of a block's on a few), and experts are judged
+                 by all tokens that reach their router
+    smoothquant  max |x|^alpha / max |w|^(1 - alpha)
+
+Which spaces there are: compress/spaces.py; what cannot be rescaled is counted. Put it before the pass that quantizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from compress.balancing import Matrix, SpacePass
+from compress.contract import Statistic
+from compress.facts import MATRICES, State, Weight
+from compress.kinds import QuantizingPass
+from compress.scheme import Scheme
+from compress.spaces import Space
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Seen(NamedTuple):
+    """mean |x| [in] and mean of x x^T [in, in]; or max |x| [in] and nothing."""
+
+    inputs: torch.Tensor
+    hessian: torch.Tensor | None
+
+
+class Smooth(SpacePass):
+    """Makes weights easier to round, and changes nothing else."""
+
+    method: Literal["awq", "smoothquant"] = Field(
+        "awq", description="a search by the error of outputs, or a fixed share of ranges"
+    )
+    scheme: Scheme | None = Field(None, description="awq: the scheme that will follow, e.g. w4a16g128")
+    ragged: Literal["refuse", "divide", "channel"] = Field(
+        "refuse", description="awq: columns that the group does not divide, as for quantize.rtn"
+    )
+    clip: Literal["none", "mse"] = Field("none", description="awq: range of a group, as for quantize.rtn")
+    steps: int = Field(20, ge=2, le=100, description="awq: how many exponents from 0 to below 1 are tried")
+    alpha: float = Field(0.5, ge=0, le=1, description="smoothquant: share of the ranges that goes from activations to weights")
+
+    @model_validator(mode="after")
+    def _of_its_method(self) -> Self:
+        if self.method == "awq" and self.scheme is None:
+            raise ValueError("scheme: the one that will follow, with method=awq")
+        others = ("alpha",) if self.method == "awq" else ("scheme", "ragged", "clip", "steps")
+        if given := [name for name in others if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"{', '.join(given)}: not with method={self.method}")
+        return self
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        if weight.kind in MATRICES and self.targeted(weight):
+            self._scheme(weight)
+        return super().becomes(weight, state)
+
+    def _scheme(self, weight: Weight) -> Scheme | None:
+        """What will follow for a weight. Raises Refusal where it cannot."""
+        if self.scheme is None:
+            return None
+        return QuantizingPass.model_construct(scheme=self.scheme, ragged=self.ragged).becomes(weight, State()).scheme
+
+    def statistic(self, width: int) -> Statistic:
+        from compress.algebra.smoothing import Activity, Extents
+
+        return Activity(width) if self.method == "awq" else Extents(width)
+
+    def statistic_bytes(self, width: int) -> int:
+        return 12 * width * width if self.method == "awq" else 4 * width
+
+    def prepare(self, statistic: Any) -> Seen:
+        if self.method == "smoothquant":
+            return Seen(statistic.largest(), None)
+        return Seen(statistic.magnitudes(), statistic.mean())
+
+    def balance(self, space: Space, matrices: Iterable[Matrix], prepared: Seen) -> torch.Tensor | None:
+        import torch
+
+        from compress.algebra.smoothing import by_activity, by_extents, cost
+        from compress.checkpoint import torch_dtype
+
+        if self.method == "smoothquant":
+            columns = torch.stack([matrix.value.abs().amax(0) for matrix in matrices]).amax(0)
+            inputs, weights = (space.by_head(peaks).amax(1).reshape(-1) for peaks in (prepared.inputs, columns))
+            return by_extents(inputs, weights, self.alpha)
+        assert prepared.hessian is not None
+        magnitudes = space.by_head(prepared.inputs).mean(1).reshape(-1)
+        tried = [by_activity(magnitudes, step / self.steps) for step in range(self.steps)]
+        costs = [0.0] * len(tried)
+        for weight, value in matrices:
+            scheme = self._scheme(weight)
+            assert scheme is not None
+            for number, s in enumerate(tried):
+                costs[number] += cost(value, space.spread(s), prepared.hessian, scheme, torch_dtype(weight.dtype), self.clip)
+        best = min(range(len(tried)), key=costs.__getitem__)
+        return tried[best] if best else None
+
+    def workspace_bytes(self, weight: Weight) -> int:
+        return 24 * weight.out_features * weight.in_features if len(weight.shape) > 1 else 0  # fp32: with s, codes, products
