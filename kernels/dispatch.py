@@ -1,16 +1,27 @@
-"""Dispatch: which formats there are, found by path."""
+"""Dispatch: which formats there are, and which backend runs a packed weight."""
 
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from compress.errors import InputError
+from compress.errors import InputError, Refusal, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.contract import Format
+    from compress.facts import State
+    from compress.kernels.native.packed import Packed
+
+BACKENDS = ("int4pack", "cpu", "reference")
+"""Backends of the native format, the fastest first; each is the one subclass of Backend in its file."""
+_LOG = logging.getLogger("compress")
 
 
 @lru_cache(maxsize=1)
@@ -29,3 +40,88 @@ def load_format(name: str) -> type[Format]:
     module = importlib.import_module(f"compress.kernels.{name.replace('-', '_')}.layout")
     found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Format)]
     return next(cls for cls in found if cls.name == name)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a backend is to multiply by: a packed weight, and how it is used."""
+
+    state: State
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    """Of activations."""
+    scales: torch.dtype
+    """What scales are stored in."""
+    device: str
+    """Where the weight lies: cpu or cuda."""
+    turned: bool = False
+    """Whether inputs are in rows, y = x @ w + b, as in a Conv1D; else y = x @ w.T + b."""
+    looked_up: bool = False
+    """Whether its rows are looked up as well, as in an embedding."""
+
+
+class Backend:
+    """Multiplies activations by a packed weight. What it keeps is as large as the weight, and never dense."""
+
+    name: ClassVar[str] = ""
+    multiple: ClassVar[int] = 16
+    """Rows where a chunk may begin."""
+
+    def refuse(self, work: Work) -> None:
+        """Raises Refusal for what it cannot run."""
+
+    def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
+        """The parts that it keeps in the place of those of a matrix."""
+        return dict(packed.parts)
+
+    def chunks(self, packed: Packed, weights: int = 1 << 20) -> Iterator[slice]:
+        """Slices of all rows, of about so many weights each."""
+        step = self.multiple * max(1, weights // (self.multiple * packed.columns))
+        for start in range(0, packed.rows, step):
+            yield slice(start, min(packed.rows, start + step))
+
+    def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows [n, columns] of what the weight means, a slice as `chunks` gives them."""
+        return packed.take(rows).dequantize().to(dtype)
+
+    def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
+        """x [tokens, inputs] -> [tokens, outputs], in x's dtype; `packed` has the parts of `prepare`."""
+        raise TypeError(f"{self.name} does not multiply")
+
+
+def load_backend(name: str) -> Backend:
+    """A backend by its name. Raises UsageError for a name that is none."""
+    if name not in BACKENDS:
+        raise UsageError("backend", f"one of {', '.join(BACKENDS)}", f"'{name}'{did_you_mean(name, BACKENDS)}")
+    return _load(name)
+
+
+@cache
+def _load(name: str) -> Backend:
+    module = importlib.import_module(f"compress.kernels.native.{name}")
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Backend)]
+    return next(cls for cls in found if cls.name == name)()
+
+
+def choose(work: Work, name: str | None = None) -> Backend:
+    """The backend of that name, or the first that takes the work.
+
+    Raises UsageError where the one that was asked for refuses; why others are passed over is logged, once for each reason.
+    """
+    for candidate in BACKENDS if name is None else (name,):
+        backend = load_backend(candidate)
+        try:
+            backend.refuse(work)
+        except Refusal as refusal:
+            if name is not None:
+                raise UsageError(f"backend {name}", f"one that runs {work.state}", refusal.reason, refusal.do) from None
+            _tell_once(candidate, refusal.reason)
+            continue
+        return backend
+    raise UsageError("backend", f"one that runs {work.state} on {work.device}", f"none of {', '.join(BACKENDS)}")
+
+
+@cache
+def _tell_once(backend: str, reason: str) -> None:
+    _LOG.info("backend %s is passed over: %s", backend, reason)

@@ -1,0 +1,1 @@
+"""native: our own packed layout, one for every kernel, and its backends."""

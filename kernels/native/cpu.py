@@ -1,0 +1,39 @@
+"""CPU backend: rows of the weight are expanded and used a chunk at a time.
+
+A chunk stays in a core's cache between its expansion and its product, so this does what the reference does with less memory
+traffic, and keeps nothing dense.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import linear
+
+from compress.errors import Refusal
+from compress.kernels.dispatch import Backend, Work
+
+if TYPE_CHECKING:
+    from compress.kernels.native.packed import Packed
+
+_CHUNK = 1 << 18
+"""Weights of a chunk."""
+
+
+class Cpu(Backend):
+    """Runs every scheme."""
+
+    name = "cpu"
+
+    def refuse(self, work: Work) -> None:
+        if work.device != "cpu":
+            raise Refusal(f"the weight lies on {work.device}", "load the model on the CPU")
+        if work.turned:
+            raise Refusal("a Conv1D adds over its rows, of which a chunk gives no output", "leave the backend to be chosen")
+
+    def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
+        out = x.new_empty(len(x), packed.rows)
+        for rows in self.chunks(packed, _CHUNK):
+            out[:, rows] = linear(x, self.rows(packed, rows, x.dtype), None if bias is None else bias[rows])
+        return out

@@ -1,0 +1,148 @@
+"""int4pack backend: torch's own product with four bits on the CPU.
+
+Legend: N rows, K columns, g columns of a group; w = (code - 8) s, with s in bf16 [K / g, N, 2] beside zeros, which the
+product would add.
+
+torch packs codes in an order that depends on what the processor can do, so they are packed when a model is loaded and never
+stored. Blocks of up to 64 rows lie one after the other: byte (k, i) of a block [K, rows / 2] holds column k of two of its
+rows, in its low and its high half. Which two is read off packed row numbers, and that this is all there is to know is tried
+on random codes. So codes can be taken out again, for many tokens, where a dense product is the faster one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import linear
+
+from compress.algebra.lowrank import Factors
+from compress.errors import Refusal
+from compress.kernels.dispatch import Work
+from compress.kernels.native.cpu import Cpu
+from compress.kernels.native.packed import Packed
+from compress.qtensor import with_beside
+
+_GROUPS = (32, 64, 128, 256)
+_BLOCK = 64
+"""Rows that torch packs by themselves, whatever the processor; parts of them lie one after the other."""
+_TOKENS = 64
+"""The most tokens for which torch's product is faster than expanding the weight first."""
+
+
+class Int4pack(Cpu):
+    """Symmetric integers of 4 bits in groups, in bf16."""
+
+    name = "int4pack"
+    multiple = _BLOCK
+
+    def refuse(self, work: Work) -> None:
+        super().refuse(work)
+        scheme = work.state.scheme
+        assert scheme is not None
+        if not (scheme.integer and scheme.bits == 4 and scheme.symmetric and scheme.group in _GROUPS):
+            raise Refusal(f"{scheme} is not symmetric w4 in groups of {', '.join(map(str, _GROUPS))}", "use another backend")
+        if work.dtype != torch.bfloat16 or work.scales != torch.bfloat16:
+            raise Refusal("activations or scales are not in bfloat16, which alone is fast", "load the model in bfloat16")
+        if work.rows % 16 or work.columns % scheme.group:
+            raise Refusal(f"16 rows or whole groups do not divide {work.rows} x {work.columns}", "use another backend")
+        if work.looked_up:
+            raise Refusal("its rows are looked up as well", "use another backend")
+        if work.state.outliers is not None:
+            raise Refusal("it has outliers", "use another backend")
+        if not _known():
+            raise Refusal("this torch packs codes in an order that is not known here", "use another backend")
+
+    def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
+        parts = {name: part for name, part in packed.parts.items() if name not in ("tiles", "scale")}
+        codes = torch.empty(packed.rows * packed.columns // 2, dtype=torch.uint8)
+        scale = torch.zeros(packed.scheme.groups(packed.columns), packed.rows, 2, dtype=torch.bfloat16)
+        for rows in self.chunks(packed):
+            q = packed.take(rows)
+            codes[_bytes(rows, packed)] = _pack(q.codes)
+            scale[:, rows, 0] = q.scale.T
+        return {"int4": codes.view(packed.rows, -1), "scale_and_zero": scale, **parts}
+
+    def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns)
+        q = with_beside(packed.state, codes, packed.parts["scale_and_zero"][:, rows, 0].T, None, packed.parts)
+        if q.lowrank is not None:
+            q = replace(q, lowrank=replace(q.lowrank, left=q.lowrank.left[rows]))
+        return q.dequantize().to(dtype)
+
+    def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
+        if len(x) > _TOKENS or x.dtype != torch.bfloat16:
+            return super().linear(x, packed, bias, turned)
+        parts = packed.parts
+        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), parts["int4"], packed.scheme.group, parts["scale_and_zero"]
+        )
+        if packed.state.lowrank is not None:
+            left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
+            out += linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
+        return out if bias is None else out + bias
+
+
+def _bytes(rows: slice, packed: Packed) -> slice:
+    """Where the bytes of some rows are, from one that begins a block."""
+    return slice(rows.start * packed.columns // 2, rows.stop * packed.columns // 2)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [n, K], n a multiple of 16 -> uint8 [n K / 2] in torch's order."""
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    return packed.view(-1)
+
+
+def _unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of `_pack`, as a view of [K, n]."""
+    rows = 2 * len(packed) // columns
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    for start in range(0, rows, _BLOCK):
+        part = codes[:, start : start + _BLOCK]
+        for half, low, high in _blocks(part.shape[1]):
+            taken, packed = packed[: columns * half].view(columns, half), packed[columns * half :]
+            part[:, low] = taken & 15
+            part[:, high] = taken >> 4
+    return codes.T
+
+
+@lru_cache(maxsize=8)
+def _blocks(rows: int) -> tuple[tuple[int, slice, slice], ...]:
+    """For each block that so many rows are packed in: half its rows, those in the low halves of bytes, and in the high ones."""
+    numbers = torch.arange(rows, dtype=torch.uint8)[:, None].expand(rows, 2)
+    ones, sixteens = _pack(numbers & 15), _pack(numbers >> 4)
+    low, high = (ones & 15) | (sixteens & 15) << 4, (ones >> 4) | (sixteens >> 4) << 4
+
+    def found() -> Iterator[tuple[int, slice, slice]]:
+        start = 0
+        while start < rows:
+            # The second column begins where the first row comes again.
+            again = (low[start + 1 :] == low[start]).nonzero()
+            half = int(again[0]) + 1 if len(again) else rows - start
+            yield half, _run(low[start : start + half]), _run(high[start : start + half])
+            start += 2 * half
+
+    return tuple(found())
+
+
+def _run(numbers: torch.Tensor) -> slice:
+    """Numbers that follow one another evenly, as a slice; others are found out when codes do not come back."""
+    first, step = int(numbers[0]), int(numbers[1]) - int(numbers[0])
+    return slice(first, first + step * len(numbers), step)
+
+
+@lru_cache(maxsize=1)
+def _known() -> bool:
+    """Whether codes come back."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (16, 48, 64, 208):
+        codes = torch.randint(0, 16, (rows, 96), dtype=torch.uint8, generator=generator)
+        try:
+            if not torch.equal(_unpack(_pack(codes), 96), codes):
+                return False
+        except (AttributeError, IndexError, RuntimeError, ValueError):
+            return False
+    return True

@@ -1,0 +1,82 @@
+"""Packed: a weight in the native layout, whole or by rows.
+
+Parts, by name: `tiles` and the grids `scale` and `zero` as in tiles.py; scales of a matrix or of blocks, `tensor_scale`, and
+what stands beside codes (outliers, low-rank factors) as in QTensor. Everything here gives QTensors, so that what codes mean
+is said in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from compress.facts import State
+from compress.kernels.native import tiles
+from compress.qtensor import QTensor, parts_beside, with_beside
+from compress.scheme import Scheme
+
+
+def groups_of(scheme: Scheme, columns: int) -> int:
+    """Groups of the padded columns: a kernel reads scales of whole chunks."""
+    return scheme.groups(tiles.shape(1, columns, scheme.bits)[1] * tiles.chunk(scheme.bits))
+
+
+def by_row(scheme: Scheme) -> bool:
+    """Whether each row has scales of its own, which then lie in tiles; those of a matrix or of blocks lie as they are."""
+    return scheme.scales not in ("tensor", "block")
+
+
+def pack(q: QTensor) -> dict[str, torch.Tensor]:
+    """The parts of a QTensor."""
+    groups = groups_of(q.scheme, q.codes.shape[-1])
+    scale = tiles.pack_grid(q.scale, groups) if by_row(q.scheme) else q.scale
+    zero = None if q.zero is None else tiles.pack_grid(q.zero, groups)
+    parts = {"tiles": tiles.pack(q.codes, q.scheme.bits), "scale": scale, "zero": zero, **parts_beside(q)}
+    return {name: part.contiguous() for name, part in parts.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [experts?, rows, columns] and its parts."""
+
+    state: State
+    rows: int
+    columns: int
+    parts: Mapping[str, torch.Tensor]
+
+    @property
+    def scheme(self) -> Scheme:
+        assert self.state.scheme is not None
+        return self.state.scheme
+
+    def unpack(self) -> QTensor:
+        """The inverse of `pack`, bit for bit."""
+        scheme, groups, zero = self.scheme, self.scheme.groups(self.columns), self.parts.get("zero")
+        codes = tiles.unpack(self.parts["tiles"], scheme.bits, self.rows, self.columns)
+        scale = tiles.unpack_grid(self.parts["scale"], self.rows, groups) if by_row(scheme) else self.parts["scale"]
+        zero = None if zero is None else tiles.unpack_grid(zero, self.rows, groups)
+        return with_beside(self.state, codes, scale, zero, self.parts)
+
+    def expert(self, index: int) -> Packed:
+        """One matrix of fused experts."""
+        return replace(self, parts={name: part[index] for name, part in self.parts.items()})
+
+    def take(self, rows: slice | torch.Tensor) -> QTensor:
+        """Some rows of a matrix, each with scales of its own: a slice that begins at a tile, or an index int64 [n]."""
+        index = torch.arange(rows.start, rows.stop, device=self.parts["tiles"].device) if isinstance(rows, slice) else rows
+        scheme, groups, zero = self.scheme, self.scheme.groups(self.columns), self.parts.get("zero")
+        codes = tiles.split(tiles.by_rows(self.parts["tiles"], rows), scheme.bits).flatten(1)[:, : self.columns]
+        if by_row(scheme):
+            scale = tiles.by_rows(self.parts["scale"], rows)[:, :groups]
+        else:
+            scale = self.parts["scale"][index // scheme.rows_per_scale(self.rows)]
+        zero = None if zero is None else tiles.by_rows(zero, rows)[:, :groups]
+        q = with_beside(self.state, codes, scale, zero, self.parts)
+        return replace(
+            q,
+            scheme=scheme if by_row(scheme) else replace(scheme, scales="row"),
+            outliers=None if q.outliers is None else q.outliers.take(index),
+            lowrank=None if q.lowrank is None else replace(q.lowrank, left=q.lowrank.left[index]),
+        )

@@ -1,0 +1,19 @@
+"""Reference backend: the whole weight as it is meant, then a dense product."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from compress.kernels.dispatch import Backend
+from compress.kernels.native.packed import Packed
+
+
+class Reference(Backend):
+    """Runs everything everywhere; the weight is dense while it multiplies."""
+
+    name = "reference"
+
+    def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
+        dense = packed.unpack().dequantize().to(x.dtype)
+        return linear(x, dense.mT if turned else dense, bias)

@@ -1,0 +1,1 @@
+"""peft: a dense base and a LoRA adapter, for fine-tuning."""

@@ -1,0 +1,122 @@
+"""peft: the dense base that codes mean, and their factors as a LoRA adapter.
+
+At the root lies the base, every weight in the dtype of its source, outliers included; in `loftq_init/` the adapter, named as
+LoftQ's own artifacts have it. For factors left [out, r] and right [r, in] of a linear (left [in, r] and right [r, out] of a
+Conv1D, which lies the other way round) it has
+    base_model.model.PATH.lora_A.weight  [r, in]     bf16, as the factors are; fp32 where they are int8
+    base_model.model.PATH.lora_B.weight  [out, r]
+PEFT multiplies their product by lora_alpha / r, so alpha is r: each weight's own, in rank_pattern and alpha_pattern, where
+it is not the most common one. `init_lora_weights` is true, because "loftq" would make the factors anew. The base is dense
+because PEFT asks a module for its weight, which one of a packed compressed-tensors checkpoint has not (PEFT 0.21.2 raises);
+whoever wants it in four bits has it quantized while it is loaded, with the same grid. Whoever publishes the folder writes its
+name into base_model_name_or_path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS
+from compress.contract import Format, Verdict
+from compress.errors import Refusal
+from compress.facts import Note, State, TensorSpec, Weight, counted
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.names import Model
+    from compress.qtensor import QTensor
+
+VERSION = "0.21.2"
+"""The version of PEFT that this was run with."""
+_PREFIX = "base_model.model."
+
+
+class Peft(Format):
+    """A dense base with low-rank factors as an adapter beside it."""
+
+    name = "peft"
+    expands = True
+    holds = frozenset({"outliers", "lowrank"})
+
+    def refuse(self, weight: Weight, state: State) -> None:
+        if state.scheme is None:
+            return
+        if state.scheme.inputs:
+            raise Refusal("its base is dense, and would not round activations", "use a scheme with a16")
+        if state.lowrank is None:
+            return
+        if weight.kind == "embedding":
+            raise Refusal("PEFT turns the factors of an embedding round and gives them other names", "leave it without factors")
+        if weight.experts is not None or weight.converted or weight.attribute != "weight" or not weight.module:
+            raise Refusal("PEFT adds factors to modules, and transformers makes no module of this tensor alone", "skip it")
+
+    def refuse_together(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
+        if any(state.lowrank for state in states.values()):
+            return []
+        return [("*", "no weight has low-rank factors, so there is no adapter", "use quantize.loftq or quantize.lorc")]
+
+    def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
+        base = [TensorSpec(weight.name, weight.dtype, weight.shape)]
+        if state.lowrank is None:
+            return base
+        kind, rank = "F32" if state.lowrank.int8 else "BF16", state.lowrank.rank
+        a, b = _names(weight)
+        return [*base, TensorSpec(a, kind, (rank, weight.in_features)), TensorSpec(b, kind, (weight.out_features, rank))]
+
+    def file_of(self, name: str) -> str:
+        return ADAPTER_TENSORS if name.startswith(_PREFIX) else ""
+
+    def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
+        from compress.checkpoint import torch_dtype
+        from compress.qtensor import as_matrix
+
+        tensors = {weight.name: as_matrix(weight, value.base()).to(torch_dtype(weight.dtype)).contiguous()}
+        if (factors := value.lowrank) is not None:
+            factors = factors.turned() if weight.transposed else factors
+            left, right = (factors.left, factors.right) if factors.scale is None else factors.halves()
+            a, b = _names(weight)
+            tensors |= {a: right.contiguous(), b: left.contiguous()}
+        return tensors
+
+    def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
+        return {}
+
+    def files(self, model: Model, states: dict[str, State]) -> dict[str, str]:
+        ranks = {w.module: lowrank.rank for w in model.weights if (lowrank := states[w.name].lowrank) is not None}
+        common = Counter(ranks.values()).most_common(1)[0][0]
+        pattern = {path: rank for path, rank in ranks.items() if rank != common}
+        content = {
+            "alpha_pattern": pattern, "base_model_name_or_path": None, "bias": "none",
+            "fan_in_fan_out": any(w.transposed for w in model.weights if w.module in ranks), "inference_mode": True,
+            "init_lora_weights": True, "loftq_config": {}, "lora_alpha": common, "lora_dropout": 0.0, "modules_to_save": None,
+            "peft_type": "LORA", "peft_version": VERSION, "r": common, "rank_pattern": pattern,
+            "target_modules": _targets(ranks, model), "task_type": "CAUSAL_LM" if set(model.stacks) == {"decoder"} else None,
+            "use_dora": False, "use_rslora": False,
+        }  # fmt: skip
+        return {ADAPTER_CONFIG: json.dumps(content, indent=2) + "\n"}
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        return counted("expanded", {w.name: f"{states[w.name].scheme} became the dense weights that it means" for w in weights})
+
+    def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
+        return [
+            Verdict("peft", "yes", f"{VERSION}, run on Llama and GPT-2; the adapter in loftq_init/ on the base above it"),
+            Verdict("transformers", "no", "it reads the base alone, without the adapter"),
+            Verdict("vllm", "unknown", "adapters of unequal ranks, or beside fused layers; not run"),
+        ]
+
+
+def _names(weight: Weight) -> tuple[str, str]:
+    """What PEFT calls the factors of a weight, A and B."""
+    return f"{_PREFIX}{weight.module}.lora_A.weight", f"{_PREFIX}{weight.module}.lora_B.weight"
+
+
+def _targets(ranks: dict[str, int], model: Model) -> list[str]:
+    """Last parts of paths where all modules that end so have factors, else whole paths, which PEFT takes as well."""
+    lasts = {path.rpartition(".")[2] for path in ranks}
+    torn = {path.rpartition(".")[2] for path in model.linears if path not in ranks}
+    return sorted(lasts - torn | {path for path in ranks if path.rpartition(".")[2] in torn})
