@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compress.checkpoint import Checkpoint, open_checkpoint, read_json, size_of
-from compress.cli.options import parse_size
 from compress.errors import CompressError, InputError, RecipeError, UsageError
 from compress.facts import DTYPE_BYTES, State
 from compress.manifest import FILE, Manifest
@@ -29,6 +28,7 @@ from compress.recipe import Recipe, override, parse_one_liner, parse_value, pars
 from compress.resolve import resolve
 from compress.scheme import BITS, Scheme
 from compress.shards import TensorRef, read_header, write_header
+from compress.size import parse_size
 from compress.sparsity import Sparsity
 from compress.targets import check
 

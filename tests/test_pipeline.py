@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from compress import pipeline
 from compress.checkpoint import open_checkpoint
 from compress.contract import Context
 from compress.errors import CompressError, CoverageError, FormatError, InputError, MachineError, RecipeError, UsageError
@@ -99,7 +98,7 @@ def test_a_second_run_waits_for_nobody(tiny: Path, tmp_path: Path) -> None:
 
 def test_too_little_disk_is_said_before_starting(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(MachineError, match="bytes free"):
         run(tiny, tmp_path / "out", RECIPE)
     assert list(tmp_path.iterdir()) == []

@@ -51,6 +51,7 @@ BY_NAME = {
     ("__init__.py", "importlib.import_module(f'compress.{_HOMES[name]}')"): "public names, from a table of ours",
     ("discover.py", "importlib.import_module(f'compress.passes.{name}')"): "a pass that lies there, by its path",
     ("dispatch.py", "importlib.import_module(f\"compress.kernels.{name.replace('-', '_')}.layout\")"): "a format that lies there",
+    ("dispatch.py", "importlib.import_module(f'compress.kernels.native.{name}')"): "a backend, from a table of ours",
     ("__init__.py", "import_module(f\"compress.foreign.{method.replace('-', '_')}\")"): "one of METHODS",
     ("checkpoint.py", "getattr(torch, names[name])"): "a dtype, from a table of ours",
     ("model.py", "getattr(torch, dtype)"): "a dtype, checked where it is given",

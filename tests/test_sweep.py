@@ -29,6 +29,7 @@ from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
+SMOOTH = ("quantize.smooth(scheme=w3a16g16)", "quantize.smooth(method=smoothquant)")
 WATCHED = [name for name in FAMILIES if name != "llama4"]
 
 
@@ -181,11 +182,15 @@ def test_weights_that_read_the_same_share_a_statistic(made: Any, tmp_path: Path,
     assert widths == 2 * [64, 64, 64, 96]  # q k v; o; gate up; down
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "t5"])
-def test_budgets_cost_time_and_nothing_else(name: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("llama", GPTQ), ("mixtral", GPTQ), ("t5", GPTQ), *(("mixtral", smooth) for smooth in SMOOTH)]
+)
+def test_budgets_cost_time_and_nothing_else(
+    name: str, recipe: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches that are dropped and run again, states that wait in files, and experts in rounds give the same bytes."""
-    recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}"
-    monkeypatch.setattr("compress.batches._BATCH_TOKENS", 48)
+    recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {recipe}"
+    monkeypatch.setattr("compress.batches.BATCH_TOKENS", 48)
     do(made(name), tmp_path / "a", recipe)
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
     monkeypatch.setattr(sweep, "STATISTICS_BYTES", 1)
@@ -271,7 +276,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("recipe", ["prune.wanda(sparsity=2:4)", GPTQ])
+@pytest.mark.parametrize("recipe", ["prune.wanda(sparsity=2:4)", GPTQ, *SMOOTH])
 def test_two_processes_equal_one(recipe: str, name: str, made: Any, tmp_path: Path) -> None:
     """Every byte: batches are cut alike, and their statistics add up without rounding."""
     arguments = ["-m", "compress", "run", made(name)]

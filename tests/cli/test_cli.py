@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.cli.options import parse_size
 from compress.errors import UsageError
+from compress.size import parse_size
 
 
 def compress(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -52,14 +52,14 @@ def test_a_disk_that_fills_up_while_it_runs(kind: str, model: Path, server: Serv
     # When the first step begins, all but a few bytes are taken.
     before = """
 import compress.pipeline as p, os
-begin, left = p._run_step, [{left}]
+begin, left = p.run_step, [{left}]
 def fill(*args):
     free = os.statvfs({place!r}).f_bavail * os.statvfs({place!r}).f_bsize
     if not os.path.exists({place!r} + "/taken"):
         with open({place!r} + "/taken", "wb") as file:
             file.write(b"x" * max(0, free - left[0]))
     return begin(*args)
-p._run_step = fill
+p.run_step = fill
 """
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=256m", "none") as place:
         for left in (0, 8192, 70_000, 300_000):
@@ -97,12 +97,12 @@ def test_read_only_places(model: Path, server: Server, tmp_path: Path) -> None:
 
 VANISH = """
 import compress.pipeline as p, os, shutil
-begin = p._run_step
+begin = p.run_step
 def gone(step, *args):
     if step.name == {step!r}:
         shutil.rmtree({place!r}) if os.path.isdir({place!r}) else os.unlink({place!r})
     return begin(step, *args)
-p._run_step = gone
+p.run_step = gone
 """
 
 

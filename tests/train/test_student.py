@@ -160,7 +160,7 @@ def test_an_unchanged_student_gives_back_the_very_bytes(name: str, recipe: str, 
     student.learn(weights)
     found: set[str] = set()
     for weight in weights:
-        parts = student.parts(weight, student.trainable[weight.name].detach())
+        parts = student.parts(weight, {weight.name: student.trainable[weight.name].detach()})
         assert list(parts) == [spec.name for spec in qtensor.specs(weight, checkpoint.logical[weight.name].state)]
         for part, tensor in parts.items():
             kept = checkpoint.read(part)
@@ -211,7 +211,7 @@ def test_a_minus_zero_is_written_as_zero(source: Source) -> None:
     student = Student(checkpoint)
     weights = [weight for weight in trained(checkpoint) if weight.kind == "linear"]
     student.learn(weights)
-    part = student.parts(weights[0], torch.full(weights[0].shape, -0.0))[weights[0].name]
+    part = student.parts(weights[0], {weights[0].name: torch.full(weights[0].shape, -0.0)})[weights[0].name]
     assert not torch.signbit(part).any()
 
 
@@ -246,7 +246,7 @@ def test_the_gain_of_a_linear_gets_the_gradient_of_a_naive_expansion(scheme: str
     assert q.scale.shape == (6, math.ceil(40 / (q.scheme.group or 40)))
     module: Any = nn.Linear(40, 6)
     with_codes(module, q, torch.float32, torch.float32)
-    gain, oracle = module.learn(), gain_of(q)
+    gain, oracle = module.learn()["gain"], gain_of(q)
     with torch.no_grad():
         gain.copy_(oracle)
     torch.testing.assert_close(module.weight.detach(), naive(q, oracle).detach())
@@ -264,7 +264,7 @@ def test_the_gain_of_an_embedding_gets_the_gradient_of_a_naive_expansion(scheme:
     module: Any = nn.Embedding(6, 40)
     with_codes(module, q, torch.float32, torch.float32)
     assert isinstance(module, QEmbedding)
-    gain, oracle = module.learn(), gain_of(q)
+    gain, oracle = module.learn()["gain"], gain_of(q)
     with torch.no_grad():
         gain.copy_(oracle)
     out, wanted = module(ids), nn.functional.embedding(ids, naive(q, oracle))
@@ -282,7 +282,7 @@ def test_rounding_to_what_is_stored_passes_gradients_on(source: Source) -> None:
     q = QTensor(q.scheme, q.codes, q.scale.float(), q.zero)
     module: Any = nn.Linear(40, 6, bias=False)
     with_codes(module, q, torch.bfloat16, torch.float32)
-    gain = module.learn()
+    gain = module.learn()["gain"]
     with torch.no_grad():
         gain.copy_(gain_of(q))
     on_grid = (q.scale * gain.detach()).bfloat16().float()
@@ -303,11 +303,11 @@ def test_a_conversion_that_computes_is_refused(source: Source, monkeypatch: pyte
 
     convert = Mapping.convert
     monkeypatch.setattr(Mapping, "convert", lambda self, group, read: {n: v + v for n, v in convert(self, group, read).items()})
-    from compress.train.student import _Conversion
+    from compress.train.student import Conversion
 
     student = SimpleNamespace(mapping=Mapping(load(source("mixtral"))))
     names = list(open_checkpoint(source("mixtral")).logical)
     group = next(group for group in student.mapping.groups(names) if group.patterns)
     shapes = [tuple(open_checkpoint(source("mixtral")).logical[name].shape) for name in group.sources]
     with pytest.raises(InputError, match="skip them"):
-        _Conversion(student.mapping, group, shapes)
+        Conversion(student.mapping, group, shapes)

@@ -1,0 +1,74 @@
+"""LoftQ: codes and low-rank factors in turn, a start for fine-tuning.
+
+Li et al., 2310.08659, on any scheme and without data: round what the factors leave, then take the best factors of what
+rounding lost, and again. Beside the paper's form, in which scales are fitted in every round and the residual may
+rise, there is one with the scales of the first round, in which it cannot (`scales=frozen`); and the best round is kept
+rather than the last. Derivation: compress/algebra/loftq.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.contract import TensorPass
+from compress.facts import State, Weight
+from compress.kinds import FactoringPass, QuantizingPass
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.qtensor import QTensor
+
+
+class Loftq(QuantizingPass, FactoringPass, TensorPass):
+    """Makes codes and low-rank factors that together are close to the weights."""
+
+    rank: int = Field(16, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
+    iterations: int = Field(5, ge=1, le=1000, description="rounds; one is rounding and the factors of what it lost")
+    scales: Literal["fitted", "frozen"] = Field(
+        "fitted", description="scales of later rounds: fitted anew, as in the paper, or those of the first, which never do harm"
+    )
+    keep: Literal["best", "last"] = Field("best", description="which round to take: the one that errs least, or the last")
+    clip: Literal["none", "mse"] = Field(
+        "none", description="range of a group: its largest magnitude, or a search for least squared error"
+    )
+
+    @model_validator(mode="after")
+    def _fixed(self) -> Self:
+        if self.scales == "frozen" and self.outliers:
+            raise ValueError("no outliers with scales=frozen: which entries they are changes with the factors")
+        return self
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        after = super().becomes(weight, state)
+        return replace(after, lowrank=self.lowrank(weight, after))
+
+    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
+        from compress.algebra.loftq import alternate
+        from compress.algebra.rounding import nearest, stacked
+        from compress.qtensor import QTensor
+
+        assert after.scheme is not None
+        assert after.lowrank is not None
+        assert not isinstance(value, QTensor)
+        peak = None if weight.experts is not None else weight.peak
+        rounding = partial(
+            nearest, scheme=after.scheme, dtype=value.dtype, clip=self.clip, least_zero=self.least_zero, peak=peak,
+            outliers=after.outliers,
+        )  # fmt: skip
+        found, lost = [], 0.0
+        for matrix in value if weight.experts is not None else (value,):
+            made = alternate(
+                matrix, lambda w: rounding(w).q, after.lowrank, self.iterations, self.scales == "frozen", self.keep == "best"
+            )
+            found.append(made.q)
+            lost += min(made.residuals) if self.keep == "best" else made.residuals[-1]
+        norm = float(value.double().square().sum())
+        return stacked(found) if weight.experts is not None else found[0], (lost / norm) ** 0.5 if norm else 0.0
+
+    def workspace_bytes(self, weight: Weight) -> int:
+        return 24 * weight.rows * weight.columns  # fp32: the matrix, what codes mean, what is lost, and its decomposition
