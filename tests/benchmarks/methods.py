@@ -2,7 +2,7 @@
 
     python tests/benchmarks/methods.py MODEL --calibrate TEXT.jsonl [...] --texts TEXT.jsonl [...] [--budget 4 3 2.5 2] [--seeds 3]
 
-The first row of a budget sets it: no other row of it takes more bytes. Budgets are named after the bits of its codes.
+The first row of a budget sets it, and the others take about as many bytes. Budgets are named after the bits of its codes.
 """
 
 from __future__ import annotations
