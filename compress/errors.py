@@ -14,7 +14,7 @@ A message has four parts: where, expected, got, what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -108,6 +108,11 @@ class Refusal(Exception):  # noqa: N818 (no error: an answer that the pipeline c
         self.reason = reason
         self.do = do
         super().__init__(reason)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

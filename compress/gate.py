@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.errors import GateError, Problem, UsageError, did_you_mean
+from compress.errors import GateError, Problem, UsageError, did_you_mean, few
 
 if TYPE_CHECKING:
     from compress.facts import Note, Weight
@@ -96,7 +96,6 @@ def _over(gate: Gate, notes: Sequence[Note | NoteRecord], whole: int, where: str
 
 
 def _problem(gate: Gate, got: str, names: list[str], where: str) -> Problem:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     limit = f"at most {gate.limit:g}{'%' if gate.percent else ''}"
     do = "choose other options, or allow more: what was done is kept"
-    return Problem(f"{where}: --fail-on {gate}", limit, f"{got}: {', '.join(names[:3])}{more}", do)
+    return Problem(f"{where}: --fail-on {gate}", limit, f"{got}: {few(names)}", do)

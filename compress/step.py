@@ -15,7 +15,7 @@ from compress.account import account
 from compress.ancestor import Ancestor
 from compress.balancing import SpacePass
 from compress.checkpoint import ALLOCATION, CALIBRATION, TRAINING, Checkpoint, open_checkpoint
-from compress.contract import CompensatingPass, Context, DataPass, Pass, TrainPass, WeightPass, sweeps
+from compress.contract import CompensatingPass, Context, DataPass, TrainPass, WeightPass, sweeps
 from compress.decide import record
 from compress.deciding import decides
 from compress.errors import InputError, MachineError
@@ -26,7 +26,7 @@ from compress.manifest import FILE, Manifest, Step
 from compress.meaning import Meaning
 from compress.places import steps_folder
 from compress.plan import Plan, StepPlan
-from compress.resolve import worker_of
+from compress.resolve import reads_tokens, worker_of
 from compress.stream import stream
 from compress.teacher import Teacher
 from compress.writer import Writer
@@ -79,11 +79,6 @@ class Course:
     tokens: Path | None = None
     past: list[Checkpoint] = field(default_factory=list)
     """What each step so far has read."""
-
-
-def _borrows(pass_: Pass) -> bool:
-    """Whether a training pass reads the calibration tokens."""
-    return isinstance(pass_, TrainPass) and pass_.texts() is None
 
 
 def run_step(
@@ -183,7 +178,7 @@ def _train(
     from compress.corpus import Corpus
     from compress.train import train
 
-    tokens = writer.path / TOKENS if not _borrows(step.pass_) else now.tokens
+    tokens = now.tokens if reads_tokens(step.pass_) else writer.path / TOKENS
     if corpus is not None:
         corpus.save(writer.path / TOKENS)
     ctx.barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.checkpoint import Checkpoint
-from compress.errors import Problem
+from compress.errors import Problem, few
 from compress.facts import DENSE, Note, State, Weight, counted
 from compress.manifest import NoteRecord
 from compress.names import Model
@@ -49,8 +49,4 @@ def folded(problems: list[Problem]) -> list[Problem]:
     for problem in problems:
         place, _, name = problem.where.rpartition(": ")
         groups.setdefault((place, problem.got, problem.do), []).append(name)
-    found = []
-    for (place, got, do), names in groups.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        found.append(Problem(f"{place}: {', '.join(names[:3])}{more}", "", got, do))
-    return found
+    return [Problem(f"{place}: {few(names)}", "", got, do) for (place, got, do), names in groups.items()]

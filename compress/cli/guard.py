@@ -31,8 +31,15 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         as_json, debug = bool(kwargs.get("json_")), bool(kwargs.get("debug"))
+        seen: list[KeyboardInterrupt] = []
+
+        def stop_(number: int, frame: Any) -> None:
+            seen.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+            raise seen[-1]
+
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop_)
         try:
             verb(*args, **kwargs)
         except CompressError as error:
@@ -46,8 +53,9 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             close_output()
             sys.exit(STOPPED + signal.SIGPIPE)
         except Exception as error:
-            if (signal_ := _interrupted(error)) is not None:
-                stopped(signal_, as_json, resumes="out" in kwargs)
+            if seen:
+                # While modules are imported, Python and others wrap what a signal raises.
+                stopped(seen[0], as_json, resumes="out" in kwargs)
             if debug:
                 raise
             if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
@@ -58,17 +66,6 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             sys.exit(INTERNAL)
 
     return wrapper
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
-
-
-def _interrupted(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The signal behind an error: while a class is made, Python wraps what is raised."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def stopped(stop: KeyboardInterrupt, as_json: bool = False, resumes: bool = False) -> None:

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from compress import places
-from support import tree
+from support import ready_inputs, tree
 
 ENVIRONMENT = {
     **os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
+
+CALIBRATE = f"calibrate(data='{ready_inputs(16, 24)}', samples=16)"
+RECIPES = {
+    "stream": "quantize.rtn(scheme=w4a16g32) | pack",
+    "sweep": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32) | pack",
+    "train": f"{CALIBRATE} | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=2) | quantize.rtn(scheme=w4a16g32) | pack",
+}
+"""A pass of every driver, and pack."""
 
 
 @dataclass

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Ran, Server, journal, same
+from harness import CALIBRATE, Ran, Server, journal, same
 
 from compress.places import steps_folder
-from support import ready_inputs, tiny_llama
+from support import tiny_llama
 
 KILLS = 20
-CALIBRATE = f"calibrate(data='{ready_inputs(16, 24)}', samples=16)"
 RECIPES = {
     "stream and pack": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32) | pack",

@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Ran, Server, same
+from harness import RECIPES, Ran, Server, same
 
 from compress.places import steps_folder
-from support import ready_inputs, tiny_llama
-
-CALIBRATE = f"calibrate(data='{ready_inputs(16, 24)}', samples=16)"
-RECIPES = {
-    "stream": "quantize.rtn(scheme=w4a16g32) | pack",
-    "sweep": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32) | pack",
-    "train": f"{CALIBRATE} | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=2) | quantize.rtn(scheme=w4a16g32) | pack",
-}
+from support import tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ENVIRONMENT, Server, same
+from harness import ENVIRONMENT, RECIPES, Server, same
 
 from compress.places import steps_folder
-from support import ready_inputs, tiny_llama
+from support import tiny_llama
 
-RECIPE = f"calibrate(data='{ready_inputs(16, 24)}', samples=16) | quantize.gptq(scheme=w4a16g32) | pack"
+RECIPE = RECIPES["sweep"]
 
 
 @pytest.fixture(scope="module")
