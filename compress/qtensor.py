@@ -93,10 +93,10 @@ class QTensor:
 
     def base(self) -> torch.Tensor:
         """The same without low-rank factors."""
-        dense = self._values()
+        dense = self.values()
         return dense if self.outliers is None else self.outliers.put(dense)
 
-    def _values(self) -> torch.Tensor:
+    def values(self) -> torch.Tensor:
         """What the codes alone mean."""
         if self.scheme.integer:
             from compress.algebra.grid import dequantize

@@ -59,6 +59,8 @@ class Work:
     """Whether inputs are in rows, y = x @ w + b, as in a Conv1D; else y = x @ w.T + b."""
     looked_up: bool = False
     """Whether its rows are looked up as well, as in an embedding."""
+    experts: int | None = None
+    """How many matrices lie in a stack."""
 
 
 class Backend:
@@ -88,6 +90,17 @@ class Backend:
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         """x [tokens, inputs] -> [tokens, outputs], in x's dtype; `packed` has the parts of `prepare`."""
         raise TypeError(f"{self.name} does not multiply")
+
+    def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
+        """x [rows, inputs] by the matrices of a stack -> [rows, outputs].
+
+        Rows are sorted by expert: those of expert e begin at offsets[e], int32 [experts + 1], and end at offsets[e + 1].
+        """
+        out, ends = x.new_empty(len(x), packed.rows), offsets.tolist()
+        for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+            if start < end:
+                out[start:end] = self.linear(x[start:end], packed.expert(expert), None, False)
+        return out
 
 
 def load_backend(name: str) -> Backend:

@@ -1,0 +1,87 @@
+"""Fused backends: what those that multiply by tiles as they lie have in common.
+
+Their kernels read one grid of scales [T, groups, 16] whatever the scheme, so scales of a matrix or of blocks are spread when
+a weight is prepared (`grid`, 4 bytes for 128 weights). Outliers become what is to be added to the product of codes alone, and
+that and low-rank factors are small products of their own, added to what the fused kernel gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from compress.algebra.lowrank import Factors
+from compress.kernels.dispatch import Backend, Work
+from compress.kernels.native import tiles
+from compress.kernels.native.kind import Kind, group_shift
+from compress.kernels.native.packed import Packed, by_row, groups_of
+
+
+class Fused(Backend):
+    """A backend whose kernels take a Kind."""
+
+    def refuse(self, work: Work) -> None:
+        Kind.of(work)
+
+    def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
+        parts = dict(packed.parts)
+        scheme = packed.scheme
+        if not by_row(scheme):
+            rows = torch.arange(packed.rows, device=parts["scale"].device) // scheme.rows_per_scale(packed.rows)
+            parts["grid"] = tiles.pack_grid(parts["scale"][rows], groups_of(scheme, packed.columns))
+        if packed.state.outliers is not None:
+            parts["outlier_deltas"] = deltas(packed)
+        return parts
+
+    def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
+        out = self.product(x, packed, bias)
+        if packed.state.outliers is not None:
+            self.add_outliers(out, x, packed)
+        if packed.state.lowrank is not None:
+            parts = packed.parts
+            left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
+            out += linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
+        return out
+
+    def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [tokens, inputs] by what codes alone mean, plus the bias: [tokens, outputs] in x's dtype."""
+        raise NotImplementedError
+
+    def add_outliers(self, out: torch.Tensor, x: torch.Tensor, packed: Packed) -> None:
+        """Adds to `out` [tokens, outputs] what outliers mean beyond the codes in their places."""
+        parts = packed.parts
+        sparse = torch.sparse_csr_tensor(
+            parts["outlier_offsets"], parts["outlier_columns"].int(), parts["outlier_deltas"], (packed.rows, packed.columns)
+        )
+        out += (sparse @ x.T.float()).T.to(out.dtype)
+
+
+def kind_of(packed: Packed, x: torch.Tensor) -> Kind:
+    """The Kind of a prepared weight and its activations."""
+    return Kind.of(Work(packed.state, packed.rows, packed.columns, x.dtype, scales(packed).dtype, x.device.type))
+
+
+def scales(packed: Packed) -> torch.Tensor:
+    """The grid of scales of a prepared weight, [experts?, T, groups, 16]."""
+    return packed.parts["grid" if "grid" in packed.parts else "scale"]
+
+
+def shift(packed: Packed) -> int:
+    """How far a column's number is shifted to be that of its group."""
+    return group_shift(packed.scheme.group)
+
+
+def deltas(packed: Packed) -> torch.Tensor:
+    """What outliers [experts?, n] are beyond what the codes in their places mean, fp32."""
+    matrices = [packed] if packed.parts["tiles"].dim() == 4 else [packed.expert(e) for e in range(len(packed.parts["tiles"]))]
+    found = []
+    for matrix in matrices:
+        rows = [slice(start, min(matrix.rows, start + 1024)) for start in range(0, matrix.rows, 1024)]
+        found.append(torch.cat([_deltas(matrix, part) for part in rows]))
+    return torch.stack(found).view(packed.parts["outlier_values"].shape)
+
+
+def _deltas(matrix: Packed, rows: slice) -> torch.Tensor:
+    q = matrix.take(rows)
+    assert q.outliers is not None
+    return q.outliers.values.float() - q.values()[q.outliers.places()]
