@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -97,7 +98,7 @@ class Backend:
         Rows are sorted by expert: those of expert e begin at offsets[e], int32 [experts + 1], and end at offsets[e + 1].
         """
         out, ends = x.new_empty(len(x), packed.rows), offsets.tolist()
-        for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for expert, (start, end) in enumerate(pairwise(ends)):
             if start < end:
                 out[start:end] = self.linear(x[start:end], packed.expert(expert), None, False)
         return out
