@@ -1,7 +1,8 @@
 """int4pack backend: torch's own product with four bits on the CPU.
 
-Legend: N rows, K columns, g columns of a group; w = (code - 8) s, with s in bf16 [K / g, N, 2] beside zeros, which the
-product would add.
+Legend: N rows, K columns, g columns of a group; w = (code - 8) s + a, with s and a in bf16 [K / g, N, 2], as torch has it.
+Zero points z make a = (8 - z) s, of which bf16 holds the most; what it does not, r, is multiplied by the sums of each group's
+inputs, a product K / g wide, and added. So w is what the codes mean, to the last bit.
 
 torch packs codes in an order that depends on what the processor can do, so they are packed when a model is loaded and never
 stored. Blocks of up to 64 rows lie one after the other: byte (k, i) of a block [K, rows / 2] holds column k of two of its
@@ -33,7 +34,7 @@ _TOKENS = 64
 
 
 class Int4pack(Cpu):
-    """Symmetric integers of 4 bits in groups, in bf16."""
+    """Integers of 4 bits in groups, in bf16."""
 
     name = "int4pack"
     multiple = _BLOCK
@@ -42,8 +43,8 @@ class Int4pack(Cpu):
         super().refuse(work)
         scheme = work.state.scheme
         assert scheme is not None
-        if not (scheme.integer and scheme.bits == 4 and scheme.symmetric and scheme.group in _GROUPS):
-            raise Refusal(f"{scheme} is not symmetric w4 in groups of {', '.join(map(str, _GROUPS))}", "use another backend")
+        if not (scheme.integer and scheme.bits == 4 and scheme.group in _GROUPS):
+            raise Refusal(f"{scheme} is not w4 in groups of {', '.join(map(str, _GROUPS))}", "use another backend")
         if work.dtype != torch.bfloat16 or work.scales != torch.bfloat16:
             raise Refusal("activations or scales are not in bfloat16, which alone is fast", "load the model in bfloat16")
         if work.rows % 16 or work.columns % scheme.group:
@@ -56,18 +57,24 @@ class Int4pack(Cpu):
             raise Refusal("this torch packs codes in an order that is not known here", "use another backend")
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        parts = {name: part for name, part in packed.parts.items() if name not in ("tiles", "scale")}
+        parts = {name: part for name, part in packed.parts.items() if name not in ("tiles", "scale", "zero")}
         codes = torch.empty(packed.rows * packed.columns // 2, dtype=torch.uint8)
         scale = torch.zeros(packed.scheme.groups(packed.columns), packed.rows, 2, dtype=torch.bfloat16)
+        if not packed.scheme.symmetric:
+            parts["zero"] = torch.empty(scale.shape[:2], dtype=torch.uint8)
         for rows in self.chunks(packed):
             q = packed.take(rows)
             codes[_bytes(rows, packed)] = _pack(q.codes)
             scale[:, rows, 0] = q.scale.T
+            if q.zero is not None:
+                parts["zero"][:, rows] = q.zero.T
+                scale[:, rows, 1] = _added(q.scale.T, q.zero.T)
         return {"int4": codes.view(packed.rows, -1), "scale_and_zero": scale, **parts}
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns)
-        q = with_beside(packed.state, codes, packed.parts["scale_and_zero"][:, rows, 0].T, None, packed.parts)
+        zero = None if packed.scheme.symmetric else packed.parts["zero"][:, rows].T
+        q = with_beside(packed.state, codes, packed.parts["scale_and_zero"][:, rows, 0].T, zero, packed.parts)
         if q.lowrank is not None:
             q = replace(q, lowrank=replace(q.lowrank, left=q.lowrank.left[rows]))
         return q.dequantize().to(dtype)
@@ -79,10 +86,19 @@ class Int4pack(Cpu):
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), parts["int4"], packed.scheme.group, parts["scale_and_zero"]
         )
+        if not packed.scheme.symmetric:
+            scale, added = parts["scale_and_zero"].unbind(-1)
+            sums = x.float().unflatten(1, (-1, packed.scheme.group)).sum(-1)
+            out += sums @ (_added(scale, parts["zero"]) - added)
         if packed.state.lowrank is not None:
             left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
             out += linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
         return out if bias is None else out + bias
+
+
+def _added(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """(8 - z) s, exact in fp32."""
+    return (8 - zero.float()) * scale
 
 
 def _bytes(rows: slice, packed: Packed) -> slice:
