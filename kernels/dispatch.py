@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,8 @@ class Work:
     """Whether its rows are looked up as well, as in an embedding."""
     experts: int | None = None
     """How many matrices lie in a stack."""
+    asked: bool = False
+    """Whether the backend was asked for by name: then it may take more memory than the file for speed."""
 
 
 class Backend:
@@ -126,7 +128,7 @@ def choose(work: Work, name: str | None = None) -> Backend:
     for candidate in BACKENDS if name is None else (name,):
         backend = load_backend(candidate)
         try:
-            backend.refuse(work)
+            backend.refuse(replace(work, asked=name is not None))
         except Refusal as refusal:
             if name is not None:
                 raise UsageError(f"backend {name}", f"one that runs {work.state}", refusal.reason, refusal.do) from None

@@ -1,7 +1,7 @@
 """CPU backend: rows of the weight are expanded and used a chunk at a time.
 
-A chunk stays in a core's cache between its expansion and its product, so this does what the reference does with less memory
-traffic, and keeps nothing dense.
+A chunk is still near its cores between its expansion and its product, so this does what the reference does with less memory
+traffic, and keeps nothing dense. Smaller chunks cost more calls than they save.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compress.kernels.dispatch import Backend, Work
 if TYPE_CHECKING:
     from compress.kernels.native.packed import Packed
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20
 """Weights of a chunk."""
 
 

@@ -3,6 +3,7 @@
 Legend: N rows, K columns, g columns of a group; w = (code - 8) s + a, with s and a in bf16 [K / g, N, 2], as torch has it.
 Zero points z make a = (8 - z) s, of which bf16 holds the most; what it does not, r, is multiplied by the sums of each group's
 inputs, a product K / g wide, and added. So w is what the codes mean, to the last bit.
+Codes of 3 and 2 bits are held in 4, those from the middle of their range on, for whoever asks for that.
 
 torch packs codes in an order that depends on what the processor can do, so they are packed when a model is loaded and never
 stored. Blocks of up to 64 rows lie one after the other: byte (k, i) of a block [K, rows / 2] holds column k of two of its
@@ -43,8 +44,10 @@ class Int4pack(Cpu):
         super().refuse(work)
         scheme = work.state.scheme
         assert scheme is not None
-        if not (scheme.integer and scheme.bits == 4 and scheme.group in _GROUPS):
+        if not (scheme.integer and scheme.bits <= 4 and scheme.group in _GROUPS):
             raise Refusal(f"{scheme} is not w4 in groups of {', '.join(map(str, _GROUPS))}", "use another backend")
+        if scheme.bits < 4 and not work.asked:
+            raise Refusal(f"{scheme} would take 4 bits in memory", "ask for int4pack by name where speed is worth that")
         if work.dtype != torch.bfloat16 or work.scales != torch.bfloat16:
             raise Refusal("activations or scales are not in bfloat16, which alone is fast", "load the model in bfloat16")
         if work.rows % 16 or work.columns % scheme.group:
@@ -64,16 +67,16 @@ class Int4pack(Cpu):
             parts["zero"] = torch.empty(scale.shape[:2], dtype=torch.uint8)
         for rows in self.chunks(packed):
             q = packed.take(rows)
-            codes[_bytes(rows, packed)] = _pack(q.codes)
+            codes[_bytes(rows, packed)] = _pack(q.codes + _shift(packed))
             scale[:, rows, 0] = q.scale.T
             if q.zero is not None:
-                parts["zero"][:, rows] = q.zero.T
-                scale[:, rows, 1] = _added(q.scale.T, q.zero.T)
+                parts["zero"][:, rows] = q.zero.T + _shift(packed)
+                scale[:, rows, 1] = _added(q.scale.T, parts["zero"][:, rows])
         return {"int4": codes.view(packed.rows, -1), "scale_and_zero": scale, **parts}
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns)
-        zero = None if packed.scheme.symmetric else packed.parts["zero"][:, rows].T
+        codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns) - _shift(packed)
+        zero = None if packed.scheme.symmetric else packed.parts["zero"][:, rows].T - _shift(packed)
         q = with_beside(packed.state, codes, packed.parts["scale_and_zero"][:, rows, 0].T, zero, packed.parts)
         if q.lowrank is not None:
             q = replace(q, lowrank=replace(q.lowrank, left=q.lowrank.left[rows]))
@@ -94,6 +97,11 @@ class Int4pack(Cpu):
             left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
             out += linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
         return out if bias is None else out + bias
+
+
+def _shift(packed: Packed) -> int:
+    """How far codes are from those of 4 bits that mean the same."""
+    return 8 - packed.scheme.middle
 
 
 def _added(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
