@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.facts import State
     from compress.kernels.native.packed import Packed
 
-BACKENDS = ("int4pack", "cpu", "reference")
+BACKENDS = ("int4pack", "int8pack", "cpu", "reference")
 """Backends of the native format, the fastest first; each is the one subclass of Backend in its file."""
 _LOG = logging.getLogger("compress")
 

@@ -31,7 +31,7 @@ from support import run, tiny_llama
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
 SCHEMES = [
-    "w4a16g32", "w4a16g128", "w4a16", "w4a16g16-asym", "w4a16g64-asym", "w3a16g64", "w3a16g256-asym", "w2a16g32", "w8a16-asym",
+    "w4a16g32", "w4a16g128", "w4a16", "w4a16g16-asym", "w4a16g64-asym", "w3a16g64", "w3a16g256-asym", "w2a16g32", "w8a16-asym", "w8a16",
     "nf4g64", "nf3g32", "nf2g16", "fp4g128-m2", "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4",
 ]  # fmt: skip
 
@@ -172,6 +172,21 @@ def test_int4pack_runs_w4_in_bf16_and_says_why_not(group: int, caplog: pytest.Lo
     ]
     with pytest.raises(UsageError, match="did you mean 'cpu'"):
         choose(work, "cpux")
+
+
+def test_int8pack_runs_rows_of_w8_and_says_why_not() -> None:
+    _, packed = packed_of("w8a16", 41, 96)
+    work = Work(packed.state, 41, 96, torch.bfloat16, torch.bfloat16, "cpu")
+    weight = PackedWeight(packed, torch.bfloat16)
+    assert weight.backend == "int8pack"
+    assert sum(b.nbytes for b in weight.buffers()) == 41 * 96 + 2 * 41
+    for other, said in [
+        (replace(work, state=State(Scheme.parse("w8a16g32"))), "a scale per row"), (replace(work, looked_up=True), "looked up"),
+        (replace(work, dtype=torch.float16), "not in bfloat16"), (replace(work, turned=True), "Conv1D"),
+        (replace(work, state=replace(work.state, lowrank=Lowrank(3))), "low-rank"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            choose(other, "int8pack")
 
 
 def test_zero_points_far_off_cost_int4pack_no_precision() -> None:
