@@ -16,7 +16,7 @@ from compress.kernels.native import tiles
 
 HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _SCALES = {**HALVES, torch.float32: "f32", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
-_TABLES = {"nf": 4, "e3m0": 4}
+TABLES = {"nf": 4, "e3m0": 4}
 """Grids that a kernel looks up, and how many bits they must have for that."""
 WHOLE = 31
 """The shift of a group that is a whole row: no column has such a number."""
@@ -48,12 +48,12 @@ class Kind:
             raise Refusal(f"activations are {str(work.dtype)[6:]}, not half precision", "load the model in bfloat16 or float16")
         if work.turned:
             raise Refusal("a Conv1D adds over its rows", "leave the backend to be chosen")
-        if scheme.grid in _TABLES and scheme.bits != _TABLES[scheme.grid]:
+        if scheme.grid in TABLES and scheme.bits != TABLES[scheme.grid]:
             raise Refusal(f"{scheme} is a table of {scheme.levels} values, not of 16", "use another backend")
         group, chunk = scheme.group or tiles.chunk(scheme.bits), tiles.chunk(scheme.bits)
         if group < 16 or group & (group - 1):
             raise Refusal(f"groups of {group} columns do not end where a product of 16 does", "use another backend")
-        grid = "table" if scheme.grid in _TABLES else scheme.grid
+        grid = "table" if scheme.grid in TABLES else scheme.grid
         planes = min(group, chunk) // tiles.WORDS
         return cls(grid, scheme.bits, not scheme.symmetric, planes, _SCALES[work.scales], HALVES[work.dtype])
 
@@ -65,8 +65,8 @@ class Kind:
     def defines(self) -> tuple[str, ...]:
         """Options that compile a CUDA source for it."""
         values = {
-            "GRID": self.grid.upper(), "BITS": self.bits, "ZERO": int(self.zero), "FOLD": self.planes,
-            "SCALE": self.scale.upper(), "BF16": int(self.x == "bf16"),
+            "GRID": f"GRID_{self.grid.upper()}", "BITS": self.bits, "ZERO": int(self.zero), "FOLD": self.planes,
+            "SCALE": f"SCALE_{self.scale.upper()}", "BF16": int(self.x == "bf16"),
         }  # fmt: skip
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
