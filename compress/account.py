@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
-from compress.contract import Context, isa
+from compress.contract import Context
 from compress.facts import DENSE, Note, Weight
 from compress.intake import Intake
 from compress.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
@@ -88,6 +90,14 @@ def _still(note: NoteRecord, step: StepPlan) -> NoteRecord | None:
         return note
     names = tuple(name for name in note.names if name not in set(step.transformed))
     return note.model_copy(update={"names": names, "count": len(names)}) if names else None
+
+
+@lru_cache(maxsize=1)
+def isa() -> str:
+    """The instruction set that torch's CPU kernels use; together with the thread count it decides rounding."""
+    import torch
+
+    return f"{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}"
 
 
 def peak_resident_bytes() -> int:

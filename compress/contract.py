@@ -15,10 +15,8 @@ help and plans of recipes start fast.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -85,14 +83,6 @@ class Context:
         """Sends an event, from rank 0 only."""
         if self.is_main:
             self.events({"event": kind, **facts})
-
-
-@lru_cache(maxsize=1)
-def isa() -> str:
-    """The instruction set that torch's CPU kernels use; together with the thread count it decides rounding."""
-    import torch
-
-    return f"{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}"
 
 
 class Pass(BaseModel):
@@ -344,6 +334,14 @@ class Format:
     def __init__(self, dequantize: bool = False) -> None:
         self.dequantize = dequantize
 
+    def reading(self, checkpoint: Checkpoint) -> Self:
+        """The same, for a checkpoint of which the tensors tell more than states do."""
+        return self
+
+    def plain(self, weight: Weight, state: State) -> str:
+        """Why a weight stays a plain tensor; empty where it is packed."""
+        return "" if state.scheme is not None else "it is not in codes"
+
     def refuse(self, weight: Weight, state: State) -> None:
         """Raises Refusal where the reader cannot hold this weight in this state."""
 
@@ -368,10 +366,14 @@ class Format:
         return {}
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
-        """Tensors by name, as `specs` says."""
+        """Tensors by name, of codes in a state that tells no more than they do."""
         raise TypeError(f"{self.name} does not encode")
 
-    def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
+    def encode_as(self, weight: Weight, state: State, value: Any) -> dict[str, torch.Tensor]:
+        """Tensors by name, as `specs` says; of a QTensor, or of values [experts?, rows, columns] that are not in codes."""
+        return self.encode(weight, value)
+
+    def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor | torch.Tensor:
         """The inverse of `encode`."""
         raise TypeError(f"{self.name} does not decode")
 

@@ -14,6 +14,7 @@ import torch
 
 from compress import names, qtensor
 from compress.checkpoint import CANONICAL, NATIVE, Checkpoint, Logical, torch_dtype
+from compress.errors import InputError
 from compress.facts import State, TensorSpec, Weight
 from compress.foreign import Foreign, method_of, open_foreign
 
@@ -39,7 +40,7 @@ class Meaning:
         if self._told or method == NATIVE:
             from compress.kernels.dispatch import load_format
 
-            self.format = load_format(str(method))()
+            self.format = load_format(str(method))().reading(checkpoint)
         if self.format is not None and self.format.expands:
             self.format, self.foreign = None, open_foreign(checkpoint)
         elif self.format is None and method is not None and not (manifest is not None and method == CANONICAL):
@@ -52,7 +53,7 @@ class Meaning:
 
     @cached_property
     def weights(self) -> dict[str, tuple[Weight, State]]:
-        """Every weight whose bytes are codes: its shape as passes see it, and its state."""
+        """Every weight whose bytes are packed, or codes: its shape as passes see it, and its state."""
         if self.foreign is not None:
             return {
                 p.name: (
@@ -63,12 +64,26 @@ class Meaning:
                 if p.scheme is not None
             }
         if self.format is not None and not self._told:
-            return self.format.described(self.checkpoint)
-        return {
-            name: (Weight(name, r.dtype, r.shape, transposed=r.transposed, module=name.rpartition(".")[0]), state)
+            return self._checked(self.format.described(self.checkpoint))
+        known = {
+            name: (Weight(name, r.dtype, r.shape, transposed=r.transposed, module=name.rpartition(".")[0]), self._states[name])
             for name, r in (self.checkpoint.manifest.weights if self.checkpoint.manifest else {}).items()
-            if (state := self._states[name]).scheme is not None
         }
+        plain = self.format.plain if self.format else lambda _, state: state.scheme is None
+        there = self.checkpoint.refs
+        return self._checked({name: told for name, told in known.items() if name not in there or not plain(*told)})
+
+    def _checked(self, weights: dict[str, tuple[Weight, State]]) -> dict[str, tuple[Weight, State]]:
+        """The same, if the tensors are there that such weights have."""
+        if self.format is None:
+            return weights
+        for spec, state in [(spec, told[1]) for told in weights.values() for spec in self.format.specs(*told)]:
+            ref = self.checkpoint.refs.get(spec.name)
+            if ref is None or (ref.dtype, ref.shape) != (spec.dtype, spec.shape):
+                got = f"{ref.dtype} {list(ref.shape)}" if ref else "no such tensor"
+                expected = f"{spec.dtype} {list(spec.shape)} of {state}"
+                raise InputError(f"'{spec.name}' in {self.checkpoint.path}", expected, got, "make the artifact anew")
+        return weights
 
     @cached_property
     def _states(self) -> dict[str, State]:
@@ -105,19 +120,24 @@ class Meaning:
         return name in self.weights or (self.foreign is not None and name in self.foreign.weights)
 
     def specs(self, name: str) -> list[TensorSpec]:
-        """The tensors on disk that hold a weight in codes."""
+        """The tensors on disk that hold a weight that is packed or in codes."""
         weight, state = self.weights[name]
         return self.format.specs(weight, state) if self.format else qtensor.specs(weight, state)
 
     def qtensor(self, name: str) -> QTensor | None:
-        """The codes of a weight, None where it is a plain tensor."""
-        if name not in self.weights:
+        """The codes of a weight, None where it has none."""
+        if name not in self.weights or self.weights[name][1].scheme is None:
             return None
-        weight, state = self.weights[name]
         if self.foreign is not None:
             found = self.foreign.weights[name].read(self.checkpoint.read)
             assert not isinstance(found, torch.Tensor)
             return found
+        found = self._decoded(name)
+        assert not isinstance(found, torch.Tensor)
+        return found
+
+    def _decoded(self, name: str) -> QTensor | torch.Tensor:
+        weight, state = self.weights[name]
         parts = {spec.name: self.checkpoint.read(spec.name) for spec in self.specs(name)}
         return self.format.decode(weight, state, parts) if self.format else qtensor.decode(weight, state, parts)
 
@@ -129,7 +149,11 @@ class Meaning:
                 found = self.foreign.weights[name].read(self.checkpoint.read)
                 assert isinstance(found, torch.Tensor)
                 return found.to(torch_dtype(self.foreign.weights[name].dtype)) if self.rounded else found
-            return self.checkpoint.read(name)
+            if name not in self.weights:
+                return self.checkpoint.read(name)
+            values = self._decoded(name)
+            assert isinstance(values, torch.Tensor)
+            return qtensor.as_matrix(self.weights[name][0], values).contiguous()
         weight, _ = self.weights[name]
         return qtensor.as_matrix(weight, q.dequantize()).to(self.dtype_of(weight)).contiguous()
 

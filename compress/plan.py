@@ -138,7 +138,7 @@ class Plan:
 
 def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:
     """Canonical tensors, or those of a format; what is dense stays as it is in both."""
-    if fmt is None or state.scheme is None:
+    if fmt is None or fmt.plain(weight, state):
         return qtensor.specs(weight, state)
     return fmt.specs(weight, state)
 
@@ -269,8 +269,10 @@ def _step(
     chosen = pass_.chosen(weights) if layout is None else layout.weights
     if pass_.unpacks and run.meaning is not None:
         chosen = [weight for weight in chosen if run.meaning.is_packed(weight.name)]
+    plain: dict[str, str] = {}
     if fmt is not None:
-        chosen = [weight for weight in chosen if before[weight.name].scheme is not None]
+        plain = {weight.name: reason for weight in chosen if (reason := fmt.plain(weight, before[weight.name]))}
+        chosen = [weight for weight in chosen if weight.name not in plain]
         if not chosen:
             return None, [("*", "nothing is quantized, so there is nothing to pack", "quantize first")], before
     if not chosen:
@@ -299,6 +301,7 @@ def _step(
     own = pass_.notes(touched, after) if layout is None else layout.within({weight.name for weight in touched}).notes
     notes = [*own, *counted("skipped", skipped), *shared]
     notes += fmt.notes(touched, after) if fmt is not None else []
+    notes += counted("plain", {name: reason for name, reason in plain.items() if before[name].sparsity is not None})
     lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]
     notes += counted("dropped", dict.fromkeys(lost, "rounding of activations: the weights go on alone"))
     if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:

@@ -124,8 +124,8 @@ def _move(
         facts["notes"] = odd
     if after.sparsity is not None:
         check_mask(weight, after.sparsity, result)
-    coded = isinstance(result, qtensor.QTensor) and step.format is not None
-    parts = step.format.encode(weight, result) if coded and step.format else qtensor.stored(weight, result)
+    packs = step.format is not None and not step.format.plain(weight, after)
+    parts = step.format.encode_as(weight, after, result) if packs and step.format else qtensor.stored(weight, result)
     del result
     for name in wanted:
         if name not in written:

@@ -5,9 +5,11 @@ A weight `NAME` becomes, as tiles.py and kernels/README.md tell bit by bit,
     NAME.scale   [experts?, ceil(rows / 16), groups, 16]                    in the dtype of the canonical form
     NAME.zero    uint8, in the shape of scale, where the scheme has zero points
 FP8's scales of a matrix or of blocks, nvfp4's tensor_scale, outliers and low-rank factors are those of the canonical form.
-Nothing is rounded. Embeddings, heads and fused experts lie like any other matrix; a Conv1D keeps its rows, its inputs.
+Of a weight of pattern 2:4, in codes of symmetric w4 or in none, half is left out where that takes less: NAME.tiles holds what
+is kept, and NAME.indices where it was, as sparse.py tells. Nothing is rounded. Embeddings, heads and fused experts lie like any
+other matrix; a Conv1D keeps its rows, its inputs.
 
-config.json says of every weight in codes what a reader needs, so that it needs no manifest. Refused are groups that do not
+config.json says of every packed weight what a reader needs, so that it needs no manifest. Refused are groups that do not
 end where a half-precision product does, and what transformers splits or permutes while it loads.
 """
 
@@ -16,12 +18,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 from compress.checkpoint import CANONICAL, NATIVE, Checkpoint
 from compress.contract import Format, Verdict
 from compress.errors import InputError, Refusal
-from compress.facts import State, TensorSpec, Weight
+from compress.facts import Note, State, TensorSpec, Weight, counted
 from compress.kernels.compressed_tensors.layout import patterns
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """The version of the layout and of what config.json says of it."""
+HALVED = 2
+"""The version where half of a weight may be left out, which a reader of the first would take for damage."""
 _LEAST_GROUP = 16
 
 
@@ -40,6 +45,27 @@ class Native(Format):
 
     name = NATIVE
     holds = frozenset({"outliers", "lowrank"})
+    _there: frozenset[str] | None = None
+    """In a checkpoint that is read, the weights of which half is left out."""
+
+    def reading(self, checkpoint: Checkpoint) -> Self:
+        self._there = frozenset(name.removesuffix(".indices") for name in checkpoint.refs if name.endswith(".indices"))
+        return self
+
+    def plain(self, weight: Weight, state: State) -> str:
+        return "" if state.scheme is not None else self._zeros(weight, state)
+
+    def _zeros(self, weight: Weight, state: State) -> str:
+        """Why a weight is stored with all of its zeros; empty where half of it is left out."""
+        from compress.kernels.native import sparse
+
+        if self._there is not None:
+            return sparse.stays(replace(weight, kind="linear"), state) if weight.name in self._there else "it has no indices"
+        if reason := sparse.stays(weight, state):
+            return reason
+        whole = weight.nbytes if state.scheme is None else _nbytes(_specs(weight, state))
+        less = _nbytes(_specs(weight, state, halved=True)) < whole
+        return "" if less else f"rows of {weight.columns} columns take no less without zeros"
 
     def refuse(self, weight: Weight, state: State) -> None:
         scheme = state.scheme
@@ -54,20 +80,9 @@ class Native(Format):
             raise Refusal(f"it is `{weight.attribute}` of its module, where nothing packed can be put", "skip it")
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
-        from compress.kernels.native import packed, tiles
-        from compress.qtensor import part_specs
-
-        scheme = state.scheme
-        if scheme is None:
+        if self.plain(weight, state):
             return [TensorSpec(weight.name, weight.dtype, weight.shape)]
-        lead = () if weight.experts is None else (weight.experts,)
-        words = tiles.shape(weight.rows, weight.columns, scheme.bits)
-        found = {"tiles": ("I16", (*lead, *words)), **part_specs(weight, state)}
-        del found["codes"]
-        if packed.by_row(scheme):
-            grid = (*lead, words[0], packed.groups_of(scheme, weight.columns), tiles.ROWS)
-            found |= {part: (found[part][0], grid) for part in ("scale", "zero") if part in found}
-        return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in found.items()]
+        return _specs(weight, state, halved=not self._zeros(weight, state))
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
         from compress.qtensor import specs
@@ -80,16 +95,34 @@ class Native(Format):
 
         return {f"{weight.name}.{part}": tensor for part, tensor in pack(value).items()}
 
-    def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
+    def encode_as(self, weight: Weight, state: State, value: Any) -> dict[str, torch.Tensor]:
+        from compress.kernels.native import packed, sparse
+
+        if self._zeros(weight, state):
+            return self.encode(weight, value)
+        try:
+            parts = sparse.pack(value, 0) if state.scheme is None else packed.pack(value, halved=True)
+        except sparse.Crowded as crowded:
+            where, expected = f"'{weight.name}', {crowded.place}", f"at most two that are not zero, as {state} says"
+            raise InputError(where, expected, "more", "prune it with sparsity=2:4 again") from None
+        return {f"{weight.name}.{part}": tensor for part, tensor in parts.items()}
+
+    def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor | torch.Tensor:
+        from compress.kernels.native import sparse
         from compress.kernels.native.packed import Packed
 
         parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
-        return Packed(state, weight.rows, weight.columns, parts).unpack()
+        if "indices" in parts and not sparse.sound(parts["indices"]):
+            raise InputError(f"'{weight.name}.indices'", "two places in each four columns", "others", "make the artifact anew")
+        packed = Packed(state, weight.rows, weight.columns, parts)
+        return packed.values() if state.scheme is None else packed.unpack()
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
         alike: dict[tuple[str, str, tuple[int, ...], bool], list[str]] = defaultdict(list)
+        version = VERSION
         for w in model.weights:
-            if states[w.name].scheme:
+            if not self.plain(w, states[w.name]):
+                version = version if self._zeros(w, states[w.name]) else HALVED
                 alike[str(states[w.name]), w.dtype, w.shape, w.transposed].append(w.name)
         names = [name for members in alike.values() for name in members]
         weights = [
@@ -97,20 +130,21 @@ class Native(Format):
             | ({"transposed": True} if transposed else {})
             for (state, dtype, shape, transposed), members in alike.items()
         ]  # fmt: skip
-        return {"quant_method": CANONICAL, "format": self.name, "version": VERSION, "weights": weights}
+        return {"quant_method": CANONICAL, "format": self.name, "version": version, "weights": weights}
 
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
         where, config = str(checkpoint.path / "config.json"), checkpoint.config["quantization_config"]
-        if config.get("version") != VERSION:
+        if config.get("version") not in (VERSION, HALVED):
             got = f"version {config.get('version')!r} of the native format"
-            raise InputError(where, f"version {VERSION}, which is read here", got, "update compress")
+            raise InputError(where, f"version {VERSION} or {HALVED}, which are read here", got, "update compress")
         packed = [name.removesuffix(".tiles") for name in checkpoint.refs if name.endswith(".tiles")]
+        halved = [name.removesuffix(".indices") for name in checkpoint.refs if name.endswith(".indices")]
         found: dict[str, tuple[Weight, State]] = {}
         try:
             for entry in config["weights"]:
                 state, shape = State.parse(entry["state"]), tuple(map(int, entry["shape"]))
                 rule = re.compile("|".join(n[3:] if n.startswith("re:") else re.escape(n) for n in entry["names"]))
-                for name in filter(rule.fullmatch, packed):
+                for name in filter(rule.fullmatch, (*packed, *halved)):
                     transposed, module = bool(entry.get("transposed")), name.rpartition(".")[0]
                     found[name] = (Weight(name, str(entry["dtype"]), shape, transposed=transposed, module=module), state)
         except (KeyError, TypeError, ValueError, re.error) as error:
@@ -119,9 +153,39 @@ class Native(Format):
             raise InputError(where, f"the state of '{untold[0]}'", f"nothing of {len(untold)} packed weights")
         return found
 
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        from compress.kernels.native.sparse import PATTERN
+
+        masked = [weight for weight in weights if states[weight.name].sparsity == PATTERN]
+        reasons = {weight.name: reason for weight in masked if (reason := self._zeros(weight, states[weight.name]))}
+        return counted("zeros", {name: f"of 2:4 are stored: {reason}" for name, reason in reasons.items()})
+
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         return [
             Verdict("native", "yes", "compress.load, or transformers after `import compress.hf`; run on the CPU"),
             Verdict("transformers", "no", "by itself it takes the weights for missing ones; `import compress.hf` first"),
             Verdict("vllm", "no", "it does not know the format"),
         ]
+
+
+def _specs(weight: Weight, state: State, halved: bool = False) -> list[TensorSpec]:
+    """The tensors of a packed weight, all of it or half of it left out."""
+    from compress.kernels.native import packed, sparse, tiles
+    from compress.qtensor import part_specs
+
+    scheme = state.scheme
+    if scheme is None:
+        return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in sparse.specs(weight, state).items()]
+    lead = () if weight.experts is None else (weight.experts,)
+    words = tiles.shape(weight.rows, weight.columns, scheme.bits)
+    codes = sparse.specs(weight, state) if halved else {"tiles": ("I16", (*lead, *words))}
+    found = {**codes, **part_specs(weight, state)}
+    del found["codes"]
+    if packed.by_row(scheme):
+        grid = (*lead, words[0], packed.groups_of(scheme, weight.columns, halved), tiles.ROWS)
+        found |= {part: (found[part][0], grid) for part in ("scale", "zero") if part in found}
+    return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in found.items()]
+
+
+def _nbytes(specs: list[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs)

@@ -1,8 +1,8 @@
 """Packed: a weight in the native layout, whole or by rows.
 
 Parts, by name: `tiles` and the grids `scale` and `zero` as in tiles.py; scales of a matrix or of blocks, `tensor_scale`, and
-what stands beside codes (outliers, low-rank factors) as in QTensor. Everything here gives QTensors, so that what codes mean
-is said in one place.
+what stands beside codes (outliers, low-rank factors) as in QTensor. With `indices` beside them tiles hold what a 2:4 weight
+keeps, codes or plain values, as in sparse.py. Codes are given as QTensors, so that what they mean is said in one place.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from compress.facts import State
-from compress.kernels.native import tiles
+from compress.kernels.native import sparse, tiles
+from compress.qtensor import PARTS as CANONICAL_PARTS
 from compress.qtensor import QTensor, parts_beside, with_beside
 from compress.scheme import Scheme
 
+PARTS = ("tiles", "indices", *CANONICAL_PARTS)
+"""What may follow a weight's name on disk."""
 
-def groups_of(scheme: Scheme, columns: int) -> int:
+
+def groups_of(scheme: Scheme, columns: int, halved: bool = False) -> int:
     """Groups of the padded columns: a kernel reads scales of whole chunks."""
-    return scheme.groups(tiles.shape(1, columns, scheme.bits)[1] * tiles.chunk(scheme.bits))
+    chunk = sparse.chunk(coded=True) if halved else tiles.chunk(scheme.bits)
+    return scheme.groups(-(-columns // chunk) * chunk)
 
 
 def by_row(scheme: Scheme) -> bool:
@@ -28,12 +33,13 @@ def by_row(scheme: Scheme) -> bool:
     return scheme.scales not in ("tensor", "block")
 
 
-def pack(q: QTensor) -> dict[str, torch.Tensor]:
-    """The parts of a QTensor."""
-    groups = groups_of(q.scheme, q.codes.shape[-1])
+def pack(q: QTensor, halved: bool = False) -> dict[str, torch.Tensor]:
+    """The parts of a QTensor, without zeros if it is `halved`. Raises sparse.Crowded where that cannot be."""
+    groups = groups_of(q.scheme, q.codes.shape[-1], halved)
     scale = tiles.pack_grid(q.scale, groups) if by_row(q.scheme) else q.scale
     zero = None if q.zero is None else tiles.pack_grid(q.zero, groups)
-    parts = {"tiles": tiles.pack(q.codes, q.scheme.bits), "scale": scale, "zero": zero, **parts_beside(q)}
+    codes = sparse.pack(q.codes, q.scheme.middle) if halved else {"tiles": tiles.pack(q.codes, q.scheme.bits)}
+    parts = {**codes, "scale": scale, "zero": zero, **parts_beside(q)}
     return {name: part.contiguous() for name, part in parts.items() if part is not None}
 
 
@@ -51,10 +57,35 @@ class Packed:
         assert self.state.scheme is not None
         return self.state.scheme
 
+    @property
+    def halved(self) -> bool:
+        """Whether zeros of a 2:4 weight are left out."""
+        return "indices" in self.parts
+
+    def values(self, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+        """What all of it means, or some rows of a matrix as `take` has them; in fp32, or the stored dtype if not in codes."""
+        if self.state.scheme is not None:
+            return (self.unpack() if rows is None else self.take(rows)).dequantize()
+        if rows is None:
+            return sparse.unpack(self.parts, self.rows, self.columns, 0)
+        return sparse.take(self.parts, rows, self.columns, 0)
+
+    def whole(self) -> Packed:
+        """The same codes with their zeros among them."""
+        if not self.halved:
+            return self
+        codes = sparse.unpack(self.parts, self.rows, self.columns, self.scheme.middle)
+        scale = self.parts["scale"][..., : groups_of(self.scheme, self.columns), :].contiguous()
+        parts = {name: part for name, part in self.parts.items() if name != "indices"}
+        return replace(self, parts={**parts, "tiles": tiles.pack(codes, self.scheme.bits), "scale": scale})
+
     def unpack(self) -> QTensor:
         """The inverse of `pack`, bit for bit."""
         scheme, groups, zero = self.scheme, self.scheme.groups(self.columns), self.parts.get("zero")
-        codes = tiles.unpack(self.parts["tiles"], scheme.bits, self.rows, self.columns)
+        if self.halved:
+            codes = sparse.unpack(self.parts, self.rows, self.columns, scheme.middle)
+        else:
+            codes = tiles.unpack(self.parts["tiles"], scheme.bits, self.rows, self.columns)
         scale = tiles.unpack_grid(self.parts["scale"], self.rows, groups) if by_row(scheme) else self.parts["scale"]
         zero = None if zero is None else tiles.unpack_grid(zero, self.rows, groups)
         return with_beside(self.state, codes, scale, zero, self.parts)
@@ -67,7 +98,10 @@ class Packed:
         """Some rows of a matrix, each with scales of its own: a slice that begins at a tile, or an index int64 [n]."""
         index = torch.arange(rows.start, rows.stop, device=self.parts["tiles"].device) if isinstance(rows, slice) else rows
         scheme, groups, zero = self.scheme, self.scheme.groups(self.columns), self.parts.get("zero")
-        codes = tiles.split(tiles.by_rows(self.parts["tiles"], rows), scheme.bits).flatten(1)[:, : self.columns]
+        if self.halved:
+            codes = sparse.take(self.parts, rows, self.columns, scheme.middle)
+        else:
+            codes = tiles.split(tiles.by_rows(self.parts["tiles"], rows), scheme.bits).flatten(1)[:, : self.columns]
         if by_row(scheme):
             scale = tiles.by_rows(self.parts["scale"], rows)[:, :groups]
         else:

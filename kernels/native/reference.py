@@ -15,5 +15,5 @@ class Reference(Backend):
     name = "reference"
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        dense = packed.unpack().dequantize().to(x.dtype)
+        dense = packed.values().to(x.dtype)
         return linear(x, dense.mT if turned else dense, bias)

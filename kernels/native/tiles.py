@@ -59,7 +59,7 @@ def _high() -> torch.Tensor:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [experts?, N, K] -> words."""
     rows, columns = codes.shape[-2:]
-    out = torch.empty(*codes.shape[:-2], *shape(rows, columns, bits), dtype=torch.int16)
+    out = torch.empty(*codes.shape[:-2], *shape(rows, columns, bits), dtype=torch.int16, device=codes.device)
     step = ROWS * max(1, _CHUNK // (ROWS * columns))
     flat = out.view(-1, *out.shape[-4:])
     for matrix, tiles in zip(codes.reshape(-1, rows, columns), flat, strict=True):
