@@ -8,7 +8,10 @@ transformers' own conversion on their row numbers.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,39 +20,86 @@ from torch import nn
 
 from compress.checkpoint import CANONICAL, NATIVE, Checkpoint, open_checkpoint
 from compress.classes import model_class
-from compress.errors import InputError
-from compress.facts import Weight
+from compress.devices import Where, offloaded, where
+from compress.errors import InputError, Refusal, UsageError
+from compress.facts import Note, State, Weight, counted
 from compress.foreign import method_of
-from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Place, hollow, hollow_experts
-from compress.kernels.native.packed import Packed
+from compress.kernels.native.layout import Native
+from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Stack, hollow, hollow_experts
+from compress.kernels.native.packed import Packed, pack
 from compress.mapping import Group, Mapping
 from compress.meaning import Meaning
-from compress.model import ties
+from compress.model import generation_config, ties
+from compress.names import meta_model
 from compress.qtensor import as_matrix
+from compress.stacking import Kind, Matrix, Piece, joined, stacks
 from compress.writer import trim_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LOG = logging.getLogger("compress")
 _MATRIX = 1 << 40
 """More rows than a matrix has: they are numbered from a multiple of it."""
 
 
-def load(path: str | Path, dtype: str = "auto", backend: str | None = None, device: str = "cpu") -> PreTrainedModel:
+def load(
+    path: str | Path, dtype: str = "auto", backend: str | None = None, device: Any = "cpu", repack: bool = False
+) -> PreTrainedModel:
     """The model of an artifact in the native format, ready to run, in `dtype` (auto: that of config.json).
 
-    `backend` runs all weights; without it each has the fastest that takes it. Raises InputError for a directory that is no such
-    artifact, UsageError for a backend that refuses.
+    `backend` runs all weights; without it each has the fastest that takes it. `device` is one, or a device_map of accelerate.
+    With `repack`, a checkpoint in codes of our own or of another tool (GPTQ, AWQ, compressed-tensors, ...) is packed while it
+    is read, weight by weight; what cannot be stays dense, and is counted in the log.
+
+    Raises InputError for a directory that is no such artifact, UsageError for a backend that refuses.
     """
     from compress import hf  # noqa: F401  (registers the quantizer)
 
     checkpoint = open_checkpoint(Path(path))
-    refuse_other(checkpoint)
+    told: dict[str, Any] = {"backend": backend}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "local_files_only": True}
+    source: str | Path | None = path
     cls, config = model_class(checkpoint)
-    config.quantization_config = {**checkpoint.config["quantization_config"], "backend": backend}
+    if repack and method_of(checkpoint) != NATIVE:
+        if isinstance(device, dict) and "disk" in device.values():
+            do = "make an artifact with pack(format=native), which is read from disk as it is"
+            raise UsageError("device", "memory for what is packed while it is read", "parts of the model on disk", do)
+        meaning = Meaning(checkpoint, rounded=False)
+        kept, notes = packable(meaning)
+        for note in notes:
+            _LOG.warning("%s: %d weights, such as %s: %s", note.what, note.count, (*note.names, "none")[0], note.reason)
+        dense = {name: meaning.dense(name) for name in meaning.logical if name not in kept}
+        told |= {"quant_method": CANONICAL, "source": str(path)}
+        source, options = None, {**options, "state_dict": dense}
+    else:
+        refuse_other(checkpoint)
+        told |= checkpoint.config["quantization_config"]
+    config.quantization_config = told
     loader: Any = cls
-    model: PreTrainedModel = loader.from_pretrained(path, config=config, dtype=dtype, device_map=device, local_files_only=True)
+    model: PreTrainedModel = loader.from_pretrained(source, config=config, **options)
+    if source is None:
+        generation_config(model, checkpoint)
     return model
+
+
+def packable(meaning: Meaning) -> tuple[dict[str, tuple[Weight, State]], list[Note]]:
+    """The weights in codes that the native format holds, and why others stay dense. Raises InputError where there are none."""
+    if isinstance(meaning.format, Native):
+        return meaning.weights, []
+    placed = {weight.name: weight for weight in meaning.resolve(meta_model(meaning.checkpoint)).weights}
+    found, refused = {}, {}
+    for name, (weight, state) in meaning.weights.items():
+        try:
+            Native().refuse(placed[name], state)
+            found[name] = weight, state
+        except Refusal as refusal:
+            refused[name] = refusal.reason
+    notes = [*(meaning.foreign.notes if meaning.foreign else ()), *counted("dense", refused)]
+    if not found:
+        got = next(iter(refused.values()), "none")
+        raise InputError(str(meaning.checkpoint.path), "weights in codes that can be packed", got, "load it with transformers")
+    return found, notes
 
 
 def refuse_other(checkpoint: Checkpoint) -> None:
@@ -57,12 +107,17 @@ def refuse_other(checkpoint: Checkpoint) -> None:
     method = method_of(checkpoint)
     if method != NATIVE:
         got = {None: "a dense one", CANONICAL: "one in codes that are not packed"}.get(method, f"one packed as {method}")
-        raise InputError(str(checkpoint.path), "an artifact in the native format", got, "make one with pack(format=native)")
+        do = "make one with pack(format=native)" + ("" if method is None else ", or pack it while it loads: repack=True")
+        raise InputError(str(checkpoint.path), "an artifact in the native format", got, do)
 
 
 def backends(model: nn.Module) -> Counter[str]:
-    """How many packed weights each backend runs."""
-    return Counter(module.backend for module in model.modules() if isinstance(module, PackedWeight))
+    """How many weights on disk each backend runs."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            found[module.backend] += module.sources
+    return found
 
 
 class Filling:
@@ -70,13 +125,17 @@ class Filling:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, backend: str | None = None) -> None:
         """Makes shells of the modules. Raises InputError for what cannot be put into `model`."""
-        refuse_other(checkpoint)
         self.model: Any = model
         self.dtype, self.backend = dtype, backend
-        self.meaning = Meaning(checkpoint)
+        # transformers calls from within a context where tensors come into being on no device.
+        with torch.device("cpu"):
+            self.meaning = Meaning(checkpoint, rounded=False)
+            self.weights, _ = packable(self.meaning)
+        self.native = isinstance(self.meaning.format, Native)
+        self._last: tuple[str, Packed] | None = None
         self.mapping = Mapping(model)
         groups = {group.parameter: group for group in self.mapping.groups(self.meaning.logical)}
-        packed = {p: group for p, group in groups.items() if not self.meaning.weights.keys().isdisjoint(group.sources)}
+        packed = {p: group for p, group in groups.items() if not self.weights.keys().isdisjoint(group.sources)}
         self.linears = {p: group for p, group in packed.items() if self._alone(group)}
         self.experts = {p: group for p, group in packed.items() if p not in self.linears}
         with torch.device("cpu"):
@@ -97,7 +156,7 @@ class Filling:
         module = self.module_at(path)
         return not group.patterns and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
-    def _places(self, group: Group) -> tuple[list[list[tuple[str, int | None]]], bool]:
+    def _places(self, group: Group) -> tuple[list[list[Piece]], bool]:
         """For each expert the tensors, or the matrices of a stack, that its rows are; and whether rows lie last."""
         matrices: list[tuple[str, int | None, int]] = []
         numbers: dict[str, torch.Tensor] = {}
@@ -112,7 +171,7 @@ class Filling:
         stacked = made.get(group.parameter, torch.empty(0))
         if len(made) != 1 or stacked.dim() != 3 or 1 not in stacked.shape[1:]:
             raise self._wrong(group)
-        found: list[list[tuple[str, int | None]]] = []
+        found: list[list[Piece]] = []
         for held in stacked.flatten(1).tolist():
             parts, at = [], 0
             while at < len(held):
@@ -125,8 +184,8 @@ class Filling:
         return found, stacked.shape[-1] != 1
 
     def _weight(self, name: str) -> Weight:
-        if name in self.meaning.weights:
-            return self.meaning.weights[name][0]
+        if name in self.weights:
+            return self.weights[name][0]
         logical = self.meaning.logical[name]
         return Weight(name, logical.dtype, logical.shape, transposed=logical.transposed)
 
@@ -141,46 +200,113 @@ class Filling:
 
     def _hollow(self) -> None:
         for name in (*self.linears, *self.ties):
-            _, state = self.meaning.weights[self.linears[self.ties.get(name, name)].sources[0]]
-            assert state.scheme is not None
-            hollow(self.module_at(name.rpartition(".")[0]), state.scheme)
+            source = self.linears[self.ties.get(name, name)].sources[0]
+            module: Any = self.module_at(name.rpartition(".")[0])
+            hollow(module, self.weights[source][1].scheme)
+            module.awaited_bytes = self._nbytes(source) if name in self.linears else 0
         stacks: dict[str, list[str]] = defaultdict(list)
         for name in self.experts:
             path, _, attribute = name.rpartition(".")
             stacks[path].append(attribute)
         for path, attributes in stacks.items():
-            hollow_experts(self.module_at(path), attributes)
+            module = self.module_at(path)
+            hollow_experts(module, attributes)
+            sources = (source for attribute in attributes for source in self.experts[f"{path}.{attribute}"].sources)
+            module.awaited_bytes = sum(map(self._nbytes, sources))
+
+    def _nbytes(self, name: str) -> int:
+        """What a weight takes in memory as it is stored, or would be."""
+        if name not in self.weights:
+            return self._weight(name).numel * self.dtype.itemsize
+        fmt = self.meaning.format if self.native else Native()
+        assert fmt is not None
+        return sum(spec.nbytes for spec in fmt.specs(*self.weights[name]))
+
+    def readers(self, name: str) -> list[Any]:
+        """The modules that read a packed parameter, those that are tied to it included."""
+        names = [name, *(alias for alias, owner in self.ties.items() if owner == name)]
+        return [self.module_at(path.rpartition(".")[0]) for path in names]
+
+    def tensors(self) -> list[str]:
+        """Those on disk that packed parameters are made of, the few that are not packed among them."""
+        sources = [source for group in (*self.linears.values(), *self.experts.values()) for source in group.sources]
+        packed = {name: [spec.name for spec in self.meaning.specs(name)] for name in sources if name in self.weights}
+        return [tensor for name in sources for tensor in packed.get(name, [name])]
 
     def fill(self) -> None:
         """Reads every packed weight and gives it to its modules."""
-        shared: dict[str, list[str]] = defaultdict(list)
-        for alias, owner in self.ties.items():
-            shared[owner].append(alias)
+        paths = {module: path for path, module in self.model.named_modules()}
         for name, group in self.linears.items():
-            modules: list[Any] = [self.module_at(p.rpartition(".")[0]) for p in (name, *shared[name])]
+            modules = self.readers(name)
             looked_up = any(isinstance(module, nn.Embedding) for module in modules)
-            weight = self._read(group.sources[0], looked_up)
+            weights: dict[Where, nn.Module] = {}
             for module in modules:
-                module.fill(weight)
+                # Modules that are tied share it where they are on one device.
+                place = where(self.model, paths[module])
+                if place not in weights:
+                    weights[place] = offloaded(partial(self._linear, group.sources[0], looked_up, place), place)
+                module.fill(weights[place])
+        split = {}
         for name in self.experts:
             path, _, attribute = name.rpartition(".")
-            experts, turned = self.places[name]
-            sources = list(dict.fromkeys(source for parts in experts for source, _ in parts))
-            places: list[list[Place]] = [[(sources.index(source), index) for source, index in parts] for parts in experts]
-            module = self.module_at(path)
+            module, place = self.module_at(path), where(self.model, path)
             assert isinstance(module, PackedExperts)
-            module.fill_experts(attribute, [self._read(source) for source in sources], places, turned)
+            experts, turned = self.places[name]
+            found, places = stacks(experts, self.kind)
+            filled = [offloaded(partial(self._stack, matrices, place), place) for matrices in found]
+            module.fill_experts(attribute, filled, places, turned, place.device)
+            if (products := len(module.runs[attribute])) > 1:
+                split[name] = f"experts of {products} kinds, which are multiplied by one kind after the other"
+        for note in counted("experts", split):
+            _LOG.info("%d stacks, such as %s: %s", note.count, note.names[0], note.reason)
+        self._last = None
         trim_memory()
 
-    def _read(self, name: str, looked_up: bool = False) -> nn.Module:
-        """One weight from disk, where the model is."""
-        device = self.model.device
-        if name not in self.meaning.weights:
-            dense = as_matrix(self._weight(name), self.meaning.dense(name))
-            return DenseWeight(dense.to(device, self.dtype).contiguous())
-        weight, state = self.meaning.weights[name]
-        specs, read = self.meaning.specs(name), self.meaning.checkpoint.read
-        parts = {spec.name.rpartition(".")[2]: read(spec.name).to(device) for spec in specs}
-        packed = Packed(state, weight.rows, weight.columns, parts)
-        turned = weight.transposed and weight.experts is None
-        return PackedWeight(packed, self.dtype, turned, looked_up, self.backend)
+    def kind(self, name: str) -> Kind:
+        """What a weight on disk must have in common with others to be stacked with them."""
+        weight = self._weight(name)
+        if name not in self.weights:
+            return Kind(None, weight.rows, weight.columns)
+        native = self.meaning.specs(name) if self.native else []
+        parts = (weight.dtype, *((spec.dtype, spec.shape[weight.experts is not None :]) for spec in native))
+        return Kind(self.weights[name][1], weight.rows, weight.columns, parts)
+
+    def _linear(self, name: str, looked_up: bool, place: Where) -> nn.Module:
+        """One weight from disk."""
+        packed, turned = self._matrix(name, None, place), self._weight(name).transposed
+        return PackedWeight(packed, self.dtype, turned, looked_up, self.backend, place.device)
+
+    def _stack(self, matrices: list[Matrix], place: Where) -> nn.Module:
+        """Matrices from disk, one after the other."""
+        if matrices[0][0][0] not in self.weights:
+            values = torch.stack([torch.cat([self._dense(*piece) for piece in pieces]) for pieces in matrices])
+            return DenseWeight(values.to(place.first))
+
+        def read(number: int) -> Packed:
+            return joined([self._matrix(*piece, place) for piece in matrices[number]])
+
+        weight = PackedWeight(Stack(len(matrices), read), self.dtype, backend=self.backend, device=place.device)
+        weight.sources = len({name for pieces in matrices for name, _ in pieces})
+        return weight
+
+    def _dense(self, name: str, index: int | None) -> torch.Tensor:
+        """A matrix that is not packed."""
+        dense = as_matrix(self._weight(name), self.meaning.dense(name)).to(self.dtype)
+        return dense if index is None else dense[index]
+
+    def _matrix(self, name: str, index: int | None, place: Where) -> Packed:
+        """A matrix, or one of a stack, that is packed on disk or while it is read."""
+        weight, state = self.weights[name]
+        if not self.native:
+            if self._last is None or self._last[0] != name:
+                q = self.meaning.qtensor(name)
+                assert q is not None
+                self._last = name, Packed(state, weight.rows, weight.columns, pack(q))
+            packed = self._last[1] if index is None else self._last[1].expert(index)
+            return replace(packed, parts={part: tensor.to(place.first) for part, tensor in packed.parts.items()})
+        parts = {}
+        for spec in self.meaning.specs(name):
+            read = self.meaning.checkpoint.read
+            part = read(spec.name) if index is None else read(spec.name, index, index + 1)[0]
+            parts[spec.name.rpartition(".")[2]] = part.to(place.first)
+        return Packed(state, weight.rows, weight.columns, parts)

@@ -6,7 +6,7 @@ family that computes its experts elsewhere (Llama 4's batched product) cannot be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -49,44 +49,38 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
 
     `module.listener(which, Routed)`, if there is one, sees each expert's inputs before its weights are used.
     """
-    experts: int = module.num_experts
     order = top_k_index.reshape(-1).sort(stable=True)
-    counts = torch.bincount(order.values, minlength=experts)
-    offsets = (0, *counts.cumsum(0).tolist())
+    offsets = torch.searchsorted(order.values, torch.arange(module.num_experts + 1, device=hidden.device), out_int32=True)
     tokens = order.indices // top_k_index.shape[-1]
     rows = hidden[tokens]
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    listener = getattr(module, "listener", None)
+    listener, packed = getattr(module, "listener", None), hasattr(module, "product")
+    # Whoever wants numbers waits for the device; packed weights do not.
+    ends = () if packed and listener is None else tuple(offsets.tolist())
 
     def product(inputs: torch.Tensor, name: str) -> torch.Tensor:
+        out: torch.Tensor = module.product(name, inputs, offsets) if packed else _dense(module, name, inputs, ends)
         bias = getattr(module, f"{name}_bias", None) if module.has_bias else None
-        multiply = module.multiplier(name) if hasattr(module, "multiplier") else _dense(module, name)
-        parts = []
-        for e in range(experts):
-            part = inputs[offsets[e] : offsets[e + 1]]
-            if len(part):
-                parts.append(multiply(e, part) if bias is None else multiply(e, part) + bias[e])
-        return torch.cat(parts) if parts else multiply(0, inputs)
+        return out if bias is None else out + bias[order.values]
 
     if listener is not None:
-        listener(INPUT, Routed(rows, offsets, tokens))
+        listener(INPUT, Routed(rows, ends, tokens))
     between = product(rows, first)
     between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
     del rows
     if listener is not None:
-        listener(MIDDLE, Routed(between, offsets, tokens))
+        listener(MIDDLE, Routed(between, ends, tokens))
     out = product(between, "down_proj")
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[order.indices].unsqueeze(-1)
-    back = torch.empty_like(order.indices)
-    back[order.indices] = torch.arange(len(back))
     # A sum over each token's experts adds in fp32, whatever the dtype.
-    return out[back].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
+    return out[order.indices.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _dense(module: Any, name: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """What multiplies an expert's inputs [tokens, in] by its matrix of a stacked parameter."""
+def _dense(module: Any, name: str, x: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:
+    """x [rows, inputs], sorted by expert, by the matrices of a stacked parameter -> [rows, outputs]."""
     # Taken apart once: the gradient of each single index would be as large as all of them.
-    matrices = getattr(module, name).unbind()
-    return lambda e, x: linear(x, matrices[e].T if module.is_transposed else matrices[e])
+    matrices = [matrix.T if module.is_transposed else matrix for matrix in getattr(module, name).unbind()]
+    parts = [linear(x[start:end], matrices[e]) for e, (start, end) in enumerate(pairwise(offsets)) if start < end]
+    return torch.cat(parts) if parts else linear(x, matrices[0])

@@ -5,7 +5,7 @@ After `import compress.hf`, AutoModelForCausalLM.from_pretrained(ARTIFACT) loads
 
 from __future__ import annotations
 
-import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,30 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.artifact import Filling
-from compress.checkpoint import CANONICAL, open_checkpoint
+from compress.checkpoint import CANONICAL, Checkpoint, open_checkpoint
 from compress.errors import InputError, UsageError
-from compress.qtensor import PARTS
+from compress.kernels.native.modules import Shell
+from compress.kernels.native.packed import PARTS
 
-_LOG = logging.getLogger("compress")
+_PACKED = re.compile(r"\.packed_weights?\.")
 
 
 @register_quantization_config(CANONICAL)
 class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What config.json says; `backend`, which it does not say, names the one that runs all weights."""
+    """What config.json says, and what it does not: `backend` names the one that runs all weights.
+
+    `source` is the directory of weights that are packed while they are read.
+    """
 
     def __init__(self, **content: Any) -> None:
         self.backend: str | None = None
+        self.source: str | None = None
         self.__dict__.update(content, quant_method=CANONICAL)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json is to say."""
+        told: dict[str, Any] = super().to_dict()
+        return {key: value for key, value in told.items() if key not in ("backend", "source")}
 
 
 @register_quantizer(CANONICAL)
@@ -36,34 +46,59 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     filling: Filling
+    checkpoint: Checkpoint
+    packed: list[str]
+    """The tensors on disk that packed weights are made of."""
 
-    def validate_environment(self, *args: Any, device_map: Any = None, **options: Any) -> None:
-        """Raises UsageError for weights on several devices."""
-        if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
-            raise UsageError("device_map", "one device for the whole model", str(device_map), "name one, such as 'cpu'")
-
-    def update_device_map(self, device_map: Any) -> Any:
-        # Sizes are not known when transformers deals modules out, so all of them go to one device.
-        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            return {"": torch.accelerator.current_accelerator() or torch.device("cpu")}
-        return device_map
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of what a parameter has for an element; those that a shell waits for, of what stands in its place."""
+        path, _, name = param_name.rpartition(".")
+        if name == "stand_in" and isinstance(shell := model.get_submodule(path), Shell):
+            return shell.awaited_bytes
+        return float(super().param_element_size(model, param_name, param))
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-        files = options.get("checkpoint_files")
-        if not files:
+        if getattr(model.config, "distributed_config", None) is not None:
+            do = "give a device_map, which puts whole layers on each"
+            raise UsageError("from_pretrained", "whole weights on each device", "a plan that splits them", do)
+        files: list[str] = options.get("checkpoint_files") or []
+        source: str | Path | None = self.quantization_config.source or next((Path(file).parent for file in files), None)
+        if source is None:
             raise InputError("from_pretrained", "the directory of an artifact, or its Hub id", "a state dict", "leave it out")
+        self.checkpoint = open_checkpoint(Path(source))
         dtype = options.get("dtype") or model.dtype
-        self.filling = Filling(model, open_checkpoint(Path(files[0]).parent), dtype, self.quantization_config.backend)
+        self.filling = Filling(model, self.checkpoint, dtype, self.quantization_config.backend)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.({'|'.join(('tiles', *PARTS))})$"}
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.({'|'.join(PARTS)})$"}
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         self.filling.fill()
+        self.packed = self.filling.tensors()
         del self.filling
 
     def is_serializable(self) -> bool:
-        _LOG.warning("a packed model is not saved again: copy the directory that it was loaded from")
-        return False
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Parameters as they are, and packed weights as the directory has them that the model is from.
+
+        Raises UsageError for weights that were packed while they were read, and for names that transformers would change.
+        """
+        from transformers.core_model_loading import WeightRenaming, apply_renamings, revert_weight_conversion
+
+        wanted = "an artifact's weights under their names"
+        if self.quantization_config.source:
+            do = "make an artifact with pack(format=native)"
+            raise UsageError("save_pretrained", wanted, "weights that were packed while they were read", do)
+        # transformers renames what it saves back to how it lies on disk.
+        renamings = [entry for entry in model._weight_conversions or () if isinstance(entry, WeightRenaming)]
+        inside = {apply_renamings(name, renamings): name for name in self.packed}
+        back = revert_weight_conversion(model, {name: torch.empty(0) for name in inside})
+        if lost := sorted(set(self.packed) - set(back)):
+            do = f"copy the directory {self.checkpoint.path}"
+            raise UsageError("save_pretrained", wanted, f"another name for '{lost[0]}'", do)
+        found = {name: part for name, part in model.state_dict().items() if not _PACKED.search(name)}
+        return {**found, **{name: self.checkpoint.read(on_disk) for name, on_disk in inside.items()}}, {}
 
     @property
     def is_trainable(self) -> bool:

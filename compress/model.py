@@ -32,6 +32,12 @@ def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True) 
     Without `rounded`, codes in an fp32 model mean what they are, not rounded to the dtype that they were made from.
     """
     model: PreTrainedModel = filled(checkpoint, dtype, rounded).module
+    generation_config(model, checkpoint)
+    return model
+
+
+def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Gives a model what its directory says of generation. Raises InputError for what is no config."""
     if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -40,7 +46,6 @@ def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True) 
         except Exception as error:  # transformers validates with exceptions of many kinds
             got = str(error).strip().partition("\n")[0]
             raise InputError(str(checkpoint.path / "generation_config.json"), "a valid config of generation", got) from None
-    return model
 
 
 def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True) -> Skeleton:
@@ -94,8 +99,8 @@ class _Loader:
             if name not in self.meaning.weights or attribute != "weight" or not isinstance(module, self.kinds):
                 continue
             weight, _ = self.meaning.weights[name]
-            q = self.meaning.qtensor(name)
-            assert q is not None
+            if (q := self.meaning.qtensor(name)) is None:
+                continue
             self.placed.add(name)
             self.place(module, q, self.meaning.dtype_of(weight))
 

@@ -55,7 +55,8 @@ def test_it_computes_what_it_means(name: str, recipe: str, source: Source, tmp_p
     run(source(name), tmp_path / "out", f"{recipe} | {NATIVE}")
     meaning = logits(build(open_checkpoint(tmp_path / "out"), rounded=False))
     model = compress.load(tmp_path / "out", "float32")
-    assert torch.equal(logits(model), meaning)
+    # Experts that lie transposed are multiplied so by the dense model, which rounds otherwise.
+    torch.testing.assert_close(logits(model), meaning, rtol=0, atol=5e-6 if name == "gpt_oss" else 0)
     codes = Meaning(open_checkpoint(tmp_path / "out")).weights
     assert sum(artifact.backends(model).values()) == len(codes)
     assert not [n for n, p in model.named_parameters() if p.is_meta]
@@ -110,8 +111,6 @@ def test_transformers_loads_it_by_itself(name: str, source: Source, tmp_path: Pa
     # Without its manifest it is read by what config.json says.
     assert torch.equal(logits(model), logits(build(open_checkpoint(tmp_path / "out"), rounded=False)))
     assert verify_bytes(open_checkpoint(tmp_path / "out"), Context()).decoded == sum(artifact.backends(model).values())
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -154,8 +153,10 @@ def test_experts_may_differ_and_some_stay_dense(source: Source, tmp_path: Path) 
     model = compress.load(tmp_path / "out", "float32")
     assert torch.equal(logits(model), logits(build(open_checkpoint(tmp_path / "out"), rounded=False)))
     experts = model.get_submodule("model.layers.0.mlp.experts")
-    kinds = [type(w) for w in experts.packed_weights["gate_up_proj"]]
-    assert (kinds.count(PackedWeight), kinds.count(DenseWeight)) == (4, 4)
+    # Gate and up of expert 3, dense, and of expert 2 are one matrix each; of the others only gate is packed.
+    weights = experts.packed_weights["gate_up_proj"]
+    kinds = [(type(w), len(w.values) if isinstance(w, DenseWeight) else w.work.experts) for w in weights]
+    assert sorted(kinds, key=str) == [(DenseWeight, 1), (DenseWeight, 2), (PackedWeight, 1), (PackedWeight, 2)]
     # Whoever asks for the stacked parameter gets what it means.
     dense = build(open_checkpoint(tmp_path / "out"), rounded=False).get_submodule("model.layers.0.mlp.experts")
     for attribute in ("gate_up_proj", "down_proj"):
@@ -177,17 +178,19 @@ def test_gradients_go_through_to_adapters(source: Source, tmp_path: Path) -> Non
 def test_a_backend_that_is_asked_for_runs_all_or_refuses(source: Source, tmp_path: Path) -> None:
     run(source("llama"), tmp_path / "out", f"quantize.rtn(scheme=w4a16g32-asym) | {NATIVE}")
     assert artifact.backends(compress.load(tmp_path / "out", backend="reference")) == {"reference": 14}
-    with pytest.raises(UsageError, match="not symmetric w4"):
-        compress.load(tmp_path / "out", backend="int4pack")
-    with pytest.raises(UsageError, match="one of int4pack, cpu, reference"):
-        compress.load(tmp_path / "out", backend="cuda")
+    with pytest.raises(UsageError, match="not in bfloat16"):
+        compress.load(tmp_path / "out", "float32", backend="int4pack")
+    with pytest.raises(UsageError, match=r"one of .*int4pack, .*cpu, reference"):
+        compress.load(tmp_path / "out", backend="gpus")
 
 
 def test_other_directories_are_refused(source: Source, tmp_path: Path) -> None:
     run(source("llama"), tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack")
-    for path, said in [(source("llama"), "a dense one"), (tmp_path / "out", "packed as compressed-tensors")]:
+    for path, said in [(source("llama"), "a dense one"), (tmp_path / "out", r"packed as compressed-tensors\n.*\n*.*repack=True")]:
         with pytest.raises(InputError, match=said):
             compress.load(path)
+    with pytest.raises(InputError, match="weights in codes that can be packed"):
+        compress.load(source("llama"), repack=True)
     step = step_of(tmp_path / "out", "quantize.rtn")
     with pytest.raises(InputError, match="codes that are not packed"):
         compress.load(step)
@@ -208,8 +211,8 @@ def test_what_config_json_says_is_checked(source: Source, tmp_path: Path) -> Non
         (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
         return tmp_path / "other"
 
-    with pytest.raises(InputError, match="version 2 of the native format"):
-        compress.load(changed(version=2))
+    with pytest.raises(InputError, match="version 99 of the native format"):
+        compress.load(changed(version=99))
     with pytest.raises(InputError, match="nothing of 14 packed weights"):
         compress.load(changed(weights=[]))
     with pytest.raises(InputError, match="what the native format says of weights"):

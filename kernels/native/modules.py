@@ -7,56 +7,100 @@ while it loads.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
+from compress.errors import UsageError
 from compress.experts import forward, watched
 from compress.facts import State
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
-from compress.kernels.native import op  # noqa: F401  (registers the operator)
+from compress.kernels.native.op import Arguments
 from compress.kernels.native.packed import Packed
 from compress.qlinear import RoundedInputs
 from compress.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one state and one shape that become a stack, each read when its turn comes."""
+
+    count: int
+    read: Callable[[int], Packed]
 
 
 class PackedWeight(nn.Module):
     """A packed weight [experts?, rows, columns]; its buffers are the parts that its backend keeps."""
 
     like: torch.Tensor
+    sources = 1
+    """Weights on disk that it is made of."""
 
     def __init__(
-        self, packed: Packed, dtype: torch.dtype, turned: bool = False, looked_up: bool = False, backend: str | None = None
-    ) -> None:
-        """`dtype` is what it is used in. Raises UsageError where the backend that is asked for refuses."""
+        self, packed: Packed | Stack, dtype: torch.dtype, turned: bool = False, looked_up: bool = False,
+        backend: str | None = None, device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        """`dtype` is what it is used in, `device` where, if not where its parts lie.
+
+        Raises UsageError where the backend that is asked for refuses.
+        """
         super().__init__()
-        self.state, self.size, self.turned = str(packed.state), (packed.rows, packed.columns), turned
-        scale = packed.parts["scale"]
-        work = Work(packed.state, *self.size, dtype, scale.dtype, scale.device.type, turned, looked_up)
-        self.backend = choose(work, backend).name
-        count = len(packed.parts["tiles"]) if packed.parts["tiles"].dim() == 5 else None
-        for name, part in _prepared(load_backend(self.backend), packed, count).items():
-            self.register_buffer(name, part)
-        self.names = ",".join(self._buffers)
+        if isinstance(packed, Packed) and packed.parts["tiles"].dim() == 5:
+            packed = Stack(len(packed.parts["tiles"]), packed.expert)
+        first = packed.read(0) if isinstance(packed, Stack) else packed
+        self.state, self.size, self.turned = str(first.state), (first.rows, first.columns), turned
+        self.stored, scale = (*first.parts,), first.parts.get("scale", first.parts["tiles"])
+        self.asked, self.device = backend, (device or scale.device).type
+        experts = packed.count if isinstance(packed, Stack) else None
+        self.work = Work(first.state, *self.size, dtype, scale.dtype, self.device, turned, looked_up, experts)
         # An empty tensor that `to` casts like any other: the dtype that the weight expands to.
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=scale.device), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device or scale.device), persistent=False)
+        self._keep(packed)
+
+    def _keep(self, packed: Packed | Stack) -> None:
+        """Chooses a backend, and keeps what it wants."""
+        chosen = choose(self.work, self.asked)
+        self.backend = chosen.name
+        kept = _prepared(chosen, packed)
+        for name, part in kept.items():
+            self.register_buffer(name, part)
+        self.names = ",".join(kept)
+
+    def forward(self, what: str, *arguments: Any) -> torch.Tensor:
+        """The method `what`. Modules ask through here, where accelerate's hooks fetch parts that lie elsewhere."""
+        found: torch.Tensor = getattr(self, what)(*arguments)
+        return found
 
     def packed(self) -> Packed:
         """The parts with what they mean."""
         parts = {name: self.get_buffer(name) for name in self.names.split(",")}
         return Packed(State.parse(self.state), *self.size, parts)
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
-        """x [..., inputs] -> [..., outputs], by one of the experts where there are several."""
+    def arguments(self, expert: int | None = None) -> Arguments:
+        """What operators want to know of it, or of one of its experts."""
         parts = [self.get_buffer(name) for name in self.names.split(",")]
         parts = parts if expert is None else [part[expert] for part in parts]
-        found: torch.Tensor = torch.ops.compress.packed_linear(
-            x, bias, parts, self.names, self.state, *self.size, self.turned, self.backend
-        )
+        return parts, self.names, self.state, *self.size, self.turned, self.backend
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
+        """x [..., inputs] -> [..., outputs], by one of the experts where there are several."""
+        found: torch.Tensor = torch.ops.compress.packed_linear(x, bias, *self.arguments(expert))
+        return found
+
+    def grouped(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """x [rows, inputs] -> [rows, outputs], rows offsets[e] to offsets[e + 1] by expert e; others are anything."""
+        found: torch.Tensor = torch.ops.compress.packed_experts(x, offsets, *self.arguments())
+        return found
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [..., columns] for ids [...]."""
+        found: torch.Tensor = torch.ops.compress.packed_rows(ids, self.like.dtype, *self.arguments())
         return found
 
     def dense(self, expert: int | None = None) -> torch.Tensor:
@@ -65,54 +109,86 @@ class PackedWeight(nn.Module):
         packed = packed if expert is None else packed.expert(expert)
         return torch.cat([backend.rows(packed, rows, self.like.dtype) for rows in backend.chunks(packed)])
 
-    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows [..., columns] for ids [...]."""
-        return self.packed().take(ids.reshape(-1)).dequantize().to(self.like.dtype).view(*ids.shape, -1)
-
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
-        """Moves parts, but never casts them: scales in another dtype would be other scales."""
+        """Moves parts, but never casts them: scales in another dtype would be other scales.
+
+        Another kind of device has another backend. Raises UsageError where this one has put codes in an order of its own.
+        """
+        here = fn(self.like).device
+        elsewhere = here.type not in (self.device, "meta")
+        if elsewhere and not set(self.stored) <= set(self._buffers):
+            got = f"codes in the order of {self.backend}, which runs on {self.device}"
+            raise UsageError(f"model.to('{here}')", "weights as they are stored", got, f"load the model with device='{here}'")
         for name, part in self._buffers.items():
             assert part is not None
             moved = fn(part)
             self._buffers[name] = moved if moved.dtype == part.dtype or name == "like" else part.to(moved.device)
+        if elsewhere:
+            self.device, self.work = here.type, replace(self.work, device=here.type)
+            parts = {name: self._buffers.pop(name) for name in self.names.split(",")}
+            stored: Any = {name: parts[name] for name in self.stored}
+            packed = Packed(self.work.state, *self.size, stored)
+            self._keep(packed if self.work.experts is None else Stack(self.work.experts, packed.expert))
         return self
 
     def extra_repr(self) -> str:
         return f"{self.state}, {self.size[0]} x {self.size[1]}, backend={self.backend}"
 
 
-def _prepared(backend: Backend, packed: Packed, count: int | None) -> dict[str, torch.Tensor]:
-    """What a backend keeps of a matrix, or of each expert's."""
-    if count is None:
+def _prepared(backend: Backend, packed: Packed | Stack) -> dict[str, torch.Tensor]:
+    """What a backend keeps of a matrix, or of each of a stack."""
+    if isinstance(packed, Packed):
         return backend.prepare(packed)
-    if type(backend).prepare is Backend.prepare:
-        return dict(packed.parts)
-    first = backend.prepare(packed.expert(0))
-    kept = {name: part.new_empty(count, *part.shape) for name, part in first.items()}
-    for index in range(count):
-        for name, part in (first if not index else backend.prepare(packed.expert(index))).items():
+    kept: dict[str, torch.Tensor] = {}
+    for index in range(packed.count):
+        for name, part in backend.prepare(packed.read(index)).items():
+            if not index:
+                kept[name] = part.new_empty(packed.count, *part.shape)
             kept[name][index] = part
     return kept
 
 
 class DenseWeight(nn.Module):
-    """A weight [experts?, rows, columns] that is not packed, among others that are."""
+    """A weight [experts, rows, columns] that is not packed, among others that are."""
 
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__()
         self.values = nn.Parameter(values, requires_grad=False)
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
-        return linear(x, self.dense(expert), bias)
+    def forward(self, what: str, *arguments: Any) -> torch.Tensor:
+        """As of a PackedWeight."""
+        found: torch.Tensor = getattr(self, what)(*arguments)
+        return found
 
-    def dense(self, expert: int | None = None) -> torch.Tensor:
-        return self.values if expert is None else self.values[expert]
+    def grouped(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return _grouped(x, self.values, offsets)
+
+    def dense(self, expert: int) -> torch.Tensor:
+        return self.values[expert]
+
+
+def _grouped(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    from transformers.integrations.moe import _grouped_mm
+
+    # The first and the last take all rows that are none of theirs, so that no number and no gradient is undefined.
+    ends = torch.cat([offsets[1:-1], offsets.new_full((1,), x.shape[0])])
+    found: torch.Tensor = _grouped_mm(x, matrices.mT, ends)
+    return found
 
 
 class Shell(nn.Module):
     """Mixed into a module whose parameters are packed: those it waits for are `awaited`, in their shape and in no memory."""
 
     awaited: dict[str, torch.Tensor]
+    awaited_bytes: int
+    """What its weights take in memory."""
+    stand_in: torch.Tensor
+    """Stands for them where devices are dealt out."""
+
+    def _arrived(self, name: str) -> None:
+        del self.awaited[name]
+        if not self.awaited:
+            del self.stand_in
 
 
 class PackedLinear(Shell):
@@ -123,14 +199,15 @@ class PackedLinear(Shell):
     def fill(self, weight: PackedWeight) -> None:
         """Gives it its weight, which several modules may share."""
         self.packed_weight = weight
-        self.awaited.clear()
+        self._arrived("weight")
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.awaited["weight"] if self.awaited else self.packed_weight.dense()
+        return self.awaited["weight"] if self.awaited else _kept(self.packed_weight("dense"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.packed_weight.linear(x, self.bias)
+        found: torch.Tensor = self.packed_weight("linear", x, self.bias)
+        return found
 
 
 class Rounds(Shell):
@@ -150,35 +227,71 @@ class PackedEmbedding(PackedLinear):
     max_norm: float | None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.packed_weight.lookup(ids) if self.max_norm is None else super().forward(ids)
+        found: torch.Tensor = self.packed_weight("lookup", ids) if self.max_norm is None else super().forward(ids)
         return found
 
 
-Place = tuple[int, int | None]
-"""Of a part of an expert's rows: which of the module's weights, and which expert of that."""
+Place = tuple[int, int]
+"""Of a part of an expert's rows: which of the module's weights, and which of the matrices stacked there."""
 
 
 class PackedExperts(Shell):
-    """Fused experts; `packed_weights` hold what their stacked parameters are made of."""
+    """Fused experts; `packed_weights` hold what their stacked parameters are made of, which `runs` tells."""
 
-    def fill_experts(self, name: str, weights: list[nn.Module], experts: list[list[Place]], turned: bool) -> None:
-        """For the parameter `name`: its weights, and for each expert where its rows are, one part after the other."""
+    is_transposed: bool
+    runs: dict[str, list[tuple[tuple[int, ...], int, int]]]
+    """The weights that hold the parts of some experts, and which experts, counted in the order of `_order`."""
+
+    def fill_experts(
+        self, name: str, weights: list[nn.Module], experts: list[list[Place]], turned: bool, device: torch.device
+    ) -> None:
+        """For the parameter `name`: its weights, and for each expert where its rows are, one part after the other.
+
+        Matrices of one weight are those of experts that have their parts in the same weights.
+        """
         if "packed_weights" not in self._modules:
-            self.packed_weights, self.places = nn.ModuleDict(), {}
+            self.packed_weights, self.places, self.runs = nn.ModuleDict(), {}, {}
         self.packed_weights[name] = nn.ModuleList(weights)
         self.places[name] = (experts, turned)
-        del self.awaited[name]
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for expert in sorted(range(len(experts)), key=lambda e: experts[e][0]):
+            alike[tuple(number for number, _ in experts[expert])].append(expert)
+        self.runs[name], order = [], list[int]()
+        for numbers, members in alike.items():
+            self.runs[name].append((numbers, len(order), len(order) + len(members)))
+            order += members
+        if order != [*range(len(experts))]:
+            self.register_buffer(f"{name}_order", torch.tensor(order, device=device), persistent=False)
+        self._arrived(name)
 
-    def multiplier(self, name: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """What multiplies the inputs of an expert by its matrix of a stacked parameter."""
+    def product(self, name: str, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """x [rows, inputs] by the matrices of a stacked parameter -> [rows, outputs]; nothing waits for a device.
+
+        Rows are sorted by expert: those of expert e begin at offsets[e], int32 [experts + 1], and end at offsets[e + 1].
+        """
+        if name not in self.runs:
+            matrices: torch.Tensor = getattr(self, name)
+            return _grouped(x, matrices.mT if self.is_transposed else matrices, offsets)
+        order, runs = self._buffers.get(f"{name}_order"), self.runs[name]
+        if order is None and len(runs) == 1:
+            return self._run(name, runs[0][0], x, offsets)
+        # Experts of one run come one after the other, so that each run has rows that do.
+        rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+        if order is not None:
+            held = torch.searchsorted(offsets[1:], rows, right=True)
+            by = order.argsort()[held].argsort(stable=True)
+            x, offsets = x[by], pad(offsets.diff()[order].cumsum(0, dtype=offsets.dtype), (1, 0))
+        out = None
+        for numbers, start, stop in runs:
+            found = self._run(name, numbers, x, offsets[start : stop + 1])
+            out = found if out is None else torch.where((rows >= offsets[start])[:, None], found, out)
+        assert out is not None
+        return out if order is None else out[by.argsort()]
+
+    def _run(self, name: str, numbers: tuple[int, ...], x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         weights: Any = self.packed_weights[name]
-        experts, _ = self.places[name]
-
-        def multiply(expert: int, x: torch.Tensor) -> torch.Tensor:
-            parts = [weights[number].linear(x, None, index) for number, index in experts[expert]]
-            return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-        return multiply
+        parts = [weights[number]("grouped", x, offsets) for number in numbers]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def expanded(self, name: str) -> torch.Tensor:
         """The stacked parameter that it means, as it is stored."""
@@ -186,8 +299,8 @@ class PackedExperts(Shell):
             return self.awaited[name]
         weights: Any = self.packed_weights[name]
         experts, turned = self.places[name]
-        dense = torch.stack([torch.cat([weights[number].dense(index) for number, index in parts]) for parts in experts])
-        return dense.mT if turned else dense
+        dense = torch.stack([torch.cat([weights[number]("dense", index) for number, index in parts]) for parts in experts])
+        return _kept(dense.mT if turned else dense)
 
 
 class WatchedExperts(PackedExperts):
@@ -197,8 +310,8 @@ class WatchedExperts(PackedExperts):
         return forward(self, hidden, top_k_index, top_k_weights)
 
 
-def hollow(module: nn.Module, scheme: Scheme) -> None:
-    """Takes the weight of a Linear, Embedding or Conv1D away; it waits for `fill`."""
+def hollow(module: nn.Module, scheme: Scheme | None) -> None:
+    """Takes the weight of a Linear, Embedding or Conv1D away; it waits for `fill`. No scheme: it is not in codes."""
     from transformers.pytorch_utils import Conv1D
 
     base: Any = next(kind for kind in (nn.Linear, nn.Embedding, Conv1D) if isinstance(module, kind))
@@ -206,7 +319,8 @@ def hollow(module: nn.Module, scheme: Scheme) -> None:
     packed = type(f"Packed{base.__name__}", (PackedEmbedding if base is nn.Embedding else PackedLinear, base), {})
     # A class with a forward of its own comes first, and finds ours where it calls its parent's.
     kinds = (packed,) if cls is base else (cls, packed)
-    _become(module, type(f"Packed{cls.__name__}", (Rounds, *kinds) if scheme.inputs else kinds, {"scheme": scheme}), ["weight"])
+    kinds = (Rounds, *kinds) if scheme is not None and scheme.inputs else kinds
+    _become(module, type(f"Packed{cls.__name__}", kinds, {"scheme": scheme}), ["weight"])
 
 
 def hollow_experts(module: nn.Module, names: list[str]) -> None:
@@ -216,11 +330,32 @@ def hollow_experts(module: nn.Module, names: list[str]) -> None:
     _become(module, type(f"Packed{type(module).__name__}", (mixin, type(module)), held), names)
 
 
+class Expanded(torch.Tensor):
+    """What a packed weight means, which cannot be written back."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:
+        return super().data
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        do = "keep the adapter beside it, or merge it into the dense model that `compress unpack --to dense` writes"
+        raise UsageError("weight.data of a packed weight", "a weight that is read", "other values for it", do)
+
+
+def _kept(dense: torch.Tensor) -> torch.Tensor:
+    # Compiled code writes no weights.
+    return dense if torch.compiler.is_compiling() else dense.as_subclass(Expanded)
+
+
 def _expanded(name: str, module: PackedExperts) -> torch.Tensor:
     return module.expanded(name)
 
 
 def _become(module: nn.Module, cls: type, names: list[str]) -> None:
+    module.register_buffer("stand_in", torch.empty(1, device="meta"), persistent=False)
     awaited = {}
     for name in names:
         dense = module._parameters.pop(name)
@@ -229,4 +364,4 @@ def _become(module: nn.Module, cls: type, names: list[str]) -> None:
         # transformers initialises what it has not loaded, unless it bears this mark.
         awaited[name]._is_hf_initialized = True  # type: ignore[attr-defined]
     module.__class__ = cls
-    module.awaited = awaited  # type: ignore[assignment]
+    module.awaited, module.awaited_bytes = awaited, 0  # type: ignore[assignment]
