@@ -22,12 +22,15 @@ from compress.writer import trim_memory
 
 
 class Forward:
-    """A language model in fp32. Raises InputError for one without logits at every token."""
+    """A language model in fp32. Raises InputError for one without logits at every token.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Without `rounded`, codes mean what they are, not rounded to the dtype that they were made from.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rounded: bool = True) -> None:
         self.label = label_of(checkpoint)
         try:
-            self.skeleton = Skeleton(Meaning(checkpoint), torch.float32)
+            self.skeleton = Skeleton(Meaning(checkpoint, rounded), torch.float32)
         except InputError as error:
             # Two models are read side by side: a message about a tensor must say whose.
             raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from safetensors.torch import save_file
 
 from compress import demo, pipeline, places, qtensor
 from compress.algebra.grid import round_to_nearest
+from compress.algebra.rounding import nearest
 from compress.checkpoint import Checkpoint, open_checkpoint, torch_dtype
 from compress.contract import Context
-from compress.facts import Weight
+from compress.facts import State, Weight
+from compress.kernels.dispatch import load_backend
+from compress.kernels.native.packed import Packed, pack
 from compress.measure import compare
 from compress.names import resolve
 from compress.pipeline import Options, Result
@@ -128,6 +132,14 @@ def tiny_llama(directory: Path, max_shard_size: str = "5GB", **changes: Any) -> 
     return directory
 
 
+def page() -> dict[str, Any]:
+    """The reader that the page about the native format holds."""
+    names: dict[str, Any] = {}
+    text = (Path(__file__).parents[1] / "kernels" / "README.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    return names
+
+
 @lru_cache(maxsize=1)
 def ready_inputs(samples: int = 6, length: int = 24, vocabulary: int = 128) -> Path:
     """A file of ready model inputs: random token ids, for models without a tokenizer."""
@@ -164,3 +176,15 @@ def random_codes(weight: Weight, scheme: Scheme, dtype: torch.dtype = torch.bflo
     scale = round_to_nearest(torch.randn(weight.shape), scheme, dtype).scale * (torch.randint(0, 2, shape) * 2 - 1).to(dtype)
     zero = None if scheme.symmetric else torch.randint(least_zero, scheme.levels, shape, dtype=torch.uint8)
     return qtensor.QTensor(scheme, torch.randint(0, scheme.levels, weight.shape, dtype=torch.uint8), scale, zero)
+
+
+def packed_weight(text: str, rows: int, columns: int, experts: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Packed:
+    """A random matrix, or a stack of them, in codes of a scheme, as the native format has it."""
+    scheme, lead = Scheme.parse(text), () if experts is None else (experts,)
+    q = nearest(torch.randn(*lead, rows, columns).to(dtype), scheme, dtype).q
+    return Packed(State(scheme), rows, columns, pack(q))
+
+
+def prepared(backend: str, packed: Packed) -> Packed:
+    """What a backend keeps of a weight."""
+    return replace(packed, parts=load_backend(backend).prepare(packed))

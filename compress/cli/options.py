@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from compress.errors import UsageError, did_you_mean
+
 DANGER = "Dangerous options"
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id with @revision.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
@@ -49,6 +51,19 @@ Dtype = Annotated[
         help="What models compute in while they are calibrated; auto is bfloat16 where model and CPU have it.",
     ),
 ]  # fmt: skip
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="Only this one; `compress doctor` lists them.")]
+Device = Annotated[str, typer.Option("--device", metavar="|".join(DEVICES), help="auto is a GPU where there is one.")]
+ComputeDtype = Annotated[
+    str, typer.Option("--dtype", metavar="|".join(DTYPES), help="What activations are in; auto is what config.json says.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises UsageError for a value that is none of those."""
+    if value not in known:
+        raise UsageError(option, f"one of {', '.join(known)}", f"'{value}'{did_you_mean(value, known)}")

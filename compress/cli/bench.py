@@ -1,0 +1,203 @@
+"""`compress bench`: tokens a second of a packed model, or its kernels."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli import console, options
+from compress.cli.guard import guarded
+from compress.errors import CompressError, Problem, UsageError
+
+if TYPE_CHECKING:
+    from compress.bench import Memory, Settings, Speed, Subject
+    from compress.checkpoint import Checkpoint
+
+_CPU_SHAPES, _CPU_TOKENS, _CPU_SCHEMES = "4096x4096", "1,16,64", "w4a16g128,w4a16g128-asym,w3a16g128,nf4g64"
+_GPU_TOKENS, _GPU_SCHEMES = "1,8,16,32,64,128,2048", "w4a16g128,w8a16g128,w3a16g128,w2a16g128,nf4g64,fp4g128,fp8"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("bench")(verb)
+
+
+@guarded
+def verb(
+    artifact: Annotated[
+        str | None, typer.Argument(help="An artifact of pack(format=native); none with --kernels.", show_default=False)
+    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="SOURCE", help="The dense model, timed in the same rounds.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
+    new: Annotated[int, typer.Option(help="Tokens that are generated after it.", min=1)] = 64,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="How many prompts at a time.")] = "1,8,32",
+    rounds: Annotated[int, typer.Option(help="How often all is timed.", min=1)] = 3,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to take prompts from; random tokens without it.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random tokens.", min=0)] = 0,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time products by single weights instead of a model.")] = False,
+    schemes: Annotated[
+        str | None, typer.Option(metavar="SCHEME,...", help="With --kernels: schemes, or states such as codes(...)+masked(2:4).")
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="NxK,...", help="With --kernels: rows and columns; seven layers of Llamas on a GPU.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N,...", help="With --kernels: how many rows of activations.")] = None,
+    backend: options.Backend = None,
+    device: options.Device = "auto",
+    dtype: options.ComputeDtype = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads on the CPU; torch's own number without it.", min=1)] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Time a packed model: prompts and greedy decoding, tokens a second. Nothing that computes something else is timed.
+
+    With --kernels: products by packed weights of usual shapes, each checked against fp32, beside dense ones and other people's.
+    """
+    options.one_of("--dtype", dtype, options.DTYPES)
+    options.one_of("--device", device, options.DEVICES)
+    wrong = (
+        {"ARTIFACT": artifact, "--against": against}
+        if kernels
+        else {"--schemes": schemes, "--shapes": shapes, "--tokens": tokens}
+    )
+    if given := [name for name, value in wrong.items() if value is not None]:
+        expected = "none beside --kernels" if kernels else "--kernels beside it"
+        raise UsageError(given[0], expected, f"'{wrong[given[0]]}'", "leave it out" if kernels else "add --kernels")
+    if not kernels and artifact is None:
+        raise UsageError("ARTIFACT", "an artifact, or --kernels", "neither", "name the OUT of pack(format=native)")
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from compress.doctor import default_device
+
+    where = default_device() if device == "auto" else device
+    if kernels:
+        time_kernels(schemes, shapes, tokens, backend, where, dtype, json_)
+        return
+    from compress.bench import Settings
+
+    assert artifact is not None
+    settings = Settings(prompt, new, numbers("--batch", batch), rounds, where, dtype, backend, seed)
+    time_model(artifact, against, data, settings, json_)
+
+
+def numbers(option: str, text: str, between: str = ",") -> tuple[int, ...]:
+    """Numbers above zero. Raises UsageError."""
+    parts = text.split(between)
+    if not all(part.strip().isdecimal() and 0 < int(part) < 1 << 31 for part in parts):
+        raise UsageError(option, f"whole numbers above 0 with '{between}' between them", f"'{text}'")
+    return tuple(map(int, parts))
+
+
+def time_model(artifact: str, against: str | None, data: str | None, settings: Settings, as_json: bool) -> None:
+    """Checks, times and prints."""
+    from transformers.utils import logging
+
+    from compress import bench
+    from compress.doctor import runs_on
+    from compress.source import open_source
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    checkpoints = [open_source(name) for name in (artifact, against) if name is not None]
+    bench.check_settings(checkpoints, settings)
+    ids = bench.prompts(checkpoints, settings, data)
+    subjects = [bench.load_packed(checkpoints[0], settings)]
+    difference = bench.check(checkpoints[0], subjects[0], ids)
+    dtype = subjects[0].model.dtype
+    subjects += [bench.load_dense(checkpoint, settings, dtype) for checkpoint in checkpoints[1:]]
+    speeds = bench.timed(subjects, ids, settings)
+    drawn = data or f"random, seed {settings.seed}"
+    protocol = (
+        f"prompts of {settings.prompt} tokens ({drawn}) in one forward, then {settings.new} tokens, greedy, with a cache of keys "
+        f"and values; {settings.rounds} rounds, all models in each"
+    )
+    name = bench.dtype_name(subjects[0].model)
+    allowed = bench.ALLOWED[name]
+    if as_json:
+        print(json.dumps({
+            "model": checkpoints[0].name, "against": against, "device": runs_on(settings.device), "dtype": name,
+            "protocol": protocol, "difference": difference, "allowed": allowed,
+            "memory": {s.label: vars(s.memory) for s in subjects}, "backends": subjects[0].backends,
+            "speeds": [{**vars(speed), "best": speed.best, "median": speed.median} for speed in speeds],
+        }, ensure_ascii=False))  # fmt: skip
+        return
+    show_speeds(speeds)
+    show_memory(subjects)
+    print(f"model:    {label(checkpoints[0])}" + (f"\nagainst:  {label(checkpoints[1])}" if against else ""))
+    print(f"backends: {', '.join(f'{count} weights {backend}' for backend, count in subjects[0].backends.items())}")
+    print(f"device:   {runs_on(settings.device)}, {name}")
+    print(f"checked:  logits are within {difference:.2g} of what the codes mean in fp32 (relative; {allowed:g} is allowed)")
+    print(f"protocol: {protocol}")
+
+
+def label(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.name} ({checkpoint.config.get('model_type')}), {console.size(checkpoint.nbytes)} of tensors"
+
+
+def show_speeds(speeds: list[Speed]) -> None:
+    """Tokens a second; ratios are of medians."""
+    from compress.bench import DENSE, PACKED
+
+    found = {(speed.batch, speed.phase, speed.label): speed for speed in speeds}
+    rows = []
+    for batch, phase in dict.fromkeys((speed.batch, speed.phase) for speed in speeds):
+        packed, dense = found[batch, phase, PACKED], found.get((batch, phase, DENSE))
+        cells = [f"{speed.median:,.1f} ({speed.best:,.1f})" if speed else "-" for speed in (packed, dense)]
+        rows.append((batch, phase, *cells, f"{packed.median / dense.median:.2f}x" if dense else "-", packed.how))
+    console.table(("batch", "phase", "packed tokens/s, median (best)", "dense", "ratio", "how"), rows)
+
+
+def show_memory(subjects: list[Subject]) -> None:
+    """What each model takes."""
+
+    def cells(memory: Memory) -> list[str]:
+        held = [memory.tensor_bytes, memory.resident_bytes, memory.peak_bytes, memory.gpu_bytes, memory.gpu_peak_bytes]
+        return ["-" if nbytes is None else console.size(nbytes) for nbytes in held]
+
+    head = ("memory after load", "tensors", "resident", "peak", "GPU", "GPU peak")
+    console.table(head, [(subject.label, *cells(subject.memory)) for subject in subjects])
+
+
+def time_kernels(
+    schemes: str | None, shapes: str | None, tokens: str | None, backend: str | None, device: str, dtype: str, as_json: bool
+) -> None:  # fmt: skip
+    """Times and prints; ends with status 1 if a backend computes something else."""
+    import torch
+
+    from compress.doctor import check_device, runs_on
+    from compress.kernels import bench
+
+    check_device(device)
+    gpu = device == "cuda"
+    if shapes is None and gpu:
+        sizes: list[tuple[int, ...]] = [*bench.LAYERS]
+    else:
+        sizes = [numbers("--shapes", shape, "x") for shape in (shapes or _CPU_SHAPES).split(",")]
+    if any(len(shape) != 2 for shape in sizes):
+        raise UsageError("--shapes", "rows x columns, such as 4096x4096", f"'{shapes}'")
+    states = [bench.parse_state(text) for text in (schemes or (_GPU_SCHEMES if gpu else _CPU_SCHEMES)).split(",")]
+    counts = numbers("--tokens", tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS))
+    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    bandwidth, whence = bench.peak_bandwidth(device)
+    rows = list(bench.table([(n, k) for n, k in sizes], states, counts, device, kind, backend))
+    name = str(kind).removeprefix("torch.")
+    if as_json:
+        print(json.dumps({
+            "device": runs_on(device), "dtype": name, "peak_bandwidth": bandwidth, "peak_from": whence,
+            "protocol": bench.__doc__, "rows": [bench.facts(row) for row in rows],
+        }, ensure_ascii=False))  # fmt: skip
+    else:
+        console.table(bench.HEAD, bench.cells(rows, bandwidth))
+        print(f"device:   {runs_on(device)}, {name}")
+        print(f"peak:     {bandwidth / 1e9:,.0f} GB/s, {whence}")
+        mib, share = bench.WEIGHT_BYTES >> 20, f"{bench.ALLOWED[kind]:g}"
+        print(f"protocol: {mib} MiB of equal weights take turns, all products in every round; GB/s are of the weight's bytes;")
+        print(f"          each is checked against fp32, and may be off by {share} of the largest output")
+    if faults := [row for row in rows if row.ours and row.fault]:
+        raise CompressError(
+            Problem(f"{row.what}, {row.case}", "the product by what the codes mean", row.fault, "name another --backend")
+            for row in faults
+        )

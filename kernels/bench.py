@@ -1,0 +1,363 @@
+"""Bench: what a product by a packed weight costs, beside dense and other ones.
+
+A case is a weight and a number of tokens; every product of the same weight takes part in every round, one after the other. Before
+anything is timed, each is checked against an fp32 product by what the codes mean, and one that is wrong is not timed. Products
+take turns with as many equal weights as no cache holds, as the layers of a model do. On a GPU a round is the replay of a CUDA
+graph. Bytes are those of the weight as it lies in memory; bandwidth is those bytes by the time.
+
+A weight is rounded from random numbers: some of its rows, which are then repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from compress.algebra import lowrank, masks
+from compress.algebra.inputs import rounded_inputs
+from compress.algebra.rounding import nearest
+from compress.errors import CompressError, UsageError
+from compress.facts import State, Weight
+from compress.kernels.dispatch import BACKENDS, Backend, Work, ask
+from compress.kernels.native.layout import Native
+from compress.kernels.native.packed import Packed
+from compress.kernels.others import Call, Other, others
+
+LAYERS = {
+    (4096, 4096): "7B qkv/o", (22016, 4096): "7B gate+up", (4096, 11008): "7B down", (10240, 8192): "70B qkv",
+    (8192, 8192): "70B o", (57344, 8192): "70B gate+up", (8192, 28672): "70B down",
+}  # fmt: skip
+"""Rows and columns of the linears of Llamas."""
+HEAD = (
+    "layer", "state", "tokens", "product", "min us", "median us", "GB/s", "of peak", "by dense", "by best other", "off by", "how",
+)  # fmt: skip
+ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+"""Largest difference from fp32, as a share of the largest output."""
+WEIGHT_BYTES = 160 << 20
+"""Of the weights that take turns; more than any cache."""
+DENSE = "dense"
+_STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_BAND = 512
+_ROUNDS = 9
+_ROUND_SECONDS = 0.02
+_FEW_SECONDS = 0.5
+"""A product that takes longer is timed in fewer rounds."""
+_PEAKS = {
+    "B200": 8.0e12, "H200": 4.8e12, "H100 PCIe": 2.04e12, "H100 NVL": 3.94e12, "H100": 3.35e12, "A100-SXM4-40GB": 1.56e12,
+    "A100-PCIE-40GB": 1.56e12, "A100 80GB PCIe": 1.94e12, "A100-SXM4-80GB": 2.04e12, "L40S": 0.864e12, "L40": 0.864e12,
+    "L4": 0.3e12, "A10": 0.6e12, "V100": 0.9e12, "T4": 0.32e12,
+}  # fmt: skip
+"""Nominal bandwidth by words of a GPU's name, the longer ones first."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product of one case. `fault` says why it was not timed; then there are no seconds."""
+
+    rows: int
+    columns: int
+    state: str
+    tokens: int
+    what: str
+    ours: bool
+    weight_bytes: int
+    difference: float = math.nan
+    """The largest one from fp32, as a share of the largest output."""
+    seconds: tuple[float, ...] = ()
+    """Of one product, a number for each round."""
+    how: str = ""
+    """graph: replayed as a CUDA graph; eager: called from Python."""
+    fault: str = ""
+
+    @property
+    def case(self) -> str:
+        """In words, the same for all products of a case."""
+        return f"{self.rows}x{self.columns} {self.state}, {self.tokens} tokens"
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds, default=math.nan)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of the weight in a second, in the best round."""
+        return self.weight_bytes / self.best
+
+
+@dataclass(frozen=True)
+class Product:
+    """What multiplies x [tokens, columns] by a weight, as several callables with equal weights of their own."""
+
+    what: str
+    weight_bytes: int
+    calls: Sequence[Call]
+    exact: Call
+    """The same in fp32."""
+    ours: bool
+
+
+def parse_state(text: str) -> State:
+    """A scheme, or a state such as codes(w4a16g64)+masked(2:4). Raises UsageError for what no row can be made of."""
+    try:
+        state = State.parse(text if "(" in text else f"codes({text})")
+    except ValueError as error:
+        raise UsageError("schemes", "schemes such as w4a16g128, or codes(w4a16g64)+masked(2:4)", str(error)) from None
+    if state == State() or state.outliers is not None or state.lowrank is not None:
+        raise UsageError("schemes", "codes with nothing beside them, or masked(2:4)", f"'{text}'")
+    return state
+
+
+def table(
+    shapes: Iterable[tuple[int, int]], states: Sequence[State], tokens: Sequence[int], device: str, dtype: torch.dtype,
+    backend: str | None = None, until: float = math.inf, skipped: Callable[[str], None] = lambda case: None,
+) -> Iterator[Row]:  # fmt: skip
+    """The rows of every case, made as they are asked for; `skipped` is told of cases that begin after `until`.
+
+    `backend` is the only one of ours to take part. `until` is in seconds of time.monotonic.
+    """
+    for rows, columns in shapes:
+        for state in states:
+            if time.monotonic() >= until:
+                skipped(f"{rows}x{columns} {state}, every number of tokens")
+                continue
+            products = made(rows, columns, state, device, dtype, backend)
+            for count in tokens:
+                if time.monotonic() >= until:
+                    skipped(f"{rows}x{columns} {state}, {count} tokens")
+                    continue
+                generator = torch.Generator().manual_seed(count)
+                x = torch.randn(count, columns, generator=generator).to(device, dtype)
+                if state.scheme is not None and state.scheme.inputs:
+                    x = rounded_inputs(x, state.scheme)
+                yield from measured(Case(rows, columns, state), products, x)
+            del products
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight of the table."""
+
+    rows: int
+    columns: int
+    state: State
+
+    def row(self, product: Product, tokens: int) -> Row:
+        return Row(self.rows, self.columns, str(self.state), tokens, product.what, product.ours, product.weight_bytes)
+
+
+def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype, backend: str | None = None) -> list[Product]:
+    """The dense product, one for every backend that takes the weight, and other people's."""
+    scheme = state.scheme
+    band = _BAND if rows % _BAND == 0 else rows
+    few = random_weight(state, band, columns, dtype)
+    few = replace(few, parts={name: part.to(device) for name, part in few.parts.items()})
+    meant, times = few.values().float(), rows // band
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return linear(x.float(), meant).repeat(1, times)
+
+    def repeated(name: str, part: torch.Tensor) -> torch.Tensor:
+        one = part.dim() == 0 or (name == "scale" and scheme is not None and scheme.scales == "tensor")
+        return part if one else part.repeat(times, *[1] * (part.dim() - 1))
+
+    packed = replace(few, rows=rows, parts={name: repeated(name, part) for name, part in few.parts.items()})
+    dense = meant.to(dtype).repeat(times, 1)
+    found = [_product(DENSE, dense.nbytes, lambda: partial(_dense, dense.clone()), exact, False)]
+    for name in BACKENDS if backend is None else (backend,):
+        work = Work(state, rows, columns, dtype, packed.parts.get("scale", packed.parts["tiles"]).dtype, device)
+        taken, refused = ask(work, name)
+        if taken is None:
+            if backend is not None:
+                raise UsageError(f"backend {name}", f"one that runs {state}", refused[name].reason, refused[name].do)
+            continue
+        held = replace(packed, parts=taken.prepare(packed))
+        size = sum(part.nbytes for part in held.parts.values())
+        found.append(_product(name, size, partial(_copied, taken, held), exact, True))
+    if backend is None:
+        found += [_other(what, make, exact) for what, make in others(packed, dtype)]
+    return found
+
+
+def random_weight(state: State, rows: int, columns: int, dtype: torch.dtype, experts: int | None = None) -> Packed:
+    """Random numbers rounded to a state, in the parts that an artifact has; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, columns) if experts is None else (experts, rows, columns)
+    w = torch.randn(shape, generator=generator).to(dtype)
+    if state.sparsity is not None:
+        w *= masks.keep_best(w.float().abs(), state.sparsity)
+    value: Any = w
+    if state.scheme is not None:
+        value = nearest(w, state.scheme, dtype, outliers=state.outliers).q
+        if state.lowrank is not None:
+            factors = lowrank.best(w.float() - value.dequantize(), state.lowrank.rank)
+            value = replace(value, lowrank=lowrank.stored(*factors, state.lowrank))
+    weight = Weight("w", _STORED[dtype], shape, "linear" if experts is None else "expert")
+    tensors = Native().encode_as(weight, state, value)
+    return Packed(state, rows, columns, {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()})
+
+
+def _product(what: str, weight_bytes: int, copy: Callable[[], Call], exact: Call, ours: bool) -> Product:
+    return Product(what, weight_bytes, [copy() for _ in range(-(-WEIGHT_BYTES // weight_bytes))], exact, ours)
+
+
+def _other(what: str, make: Callable[[], Other], exact: Call) -> Product:
+    """Other people's product, or one that raises what making it has raised: then its row says so."""
+    try:
+        other = make()
+        return _product(what, other.weight_bytes, other.copy, other.exact or exact, False)
+    except Exception as error:
+        return Product(what, 0, [partial(_raise, error)], exact, False)
+
+
+def _raise(error: Exception, x: torch.Tensor) -> torch.Tensor:
+    raise error
+
+
+def _dense(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, w)
+
+
+def _copied(backend: Backend, packed: Packed) -> Call:
+    own = replace(packed, parts={name: part.clone() for name, part in packed.parts.items()})
+    return lambda x: backend.linear(x, own, None, False)
+
+
+def measured(case: Case, products: Sequence[Product], x: torch.Tensor) -> list[Row]:
+    """A row for each product of a case, x [tokens, columns]; those that are right have taken part in the same rounds."""
+    found, rounds = [], {}
+    for product in products:
+        row = _checked(case.row(product, len(x)), product, x)
+        if not row.fault:
+            round_, how = _round(product.calls, x)
+            row, rounds[product.what] = replace(row, how=how), round_
+        found.append(row)
+    spent: dict[str, list[float]] = {what: [] for what in rounds}
+    for number in range(_ROUNDS):
+        for what, round_ in rounds.items():
+            if number < 3 or spent[what][-1] < _FEW_SECONDS:
+                spent[what].append(round_())
+    return [replace(row, seconds=tuple(spent.get(row.what, ()))) for row in found]
+
+
+def _checked(row: Row, product: Product, x: torch.Tensor) -> Row:
+    """The row with its difference from fp32, and its fault if there is one."""
+    try:
+        out = product.calls[0](x)
+    except Exception as error:  # other people's kernels raise what they like, and one that fails is a row that says so
+        return replace(row, fault=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    exact = product.exact(x)
+    difference = float((out.float() - exact).abs().max() / exact.abs().max())
+    allowed = ALLOWED[x.dtype]
+    # Written so that a difference that is no number is a fault.
+    fault = "" if difference <= allowed else f"off by {difference:.2g} of the largest output, where {allowed:g} is allowed"
+    return replace(row, difference=difference, fault=fault)
+
+
+def _round(calls: Sequence[Call], x: torch.Tensor) -> tuple[Callable[[], float], str]:
+    """What times a round and returns seconds of one product; and how."""
+    if x.is_cuda:
+        return _cuda_round(calls, x)
+    started = time.perf_counter()
+    calls[-1](x)
+    each = max(1, min(len(calls), int(_ROUND_SECONDS / (time.perf_counter() - started))))
+    next_ = iter(range(1 << 62))
+
+    def round_() -> float:
+        some = [calls[next(next_) % len(calls)] for _ in range(each)]
+        started = time.perf_counter()
+        for call in some:
+            call(x)
+        return (time.perf_counter() - started) / each
+
+    return round_, "eager"
+
+
+def _cuda_round(calls: Sequence[Call], x: torch.Tensor) -> tuple[Callable[[], float], str]:
+    some = [calls[i % len(calls)] for i in range(max(4, len(calls)))]
+
+    def all_of_them() -> None:
+        for call in some:
+            call(x)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        all_of_them()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, how = torch.cuda.CUDAGraph(), "graph"
+    try:
+        with torch.cuda.graph(graph):
+            all_of_them()
+        run = graph.replay
+        run()
+    except (RuntimeError, CompressError):
+        # What asks the GPU for a number on the way cannot be captured.
+        run, how = all_of_them, "eager"
+    torch.cuda.synchronize()
+
+    def round_() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / len(some)
+
+    return round_, how
+
+
+def peak_bandwidth(device: str) -> tuple[float, str]:
+    """Bytes a second that the memory gives at most, and where the number is from."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        for part, bandwidth in _PEAKS.items():
+            # A slice of a GPU has a share of its bandwidth.
+            if re.search(rf"\b{part}\b", name) and "MIG" not in name:
+                return bandwidth, f"nominal, of {name}"
+    source = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    round_, _ = _round([lambda x: target.copy_(x)], source)
+    return 2 * source.nbytes / min(round_() for _ in range(12)), "measured by a copy of 256 MiB, read and written"
+
+
+def facts(row: Row) -> dict[str, Any]:
+    """A row as JSON; null where there is no number."""
+    timed = {"best_seconds": row.best, "median_seconds": row.median, "bytes_per_second": row.bandwidth} if row.seconds else {}
+    return {**vars(row), "difference": row.difference if math.isfinite(row.difference) else None, **timed}
+
+
+def cells(rows: Sequence[Row], bandwidth: float) -> list[tuple[str, ...]]:
+    """Rows as people read them; ratios are of best times, above 1 where a row is faster than dense or than the best other."""
+    dense = {row.case: row.best for row in rows if row.what == DENSE}
+    others: dict[str, float] = {}
+    for row in rows:
+        if not row.ours and row.what != DENSE and row.seconds:
+            others[row.case] = min(row.best, others.get(row.case, row.best))
+    found = []
+    for row in rows:
+        layer = f"{LAYERS.get((row.rows, row.columns), '')} {row.rows}x{row.columns}".strip()
+        timed = [
+            f"{row.best * 1e6:.1f}",
+            f"{row.median * 1e6:.1f}",
+            f"{row.bandwidth / 1e9:.1f}",
+            f"{row.bandwidth / bandwidth:.0%}",
+        ]
+        ratios = [f"{base[row.case] / row.best:.2f}x" if row.case in base else "-" for base in (dense, others)]
+        numbers = [*timed, *ratios, f"{row.difference:.1g}", row.how] if row.seconds else [*["-"] * 7, row.fault]
+        found.append((layer, row.state, str(row.tokens), row.what, *numbers))
+    return found
