@@ -59,6 +59,8 @@ class Settings:
     dtype: str = "auto"
     backend: str | None = None
     seed: int = 0
+    repack: bool = False
+    """Whether an artifact of another tool is packed while it is read."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Speed:
 def check_settings(checkpoints: Sequence[Checkpoint], settings: Settings) -> None:
     """What can be said before anything is loaded. Raises CompressError."""
     check_device(settings.device)
-    artifact.refuse_other(checkpoints[0])
+    if not settings.repack:
+        artifact.refuse_other(checkpoints[0])
     for dense in checkpoints[1:]:
         if method_of(dense) is not None:
             do = "give the model that the artifact was made from"
@@ -137,8 +140,8 @@ def prompts(checkpoints: Sequence[Checkpoint], settings: Settings, data: str | N
 
 def load_packed(checkpoint: Checkpoint, settings: Settings) -> Subject:
     """An artifact in the native format. Raises CompressError."""
-    load = artifact.load
-    found = _loaded(PACKED, settings, lambda: load(checkpoint.path, settings.dtype, settings.backend, settings.device))
+    asked = (settings.dtype, settings.backend, settings.device, settings.repack)
+    found = _loaded(PACKED, settings, lambda: artifact.load(checkpoint.path, *asked))
     found.backends = dict(artifact.backends(found.model))
     return found
 

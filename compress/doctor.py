@@ -83,7 +83,7 @@ def families(dtype: str, device: str) -> Iterator[Use]:
 def _use(state: State, dtype: str, device: str, **used: Any) -> Use:
     weight = Weight("weight", DTYPES[dtype], (_ROWS, _COLUMNS), "linear")
     specs = {spec.name.rpartition(".")[2]: spec.dtype for spec in Native().specs(weight, state)}
-    return Use(Work(state, _ROWS, _COLUMNS, getattr(torch, dtype), _scales(specs), device, **used))
+    return Use(Work(state, _ROWS, _COLUMNS, torch_dtype(DTYPES[dtype]), _scales(specs), device, **used))
 
 
 def _scales(dtypes: Mapping[str, str]) -> torch.dtype:
@@ -98,7 +98,7 @@ def artifact_uses(checkpoint: Checkpoint, device: str, dtype: str | None = None)
     """
     refuse_other(checkpoint)
     model: Any = meta_model(checkpoint)
-    chosen = getattr(torch, dtype) if dtype else model.config.dtype or torch.float32
+    chosen = torch_dtype(DTYPES[dtype]) if dtype else model.config.dtype or torch.float32
     filling = Filling(model, checkpoint, chosen)
     found: Counter[Work] = Counter()
 

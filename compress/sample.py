@@ -14,11 +14,19 @@ from compress.forward import is_masked, label_of
 from compress.model import build
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from compress.checkpoint import Checkpoint
 
 
-def sample(checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
-    """The prompt and up to `tokens` more; of an encoder-decoder, what it answers. Raises CompressError."""
+def sample(
+    checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0,
+    packed: Callable[[], Any] | None = None,
+) -> str:  # fmt: skip
+    """The prompt and up to `tokens` more; of an encoder-decoder, what it answers. Raises CompressError.
+
+    The model is what `packed` loads, or the checkpoint's in fp32, codes as codes.
+    """
     if not math.isfinite(temperature):
         raise UsageError(
             "temperature", "a number from 0", f"{temperature}", "0 takes the likeliest token, 1 draws as the model says"
@@ -27,7 +35,8 @@ def sample(checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float 
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
     if not ids.numel():
         raise UsageError("prompt", "at least one token", "none", "begin with a word")
-    model: Any = build(checkpoint)
+    model: Any = packed() if packed else build(checkpoint)
+    ids = ids.to(model.device)
     kind = type(model).__name__
     masked = is_masked(kind) and not model.config.is_encoder_decoder
     if not model.can_generate() or masked or model.main_input_name != "input_ids":

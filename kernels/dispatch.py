@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.facts import State
     from compress.kernels.native.packed import Packed
 
-BACKENDS = ("int4pack", "int8pack", "cpu", "reference")
+BACKENDS = ("scaled_mm", "semi_structured", "gpu", "cuda", "triton", "cublas", "int4pack", "int8pack", "cpu", "reference")
 """Backends of the native format, the fastest first; each is the one subclass of Backend in its file."""
 _LOG = logging.getLogger("compress")
 
@@ -88,7 +88,7 @@ class Backend:
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Some rows [n, columns] of what the weight means, a slice as `chunks` gives them."""
-        return packed.take(rows).dequantize().to(dtype)
+        return packed.values(rows).to(dtype)
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         """x [tokens, inputs] -> [tokens, outputs], in x's dtype; `packed` has the parts of `prepare`."""
@@ -120,24 +120,35 @@ def _load(name: str) -> Backend:
     return next(cls for cls in found if cls.name == name)()
 
 
-def choose(work: Work, name: str | None = None) -> Backend:
-    """The backend of that name, or the first that takes the work.
-
-    Raises UsageError where the one that was asked for refuses; why others are passed over is logged, once for each reason.
-    """
+def ask(work: Work, name: str | None = None) -> tuple[Backend | None, dict[str, Refusal]]:
+    """The backend of that name, or the first that takes the work, if any; and why each that was asked before it refuses."""
+    refused = {}
     for candidate in BACKENDS if name is None else (name,):
         backend = load_backend(candidate)
         try:
             backend.refuse(replace(work, asked=name is not None))
         except Refusal as refusal:
-            if name is not None:
-                raise UsageError(f"backend {name}", f"one that runs {work.state}", refusal.reason, refusal.do) from None
-            _tell_once(candidate, refusal.reason)
+            refused[candidate] = refusal
             continue
-        return backend
-    raise UsageError("backend", f"one that runs {work.state} on {work.device}", f"none of {', '.join(BACKENDS)}")
+        return backend, refused
+    return None, refused
+
+
+def choose(work: Work, name: str | None = None) -> Backend:
+    """The backend of that name, or the first that takes the work.
+
+    Raises UsageError where the one that was asked for refuses; why others are passed over is logged, once for each reason.
+    """
+    backend, refused = ask(work, name)
+    if name is not None and backend is None:
+        raise UsageError(f"backend {name}", f"one that runs {work.state}", refused[name].reason, refused[name].do)
+    for candidate, refusal in refused.items():
+        tell_once(candidate, refusal.reason)
+    if backend is None:
+        raise UsageError("backend", f"one that runs {work.state} on {work.device}", f"none of {', '.join(BACKENDS)}")
+    return backend
 
 
 @cache
-def _tell_once(backend: str, reason: str) -> None:
+def tell_once(backend: str, reason: str) -> None:
     _LOG.info("backend %s is passed over: %s", backend, reason)

@@ -86,7 +86,13 @@ class Emulator:
         return name, self._built(SOURCES / f"{source}.cu", name, ["-O1", "-DEMULATED", f"-I{HERE}", *defines])
 
     def run(
-        self, source: str, defines: tuple[str, ...], grid: tuple[int, int, int], threads: int, arguments: list[Any], backwards: bool = False
+        self,
+        source: str,
+        defines: tuple[str, ...],
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: list[Any],
+        backwards: bool = False,
     ) -> None:
         """Runs a kernel in a process of its own. `arguments` are Memory, integers, or None for null."""
         name, library = self.kernel(source, defines)

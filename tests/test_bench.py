@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -304,6 +305,18 @@ def test_models_that_cannot_be_timed_are_refused(packed: Path, model: Path, tmp_
     run(build_family("t5", tmp_path), tmp_path / "out", f"quantize.rtn(scheme=w8a16) | {NATIVE}")
     with pytest.raises(InputError, match="a decoder"):
         bench.check_settings([open_checkpoint(tmp_path / "out")], Settings(prompt=8, new=4))
+
+
+def test_an_artifact_of_another_tool_is_repacked_where_that_is_asked_for(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=gptq)")
+    checkpoint, settings = open_checkpoint(tmp_path / "out"), Settings(prompt=8, new=4)
+    with pytest.raises(InputError, match="repack"):
+        bench.check_settings([checkpoint], settings)
+    settings = replace(settings, repack=True, dtype="float32")
+    bench.check_settings([checkpoint], settings)
+    subject = bench.load_packed(checkpoint, settings)
+    assert subject.backends == {"cpu": 14}
+    assert bench.check(checkpoint, subject, torch.arange(8)[None]) < 1e-5
 
 
 @pytest.mark.parametrize("as_json", [True, False])

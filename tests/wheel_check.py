@@ -24,7 +24,10 @@ def test_it_holds_every_module_and_data_file_and_no_test(wheel: Path) -> None:
     rooms = {"compress": "compress", "passes": "compress/passes", "kernels": "compress/kernels", "recipes": "compress/recipes"}
     for folder, place in rooms.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".safetensors", ".json", ".jsonl", ".md", ".cu") or path.name == "py.typed":
+            if (
+                path.suffix in (".py", ".yaml", ".safetensors", ".json", ".jsonl", ".md", ".cu", ".cuh", ".zip")
+                or path.name == "py.typed"
+            ):
                 wanted = f"{place}/{path.relative_to(ROOT / folder)}"
                 assert wanted in names, f"{wanted} is not in the wheel"
     assert not [name for name in names if name.split("/")[0] in ("tests", "passes", "kernels", "recipes")]

@@ -19,9 +19,20 @@ def rounded_inputs(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return _rounded(x, scheme.inputs)
 
 
+def in_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., width] as q s, with q in E4M3 and s [..., 1] in x's dtype. In bf16, q s rounded is this q and s again."""
+    s = _scale(x, 448.0)
+    return (x / s).clamp(-448, 448).to(torch.float8_e4m3fn), s
+
+
 def _rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
-    s = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448.0)
-    s = torch.where(s == 0, torch.finfo(x.dtype).eps, s)
     if kind == "int8":
+        s = _scale(x, 127.5)
         return (x / s).clamp(-128, 127).round() * s
-    return (x / s).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * s
+    q, s = in_fp8(x)
+    return q.to(x.dtype) * s
+
+
+def _scale(x: torch.Tensor, top: float) -> torch.Tensor:
+    s = x.abs().amax(-1, keepdim=True) / top
+    return torch.where(s == 0, torch.finfo(x.dtype).eps, s)

@@ -46,6 +46,7 @@ def verb(
     backend: options.Backend = None,
     device: options.Device = "auto",
     dtype: options.ComputeDtype = "auto",
+    repack: options.Repack = False,
     threads: Annotated[int | None, typer.Option(help="Threads on the CPU; torch's own number without it.", min=1)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
@@ -57,7 +58,7 @@ def verb(
     options.one_of("--dtype", dtype, options.DTYPES)
     options.one_of("--device", device, options.DEVICES)
     wrong = (
-        {"ARTIFACT": artifact, "--against": against}
+        {"ARTIFACT": artifact, "--against": against, "--repack": "given" if repack else None}
         if kernels
         else {"--schemes": schemes, "--shapes": shapes, "--tokens": tokens}
     )
@@ -79,7 +80,7 @@ def verb(
     from compress.bench import Settings
 
     assert artifact is not None
-    settings = Settings(prompt, new, numbers("--batch", batch), rounds, where, dtype, backend, seed)
+    settings = Settings(prompt, new, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
     time_model(artifact, against, data, settings, json_)
 
 
@@ -167,7 +168,8 @@ def time_kernels(
     """Times and prints; ends with status 1 if a backend computes something else."""
     import torch
 
-    from compress.doctor import check_device, runs_on
+    from compress.checkpoint import torch_dtype
+    from compress.doctor import DTYPES, check_device, runs_on
     from compress.kernels import bench
 
     check_device(device)
@@ -180,7 +182,7 @@ def time_kernels(
         raise UsageError("--shapes", "rows x columns, such as 4096x4096", f"'{shapes}'")
     states = [bench.parse_state(text) for text in (schemes or (_GPU_SCHEMES if gpu else _CPU_SCHEMES)).split(",")]
     counts = numbers("--tokens", tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS))
-    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    kind = torch.bfloat16 if dtype == "auto" else torch_dtype(DTYPES[dtype])
     bandwidth, whence = bench.peak_bandwidth(device)
     rows = list(bench.table([(n, k) for n, k in sizes], states, counts, device, kind, backend))
     name = str(kind).removeprefix("torch.")

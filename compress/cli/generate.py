@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,16 +21,40 @@ def verb(
     tokens: Annotated[int, typer.Option(help="How many tokens at most.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=(1 << 63) - 1)] = 0,
+    packed: Annotated[bool, typer.Option("--packed", help="Run packed weights as they are, by the kernels for them.")] = False,
+    backend: options.Backend = None,
+    device: options.Device = "auto",
+    dtype: options.ComputeDtype = "auto",
+    repack: options.Repack = False,
     trust_remote_code: options.Trust = False,
     debug: options.Debug = False,
 ) -> None:
-    """Continue a prompt: a smoke test of a checkpoint, in fp32, with all of it in memory (codes as codes)."""
+    """Continue a prompt: a smoke test of a checkpoint, with all of it in memory.
+
+    In fp32, codes as codes; with --packed as `compress.load` runs it.
+    """
     from transformers.utils import logging
 
+    from compress.errors import UsageError
     from compress.sample import sample
     from compress.source import open_source
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options.one_of("--dtype", dtype, options.DTYPES)
+    options.one_of("--device", device, options.DEVICES)
+    asked = {"--backend": backend is not None, "--device": device != "auto", "--dtype": dtype != "auto", "--repack": repack}
+    if not packed and (alone := [option for option, given in asked.items() if given]):
+        raise UsageError(alone[0], "--packed beside it", "it alone", "add --packed, or leave it out")
     checkpoint = open_source(model, trust_remote_code)
     console.warn_of_code(checkpoint)
-    print(sample(checkpoint, prompt, tokens, temperature, seed))
+
+    def load() -> Any:
+        from compress import artifact
+        from compress.doctor import check_device, default_device
+
+        where = default_device() if device == "auto" else device
+        check_device(where)
+        return artifact.load(checkpoint.path, dtype, backend, where, repack)
+
+    print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None))

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from compress.cache import folder_of
 from compress.errors import MachineError
 
 Tell = Callable[[str], None]
@@ -91,10 +92,7 @@ def torch_pin() -> str:
 
 def cache_folder() -> Path:
     """Where environments are kept."""
-    if chosen := os.environ.get("COMPRESS_CACHE"):
-        return Path(chosen).expanduser().absolute() / "readers"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "compress" / "readers"
+    return folder_of("readers")
 
 
 def interpreter(place: Path) -> Path:

@@ -24,8 +24,9 @@ class Fused(Backend):
         Kind.of(work)
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        parts = dict(packed.parts)
-        scheme = packed.scheme
+        # No kernel reads codes without their zeros.
+        packed = packed.whole()
+        parts, scheme = dict(packed.parts), packed.scheme
         if not by_row(scheme):
             rows = torch.arange(packed.rows, device=parts["scale"].device) // scheme.rows_per_scale(packed.rows)
             parts["grid"] = tiles.pack_grid(parts["scale"][rows], groups_of(scheme, packed.columns))
@@ -56,9 +57,15 @@ class Fused(Backend):
         out += (sparse @ x.T.float()).T.to(out.dtype)
 
 
+def work_of(packed: Packed, dtype: torch.dtype) -> Work:
+    """What a prepared weight, or a stack of them, is to a backend, for activations of that dtype."""
+    held = scales(packed)
+    return Work(packed.state, packed.rows, packed.columns, dtype, held.dtype, held.device.type)
+
+
 def kind_of(packed: Packed, x: torch.Tensor) -> Kind:
     """The Kind of a prepared weight and its activations."""
-    return Kind.of(Work(packed.state, packed.rows, packed.columns, x.dtype, scales(packed).dtype, x.device.type))
+    return Kind.of(work_of(packed, x.dtype))
 
 
 def scales(packed: Packed) -> torch.Tensor:

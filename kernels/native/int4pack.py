@@ -43,7 +43,8 @@ class Int4pack(Cpu):
     def refuse(self, work: Work) -> None:
         super().refuse(work)
         scheme = work.state.scheme
-        assert scheme is not None
+        if scheme is None:
+            raise Refusal("it is not in codes", "use another backend")
         if not (scheme.integer and scheme.bits <= 4 and scheme.group in _GROUPS):
             raise Refusal(f"{scheme} is not w4 in groups of {', '.join(map(str, _GROUPS))}", "use another backend")
         if scheme.bits < 4 and not work.asked:
@@ -60,7 +61,7 @@ class Int4pack(Cpu):
             raise Refusal("this torch packs codes in an order that is not known here", "use another backend")
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        parts = {name: part for name, part in packed.parts.items() if name not in ("tiles", "scale", "zero")}
+        parts = {name: part for name, part in packed.parts.items() if name not in ("tiles", "indices", "scale", "zero")}
         codes = torch.empty(packed.rows * packed.columns // 2, dtype=torch.uint8)
         scale = torch.zeros(packed.scheme.groups(packed.columns), packed.rows, 2, dtype=torch.bfloat16)
         if not packed.scheme.symmetric:

@@ -25,11 +25,15 @@ class Int8pack(Cpu):
     def refuse(self, work: Work) -> None:
         super().refuse(work)
         scheme = work.state.scheme
-        assert scheme is not None
+        if scheme is None:
+            raise Refusal("it is not in codes", "use another backend")
         if not (scheme.integer and scheme.bits == 8 and scheme.symmetric and scheme.group is None):
             raise Refusal(f"{scheme} is not symmetric w8 with a scale per row", "use another backend")
         if work.dtype != torch.bfloat16 or work.scales != torch.bfloat16:
             raise Refusal("activations or scales are not in bfloat16, which alone is fast", "load the model in bfloat16")
+        # torch reads 16 columns at a time, and where fewer are left beyond the end.
+        if work.columns % 16:
+            raise Refusal(f"16 does not divide {work.columns} columns", "use another backend")
         if work.looked_up:
             raise Refusal("its rows are looked up as well", "use another backend")
         if work.state.outliers is not None or work.state.lowrank is not None:

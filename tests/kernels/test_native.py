@@ -6,7 +6,6 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ from compress.kernels.native.packed import Packed, pack
 from compress.meaning import Meaning
 from compress.qtensor import QTensor
 from compress.scheme import Scheme
-from support import run, tiny_llama
+from support import page, run, tiny_llama
 
-README = Path(__file__).parents[2] / "kernels" / "README.md"
 SCHEMES = [
     "w4a16g32", "w4a16g128", "w4a16", "w4a16g16-asym", "w4a16g64-asym", "w3a16g64", "w3a16g256-asym", "w2a16g32", "w8a16-asym", "w8a16",
     "nf4g64", "nf3g32", "nf2g16", "fp4g128-m2", "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4",
@@ -69,13 +67,6 @@ def test_every_code_is_where_the_page_says(bits: int, shape: tuple[int, int]) ->
     # Every bit is one of a code's, and those beyond rows and columns are zero.
     padded = tiles.unpack(words, bits, words.shape[0] * 16, words.shape[1] * tiles.chunk(bits))
     assert int(padded.count_nonzero()) == int(codes.count_nonzero())
-
-
-def page() -> dict[str, Any]:
-    """The reader that the page about the format holds."""
-    names: dict[str, Any] = {}
-    exec(README.read_text().split("```python\n")[1].split("```")[0], names)
-    return names
 
 
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w2a16", "w8a16g64-asym"])
@@ -161,7 +152,7 @@ def test_int4pack_runs_w4_in_bf16_and_says_why_not(group: int, caplog: pytest.Lo
     ]:  # fmt: skip
         with pytest.raises(UsageError, match=said):
             choose(other, "int4pack")
-    dispatch._tell_once.cache_clear()
+    dispatch.tell_once.cache_clear()
     with caplog.at_level(logging.INFO, "compress"):
         assert choose(wider).name == choose(wider).name == choose(narrow).name == "cpu"
     assert choose(narrow, "int4pack").name == "int4pack"
@@ -183,7 +174,7 @@ def test_int8pack_runs_rows_of_w8_and_says_why_not() -> None:
     for other, said in [
         (replace(work, state=State(Scheme.parse("w8a16g32"))), "a scale per row"), (replace(work, looked_up=True), "looked up"),
         (replace(work, dtype=torch.float16), "not in bfloat16"), (replace(work, turned=True), "Conv1D"),
-        (replace(work, state=replace(work.state, lowrank=Lowrank(3))), "low-rank"),
+        (replace(work, state=replace(work.state, lowrank=Lowrank(3))), "low-rank"), (replace(work, columns=1160), "divide 1160"),
     ]:  # fmt: skip
         with pytest.raises(UsageError, match=said):
             choose(other, "int8pack")

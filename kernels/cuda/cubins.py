@@ -1,0 +1,202 @@
+"""Cubins: compiled kernels, shipped in archives, or made by NVRTC and cached.
+
+An archive `cubins/<target>.zip` holds `<variant>.cubin` (of compute_80, `.ptx`) and `index.json`, which tells the version of
+NVRTC, the digests of the sources and the options of each variant. What was made of other sources than those that are there,
+or with other options, is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compress.cache import folder_of
+from compress.errors import MachineError, Refusal
+from compress.kernels.cuda.nvrtc import nvrtc
+from compress.kernels.cuda.variant import Variant, headers
+
+FOLDER = Path(__file__).parent / "cubins"
+TARGETS = ("sm_75", "sm_80", "sm_89", "sm_90a", "compute_80")
+INDEX = "index.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_LOG = logging.getLogger("compress")
+
+
+class Capability(NamedTuple):
+    """The compute capability of a GPU: 9.0 of an H100."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+    @property
+    def number(self) -> int:
+        return 10 * self.major + self.minor
+
+
+@dataclass(frozen=True)
+class Code:
+    """Something that the driver loads."""
+
+    origin: str
+    """Where it is from, in words."""
+    image: bytes
+
+
+def find(variant: Variant, capability: Capability) -> Code:
+    """The code of a variant for GPUs of a compute capability. Raises MachineError where there is none and none can be made."""
+    target, passed = _shipped(variant, capability)
+    if target is None:
+        return _compiled(variant, capability, passed)
+    return Code(archive(target).name, _read_member(archive(target), member(variant, target)))
+
+
+def origin(variant: Variant, capability: Capability) -> str:
+    """Where `find` would find it. Raises Refusal where it would not."""
+    passed: list[str] = []
+    try:
+        target, passed = _shipped(variant, capability)
+        return f"NVRTC {nvrtc().version}" if target is None else archive(target).name
+    except MachineError as error:
+        problem = error.problems[0]
+        reasons = "; ".join([*passed, f"{problem.where}: {problem.got}"])
+        raise Refusal(f"there is no {variant} for capability {capability}: {reasons}", problem.do) from None
+
+
+def targets(capability: Capability) -> tuple[str, ...]:
+    """Of the archives, those whose code runs on a GPU, the best first: of the same major version, then PTX."""
+    runs = range(10 * capability.major, capability.number + 1)
+    same = [target for target in reversed(TARGETS) if target.startswith("sm_") and int(target[3:5]) in runs]
+    return (*same, *(["compute_80"] if capability.major >= 8 else []))
+
+
+def archive(target: str) -> Path:
+    return FOLDER / f"{target}.zip"
+
+
+def member(variant: Variant, target: str) -> str:
+    """Its name in an archive."""
+    return f"{variant}.{'cubin' if target.startswith('sm_') else 'ptx'}"
+
+
+def passed_over(variant: Variant, target: str) -> str:
+    """Why an archive does not give the code of a variant; nothing where it does. Raises MachineError for a damaged archive."""
+    index = _index(archive(target))
+    if index is None:
+        return "is not there"
+    if str(variant) not in index["options"]:
+        return "does not hold it"
+    if index["sources"][variant.source] != variant.digest or index["options"][str(variant)] != list(variant.options):
+        return "was built from other sources"
+    return ""
+
+
+def pack(target: str, compiler: str, images: dict[Variant, bytes]) -> None:
+    """Writes an archive: the same bytes for the same images."""
+    index = {
+        "nvrtc": compiler,
+        "sources": {variant.source: variant.digest for variant in images},
+        "options": {str(variant): variant.options for variant in images},
+    }
+    members = {INDEX: json.dumps(index, indent=1, sort_keys=True).encode()}
+    members |= {member(variant, target): image for variant, image in images.items()}
+    FOLDER.mkdir(exist_ok=True)
+    with zipfile.ZipFile(archive(target), "w") as out:
+        for name in sorted(members):
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            out.writestr(entry, members[name], zipfile.ZIP_LZMA)
+    _index.cache_clear()
+
+
+def stale(target: str, wanted: Iterable[Variant]) -> list[str]:
+    """What `pack` would change of an archive, in words."""
+    index, names = _index(archive(target)), {str(variant) for variant in wanted}
+    found = [f"{variant} {reason}" for variant in wanted if (reason := passed_over(variant, target))]
+    return found + [f"{name} is not wanted" for name in sorted(set(index["options"] if index else ()) - names)]
+
+
+@lru_cache(maxsize=8)
+def _index(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(_read_member(path, INDEX))
+    return found
+
+
+def _read_member(path: Path, name: str) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as held:
+            return held.read(name)
+    except Exception as error:  # Compressed data fails in its own ways.
+        raise MachineError(f"{path}, {name}", "an archive of cubins", str(error), "install compress again") from None
+
+
+def _shipped(variant: Variant, capability: Capability) -> tuple[str | None, list[str]]:
+    """The first archive with the code of a variant, if any, and why others were passed over."""
+    passed: list[str] = []
+    for target in targets(capability):
+        reason = passed_over(variant, target)
+        if not reason:
+            return target, passed
+        passed.append(f"{archive(target).name} {reason}")
+    return None, passed
+
+
+def _compiled(variant: Variant, capability: Capability, passed: list[str]) -> Code:
+    """By NVRTC, or what it made before."""
+    compiler = nvrtc()
+    target = _native(capability, compiler.architectures)
+    place = folder_of("kernels") / variant.key(target, compiler.version)
+    image = _read(place)
+    if image is None:
+        _LOG.info("NVRTC %s compiles %s for %s: %s", compiler.version, variant, target, "; ".join(passed))
+        image = compiler.compile(f"{variant.source}.cu", variant.text, headers(), target, variant.options)
+        _write(place, image)
+    return Code(f"NVRTC {compiler.version}, {target}", image)
+
+
+def _native(capability: Capability, known: tuple[int, ...]) -> str:
+    """What NVRTC is to compile for: the GPU itself, or PTX for the newest that it knows and that is not newer."""
+    wanted = capability.number
+    if wanted in known:
+        return "sm_90a" if wanted == 90 else f"sm_{wanted}"
+    return f"compute_{max(number for number in known if number < wanted)}"
+
+
+def _read(place: Path) -> bytes | None:
+    """An entry of the cache: a hash, and what it is of."""
+    try:
+        held = place.read_bytes()
+    except OSError:
+        return None
+    if sha256(held[32:]).digest() != held[:32]:
+        _LOG.warning("%s is damaged and made anew", place)
+        return None
+    return held[32:]
+
+
+def _write(place: Path, image: bytes) -> None:
+    """Under another name first, so that whoever reads it, or writes it too, finds it whole."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as new:
+            try:
+                new.write(sha256(image).digest() + image)
+                new.close()
+                os.replace(new.name, place)
+            finally:
+                Path(new.name).unlink(missing_ok=True)
+    except OSError as error:
+        _LOG.warning("a compiled kernel cannot be kept: %s; set COMPRESS_CACHE to a folder that can be written", error)
