@@ -227,6 +227,11 @@ class Filling:
         names = [name, *(alias for alias, owner in self.ties.items() if owner == name)]
         return [self.module_at(path.rpartition(".")[0]) for path in names]
 
+    def uses(self, parameter: str) -> tuple[bool, bool]:
+        """Whether any module looks rows of a parameter up, and whether any multiplies by it."""
+        embeddings = [isinstance(module, nn.Embedding) for module in self.readers(parameter)]
+        return any(embeddings), not all(embeddings)
+
     def tensors(self) -> list[str]:
         """Those on disk that packed parameters are made of, the few that are not packed among them."""
         sources = [source for group in (*self.linears.values(), *self.experts.values()) for source in group.sources]
@@ -236,15 +241,14 @@ class Filling:
     def fill(self) -> None:
         """Reads every packed weight and gives it to its modules."""
         paths = {module: path for path, module in self.model.named_modules()}
-        for name, group in self.linears.items():
+        for name in self.linears:
             modules = self.readers(name)
-            looked_up = any(isinstance(module, nn.Embedding) for module in modules)
             weights: dict[Where, nn.Module] = {}
             for module in modules:
                 # Modules that are tied share it where they are on one device.
                 place = where(self.model, paths[module])
                 if place not in weights:
-                    weights[place] = offloaded(partial(self._linear, group.sources[0], looked_up, place), place)
+                    weights[place] = offloaded(partial(self._linear, name, place), place)
                 module.fill(weights[place])
         split = {}
         for name in self.experts:
@@ -271,10 +275,11 @@ class Filling:
         parts = (weight.dtype, *((spec.dtype, spec.shape[weight.experts is not None :]) for spec in native))
         return Kind(self.weights[name][1], weight.rows, weight.columns, parts)
 
-    def _linear(self, name: str, looked_up: bool, place: Where) -> nn.Module:
-        """One weight from disk."""
+    def _linear(self, parameter: str, place: Where) -> nn.Module:
+        """The weight of a parameter, from disk."""
+        name, (looked_up, multiplied) = self.linears[parameter].sources[0], self.uses(parameter)
         packed, turned = self._matrix(name, None, place), self._weight(name).transposed
-        return PackedWeight(packed, self.dtype, turned, looked_up, self.backend, place.device)
+        return PackedWeight(packed, self.dtype, turned, looked_up, self.backend, place.device, multiplied)
 
     def _stack(self, matrices: list[Matrix], place: Where) -> nn.Module:
         """Matrices from disk, one after the other."""

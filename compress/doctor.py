@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from compress.account import isa
 from compress.artifact import Filling, refuse_other
@@ -53,7 +52,8 @@ class Use:
     @property
     def what(self) -> str:
         """In words."""
-        words = {"embedding": self.work.looked_up, "Conv1D": self.work.turned, "experts": self.work.experts is not None}
+        embedding = "embedding and head" if self.work.multiplied else "embedding"
+        words = {embedding: self.work.looked_up, "Conv1D": self.work.turned, "experts": self.work.experts is not None}
         return ", ".join([str(self.work.state), *(word for word, holds in words.items() if holds)])
 
 
@@ -75,6 +75,7 @@ def families(dtype: str, device: str) -> Iterator[Use]:
         yield _use(State.parse(_PLAIN + beside), dtype, device)
     for masked in (f"{_PLAIN}+masked(2:4)", "masked(2:4)"):
         yield _use(State.parse(masked), dtype, device)
+    yield _use(plain, dtype, device, looked_up=True, multiplied=False)
     yield _use(plain, dtype, device, looked_up=True)
     yield _use(plain, dtype, device, turned=True)
     yield _use(plain, dtype, device, experts=_EXPERTS)
@@ -110,8 +111,8 @@ def artifact_uses(checkpoint: Checkpoint, device: str, dtype: str | None = None)
         return Work(state, weight.rows, weight.columns, chosen, _scales(dtypes), device, weight.transposed)
 
     for name, group in filling.linears.items():
-        looked_up = any(isinstance(module, nn.Embedding) for module in filling.readers(name))
-        found[replace(work(group.sources[0]), looked_up=looked_up)] += 1
+        looked_up, multiplied = filling.uses(name)
+        found[replace(work(group.sources[0]), looked_up=looked_up, multiplied=multiplied)] += 1
     for experts, _ in filling.places.values():
         for matrices in stacks(experts, filling.kind)[0]:
             sources = [name for name, _ in matrices[0]]

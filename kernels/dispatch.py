@@ -59,7 +59,9 @@ class Work:
     turned: bool = False
     """Whether inputs are in rows, y = x @ w + b, as in a Conv1D; else y = x @ w.T + b."""
     looked_up: bool = False
-    """Whether its rows are looked up as well, as in an embedding."""
+    """Whether its rows are looked up, as in an embedding."""
+    multiplied: bool = True
+    """Whether anything is multiplied by it, as by an embedding only if a head is tied to it."""
     experts: int | None = None
     """How many matrices lie in a stack."""
     asked: bool = False
@@ -89,6 +91,10 @@ class Backend:
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Some rows [n, columns] of what the weight means, a slice as `chunks` gives them."""
         return packed.values(rows).to(dtype)
+
+    def lookup(self, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [n, columns], in fp32, for ids int64 [n]."""
+        return packed.values(ids)
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         """x [tokens, inputs] -> [tokens, outputs], in x's dtype; `packed` has the parts of `prepare`."""

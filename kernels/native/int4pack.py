@@ -53,8 +53,8 @@ class Int4pack(Cpu):
             raise Refusal("activations or scales are not in bfloat16, which alone is fast", "load the model in bfloat16")
         if work.rows % 16 or work.columns % scheme.group:
             raise Refusal(f"16 rows or whole groups do not divide {work.rows} x {work.columns}", "use another backend")
-        if work.looked_up:
-            raise Refusal("its rows are looked up as well", "use another backend")
+        if not work.multiplied:
+            raise Refusal("its rows are looked up, and nothing is multiplied by it", "use another backend")
         if work.state.outliers is not None:
             raise Refusal("it has outliers", "use another backend")
         if not _known():
@@ -82,6 +82,14 @@ class Int4pack(Cpu):
         if q.lowrank is not None:
             q = replace(q, lowrank=replace(q.lowrank, left=q.lowrank.left[rows]))
         return q.dequantize().to(dtype)
+
+    def lookup(self, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
+        # Blocks are taken apart whole: dear for each row, but a token's product with all rows costs more.
+        found, blocks = torch.empty(len(ids), packed.columns), ids // _BLOCK
+        for block in blocks.unique().tolist():
+            rows, here = slice(block * _BLOCK, min(packed.rows, (block + 1) * _BLOCK)), blocks == block
+            found[here] = self.rows(packed, rows, torch.float32)[ids[here] - rows.start]
+        return found
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         if len(x) > _TOKENS or x.dtype != torch.bfloat16:

@@ -44,7 +44,7 @@ class PackedWeight(nn.Module):
 
     def __init__(
         self, packed: Packed | Stack, dtype: torch.dtype, turned: bool = False, looked_up: bool = False,
-        backend: str | None = None, device: torch.device | None = None,
+        backend: str | None = None, device: torch.device | None = None, multiplied: bool = True,
     ) -> None:  # fmt: skip
         """`dtype` is what it is used in, `device` where, if not where its parts lie.
 
@@ -58,7 +58,7 @@ class PackedWeight(nn.Module):
         self.stored, scale = (*first.parts,), first.parts.get("scale", first.parts["tiles"])
         self.asked, self.device = backend, (device or scale.device).type
         experts = packed.count if isinstance(packed, Stack) else None
-        self.work = Work(first.state, *self.size, dtype, scale.dtype, self.device, turned, looked_up, experts)
+        self.work = Work(first.state, *self.size, dtype, scale.dtype, self.device, turned, looked_up, multiplied, experts)
         # An empty tensor that `to` casts like any other: the dtype that the weight expands to.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device or scale.device), persistent=False)
         self._keep(packed)

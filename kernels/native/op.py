@@ -73,8 +73,8 @@ def _times_weight(gradient: torch.Tensor, packed: Packed, runs: Backend, turned:
 
 
 def _rows(ids: torch.Tensor, dtype: torch.dtype, *weight: Any) -> torch.Tensor:
-    packed, _ = _weight(*weight)
-    return packed.values(ids.reshape(-1)).to(dtype).view(*ids.shape, packed.columns)
+    packed, runs = _weight(*weight)
+    return runs.lookup(packed, ids.reshape(-1)).to(dtype).view(*ids.shape, packed.columns)
 
 
 def _like(x: torch.Tensor, _: Any, *weight: Any) -> Any:

@@ -147,7 +147,7 @@ def test_int4pack_runs_w4_in_bf16_and_says_why_not(group: int, caplog: pytest.Lo
     for other, said in [
         (wider, "not w4 in groups"), (replace(work, dtype=torch.float32), "not in bfloat16"),
         (replace(work, scales=torch.float16), "not in bfloat16"), (replace(work, rows=81), "do not divide 81 x 512"),
-        (replace(work, looked_up=True), "looked up"), (replace(work, turned=True), "Conv1D"),
+        (replace(work, looked_up=True, multiplied=False), "looked up"), (replace(work, turned=True), "Conv1D"),
         (replace(work, device="cuda"), "lies on cuda"), (replace(work, state=replace(work.state, outliers=Outliers(0.1))), "outliers"),
     ]:  # fmt: skip
         with pytest.raises(UsageError, match=said):
@@ -163,6 +163,17 @@ def test_int4pack_runs_w4_in_bf16_and_says_why_not(group: int, caplog: pytest.Lo
     ]
     with pytest.raises(UsageError, match="did you mean 'cpu'"):
         choose(work, "cpux")
+
+
+@pytest.mark.parametrize("text", ["w4a16g32", "w4a16g64-asym"])
+def test_a_head_that_is_tied_to_an_embedding_runs_by_int4pack(text: str) -> None:
+    q, packed = packed_of(text, 208, 128)
+    weight = PackedWeight(packed, torch.bfloat16, looked_up=True)
+    assert weight.backend == "int4pack"
+    assert PackedWeight(packed, torch.bfloat16, looked_up=True, multiplied=False).backend == "cpu"
+    ids = torch.tensor([[3, 207, 64], [3, 63, 0]])
+    assert torch.equal(weight.lookup(ids), q.dequantize().bfloat16()[ids])
+    assert weight.lookup(ids[:, :0]).shape == (2, 0, 128)
 
 
 def test_int8pack_runs_rows_of_w8_and_says_why_not() -> None:
