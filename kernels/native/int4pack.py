@@ -76,9 +76,15 @@ class Int4pack(Cpu):
         return {"int4": codes.view(packed.rows, -1), "scale_and_zero": scale, **parts}
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns) - _shift(packed)
-        zero = None if packed.scheme.symmetric else packed.parts["zero"][:, rows].T - _shift(packed)
-        q = with_beside(packed.state, codes, packed.parts["scale_and_zero"][:, rows, 0].T, zero, packed.parts)
+        scale = packed.parts["scale_and_zero"][:, rows, 0].contiguous()
+        zero = None if packed.scheme.symmetric else packed.parts["zero"][:, rows]
+        codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns)
+        if dtype == torch.bfloat16 and packed.state.lowrank is None:
+            # Integers are exact in bfloat16, so this rounds once as well, and moves half the bytes.
+            dense = codes.to(dtype).unflatten(0, (len(scale), -1)).sub_(8 if zero is None else zero[:, None]).mul_(scale[:, None])
+            return dense.flatten(0, 1).T
+        zero = None if zero is None else zero.T - _shift(packed)
+        q = with_beside(packed.state, codes.T - _shift(packed), scale.T, zero, packed.parts)
         if q.lowrank is not None:
             q = replace(q, lowrank=replace(q.lowrank, left=q.lowrank.left[rows]))
         return q.dequantize().to(dtype)
@@ -130,7 +136,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of `_pack`, as a view of [K, n]."""
+    """The inverse of `_pack`, turned: uint8 [K, n]."""
     rows = 2 * len(packed) // columns
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     for start in range(0, rows, _BLOCK):
@@ -139,7 +145,7 @@ def _unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
             taken, packed = packed[: columns * half].view(columns, half), packed[columns * half :]
             part[:, low] = taken & 15
             part[:, high] = taken >> 4
-    return codes.T
+    return codes
 
 
 @lru_cache(maxsize=8)
@@ -174,7 +180,7 @@ def _known() -> bool:
     for rows in (16, 48, 64, 208):
         codes = torch.randint(0, 16, (rows, 96), dtype=torch.uint8, generator=generator)
         try:
-            if not torch.equal(_unpack(_pack(codes), 96), codes):
+            if not torch.equal(_unpack(_pack(codes), 96).T, codes):
                 return False
         except (AttributeError, IndexError, RuntimeError, ValueError):
             return False
