@@ -81,8 +81,8 @@ class Int4pack(Cpu):
         codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns)
         if dtype == torch.bfloat16 and packed.state.lowrank is None:
             # Integers are exact in bfloat16, so this rounds once as well, and moves half the bytes.
-            dense = codes.to(dtype).unflatten(0, (len(scale), -1)).sub_(8 if zero is None else zero[:, None]).mul_(scale[:, None])
-            return dense.flatten(0, 1).T
+            dense: torch.Tensor = codes.to(dtype).unflatten(0, (len(scale), -1))
+            return dense.sub_(8 if zero is None else zero[:, None]).mul_(scale[:, None]).flatten(0, 1).T
         zero = None if zero is None else zero.T - _shift(packed)
         q = with_beside(packed.state, codes.T - _shift(packed), scale.T, zero, packed.parts)
         if q.lowrank is not None:

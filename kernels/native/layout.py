@@ -162,7 +162,7 @@ class Native(Format):
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         return [
-            Verdict("native", "yes", "compress.load, or transformers after `import compress.hf`; run on the CPU"),
+            Verdict("native", "yes", "compress.load, or transformers after `import compress.hf`; see `compress doctor`"),
             Verdict("transformers", "no", "by itself it takes the weights for missing ones; `import compress.hf` first"),
             Verdict("vllm", "no", "it does not know the format"),
         ]
