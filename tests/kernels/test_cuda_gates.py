@@ -35,7 +35,7 @@ BUDGETS = [
     (Kind("int", 4, False, 4, "bf16", "bf16"), 1, 2.1),
     (Kind("int", 4, True, 4, "f16", "f16"), 1, 2.0),
     (Kind("int", 4, False, 1, "f16", "f16"), 1, 2.3),
-    (Kind("int", 4, True, 1, "bf16", "bf16"), 1, 2.7),
+    (Kind("int", 4, True, 1, "bf16", "bf16"), 1, 2.8),
     (Kind("int", 4, False, 0, "f16", "f16"), 1, 3.5),
     (Kind("int", 4, False, 4, "f16", "f16"), 2, 2.2),
     (Kind("int", 4, False, 4, "bf16", "bf16"), 4, 3.0),
