@@ -39,6 +39,10 @@ readers: $(VENV)/test
 formats: $(VENV)/test
 	$(BIN)/python tests/benchmarks/formats.py $(MODELS) $(ARGS)
 
+# Compiled CUDA kernels, anew from their sources; make cubins ARGS=--check tells whether that is needed.
+cubins: $(VENV)/test
+	$(BIN)/python -m compress.kernels.cuda.build $(ARGS)
+
 # On a machine with a GPU, in 8 minutes: tests of every kernel and the shape table, to build/gpu.md; needs no network and installs
 # nothing. Status 6 where there is no GPU.
 gpu:

@@ -23,10 +23,11 @@ constexpr int PITCH = 20;                      // floats between rows of activat
 
 // Registers that a thread may have, by what each needs, and chunks that a warp has asked for when it begins with one.
 constexpr bool CROWDED = BITS < 4 || GRID == GRID_TABLE || !EARLY, FULL = BITS < 4 && !EARLY && NT * SIDES > 1;
-constexpr int REGISTERS = NT > 2 && CROWDED                             ? 255
+constexpr bool MORE = CROWDED || ZERO || SCALES > 1;
+constexpr int REGISTERS = NT > 2 && MORE                                ? 255
                           : NT > 2 || FULL                              ? 168
                           : NT > 1 || (CROWDED && GRID != GRID_E2M1)    ? 128
-                          : CROWDED || ZERO                             ? 80
+                          : MORE                                        ? 80
                                                                         : 64;
 constexpr int DEPTH = NT > 1 && CROWDED ? 1 : 2;
 
