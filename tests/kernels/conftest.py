@@ -12,6 +12,7 @@ import pytest
 
 from compress.kernels.cuda import device, driver
 from compress.kernels.cuda.cubins import Capability
+from emulated import Emulator
 
 H100 = Capability(9, 0)
 
@@ -27,6 +28,12 @@ class Libcuda(driver.Driver):
     def taken(self) -> list[str]:
         """What the double was told since the last time."""
         return self.library.taken().decode().splitlines()
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The one of a process: kernels find its fibers by name, and would find another's."""
+    return Emulator(tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,6 @@ FLOATS = {"e2m1": Scheme(4, grid="e2m1"), "e4m3": Scheme(8, grid="e4m3"), "e5m2"
 WARPS = 2
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulator"))
-
-
 FEW = set(covering())
 CASES = [pytest.param(*case, id=f"{case[0]}-n{case[1]}", marks=() if case in FEW else pytest.mark.slow) for case in every()]
 

@@ -214,9 +214,8 @@ def test_the_sources_take_as_many_pointers_and_integers_as_they_are_given(source
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], bytes]:
+def images(emulator: Emulator) -> Callable[[Variant], bytes]:
     """Variants compiled for the CPU, as the double of libcuda loads them."""
-    emulator = Emulator(tmp_path_factory.mktemp("emulated"))
 
     def image(variant: Variant) -> bytes:
         name, _ = emulator.kernel(variant.source, variant.defines)
