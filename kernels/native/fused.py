@@ -8,9 +8,7 @@ that and low-rank factors are small products of their own, added to what the fus
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear
 
-from compress.algebra.lowrank import Factors
 from compress.kernels.dispatch import Backend, Work
 from compress.kernels.native import tiles
 from compress.kernels.native.kind import Kind, group_shift
@@ -39,14 +37,12 @@ class Fused(Backend):
         if packed.state.outliers is not None:
             self.add_outliers(out, x, packed)
         if packed.state.lowrank is not None:
-            parts = packed.parts
-            left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
-            out += linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
+            out += packed.by_factors(x)
         return out
 
     def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         """x [tokens, inputs] by what codes alone mean, plus the bias: [tokens, outputs] in x's dtype."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} does not multiply")
 
     def add_outliers(self, out: torch.Tensor, x: torch.Tensor, packed: Packed) -> None:
         """Adds to `out` [tokens, outputs] what outliers mean beyond the codes in their places."""

@@ -10,7 +10,7 @@ import torch
 from compress.errors import Refusal
 from compress.kernels.cuda import device
 from compress.kernels.cuda.cubins import Capability
-from compress.kernels.dispatch import BACKENDS, Work, load_backend, tell_once
+from compress.kernels.dispatch import Work, load_backend, tell_once
 from compress.kernels.native import table
 from compress.kernels.native.fused import Fused, work_of
 from compress.kernels.native.kind import HALVES, Kind
@@ -59,13 +59,12 @@ def _ask(work: Work) -> tuple[tuple[Fused, ...], dict[str, Refusal]]:
     """The members that take the work, and why others refuse."""
     able, refused = [], {}
     for name in _MEMBERS:
-        if name in BACKENDS:
-            backend = load_backend(name)
-            try:
-                backend.refuse(work)
-                able.append(cast("Fused", backend))
-            except Refusal as refusal:
-                refused[name] = refusal
+        backend = load_backend(name)
+        try:
+            backend.refuse(work)
+            able.append(cast("Fused", backend))
+        except Refusal as refusal:
+            refused[name] = refusal
     return tuple(able), refused
 
 

@@ -18,9 +18,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import linear
 
-from compress.algebra.lowrank import Factors
 from compress.errors import Refusal
 from compress.kernels.dispatch import Work
 from compress.kernels.native.cpu import Cpu
@@ -109,8 +107,7 @@ class Int4pack(Cpu):
             sums = x.float().unflatten(1, (-1, packed.scheme.group)).sum(-1)
             out += sums @ (_added(scale, parts["zero"]) - added)
         if packed.state.lowrank is not None:
-            left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
-            out += linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
+            out += packed.by_factors(x)
         return out if bias is None else out + bias
 
 

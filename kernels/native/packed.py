@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import linear
 
+from compress.algebra.lowrank import Factors
 from compress.facts import State
 from compress.kernels.native import sparse, tiles
 from compress.qtensor import PARTS as CANONICAL_PARTS
@@ -89,6 +91,12 @@ class Packed:
         scale = tiles.unpack_grid(self.parts["scale"], self.rows, groups) if by_row(scheme) else self.parts["scale"]
         zero = None if zero is None else tiles.unpack_grid(zero, self.rows, groups)
         return with_beside(self.state, codes, scale, zero, self.parts)
+
+    def by_factors(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, columns] by the low-rank factors alone: [tokens, rows], in x's dtype."""
+        parts = self.parts
+        left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
+        return linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
 
     def expert(self, index: int) -> Packed:
         """One matrix of fused experts."""

@@ -38,8 +38,7 @@ class SemiStructured(Backend):
             raise Refusal("it is in codes", "use another backend")
         capability = device.usable(work.device)
         if capability < _LEAST:
-            told = ".".join(map(str, capability))
-            raise Refusal(f"a GPU of compute capability {told} has no sparse units", "use another backend")
+            raise Refusal(f"a GPU of compute capability {capability} has no sparse units", "use another backend")
         if capability[0] != _CUTLASS and not torch.backends.cusparselt.is_available():
             raise Refusal("this torch has no cuSPARSELt, which alone runs on this GPU", "use another backend")
         if work.turned or work.looked_up:

@@ -100,8 +100,7 @@ class Triton(Fused):
         if not _interpreted():
             capability = device.usable(work.device)
             if capability < _LEAST:
-                told = ".".join(map(str, capability))
-                raise Refusal(f"Triton multiplies without tensor cores on compute capability {told}", "use another backend")
+                raise Refusal(f"Triton multiplies without tensor cores on compute capability {capability}", "use another backend")
         super().refuse(work)
 
     def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:

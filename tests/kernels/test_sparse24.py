@@ -22,6 +22,7 @@ from compress.contract import Context
 from compress.errors import FormatError, InputError, Refusal
 from compress.facts import State, Weight
 from compress.kernels.cuda import device
+from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import BACKENDS, Work, load_backend, load_format
 from compress.kernels.native import layout, semi_structured, sparse, tiles
 from compress.kernels.native.fused import scales
@@ -412,7 +413,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def as_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(device, "usable", lambda kind: capability)
+    monkeypatch.setattr(device, "usable", lambda kind: Capability(*capability))
     monkeypatch.setattr(device, "capability", lambda number: capability)
 
 

@@ -15,6 +15,7 @@ import torch
 from compress.errors import Refusal
 from compress.facts import State
 from compress.kernels.cuda import device
+from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import Work, load_backend
 from compress.kernels.native.blocks import block_map
 from compress.scheme import Scheme
@@ -60,7 +61,7 @@ def test_blocks_are_the_rows_of_experts(counts: tuple[int, ...], block: int) -> 
 def test_refusals(work: Work, capability: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(device, "usable", lambda kind: capability)
+    monkeypatch.setattr(device, "usable", lambda kind: Capability(*capability))
     with pytest.raises(Refusal, match=said) as refusal:
         load_backend("triton").refuse(work)
     assert refusal.value.do
