@@ -14,7 +14,6 @@ help and plans of recipes start fast.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeGuard
@@ -25,6 +24,7 @@ from compress import targets as _targets
 from compress.errors import UsageError
 from compress.facts import Note, State, TensorSpec, Weight
 from compress.recipe import Line, Value
+from compress.threads import available
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,8 @@ class Context:
     """Everything a run needs to know of its surroundings; passed explicitly, there is no global."""
 
     seed: int = 0
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    threads: int = field(default_factory=available)
+    """Cores that a run computes on, and workers that it shares tensors out to."""
     device: str = "cpu"
     dtype: str = "auto"
     """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the CPU multiplies in it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from compress.checkpoint import Checkpoint, torch_dtype
 from compress.contract import Context
 from compress.errors import InputError, Problem
 from compress.manifest import content_fingerprint
+from compress.threads import workers
 from compress.trust import code_of
 
 
@@ -50,12 +50,8 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
                 ctx.tell("progress", step="read", done_bytes=done[0], total_bytes=total)
         return digest.hexdigest(), finite
 
-    with ThreadPoolExecutor(max_workers=max(1, min(ctx.threads, 8)), initializer=single_threaded) as pool:
-        try:
-            results = list(pool.map(one, names))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(min(ctx.threads, 8)) as pool:
+        results = list(pool.map(one, names))
     digests = {name: result[0] for name, result in zip(names, results, strict=True)}
     nonfinite = tuple(name for name, result in zip(names, results, strict=True) if not result[1])
     if nonfinite and not allow_nonfinite:
@@ -94,13 +90,6 @@ def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return all(x == y for x, y in zip(checkpoint.chunks(one), checkpoint.chunks(other), strict=True))
-
-
-def single_threaded() -> None:
-    """For worker threads: each works alone on its tensor; nested thread pools would fight over the cores."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _finite(chunk: memoryview, dtype: str) -> bool:

@@ -32,6 +32,7 @@ from compress.recipe import Recipe
 from compress.resolve import reads_tokens, worker_of
 from compress.step import Course, check_bytes, kept, run_step
 from compress.teacher import Teacher, open_teacher
+from compress.threads import compute_threads
 from compress.trust import tell_code
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         hold_plan(gates, step, plan.weights)
     if not options.allow_overcommit:
         check_memory(plan)
-    with locked(out, ctx):
+    with locked(out, ctx), compute_threads(ctx.threads):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
         refuse_nonfinite(plan, intake)
         corpora = _gather(plan, source, ctx) if ctx.is_main else {}

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from compress import qtensor
 from compress.checkpoint import Checkpoint
 from compress.contract import CompensatingPass, Context, TensorPass
 from compress.facts import Weight
-from compress.intake import single_threaded
 from compress.meaning import Meaning
 from compress.peers import Peaks
 from compress.plan import MAX_WORKERS, StepPlan
 from compress.sparsity import Sparsity
+from compress.threads import workers
 from compress.watch import watch
 from compress.writer import Writer, trim_memory
 
@@ -58,13 +57,9 @@ def stream(
                 done_bytes=done[0], total_bytes=total,
             )  # fmt: skip
 
-    with ThreadPoolExecutor(max_workers=max(1, min(ctx.threads, MAX_WORKERS)), initializer=single_threaded) as pool:
-        try:
-            for _ in pool.map(one, mine):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(min(ctx.threads, MAX_WORKERS)) as pool:
+        for _ in pool.map(one, mine):
+            pass
     trim_memory()
 
 

@@ -10,6 +10,7 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.errors import CompressError, Problem, UsageError
+from compress.threads import compute_threads
 
 if TYPE_CHECKING:
     from compress.bench import Memory, Settings, Speed, Subject
@@ -47,7 +48,7 @@ def verb(
     device: options.Device = "auto",
     dtype: options.ComputeDtype = "auto",
     repack: options.Repack = False,
-    threads: Annotated[int | None, typer.Option(help="Threads on the CPU; torch's own number without it.", min=1)] = None,
+    threads: options.Threads = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -67,21 +68,19 @@ def verb(
         raise UsageError(given[0], expected, f"'{wrong[given[0]]}'", "leave it out" if kernels else "add --kernels")
     if not kernels and artifact is None:
         raise UsageError("ARTIFACT", "an artifact, or --kernels", "neither", "name the OUT of pack(format=native)")
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
     from compress.doctor import default_device
 
     where = default_device() if device == "auto" else device
     if kernels:
-        time_kernels(schemes, shapes, tokens, backend, where, dtype, json_)
+        with compute_threads(threads):
+            time_kernels(schemes, shapes, tokens, backend, where, dtype, json_)
         return
     from compress.bench import Settings
 
     assert artifact is not None
     settings = Settings(prompt, new, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
-    time_model(artifact, against, data, settings, json_)
+    with compute_threads(threads):
+        time_model(artifact, against, data, settings, json_)
 
 
 def numbers(option: str, text: str, between: str = ",") -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.threads import compute_threads
 
 if TYPE_CHECKING:
     from compress.difference import Difference, Row
@@ -24,6 +25,7 @@ def verb(
     a: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id with @revision.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
     worst: Annotated[bool, typer.Option("--worst", help="Worst first, not in stored order.")] = False,
+    threads: options.Threads = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -33,7 +35,7 @@ def verb(
 
     first, second = open_source(a), open_source(b)
     total = first.nbytes
-    with console.events(False, json_) as receive:
+    with compute_threads(threads), console.events(False, json_) as receive:
         found = difference(
             first, second,
             lambda share: receive({"event": "progress", "step": "diff", "total_bytes": total, "done_bytes": int(share * total)}),

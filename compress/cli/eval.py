@@ -13,6 +13,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.threads import compute_threads
 
 if TYPE_CHECKING:
     from compress.measure import Estimate, Quality
@@ -41,6 +42,7 @@ def verb(
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
+    threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
@@ -65,7 +67,7 @@ def verb(
     windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens, trust_remote_code)
     total = checkpoint.nbytes + (source.nbytes if source else 0)
     started = time.perf_counter()
-    with console.events(False, json_) as receive:
+    with compute_threads(threads), console.events(False, json_) as receive:
         found = compare(
             source, checkpoint, windows, batch,
             lambda share: receive({"event": "progress", "step": "eval", "total_bytes": total, "done_bytes": int(share * total)}),

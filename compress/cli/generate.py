@@ -8,6 +8,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.threads import compute_threads
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +27,7 @@ def verb(
     device: options.Device = "auto",
     dtype: options.ComputeDtype = "auto",
     repack: options.Repack = False,
+    threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
     debug: options.Debug = False,
 ) -> None:
@@ -57,4 +59,5 @@ def verb(
         check_device(where)
         return artifact.load(checkpoint.path, dtype, backend, where, repack)
 
-    print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None))
+    with compute_threads(threads):
+        print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None))

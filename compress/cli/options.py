@@ -51,6 +51,10 @@ Dtype = Annotated[
         help="What models compute in while they are calibrated; auto is bfloat16 where model and CPU have it.",
     ),
 ]  # fmt: skip
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU cores to compute on; all that this process may use, or OMP_NUM_THREADS, without it.", min=1),
+]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="Only this one; `compress doctor` lists them.")]

@@ -11,6 +11,7 @@ from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.cli.run import chosen_recipe
 from compress.size import parse_size
+from compress.threads import available
 
 if TYPE_CHECKING:
     from compress.errors import Problem
@@ -29,6 +30,7 @@ def verb(
     set_: options.Set = None,
     allow_skips: options.AllowSkips = None,
     shard_size: options.ShardSize = "5GB",
+    threads: options.Threads = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every weight.")] = False,
     allow_dtype_mismatch: options.AllowDtype = False,
     trust_remote_code: options.Trust = False,
@@ -38,7 +40,6 @@ def verb(
     """Say what a recipe would make of MODEL; a Hub id is planned from its headers, without a download."""
     found = chosen_recipe(recipe, passes, set_)
     limit = parse_size(shard_size)
-    from compress.contract import Context
     from compress.entry import enter
     from compress.memory import lacking, machine_bytes
     from compress.plan import make_plan
@@ -49,8 +50,8 @@ def verb(
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
     model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)
-    skips, threads = tuple(allow_skips or ()), Context().threads
-    plan = make_plan(found, checkpoint, model_, threads, skips, shard_bytes=limit, meaning=meaning)
+    skips = tuple(allow_skips or ())
+    plan = make_plan(found, checkpoint, model_, threads or available(), skips, shard_bytes=limit, meaning=meaning)
     there_bytes = machine_bytes()
     if json_:
         print(json.dumps({**facts(plan, layers), "machine_memory_bytes": there_bytes}, ensure_ascii=False))

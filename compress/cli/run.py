@@ -14,6 +14,7 @@ from compress.cli.guard import guarded
 from compress.errors import RecipeError, UsageError
 from compress.recipe import Recipe, override, parse_one_liner, read
 from compress.size import parse_size
+from compress.threads import available
 
 if TYPE_CHECKING:
     from compress.contract import Context
@@ -35,6 +36,7 @@ def verb(
     allow_skips: options.AllowSkips = None,
     shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
     fail_on: options.FailOn = None,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
@@ -51,7 +53,7 @@ def verb(
     """
     found = chosen_recipe(recipe, passes, set_)
     execute(
-        found, model, out, seed, allow_skips, shard_size, dtype, fail_on, allow_nonfinite, allow_dtype_mismatch,
+        found, model, out, seed, allow_skips, shard_size, dtype, threads, fail_on, allow_nonfinite, allow_dtype_mismatch,
         allow_overcommit, trust_remote_code, json_, quiet,
     )  # fmt: skip
 
@@ -72,7 +74,7 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
-    dtype: str, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
+    dtype: str, threads: int | None, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
     allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
@@ -92,7 +94,7 @@ def execute(
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
     source = open_source(model, trust_remote_code)
     with console.events(json_, quiet) as receive:
-        ctx = context(recipe.seed if seed is None else seed, dtype, receive)
+        ctx = context(recipe.seed if seed is None else seed, dtype, threads, receive)
         result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:
         return
@@ -102,7 +104,7 @@ def execute(
         report(result)
 
 
-def context(seed: int, dtype: str, receive: object) -> Context:
+def context(seed: int, dtype: str, threads: int | None, receive: object) -> Context:
     """The Context of this process; joins the other ranks under torchrun."""
     from compress.contract import Context
 
@@ -112,7 +114,8 @@ def context(seed: int, dtype: str, receive: object) -> Context:
 
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-    return Context(seed=seed, dtype=dtype, rank=int(os.environ.get("RANK", "0")), world_size=world, events=receive)  # type: ignore[arg-type]
+    rank = int(os.environ.get("RANK", "0"))
+    return Context(seed, threads or available(), dtype=dtype, rank=rank, world_size=world, events=receive)  # type: ignore[arg-type]
 
 
 def summary(result: Result) -> dict[str, object]:

@@ -12,6 +12,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.threads import available, compute_threads
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ def verb(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="What readers compute in; auto is their own.")
     ] = "auto",
+    threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
@@ -74,16 +76,17 @@ def verb(
     console.warn_of_code(checkpoint)
     below = checkpoint.path if base is not None else None
     place = Path(artifact) if base is not None else checkpoint.path
-    found = verify_bytes(checkpoint, Context())
-    if not json_:
-        show_bytes(found)
-    ids = tokens(checkpoint, data) if reader else None
-    readings = []
-    for name in reader or ():
-        assert ids is not None
-        readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
+    with compute_threads(threads):
+        found = verify_bytes(checkpoint, Context(threads=threads or available()))
         if not json_:
-            show_reading(readings[-1])
+            show_bytes(found)
+        ids = tokens(checkpoint, data) if reader else None
+        readings = []
+        for name in reader or ():
+            assert ids is not None
+            readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
+            if not json_:
+                show_reading(readings[-1])
     if json_:
         print(json.dumps({"bytes": asdict(found), "readers": [facts(reading) for reading in readings]}, ensure_ascii=False))
 
