@@ -157,6 +157,8 @@ class Sweep:
             for weight in solved:
                 self.round_inputs(weight)
             kept += len(solved)
+            # Batches come to another place, with tensors of other sizes: what they leave free would not be used again.
+            trim_memory()
             if pending:
                 solve = self.experts if space[0][1] else self.linears
                 solve(space[0], pending)

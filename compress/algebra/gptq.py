@@ -24,6 +24,7 @@ scales of its own over groups of rows; nothing else changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -352,13 +353,10 @@ def _round(
     rows, targets, bases, cs, scales = (x.unbind(0) for x in (flat_target, target, base, c, s))
     coefficients = f.T.contiguous()
 
-    def turns(start: int, end: int) -> None:
-        if end - start > _LEAF:
-            middle = (start + end) // 2
-            turns(start, middle)
+    for start, middle, end in _turns(0, n):
+        if middle > start:
             flat_target[middle:end].addmm_(coefficients[middle:end, start:middle], flat_base[start:middle])
-            turns(middle, end)
-            return
+            continue
         earlier = flat_base[start:end].T
         for k in range(start, end):
             if k > start:
@@ -373,8 +371,18 @@ def _round(
             if keeps is not None:
                 q.mul_(keeps[k])
             bases[k].addcmul_(q, scales[k], value=-1)
-
-    turns(0, n)
     # By way of int16, because torch converts floats to uint8 four times slower. Adding zero makes +0 of a masked -0.
     part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.integer else encode(c if keeps is None else c + 0, scheme)
     return c, target.addcmul_(c, s, value=-1)
+
+
+def _turns(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The order of work inside a block, (start, middle, end): what columns up to `middle` add to those after it is due where
+    middle > start, else columns `start` to `end` are rounded one by one."""
+    if end - start <= _LEAF:
+        yield start, start, end
+        return
+    middle = (start + end) // 2
+    yield from _turns(start, middle)
+    yield start, middle, end
+    yield from _turns(middle, end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -221,3 +222,17 @@ def test_extreme_weights_stay_finite() -> None:
         assert bool(found.scale.isfinite().all())
         assert bool((found.scale != 0).all())
         assert bool((values(found, Scheme.parse(text))[0] == 0).all())
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    """What a solve has used is gone when it returns: in a cycle it would stay, block after block."""
+    w, h = problem(dtype=torch.float32)
+    held = factor(h, 0.01, "activation")
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        solve(w, held, h, Scheme.parse("w3a16g32"), torch.float32)
+        assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()

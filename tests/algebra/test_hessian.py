@@ -84,3 +84,15 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
         factor(found.mean())
     with pytest.raises(ValueError, match="finite"):
         factor(-torch.eye(4))
+
+
+def test_products_of_bfloat16_are_as_exact_as_those_of_fp32() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    x = correlated(384, 2048, dtype=torch.bfloat16)
+    exact = x.double().T @ x.double()
+    found = Hessian(384)
+    found.add(x)
+    error = float((found.matrix.tril() - exact.tril()).norm() / exact.norm())
+    plain = float(((x.float().T @ x.float()).double() - exact).norm() / exact.norm())
+    assert error < max(2e-6, 2 * plain), "fp32 sums of exact products"
+    assert torch.backends.mkldnn.matmul.fp32_precision == before, "whoever multiplies fp32 next gets fp32"
