@@ -67,13 +67,15 @@ def followed(mask: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     return found
 
 
-def cut(tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype) -> list[Batch]:
-    """This rank's batches; the cuts are the same for any number of processes that the batches suffice for."""
+def cut(
+    tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype, most: int = BATCH_TOKENS
+) -> list[Batch]:
+    """This rank's batches of `most` tokens; the cuts are the same for any number of processes that the batches suffice for."""
     samples = len(next(iter(tensors.values())))
     if samples < world_size:
         raise InputError("calibration", f"at least a sample for each of {world_size} processes", f"{samples}")
     tokens = tensors["input_ids"].shape[1] if "input_ids" in tensors else next(iter(tensors.values()))[0].numel()
-    step = max(1, min(BATCH_TOKENS // tokens, samples // world_size))
+    step = max(1, min(most // tokens, samples // world_size))
     starts = range(0, samples, step)
     own = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
     return [_batch({name: tensor[at : at + step] for name, tensor in tensors.items()}, model, dtype) for at in own]

@@ -24,6 +24,15 @@ STATISTICS_BYTES = 2 << 30
 """Statistics of routed experts held at a time; more experts take more rounds."""
 
 
+LOGIT_BYTES = 256 << 20
+"""Logits of one batch of a reverse sweep, in fp32."""
+
+
+def batch_tokens(config: dict[str, Any]) -> int:
+    """Tokens in one batch of a reverse sweep, which has logits for all of them; a sample is never cut."""
+    return max(1, min(BATCH_TOKENS, LOGIT_BYTES // (4 * max(1, size_of(config, "vocab_size") or 0))))
+
+
 def computing(dtype: str, config: dict[str, Any]) -> torch.dtype:
     """What a forward computes in. `auto` is bfloat16 for such a checkpoint where the CPU multiplies in it, else float32."""
     import torch
@@ -74,38 +83,42 @@ def stride(blocks: int, state_bytes: int) -> int:
     return 1 if blocks * state_bytes <= BETWEEN_BYTES else max(1, math.isqrt(blocks))
 
 
-def reverse_bytes(weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int) -> tuple[int, int]:
-    """(resident bytes beyond the interpreter, bytes on disk) of a reverse sweep, all in fp32.
+def reverse_bytes(
+    weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+) -> tuple[int, int]:
+    """(resident bytes beyond the interpreter, bytes on disk) of a reverse sweep.
 
     A block with its gradients and what a batch leaves for its backward pass, or the last block with the head, its gradient
     and a batch's logits; on disk hidden states of every few blocks, and those of one more segment, and gradients.
     """
-    batch = min(tokens, BATCH_TOKENS)
+    batch = min(tokens, batch_tokens(config))
     blocks: dict[tuple[str, int | None], int] = defaultdict(int)
     graphs: dict[tuple[str, int | None], int] = defaultdict(int)
     wanted, outside, head = {weight.name for weight in touched}, 0, 0
     for weight in weights:
         # Where transformers fuses or splits, places of numbers and a second copy.
-        nbytes = (4 + (4 + (20 if weight.converted else 0)) * (weight.name in wanted)) * weight.numel
+        asked = 4 + element_bytes + (20 if weight.converted else 0)
+        nbytes = (element_bytes + asked * (weight.name in wanted)) * weight.numel
         if weight.block is not None:
             place = weight.stack, weight.block
             blocks[place] += nbytes
             if len(weight.shape) > 1:
                 # A router sends a token to a few experts; two is usual, of which each is counted that is fused.
                 share = 2 if weight.experts else 1
-                graphs[place] += 3 * batch * (weight.in_features + weight.out_features) * share * 4
+                graphs[place] += 3 * batch * (weight.in_features + weight.out_features) * share * element_bytes
         elif weight.kind in ("embedding", "head"):
             head = max(head, nbytes)
         else:
             outside += nbytes
     text = config.get("text_config") or config
     hidden = int(text.get("hidden_size") or text.get("d_model") or max((w.in_features for w in touched), default=0))
-    state = tokens * hidden * 4
-    logits = 4 * batch * int(text.get("vocab_size") or 0) * 4
+    state = tokens * hidden * element_bytes
+    # Their gradient takes their place, some rows at a time.
+    logits = 2 * batch * int(text.get("vocab_size") or 0) * element_bytes + (64 << 20)
     block = max(blocks.values(), default=0)
     resident = max(block + max(graphs.values(), default=0), block + head + logits) + 2 * min(BETWEEN_BYTES, state) + outside
     every = stride(len(blocks), state)
-    return resident + (256 << 20), (-(-len(blocks) // every) + every + 1) * state
+    return resident + (128 << 20), (-(-len(blocks) // every) + every + 1) * state
 
 
 def train_bytes(

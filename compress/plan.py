@@ -323,7 +323,8 @@ def _step(
         resident = max(resident, sweep_bytes(worker, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize))
     scratch = 0
     if decides(pass_) and pass_.gradients and not pass_.table_digest():
-        needed, scratch = reverse_bytes(weights, touched, run.checkpoint.config, run.tokens)
+        config = run.checkpoint.config
+        needed, scratch = reverse_bytes(weights, touched, config, run.tokens, computing(run.dtype, config).itemsize)
         resident = max(resident, needed)
     if isinstance(pass_, TrainPass):
         config, texts = run.checkpoint.config, pass_.texts()

@@ -1,6 +1,7 @@
 """Reverse: gradients of a language model's loss, with one block in memory.
 
-The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches; everything is in fp32.
+The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
+skeleton's dtype, what they add to the gradient of a weight is added up in fp32.
 Forward, every batch goes from block to block (route.py). Backward, blocks come in the reverse order; each is loaded, runs
 every batch again with a graph, and is released. What it was called with is on disk for every few blocks (footprint's
 `stride`); for those between it is computed again from there.
@@ -44,7 +45,9 @@ class Reverse:
             block.path: sum(w.nbytes for w in skeleton.model.weights if w.module.startswith(f"{block.path}."))
             for block in skeleton.blocks
         }
-        self._lent: dict[str, list[torch.nn.Parameter]] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._lent: list[torch.nn.Parameter] = []
+        self._paths = {path for weight in self._outside for path in self._made_of(weight)}
 
     def run(self, batches: list[Batch], take: Take) -> float:
         """Hands the gradient of every weight to `take`; returns the loss. Raises CoverageError, InputError, MachineError."""
@@ -58,7 +61,7 @@ class Reverse:
                 routes = [Route(n, batch, self.skeleton, roads, parking, shelf) for n, batch in enumerate(batches)]
                 blocks, every, loss = self._forward(routes, 1 / total)
                 self._backward(routes, blocks, every, take)
-            self._take(self._outside, self._lent, take)
+            self._take(self._outside, sorted(self._paths), take)
         finally:
             undo()
             self.skeleton.release_visitors()
@@ -116,25 +119,34 @@ class Reverse:
         mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
         parameters = {path for weight in mine for path in self.skeleton.made_of(weight.name)}
         for path in parameters:
-            self.skeleton.module.get_parameter(path).requires_grad_(True)
+            self._ask(path, self.skeleton.module.get_parameter(path))
         for route in routes:
             route.go_back(block, step)
-        self._take(mine, {path: [self.skeleton.module.get_parameter(path)] for path in sorted(parameters)}, take)
+        self._take(mine, sorted(parameters), take)
 
-    def _take(self, weights: list[Weight], parameters: dict[str, list[torch.nn.Parameter]], take: Take) -> None:
-        """Hands over the gradients of `weights`, from those of all that was loaded as each parameter."""
+    def _ask(self, path: str, parameter: torch.nn.Parameter) -> None:
+        """Makes a parameter ask for its gradient, and adds up what each batch has for it."""
+        parameter.requires_grad_(True)
+
+        def add(loaded: torch.Tensor) -> None:
+            assert loaded.grad is not None
+            grad = loaded.grad.float()
+            self._sums[path] = self._sums[path].add_(grad) if path in self._sums else grad
+            loaded.grad = None
+
+        parameter.register_post_accumulate_grad_hook(add)
+
+    def _take(self, weights: list[Weight], paths: list[str], take: Take) -> None:
+        """Hands over the gradients of `weights`, which these parameters are made of."""
         grads: dict[str, torch.Tensor] = {}
         logical, kept = self.skeleton.meaning.logical, self.skeleton.model.duplicates
-        for path, loaded in parameters.items():
+        for path in paths:
             group = self.skeleton.group_of(path)
-            grad = torch.zeros(loaded[0].shape) if (first := loaded[0].grad) is None else first
-            for other in loaded[1:]:
-                grad += 0 if other.grad is None else other.grad
+            grad = self._sums.pop(path, None)
+            grad = torch.zeros(self.skeleton.module.get_parameter(path).shape) if grad is None else grad
             self.ctx.add_up(grad)
             shapes = [logical[source].shape for source in group.sources]
             parts = Conversion(self.skeleton.mapping, group, shapes).back(path, grad) if group.patterns else [grad]
-            for parameter in loaded:
-                parameter.grad = None
             for source, part in zip(group.sources, parts, strict=True):
                 name = kept.get(source, source)
                 grads[name] = grads[name].add_(part) if name in grads else part
@@ -148,23 +160,22 @@ class Reverse:
     def _lend(self) -> Callable[[], None]:
         """Makes parameters outside of blocks ask for gradients whenever their modules are called. Returns what undoes it."""
         hooks = []
-        for path in sorted({path for weight in self._outside for path in self._made_of(weight)}):
+        for path in sorted(self._paths):
             owner, _, attribute = path.rpartition(".")
 
             def hook(module: torch.nn.Module, _: Any, path: str = path, attribute: str = attribute) -> None:
                 parameter = module.get_parameter(attribute)
                 if not parameter.requires_grad:
-                    parameter.requires_grad_(True)
-                    self._lent.setdefault(path, []).append(parameter)
+                    self._ask(path, parameter)
+                    self._lent.append(parameter)
 
             hooks.append(self.skeleton.module_at(owner).register_forward_pre_hook(hook))
 
         def undo() -> None:
             for handle in hooks:
                 handle.remove()
-            for parameters in self._lent.values():
-                for parameter in parameters:
-                    parameter.requires_grad_(False)
+            for parameter in self._lent:
+                parameter.requires_grad_(False)
 
         return undo
 

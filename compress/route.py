@@ -153,14 +153,17 @@ class Route:
             raise InputError("the model", f"logits for every token, {list(ids.shape)}", got, do)
         places = self.batch.scored.flatten().nonzero()[:, 0]
         labels = ids.roll(-1, dims=1).flatten()[places]
-        flat, grad, loss = logits.detach().flatten(0, 1), torch.zeros_like(logits), 0.0
+        # The gradient takes the place of the logits, which nothing reads any more: they are the largest tensor there is.
+        grad, loss = logits.detach(), 0.0
+        flat = grad.flatten(0, 1)
         step = max(1, _LOGITS // flat.shape[-1])
         for rows, wanted in zip(places.split(step), labels.split(step), strict=True):
             log_p = torch.log_softmax(flat[rows].float(), dim=-1)
             loss -= float(log_p.gather(1, wanted[:, None]).sum())
             p = log_p.exp_()
             p[torch.arange(len(rows)), wanted] -= 1
-            grad.flatten(0, 1)[rows] = p.mul_(weight).to(grad.dtype)
+            flat[rows] = p.mul_(weight).to(grad.dtype)
+        flat[~self.batch.scored.flatten()] = 0
         if logits.requires_grad:
             torch.autograd.backward([logits], [grad], retain_graph=True)
         return loss

@@ -41,6 +41,18 @@ def fit(
     return s, z
 
 
+def meant(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool, least_zero: int = 0) -> torch.Tensor:
+    """What `w` [rows, columns] means in integers of `scheme`, rounded to nearest with these ranges: fp32."""
+    group = scheme.group or w.shape[1]
+    parts = []
+    for part in w.float().split(len(w[0]) // group * group or group, dim=1):  # a ragged last group has a scale of its own
+        x = part.unflatten(1, (-1, min(group, part.shape[1]))).permute(2, 1, 0)
+        s, z = fit(x, None, 0, scheme, dtype, clip, signed, least_zero)
+        c = torch.div(x, s).round_()
+        parts.append(torch.clamp(c, -z, scheme.levels - 1 - z).mul_(s).permute(2, 1, 0).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
 def _fit(
     x: torch.Tensor, h: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
     least_zero: int,

@@ -13,12 +13,12 @@ The scale of H does not matter to anything that is computed from it: lambda is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+
+from compress.algebra.products import in_bfloat16
 
 Order = Literal["none", "activation"]
 """Order of rounding: as stored, or the inputs of the largest mean square first."""
@@ -44,7 +44,7 @@ class Hessian:
 
     def add(self, x: torch.Tensor) -> None:
         """Folds in inputs [tokens, width] of any float dtype."""
-        with _exact_products(x.dtype):
+        with in_bfloat16(x.dtype == torch.bfloat16):
             x = x.to(self.dtype)
             for start in range(0, x.shape[1], _TILE):
                 end = min(start + _TILE, x.shape[1])
@@ -67,24 +67,6 @@ class Hessian:
             self.matrix[rows, rows.stop :] = self.matrix[rows.stop :, rows].T
         self.tokens = min(1, self.tokens)
         return self.matrix
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Products of bfloat16 numbers that are held in fp32, where the processor has units for them: twice as fast and more.
-
-    They lose nothing: a product of two such numbers has 16 bits, and fp32, in which they are added up, holds 24.
-    """
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Li et al., ENLSP 2023: a gradient of the language model's loss tells what rounding a weight to each scheme would cost, and an
 exact integer program spends the budget. Gradients, which the paper leaves open, are those of the mean loss over all
 calibration tokens, fp32, with the weights as they are (compress/reverse.py); what a scheme costs is felt by rounding to
-nearest, whatever the method that rounds in the end. With g the gradient and D = W - Q(W):
+nearest, with the ranges of the method that rounds in the end. With g the gradient and D = W - Q(W):
 
     paper   |sum g D|      the loss to first order. Terms of either sign cancel, near a minimum to noise, so that more
                            bits may cost more
@@ -149,6 +149,7 @@ class LlmMq(DecidingPass):
         return self.table
 
     def sense(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor) -> tuple[float, ...]:
+        from compress.algebra.fit import meant
         from compress.algebra.outliers import split
         from compress.algebra.rounding import largest, nearest
 
@@ -163,8 +164,12 @@ class LlmMq(DecidingPass):
                 # An outlier costs nothing: the rest is zero there, and its code too.
                 rest = w if state.outliers is None else split(w, state.outliers).rest
                 for own, slope in zip(rest.split(height), g.split(height), strict=True):
-                    q = nearest(own, state.scheme, value.dtype, self.clip, self.least_zero, peak).q
-                    found[number] += self._felt(slope * (q.dequantize().to(value.dtype).float() - own.float()))
+                    if state.scheme.integer and self.method == "gptq":
+                        # The ranges that GPTQ will look for, in a seventh of the time.
+                        rounded = meant(own, state.scheme, value.dtype, self.clip, True, self.least_zero)
+                    else:
+                        rounded = nearest(own, state.scheme, value.dtype, self.clip, self.least_zero, peak).q.dequantize()
+                    found[number] += self._felt(slope * (rounded.to(value.dtype).float() - own.float()))
         return tuple(map(abs, found))
 
     def _felt(self, products: torch.Tensor) -> float:

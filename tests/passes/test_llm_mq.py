@@ -30,7 +30,7 @@ from compress.scheme import Scheme
 from compress.windows import token_windows
 from compress.writer import Writer
 from families import build
-from support import dense_meaning, linear, load, logits, ready_inputs, run, step_of, tiny_llama, tree
+from support import dense_meaning, do, linear, load, logits, ready_inputs, run, step_of, tiny_llama, tree
 
 SCHEMES = ("w2a16g32-asym", "w3a16g32-asym", "w4a16g32-asym")
 TEXT = Path(compress.demo.__file__).parent / "text"
@@ -55,7 +55,7 @@ def bits_of(table: dict[str, dict[str, Any]]) -> float:
 ])  # fmt: skip
 def test_costs_are_sums_over_gradient_times_error(mode: str, felt: Any, tiny: Path, tmp_path: Path) -> None:
     """By plain autograd, and by rounding once more."""
-    run(tiny, tmp_path / "out", mq(f"bits=3, mode={mode}, method=rtn, clip=none"))
+    do(tiny, tmp_path / "out", mq(f"bits=3, mode={mode}, method=rtn, clip=none"))
     model, ids = load(tiny, dtype=torch.float32), load_file(ready_inputs())["input_ids"]
     model(input_ids=ids, labels=ids).loss.backward()
     for name, row in rows(tmp_path / "out").items():
@@ -64,6 +64,16 @@ def test_costs_are_sums_over_gradient_times_error(mode: str, felt: Any, tiny: Pa
             q = nearest(w.detach().bfloat16(), Scheme.parse(scheme), torch.bfloat16).q
             wanted = float(felt(w.grad * (q.dequantize().bfloat16().float() - w.detach())))
             assert row["costs"][f"codes({scheme})"] == pytest.approx(wanted, rel=2e-3, abs=1e-7)
+
+
+def test_in_bfloat16_costs_are_nearly_the_same(tiny: Path, tmp_path: Path) -> None:
+    """Batches in bfloat16 add to gradients in fp32."""
+    for dtype in ("float32", "bfloat16"):
+        do(tiny, tmp_path / dtype, mq("bits=3"), dtype=dtype)
+    exact, found = (rows(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    for name, row in exact.items():
+        assert found[name]["costs"] != row["costs"]
+        assert found[name]["costs"] == pytest.approx(row["costs"], rel=0.05)
 
 
 def test_large_matrices_are_felt_band_by_band(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +187,7 @@ def test_a_table_is_reused_and_planned_exactly(tiny: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_outliers_stand_beside_two_bits_only_and_cost_nothing(method: str, tiny: Path, tmp_path: Path) -> None:
     """Exactly as many as are told, bit-equal to the source, in the bytes of the plan, and in a table that is reused."""
-    run(tiny, tmp_path / "without", mq("bits=3, method=rtn"))
+    run(tiny, tmp_path / "without", mq(f"bits=3, method={method}"))
     result = run(tiny, tmp_path / "out", mq(f"bits=2.6, outliers=0.01, method={method}"))
     without, table, source = rows(tmp_path / "without"), rows(tmp_path / "out"), open_checkpoint(tiny)
     two = {name for name, row in table.items() if row["state"].startswith("codes(w2")}
