@@ -92,7 +92,7 @@ class Folding(Sweep):
             s = self.balancing.balance(space, self.matrices(space), prepared)
         if s is None:
             return
-        rows = torch.ones(space.first_row + space.width)
+        rows = torch.ones(space.first_row + space.width, device=s.device)
         rows[space.first_row :] = s
         if space.how == "rows":
             self.times(self.rows, space.writer, rows)
