@@ -42,7 +42,8 @@ class Context:
 
     seed: int = 0
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    device: str = "cpu"
+    device: str = "auto"
+    """Where calibrated passes compute: auto, cpu, cuda or cuda:N; see compress/device.py."""
     dtype: str = "auto"
     """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the CPU multiplies in it."""
     rank: int = 0

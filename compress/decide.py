@@ -81,12 +81,14 @@ def sense(
 
     from compress.batches import cut
     from compress.corpus import Corpus
+    from compress.device import device_of
     from compress.forward import is_masked, label_of
     from compress.meaning import Meaning
     from compress.reverse import Reverse
     from compress.skeleton import Skeleton
 
-    skeleton = Skeleton(Meaning(source), torch.float32)
+    device = device_of(ctx)
+    skeleton = Skeleton(Meaning(source), torch.float32, device)
     kind = type(skeleton.module).__name__
     if skeleton.module.get_output_embeddings() is None or is_masked(kind):
         do = "use a pass that needs no gradients, or give a table that was made elsewhere"
@@ -95,10 +97,10 @@ def sense(
     costs: dict[str, tuple[float, ...]] = {}
 
     def take(weight: Weight, gradient: torch.Tensor) -> None:
-        value = qtensor.as_matrix(weight, skeleton.meaning.dense(weight.name))
+        value = qtensor.as_matrix(weight, skeleton.stored(weight.name))
         costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
-    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype)
+    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, device)
     loss = Reverse(skeleton, [offer.weight for offer in offers], folder, ctx).run(batches, take)
     ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]

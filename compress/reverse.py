@@ -51,7 +51,8 @@ class Reverse:
         total = self._sum(sum(int(batch.scored.sum()) for batch in batches))
         if not total:
             raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
-        shelf, parking = Shelf(self.folder / str(self.ctx.rank)), Parking(self.folder, self.ctx.rank, BETWEEN_BYTES)
+        shelf = Shelf(self.folder / str(self.ctx.rank))
+        parking = Parking(self.folder, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
         undo = self._lend()
         try:
             with Roads(self.skeleton) as roads:
@@ -127,7 +128,7 @@ class Reverse:
         logical, kept = self.skeleton.meaning.logical, self.skeleton.model.duplicates
         for path, loaded in parameters.items():
             group = self.skeleton.group_of(path)
-            grad = torch.zeros(loaded[0].shape) if (first := loaded[0].grad) is None else first
+            grad = torch.zeros_like(loaded[0], requires_grad=False) if (first := loaded[0].grad) is None else first
             for other in loaded[1:]:
                 grad += 0 if other.grad is None else other.grad
             self.ctx.add_up(grad)

@@ -159,7 +159,7 @@ class Route:
             log_p = torch.log_softmax(flat[rows].float(), dim=-1)
             loss -= float(log_p.gather(1, wanted[:, None]).sum())
             p = log_p.exp_()
-            p[torch.arange(len(rows)), wanted] -= 1
+            p[torch.arange(len(rows), device=p.device), wanted] -= 1
             grad.flatten(0, 1)[rows] = p.mul_(weight).to(grad.dtype)
         if logits.requires_grad:
             torch.autograd.backward([logits], [grad], retain_graph=True)
