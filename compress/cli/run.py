@@ -35,6 +35,7 @@ def verb(
     allow_skips: options.AllowSkips = None,
     shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = "auto",
+    device: options.On = "auto",
     fail_on: options.FailOn = None,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
@@ -51,7 +52,7 @@ def verb(
     """
     found = chosen_recipe(recipe, passes, set_)
     execute(
-        found, model, out, seed, allow_skips, shard_size, dtype, fail_on, allow_nonfinite, allow_dtype_mismatch,
+        found, model, out, seed, allow_skips, shard_size, dtype, device, fail_on, allow_nonfinite, allow_dtype_mismatch,
         allow_overcommit, trust_remote_code, json_, quiet,
     )  # fmt: skip
 
@@ -72,7 +73,7 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
-    dtype: str, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
+    dtype: str, device: str, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
     allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
@@ -80,9 +81,11 @@ def execute(
     from compress.resolve import resolve
 
     resolve(recipe)  # mistakes in a recipe are told before torch is imported
+    from compress import device as devices
     from compress.pipeline import Options, run
     from compress.source import open_source
 
+    devices.resolve(device, int(os.environ.get("WORLD_SIZE", "1")))
     if model == "-":
         if recipe.model is None:
             raise RecipeError("model", "a model in the recipe, or as an argument", "neither")
@@ -92,7 +95,7 @@ def execute(
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
     source = open_source(model, trust_remote_code)
     with console.events(json_, quiet) as receive:
-        ctx = context(recipe.seed if seed is None else seed, dtype, receive)
+        ctx = context(recipe.seed if seed is None else seed, dtype, device, receive)
         result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:
         return
@@ -102,7 +105,7 @@ def execute(
         report(result)
 
 
-def context(seed: int, dtype: str, receive: object) -> Context:
+def context(seed: int, dtype: str, device: str, receive: object) -> Context:
     """The Context of this process; joins the other ranks under torchrun."""
     from compress.contract import Context
 
@@ -110,9 +113,12 @@ def context(seed: int, dtype: str, receive: object) -> Context:
     if world > 1:
         import torch.distributed as dist
 
+        from compress.device import backends, resolve
+
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
-    return Context(seed=seed, dtype=dtype, rank=int(os.environ.get("RANK", "0")), world_size=world, events=receive)  # type: ignore[arg-type]
+            dist.init_process_group(backends(resolve(device, world)))
+    rank = int(os.environ.get("RANK", "0"))
+    return Context(seed=seed, dtype=dtype, device=device, rank=rank, world_size=world, events=receive)  # type: ignore[arg-type]
 
 
 def summary(result: Result) -> dict[str, object]:
