@@ -79,7 +79,7 @@ class Folding(Sweep):
 
     def add_up(self, statistic: Any) -> None:
         super().add_up(statistic)
-        if isinstance(statistic, Extents):
+        if isinstance(statistic, Extents) and self.ctx.world_size > 1:
             own = statistic.peaks.cpu()
             for rank in range(self.ctx.world_size):
                 statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.skeleton.device))

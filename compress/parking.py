@@ -27,7 +27,8 @@ class Parking:
     """One file per batch under `folder`, written anew at every block; `budget_bytes` of states stay where they are."""
 
     def __init__(self, folder: Path, rank: int, budget_bytes: int, device: torch.device = CPU) -> None:
-        self.folder, self.rank, self.budget, self.device = folder, rank, budget_bytes, device
+        self.folder, self.rank, self.device = folder, rank, device
+        self.budget = self.host_budget = budget_bytes
         self._parked: dict[object, list[tuple[torch.UntypedStorage, int]]] = {}
         self._resident: dict[object, int] = {}
         self._files: dict[object, Path] = {}
@@ -69,10 +70,12 @@ class Parking:
 
     def _to_host(self, who: object, nbytes: int, storages: list[torch.UntypedStorage]) -> None:
         """Copies what lies on the device to the host's memory or, where that is used up, to a file."""
-        if sum(part.nbytes for parts in self._hosted.values() for part in parts) + nbytes <= self.budget:
+        if sum(part.nbytes for parts in self._hosted.values() for part in parts) + nbytes <= self.host_budget:
             self._hosted[who] = [self._seen(storage).cpu() for storage in storages]
         else:
-            self._write(who, nbytes, [_bytes(self._seen(storage).cpu().untyped_storage()) for storage in storages])
+            # Held until they are written: what is written looks at their memory alone.
+            parts = [self._seen(storage).cpu() for storage in storages]
+            self._write(who, nbytes, [_bytes(part.untyped_storage()) for part in parts])
 
     def _seen(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The bytes of a storage on the device, as a tensor."""

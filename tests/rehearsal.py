@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import compress
 from compress import device
@@ -59,6 +58,8 @@ class Rehearsal(TorchFunctionMode):
         }.items():  # fmt: skip
             self._undo.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         self._undo.enter_context(patch.object(device, "gpus", lambda: 1))
+        # Who handles a function is out of the way meanwhile, and functions of ours run in a backward pass.
+        self._undo.enter_context(patch.object(torch.autograd, "has_torch_function", lambda *_: False))
         self._checks.__enter__()
         super().__enter__()
         return self
@@ -88,7 +89,7 @@ class Rehearsal(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        mine = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and self.is_there(x)]
+        mine = any(map(self.is_there, _tensors(args, kwargs)))
         # Getters are made anew each time they are looked up: equal, not the same.
         if func == torch.Tensor.device.__get__ and mine:
             return GPU
@@ -107,11 +108,11 @@ class Rehearsal(TorchFunctionMode):
                 assert place in (GPU, torch.device("cuda")), place
                 kwargs = {**kwargs, "device": torch.device("cpu")}
             found = func(*args, **kwargs)
-            for tensor in tree_leaves(found):
-                if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            for tensor in _tensors((found,)):
+                if tensor.device.type == "cpu":
                     self.put(tensor, place.type == "cuda")
             return found
-        before, self._inside = self._inside, bool(mine)
+        before, self._inside = self._inside, mine
         try:
             return func(*args, **kwargs)
         finally:
@@ -152,13 +153,16 @@ class _Checks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own, kwargs = self.own, kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = _tensors(args, kwargs)
         there = [x for x in tensors if own.is_there(x)]
         here = [x for x in tensors if x.device.type == "cpu" and x.dim() and not own.is_there(x)]
-        if there and here and func not in _COPIES:
+        if there and here and func.overloadpacket in (_aten.index, *_PUTS) and not any(x is args[0] for x in here):
+            # Torch sends what is looked up by, as it does with a list of numbers.
+            own.note(own.sent, "index")
+        elif there and here and func not in _COPIES:
             shapes = [f"{list(x.shape)} {'there' if own.is_there(x) else 'here'}" for x in tensors]
             raise RuntimeError(f"tensors on two devices: {func} of {', '.join(shapes)}, in {_where()}")
-        if there and here:
+        elif there and here:
             own.note(own.reads if own.is_there(args[1]) else own.sent, "copy_")
         # With one number for all of them, a mask is filled where it lies.
         by_mask = (func.overloadpacket is _aten.index or (func.overloadpacket in _PUTS and args[2].numel() > 1)) and any(
@@ -168,22 +172,32 @@ class _Checks(TorchDispatchMode):
             own.note(own.reads, func.overloadpacket.__name__)
         found = func(*args, **kwargs)
         if (there and func is not _aten.copy_.default) or (own._inside and not tensors):
-            for tensor in tree_leaves(found):
-                if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            for tensor in _tensors((found,)):
+                if tensor.device.type == "cpu":
                     own.put(tensor)
         if len(own._there) > 4096:
             own._there = {key: ref for key, ref in own._there.items() if not ref.expired()}
         return found
 
 
+def _tensors(values: Iterable[Any], named: dict[str, Any] | None = None) -> list[torch.Tensor]:
+    """Those among arguments, in lists and tuples too."""
+    found: list[torch.Tensor] = []
+    for value in (*values, *named.values()) if named else values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
 def _where() -> str:
     """The innermost function of ours, or of transformers, that is running."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if file.name != "rehearsal.py" and (
-            "transformers" in file.parts or (_ROOT in file.parents and ".venv" not in file.parts)
-        ):
-            return f"{file.stem}.{frame.f_code.co_name}"
+        file, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        ours = _ROOT in file.parents and ".venv" not in file.parts and file.name != "rehearsal.py"
+        if (ours or "transformers" in file.parts) and not name.startswith("<"):
+            return f"{file.stem}.{name}"
         frame = frame.f_back
     return "?"
