@@ -40,8 +40,9 @@ _READS = {
 class Rehearsal(TorchFunctionMode):
     """While it is entered there is a GPU; `reads` counts what the host read back, by the function that did."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
         super().__init__()
+        self.gpu = torch.device("cuda", number)
         self._there: dict[int, StorageWeakRef] = {}
         self._inside = False
         self._checks = _Checks(self)
@@ -57,7 +58,7 @@ class Rehearsal(TorchFunctionMode):
             "set_device": None, "get_device_name": NAME, "mem_get_info": (FREE_BYTES, FREE_BYTES), "is_bf16_supported": bf16,
         }.items():  # fmt: skip
             self._undo.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
-        self._undo.enter_context(patch.object(device, "gpus", lambda: 1))
+        self._undo.enter_context(patch.object(device, "gpus", lambda: self.gpu.index + 1))
         # Who handles a function is out of the way meanwhile, and functions of ours run in a backward pass.
         self._undo.enter_context(patch.object(torch.autograd, "has_torch_function", lambda *_: False))
         self._checks.__enter__()
@@ -92,7 +93,7 @@ class Rehearsal(TorchFunctionMode):
         mine = any(map(self.is_there, _tensors(args, kwargs)))
         # Getters are made anew each time they are looked up: equal, not the same.
         if func == torch.Tensor.device.__get__ and mine:
-            return GPU
+            return self.gpu
         if func == torch.Tensor.is_cuda.__get__ and mine:
             return True
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
@@ -105,7 +106,7 @@ class Rehearsal(TorchFunctionMode):
         if place is not None and func is not torch.asarray:
             place = torch.device(place)
             if place.type == "cuda":
-                assert place in (GPU, torch.device("cuda")), place
+                assert place in (self.gpu, torch.device("cuda")), place
                 kwargs = {**kwargs, "device": torch.device("cpu")}
             found = func(*args, **kwargs)
             for tensor in _tensors((found,)):
@@ -120,14 +121,14 @@ class Rehearsal(TorchFunctionMode):
 
     def _to(self, func: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`to`, `cuda` and `cpu`, which copy where the place is another one."""
-        place: Any = {torch.Tensor.cuda: GPU, torch.Tensor.cpu: torch.device("cpu")}.get(func, kwargs.pop("device", None))
+        place: Any = {torch.Tensor.cuda: self.gpu, torch.Tensor.cpu: torch.device("cpu")}.get(func, kwargs.pop("device", None))
         rest = list(args)
         for at, value in enumerate(rest):
             if isinstance(value, str | torch.device):
                 place = torch.device(rest.pop(at))
                 break
             if isinstance(value, torch.Tensor):
-                rest[at], place = value.dtype, GPU if self.is_there(value) else value.device
+                rest[at], place = value.dtype, self.gpu if self.is_there(value) else value.device
                 break
         place = None if place is None else torch.device(place)
         here = self.is_there(tensor)
@@ -152,7 +153,12 @@ class _Checks(TorchDispatchMode):
         self.own = rehearsal
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own, kwargs = self.own, kwargs or {}
+        # Tensors tell here where they really are, in a backward pass too.
+        with torch._C.DisableTorchFunction():
+            return self._checked(func, args, kwargs or {})
+
+    def _checked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        own = self.own
         tensors = _tensors(args, kwargs)
         there = [x for x in tensors if own.is_there(x)]
         here = [x for x in tensors if x.device.type == "cpu" and x.dim() and not own.is_there(x)]

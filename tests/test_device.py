@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -36,11 +39,12 @@ RECIPES = {
     "gptq": "quantize.gptq(scheme=w4a16g32)",
     "as stored": "quantize.gptq(scheme=w3a16g32-asym, order=stored, outliers=0.01)",
     "floats": "quantize.gptq(scheme=nvfp4, sweeps=0)",
+    "wanda": "prune.wanda(sparsity=0.5)",
     "masked": "prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32)",
     "awq": "quantize.smooth(scheme=w4a16g32, steps=3)",
     "smoothquant": "quantize.smooth(method=smoothquant)",
     "lorc": "quantize.rtn(scheme=w2a16g32) | quantize.lorc(weighted=true, rank=4)",
-    "llm_mq": "quantize.llm_mq(bits=3, schemes=[w2a16g32, w3a16g32, w4a16g32], outliers=0.01, method=rtn)",
+    "llm_mq": "quantize.llm_mq(bits=3, schemes=[w2a16g32, w3a16g32, w4a16g32], outliers=0.01, method=rtn, clip=none)",
 }
 ONCE_A_WEIGHT = {
     "gptq.solve", "gptq._stack", "wanda.solve", "lorc.solve", "fold.put", "smoothing.cost", "llm_mq._felt",
@@ -126,8 +130,7 @@ def test_families_with_experts_two_stacks_and_turned_weights(name: str, tmp_path
     assert sites(rehearsal.reads) <= ONCE_A_WEIGHT | ONCE_A_STATISTIC | ({"experts.forward"} if name == "mixtral" else set())
 
 
-@pytest.mark.parametrize("hosted", [1 << 30, 0])
-@pytest.mark.parametrize("recipe", ["gptq", "llm_mq"])
+@pytest.mark.parametrize(("recipe", "hosted"), [("wanda", 1 << 30), ("wanda", 0), ("llm_mq", 0)])
 def test_states_are_parked_in_the_hosts_memory_and_then_in_files(
     recipe: str, hosted: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,14 +151,14 @@ def test_states_are_parked_in_the_hosts_memory_and_then_in_files(
     monkeypatch.setattr(parking.Parking, "_write", lambda self, *rest: [written.append(self.device), write(self, *rest)][1])
     rehearsal = rehearse(small, tmp_path, calibrated(RECIPES[recipe]))
     assert (GPU in written) == (not hosted)
-    assert sites(rehearsal.reads) <= ONCE_A_WEIGHT | ONCE_A_STATISTIC | PARKED
+    assert sites(rehearsal.reads) <= ONCE_A_WEIGHT | ONCE_A_STATISTIC | ONCE_A_BATCH | PARKED
     assert "parking._to_host" in sites(rehearsal.reads)
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compress.writer import Writer
 
-    recipe, record = calibrated(RECIPES["gptq"]), Writer.record
+    recipe, record = calibrated(RECIPES["wanda"]), Writer.record
     solved: list[str] = []
 
     def stop(self: Writer, weight: str, *rest: Any) -> None:
@@ -296,6 +299,36 @@ def test_words_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "gpus", lambda: 1)
     with pytest.raises(MachineError, match="a GPU for each process"):
         device.resolve("auto", 2)
+
+
+TWO = """
+import os, sys
+sys.path[:0] = [{tests!r}]
+from compress.cli.app import build
+from rehearsal import Rehearsal
+words = [*sys.argv[1:], "--quiet", "--dtype", "float32"]
+with Rehearsal(int(os.environ["LOCAL_RANK"])) as rehearsal:
+    build(words)(words, standalone_mode=False)
+assert rehearsal.sent
+"""
+
+
+def test_two_processes_with_a_gpu_each_equal_one_without(small: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(tests=str(ROOT / "tests")))
+    recipe = f"calibrate(data={ready_inputs(360)}, samples=360, length=24) | {RECIPES['wanda']} | {RECIPES['smoothquant']}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, script, "run", small, tmp_path / "two", "-p", recipe]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    do(small, tmp_path / "one", recipe, device="cpu")
+    here, there = (open_checkpoint(tmp_path / name).manifest for name in ("one", "two"))
+    assert here is not None
+    assert there is not None
+    assert there.measured["ranks"] == 2
+    assert there.device == NAME
+    assert here.digests == there.digests
 
 
 def test_what_goes_to_a_device_goes_with_all_that_it_holds() -> None:

@@ -48,7 +48,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         "--dtype", metavar="auto|float32|bfloat16",
-        help="What models compute in while they are calibrated; auto is bfloat16 where model and CPU have it.",
+        help="What models compute in while they are calibrated; auto is bfloat16 where model and device have it.",
     ),
 ]  # fmt: skip
 DEVICES = ("auto", "cpu", "cuda")
