@@ -13,7 +13,7 @@ from typing import Any
 from compress import __version__
 from compress.checkpoint import Checkpoint
 from compress.contract import Context
-from compress.device import device_of, name_of
+from compress.device import device_of, name_of, peak_of
 from compress.facts import DENSE, Note, Weight
 from compress.intake import Intake
 from compress.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
@@ -80,6 +80,7 @@ def account(
         measured={
             **measured,
             "peak_resident_bytes": peak_resident_bytes(),
+            **({"peak_device_bytes": found} if (found := peak_of(device_of(ctx))) else {}),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "ranks": ctx.world_size,
         },

@@ -77,6 +77,11 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.mem_get_info(device)
 
 
+def peak_of(device: torch.device) -> int:
+    """Bytes that tensors have taken of a GPU at most, in this process so far; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether it multiplies in bfloat16 itself."""
     if device.type == "cuda":

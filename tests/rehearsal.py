@@ -56,6 +56,7 @@ class Rehearsal(TorchFunctionMode):
         bf16 = device.has_bf16(device.CPU)
         for name, answer in {
             "set_device": None, "get_device_name": NAME, "mem_get_info": (FREE_BYTES, FREE_BYTES), "is_bf16_supported": bf16,
+            "max_memory_allocated": 1 << 20,
         }.items():  # fmt: skip
             self._undo.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         self._undo.enter_context(patch.object(device, "gpus", lambda: self.gpu.index + 1))
