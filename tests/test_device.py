@@ -37,10 +37,10 @@ from support import do, ready_inputs, tiny_llama, tree
 ROOT = Path(__file__).parents[1]
 RECIPES = {
     "gptq": "quantize.gptq(scheme=w4a16g32)",
-    "as stored": "quantize.gptq(scheme=w3a16g32-asym, order=stored, outliers=0.01, targets=re:v_proj|down_proj)",
-    "floats": "quantize.gptq(scheme=nvfp4, sweeps=0, targets=re:v_proj)",
+    "as stored": "quantize.gptq(scheme=w3a16g32-asym, order=stored, outliers=0.01, targets=[re:.*v_proj.*, re:.*down_proj.*])",
+    "floats": "quantize.gptq(scheme=nvfp4, sweeps=0, targets=re:.*v_proj.*)",
     "wanda": "prune.wanda(sparsity=0.5)",
-    "masked": "prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32, targets=re:down_proj)",
+    "masked": "prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32, targets=re:.*down_proj.*)",
     "awq": "quantize.smooth(scheme=w4a16g32, steps=3)",
     "smoothquant": "quantize.smooth(method=smoothquant)",
     "lorc": "quantize.rtn(scheme=w2a16g32) | quantize.lorc(weighted=true, rank=4)",
