@@ -242,10 +242,10 @@ def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
         target = part.d[ks].clone()
         target.view(len(target), -1).addmm_(f[:start, ks].T, flat[:start])
         if not fixed:
-            owners = slice(start // size, start // size + 1) if task.along == "inputs" else ks
+            own = slice(start // size, start // size + 1) if task.along == "inputs" else ks
             keep = None if part.keep is None else part.keep[ks]
             aims = target if start == 0 else _aims(target, part.d[ks], f[ks, ks])
-            part.scale[owners], part.zero[owners] = task.fit(aims, pivots[ks], keep)
+            part.scale[own], part.zero[own] = task.fit(aims, pivots[ks], keep)
         for inner in range(start, ks.stop, _BLOCK):
             here = slice(inner, min(ks.stop, inner + _BLOCK))
             t = target[inner - start : here.stop - start]
