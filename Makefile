@@ -43,8 +43,8 @@ formats: $(VENV)/test
 cubins: $(VENV)/test
 	$(BIN)/python -m compress.kernels.cuda.build $(ARGS)
 
-# On a machine with a GPU, in 8 minutes: tests of every kernel and the shape table, to build/gpu.md; needs no network and installs
-# nothing. Status 6 where there is no GPU.
+# On a machine with a GPU, in 8 minutes: tests of every kernel, of calibration and gradients, and the shape table, to build/gpu.md;
+# needs no network and installs nothing. Status 6 where there is no GPU.
 gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -P tests/gpu/run.py $(ARGS)
 

@@ -13,6 +13,7 @@ from typing import Any
 from compress import __version__
 from compress.checkpoint import Checkpoint
 from compress.contract import Context
+from compress.device import device_of, name_of, peak_of
 from compress.facts import DENSE, Note, Weight
 from compress.intake import Intake
 from compress.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
@@ -69,6 +70,7 @@ def account(
         seed=ctx.seed,
         threads=ctx.threads,
         isa=isa(),
+        device=name_of(device_of(ctx)) if step.device_bytes else before.device if before else "",
         format="tokens" if step.inherits else step.format.name if step.format else "canonical",
         coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
         weights=records,
@@ -78,6 +80,7 @@ def account(
         measured={
             **measured,
             "peak_resident_bytes": peak_resident_bytes(),
+            **({"peak_device_bytes": found} if (found := peak_of(device_of(ctx))) else {}),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "ranks": ctx.world_size,
         },

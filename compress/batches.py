@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compress.device import CPU, moved
 from compress.errors import InputError
 from compress.footprint import BATCH_TOKENS
 from compress.journey import Call
@@ -68,9 +69,10 @@ def followed(mask: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
 
 
 def cut(
-    tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype, most: int = BATCH_TOKENS
-) -> list[Batch]:
-    """This rank's batches of `most` tokens; the cuts are the same for any number of processes that the batches suffice for."""
+    tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype, device: torch.device = CPU,
+    most: int = BATCH_TOKENS,
+) -> list[Batch]:  # fmt: skip
+    """This rank's batches of `most` tokens on a device; the cuts are the same for any number of processes that suffice."""
     samples = len(next(iter(tensors.values())))
     if samples < world_size:
         raise InputError("calibration", f"at least a sample for each of {world_size} processes", f"{samples}")
@@ -78,10 +80,10 @@ def cut(
     step = max(1, min(most // tokens, samples // world_size))
     starts = range(0, samples, step)
     own = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
-    return [_batch({name: tensor[at : at + step] for name, tensor in tensors.items()}, model, dtype) for at in own]
+    return [_batch({name: tensor[at : at + step] for name, tensor in tensors.items()}, model, dtype, device) for at in own]
 
 
-def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype) -> Batch:
+def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, device: torch.device) -> Batch:
     inputs = {n: t.to(dtype) if t.is_floating_point() else t.long() for n, t in tensors.items()}
     if model.config.is_encoder_decoder and inputs.keys() <= {"input_ids", "attention_mask"}:
         half = inputs["input_ids"].shape[1] // 2
@@ -91,5 +93,5 @@ def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype) -> 
         }
     masks = {name: inputs.pop(name) for name in list(inputs) if name in ("attention_mask", "decoder_attention_mask")}
     # Without padding there is nothing to mask, and attention has faster ways to be causal.
-    partial = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-    return Batch({**inputs, **partial}, partial.get("attention_mask"), partial.get("decoder_attention_mask"))
+    partial = {name: mask.to(device) for name, mask in masks.items() if not bool(mask.all())}
+    return Batch({**moved(inputs, device), **partial}, partial.get("attention_mask"), partial.get("decoder_attention_mask"))

@@ -43,9 +43,10 @@ class Context:
     seed: int = 0
     threads: int = field(default_factory=available)
     """Cores that a run computes on, and workers that it shares tensors out to."""
-    device: str = "cpu"
+    device: str = "auto"
+    """Where calibrated passes compute: auto, cpu, cuda or cuda:N; see compress/device.py."""
     dtype: str = "auto"
-    """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the CPU multiplies in it."""
+    """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the device multiplies in it."""
     rank: int = 0
     world_size: int = 1
     events: Callable[[dict[str, Any]], None] = lambda event: None

@@ -79,13 +79,15 @@ def sense(
     assert tokens is not None
     from compress.batches import cut
     from compress.corpus import Corpus
+    from compress.device import device_of
     from compress.footprint import batch_tokens, computing
     from compress.forward import is_masked, label_of
     from compress.meaning import Meaning
     from compress.reverse import Reverse
     from compress.skeleton import Skeleton
 
-    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config))
+    device = device_of(ctx)
+    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config, device), device)
     kind = type(skeleton.module).__name__
     if skeleton.module.get_output_embeddings() is None or is_masked(kind):
         do = "use a pass that needs no gradients, or give a table that was made elsewhere"
@@ -94,11 +96,11 @@ def sense(
     costs: dict[str, tuple[float, ...]] = {}
 
     def take(weight: Weight, gradient: torch.Tensor) -> None:
-        value = qtensor.as_matrix(weight, skeleton.meaning.dense(weight.name))
+        value = qtensor.as_matrix(weight, skeleton.stored(weight.name))
         costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
     most = batch_tokens(source.config)
-    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, most)
+    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, device, most)
     loss = Reverse(skeleton, [offer.weight for offer in offers], folder, ctx).run(batches, take)
     ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]

@@ -68,7 +68,9 @@ def ratio(lost: float, norm: float) -> float:
     return math.sqrt(lost / norm)
 
 
-def difference(a: Checkpoint, b: Checkpoint, progress: Callable[[float], None] = lambda share: None) -> Difference:
+def difference(
+    a: Checkpoint, b: Checkpoint, progress: Callable[[float], None] = lambda share: None, device: torch.device | str = "cpu"
+) -> Difference:
     """Compares every weight of two checkpoints, by name. Raises InputError for one that another tool has quantized."""
     sides = (Meaning(a), Meaning(b))
     logical = (sides[0].logical, sides[1].logical)
@@ -82,7 +84,7 @@ def difference(a: Checkpoint, b: Checkpoint, progress: Callable[[float], None] =
         if pair[0] != pair[1]:
             shapes[name] = pair
             continue
-        lost, norm = _squares(sides[0].dense(name), sides[1].dense(name))
+        lost, norm = _squares(*(side.dense(name).to(device) for side in sides))
         rows.append(Row(name, pair[0], (_state(a, name), _state(b, name)), lost, norm))
         progress((number + 1) / len(shared))
     return Difference(tuple(rows), (only[0], only[1]), shapes)

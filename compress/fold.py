@@ -79,10 +79,10 @@ class Folding(Sweep):
 
     def add_up(self, statistic: Any) -> None:
         super().add_up(statistic)
-        if isinstance(statistic, Extents):
-            own = statistic.peaks
+        if isinstance(statistic, Extents) and self.ctx.world_size > 1:
+            own = statistic.peaks.cpu()
             for rank in range(self.ctx.world_size):
-                statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank))
+                statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.skeleton.device))
 
     def rescale(self, space: Space, statistic: Any) -> None:
         """Notes by what the rows and columns of a space's weights are divided and multiplied."""
@@ -92,7 +92,7 @@ class Folding(Sweep):
             s = self.balancing.balance(space, self.matrices(space), prepared)
         if s is None:
             return
-        rows = torch.ones(space.first_row + space.width)
+        rows = torch.ones(space.first_row + space.width, device=s.device)
         rows[space.first_row :] = s
         if space.how == "rows":
             self.times(self.rows, space.writer, rows)
@@ -105,7 +105,7 @@ class Folding(Sweep):
 
     def divided(self, space: Space, s: torch.Tensor) -> torch.Tensor:
         """Divides a norm; returns by what it really was divided, once its weight is stored."""
-        stored = self.skeleton.meaning.dense(space.writer.name)
+        stored = self.skeleton.stored(space.writer.name)
         plus = 1.0 if space.how == "norm+1" else 0.0
         before = stored.float() + plus
         new = (before / s - plus).to(stored.dtype)
@@ -130,7 +130,7 @@ class Folding(Sweep):
 
     def current(self, weight: Weight) -> torch.Tensor:
         """A weight [experts?, out, in], or a bias [out], in fp32, with what it has been rescaled by so far."""
-        value = _oriented(weight, self.skeleton.meaning.dense(weight.name)).float()
+        value = _oriented(weight, self.skeleton.stored(weight.name)).float()
         if (rows := self.rows.get(weight.name)) is not None:
             value = value / (rows if value.dim() == 1 else rows[:, None])
         return value * self.columns[weight.name] if weight.name in self.columns else value
@@ -147,7 +147,7 @@ class Folding(Sweep):
                 do = "skip it, or start from a checkpoint in bfloat16"
                 raise InputError(f"'{weight.name}', rescaled", f"numbers that {weight.dtype} can hold", "an overflow", do)
             facts = {"notes": self.happened[weight.name]} if weight.name in self.happened else {}
-            self.writer.record(weight.name, {weight.name: self.writer.put(weight.name, value)}, facts)
+            self.writer.record(weight.name, {weight.name: self.writer.put(weight.name, value.cpu())}, facts)
 
 
 def _oriented(weight: Weight, value: torch.Tensor) -> torch.Tensor:

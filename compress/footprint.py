@@ -20,6 +20,8 @@ HELD_BYTES = 1 << 30
 """Activations held inside a block; batches beyond it run the block again for every statistic."""
 BETWEEN_BYTES = 2 << 30
 """Hidden states held between blocks; those beyond it wait in a file."""
+DEVICE_BYTES = 256 << 20
+"""What products and factorizations of a GPU's libraries work in, and what its allocator leaves between blocks."""
 STATISTICS_BYTES = 2 << 30
 """Statistics of routed experts held at a time; more experts take more rounds."""
 
@@ -33,9 +35,11 @@ def batch_tokens(config: dict[str, Any]) -> int:
     return max(1, min(BATCH_TOKENS, LOGIT_BYTES // (4 * max(1, size_of(config, "vocab_size") or 0))))
 
 
-def computing(dtype: str, config: dict[str, Any]) -> torch.dtype:
-    """What a forward computes in. `auto` is bfloat16 for such a checkpoint where the CPU multiplies in it, else float32."""
+def computing(dtype: str, config: dict[str, Any], device: torch.device | None = None) -> torch.dtype:
+    """What a forward computes in. `auto` is bfloat16 for such a checkpoint where the device multiplies in it, else float32."""
     import torch
+
+    from compress.device import CPU, has_bf16
 
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype in choices:
@@ -43,8 +47,7 @@ def computing(dtype: str, config: dict[str, Any]) -> torch.dtype:
     if dtype != "auto":
         raise UsageError("dtype", "auto, float32 or bfloat16", f"'{dtype}'")
     stored = config.get("dtype") or config.get("torch_dtype")
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if stored == "bfloat16" and native else torch.float32
+    return torch.bfloat16 if stored == "bfloat16" and has_bf16(device or CPU) else torch.float32
 
 
 def sweep_bytes(

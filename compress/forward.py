@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from compress.checkpoint import Checkpoint
+from compress.device import CPU
 from compress.errors import InputError
 from compress.journey import Call, Journey, Roads
 from compress.meaning import Meaning
@@ -22,15 +23,15 @@ from compress.writer import trim_memory
 
 
 class Forward:
-    """A language model in fp32. Raises InputError for one without logits at every token.
+    """A language model in fp32, on a device. Raises InputError for one without logits at every token.
 
     Without `rounded`, codes mean what they are, not rounded to the dtype that they were made from.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rounded: bool = True) -> None:
+    def __init__(self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU) -> None:
         self.label = label_of(checkpoint)
         try:
-            self.skeleton = Skeleton(Meaning(checkpoint, rounded), torch.float32)
+            self.skeleton = Skeleton(Meaning(checkpoint, rounded), torch.float32, device)
         except InputError as error:
             # Two models are read side by side: a message about a tensor must say whose.
             raise InputError(
@@ -60,7 +61,8 @@ class Forward:
         return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
     def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The model's arguments for windows [batch, length]."""
+        """The model's arguments for windows [batch, length], where it computes."""
+        ids = ids.to(self.skeleton.device)
         if not self.encoder_decoder:
             return {"input_ids": ids}
         half = ids.shape[1] // 2

@@ -1,8 +1,8 @@
 """Manifest: how a checkpoint came to be; a checkpoint explains itself.
 
 `manifest.json` lies beside the shards. Everything but `measured` (timings, peak memory, ranks, the
-date) goes into the fingerprint, so that the same input, recipe, seed, threads and
-instruction set give the same manifest, byte for byte.
+date) goes into the fingerprint, so that the same input, recipe, seed, threads,
+instruction set and GPU give the same manifest, byte for byte.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Manifest(_Model):
     seed: int
     threads: int
     isa: str
+    device: str = Field("", description="GPU that a calibrated pass has computed on; empty where that was the CPU")
     format: str = Field(description="'canonical', or the packed format")
     coverage: dict[str, int] = Field(description="targeted, transformed and skipped weights of the last pass")
     weights: dict[str, WeightRecord]
@@ -123,11 +124,14 @@ class Manifest(_Model):
         return self.model_copy(update={"fingerprint": self.compute_fingerprint()})
 
     def compute_fingerprint(self) -> str:
-        content = self.model_dump(mode="json", exclude={"fingerprint", "measured"})
-        return hash_json(content)
+        return hash_json(self._content("fingerprint", "measured"))
 
     def to_text(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
+
+    def _content(self, *without: str) -> dict[str, Any]:
+        # The CPU goes without saying, as it did before there was a choice.
+        return self.model_dump(mode="json", exclude={*without, *(() if self.device else ("device",))})
 
     @staticmethod
     def is_ours(path: Path) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compress.device import CPU
 from compress.errors import InputError, UsageError
 from compress.forward import Forward
 
@@ -67,13 +68,13 @@ class Quality:
 
 def compare(
     source: Checkpoint | None, artifact: Checkpoint, windows: torch.Tensor, batch: int | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float], None] = lambda share: None, device: torch.device = CPU,
 ) -> Quality:  # fmt: skip
     """Measures `artifact` on `windows` [count, length], against `source` if there is one. Raises CompressError.
 
     `batch` windows go through a model at a time, fewer where their logits would be too many.
     """
-    sides = [Forward(checkpoint) for checkpoint in (source, artifact) if checkpoint is not None]
+    sides = [Forward(checkpoint, device=device) for checkpoint in (source, artifact) if checkpoint is not None]
     _check(sides, windows)
     length, last = windows.shape[1], sides[-1]
     fit = min(batch or max(1, _BATCH_TOKENS // length), max(1, _LOGIT_BYTES // (4 * length * last.vocabulary)))
@@ -147,10 +148,10 @@ class _Tally:
         if first.encoder_decoder:
             ids = ids[:, ids.shape[1] // 2 :]
         # The target of a masked model tells nothing but whether its logits are numbers.
-        targets = ids[:, 1:] if first.causal else ids
+        targets = (ids[:, 1:] if first.causal else ids).to(logits[0].device)
         scored = targets.shape[1]
         # One tensor for all: small ones made on the way would keep the memory between them from being used again.
-        numbers = torch.empty(4 if len(logits) == 2 else 1, *targets.shape)
+        numbers = torch.empty(4 if len(logits) == 2 else 1, *targets.shape, device=targets.device)
         step = max(1, _CHUNK // logits[0].shape[-1])
         for window in range(len(ids)):
             for start in range(0, scored, step):
@@ -160,7 +161,7 @@ class _Tally:
             if bool(surprise.isnan().any()):
                 do = "its weights are damaged; compress diff shows which"
                 raise InputError(side.label, "logits that are numbers", "NaN", do)
-        self.found.append(numbers)
+        self.found.append(numbers.cpu())
 
     def quality(self, windows: torch.Tensor) -> Quality:
         """The numbers."""

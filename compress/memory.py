@@ -10,10 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.contract import LinearPass, TrainPass
+from compress.device import CPU, memory_of
 from compress.errors import MachineError, Problem
 from compress.plan import INTERPRETER_BYTES, Plan, StepPlan
+
+if TYPE_CHECKING:
+    import torch
 
 _LIMITS = {"": ("", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}
 """Controllers of a line of /proc/self/cgroup -> (where their folders lie, the file with the limit); v2 names none."""
@@ -54,9 +59,24 @@ def lacking(plan: Plan, there_bytes: int) -> list[Problem]:
     ]
 
 
-def check_memory(plan: Plan) -> None:
-    """Raises MachineError where a step is predicted to need more memory than there is."""
-    if problems := lacking(plan, machine_bytes()):
+def lacking_there(plan: Plan, device: torch.device) -> list[Problem]:
+    """What is said of each step that needs more memory than is free on a GPU."""
+    free, whole = memory_of(device) if device.type == "cuda" else (0, 0)
+    return [
+        Problem(
+            f"step {step.number}: {step.name}",
+            f"{step.device_bytes:,} bytes of the memory of {device}, its predicted peak",
+            f"{free:,} bytes free of {whole:,}",
+            f"{_less(step)}, end what else is there, or say --device cpu; --allow-overcommit runs it anyway",
+        )
+        for step in plan.steps
+        if whole and step.device_bytes > free
+    ]
+
+
+def check_memory(plan: Plan, device: torch.device = CPU) -> None:
+    """Raises MachineError where a step is predicted to need more memory than there is, here or on a GPU."""
+    if problems := lacking(plan, machine_bytes()) + lacking_there(plan, device):
         raise MachineError(problems)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from compress import names
 from compress.checkpoint import Checkpoint
+from compress.device import CPU, moved
 from compress.errors import InputError
 from compress.meaning import Meaning
 from compress.qlinear import QLinear, with_codes
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True) -> PreTrainedModel:
-    """A model in eval mode, computing in `dtype`. Raises InputError for a packed checkpoint that cannot be read.
+def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True, device: torch.device = CPU) -> PreTrainedModel:
+    """A model in eval mode, computing in `dtype` on `device`. Raises InputError for a packed checkpoint that cannot be read.
 
     Without `rounded`, codes in an fp32 model mean what they are, not rounded to the dtype that they were made from.
     """
-    model: PreTrainedModel = filled(checkpoint, dtype, rounded).module
+    model: PreTrainedModel = filled(checkpoint, dtype, rounded, device).module
     generation_config(model, checkpoint)
     return model
 
@@ -48,9 +49,9 @@ def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             raise InputError(str(checkpoint.path / "generation_config.json"), "a valid config of generation", got) from None
 
 
-def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True) -> Skeleton:
+def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: torch.device = CPU) -> Skeleton:
     """A skeleton with everything in its place for good."""
-    skeleton = Skeleton(Meaning(checkpoint, rounded), getattr(torch, dtype))
+    skeleton = Skeleton(Meaning(checkpoint, rounded), getattr(torch, dtype), device)
     _Loader(skeleton).load()
     _as_transformers_has_it(skeleton)
     return skeleton
@@ -102,7 +103,7 @@ class _Loader:
             if (q := self.meaning.qtensor(name)) is None:
                 continue
             self.placed.add(name)
-            self.place(module, q, self.meaning.dtype_of(weight))
+            self.place(module, moved(q, self.skeleton.device), self.meaning.dtype_of(weight))
 
     def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
         """Codes instead of the dense weight, which tells the dtype that this module computes in."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from compress.checkpoint import ALLOCATION, CALIBRATION, Checkpoint, open_checkp
 from compress.contract import CompensatingPass, Context, DataPass, Pass, TrainPass, sweeps
 from compress.decide import decide
 from compress.deciding import decides
+from compress.device import device_of
 from compress.entry import enter
 from compress.errors import InputError, Problem
 from compress.facts import State
@@ -112,6 +113,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     started = time.perf_counter()
     options = options or Options()
     gates = [Gate.parse(text) for text in options.fail_on]
+    ctx = _settled(ctx, source)
     out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
     tell_code(source, ctx)
@@ -126,7 +128,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     for step in plan.steps:
         hold_plan(gates, step, plan.weights)
     if not options.allow_overcommit:
-        check_memory(plan)
+        check_memory(plan, device_of(ctx))
     with locked(out, ctx), compute_threads(ctx.threads):
         intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
         refuse_nonfinite(plan, intake)
@@ -186,6 +188,13 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
             checkpoint.close()
         assert now.manifest is not None
         return Result(out, plan, now.manifest, True, time.perf_counter() - started, measured)
+
+
+def _settled(ctx: Context, source: Checkpoint) -> Context:
+    """The context with the device and the dtype that its words mean here. Raises UsageError, MachineError."""
+    device = device_of(ctx)
+    dtype = computing(ctx.dtype, source.config, device)
+    return replace(ctx, device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
 def _decided(step: StepPlan, manifest: Manifest | None) -> dict[str, State]:

@@ -21,7 +21,7 @@ from compress.decide import offers_of
 from compress.deciding import decides
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.facts import Note, State, TensorSpec, Weight, counted
-from compress.footprint import computing, reverse_bytes, sweep_bytes, train_bytes
+from compress.footprint import DEVICE_BYTES, computing, reverse_bytes, sweep_bytes, train_bytes
 from compress.kinds import QuantizingPass
 from compress.meaning import Meaning
 from compress.names import Model
@@ -60,6 +60,8 @@ class StepPlan:
     """Memory beyond the interpreter."""
     scratch_bytes: int = 0
     """Disk that is needed while it runs, and free again afterwards."""
+    device_bytes: int = 0
+    """Memory of the GPU, if there is one to compute on; 0 for what the CPU does anyway."""
 
     @property
     def inherits(self) -> bool:
@@ -318,22 +320,25 @@ def _step(
     shards += [single(file, (s for s in specs if apart.get(s.name) == file)) for file in sorted(set(apart.values()))]
     work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
     resident = min(run.threads, MAX_WORKERS) * max(work, 32 << 20)
+    scratch = there = 0
     if sweeps(worker):
         config = run.checkpoint.config
-        resident = max(resident, sweep_bytes(worker, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize))
-    scratch = 0
+        there = sweep_bytes(worker, weights, touched, config, run.tokens, computing(run.dtype, config).itemsize)
     if decides(pass_) and pass_.gradients and not pass_.table_digest():
         config = run.checkpoint.config
         needed, scratch = reverse_bytes(weights, touched, config, run.tokens, computing(run.dtype, config).itemsize)
-        resident = max(resident, needed)
+        there = max(there, needed)
+    resident = max(resident, there)
     if isinstance(pass_, TrainPass):
         config, texts = run.checkpoint.config, pass_.texts()
         sample, teacher = texts.length if texts else run.length, teacher_weights(pass_, run.checkpoint)
         size = computing(run.dtype, config).itemsize
         resident, scratch = train_bytes(pass_, weights, touched, after, config, teacher, sample, size)
+        there = resident
     step = StepPlan(
         number, pass_, tuple(w.name for w in chosen), skipped, before, after, fmt, shards,
         _texts(run.checkpoint.config, fmt, run.model, after), tuple(notes), resident, scratch,
+        there and there + DEVICE_BYTES,
     )  # fmt: skip
     if decides(pass_) and not decided:
         # Whether anything fits shows without a gradient.

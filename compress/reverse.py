@@ -54,7 +54,8 @@ class Reverse:
         total = self._sum(sum(int(batch.scored.sum()) for batch in batches))
         if not total:
             raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
-        shelf, parking = Shelf(self.folder / str(self.ctx.rank)), Parking(self.folder, self.ctx.rank, BETWEEN_BYTES)
+        shelf = Shelf(self.folder / str(self.ctx.rank))
+        parking = Parking(self.folder, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
         undo = self._lend()
         try:
             with Roads(self.skeleton) as roads:
@@ -143,7 +144,8 @@ class Reverse:
         for path in paths:
             group = self.skeleton.group_of(path)
             grad = self._sums.pop(path, None)
-            grad = torch.zeros(self.skeleton.module.get_parameter(path).shape) if grad is None else grad
+            if grad is None:
+                grad = torch.zeros_like(self.skeleton.module.get_parameter(path), dtype=torch.float32, requires_grad=False)
             self.ctx.add_up(grad)
             shapes = [logical[source].shape for source in group.sources]
             parts = Conversion(self.skeleton.mapping, group, shapes).back(path, grad) if group.patterns else [grad]

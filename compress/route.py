@@ -161,7 +161,7 @@ class Route:
             log_p = torch.log_softmax(flat[rows].float(), dim=-1)
             loss -= float(log_p.gather(1, wanted[:, None]).sum())
             p = log_p.exp_()
-            p[torch.arange(len(rows)), wanted] -= 1
+            p[torch.arange(len(rows), device=p.device), wanted] -= 1
             flat[rows] = p.mul_(weight).to(grad.dtype)
         flat[~self.batch.scored.flatten()] = 0
         if logits.requires_grad:

@@ -9,6 +9,7 @@ import torch
 
 from compress.corpus.encoder import Encoder
 from compress.corpus.spec import CorpusSpec
+from compress.device import CPU
 from compress.errors import InputError, UsageError
 from compress.forward import is_masked, label_of
 from compress.model import build
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 def sample(
     checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0,
-    packed: Callable[[], Any] | None = None,
+    packed: Callable[[], Any] | None = None, device: torch.device = CPU,
 ) -> str:  # fmt: skip
     """The prompt and up to `tokens` more; of an encoder-decoder, what it answers. Raises CompressError.
 
-    The model is what `packed` loads, or the checkpoint's in fp32, codes as codes.
+    The model is what `packed` loads, or the checkpoint's in fp32 on `device`, codes as codes.
     """
     if not math.isfinite(temperature):
         raise UsageError(
@@ -35,7 +36,7 @@ def sample(
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
     if not ids.numel():
         raise UsageError("prompt", "at least one token", "none", "begin with a word")
-    model: Any = packed() if packed else build(checkpoint)
+    model: Any = packed() if packed else build(checkpoint, device=device)
     ids = ids.to(model.device)
     kind = type(model).__name__
     masked = is_masked(kind) and not model.config.is_encoder_decoder

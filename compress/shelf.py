@@ -21,7 +21,7 @@ class Shelf:
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._held: dict[Hashable, torch.Tensor | tuple[Path, torch.Size, torch.dtype]] = {}
+        self._held: dict[Hashable, torch.Tensor | tuple[Path, torch.Size, torch.dtype, torch.device]] = {}
         self._files = 0
 
     def __contains__(self, key: Hashable) -> bool:
@@ -36,27 +36,27 @@ class Shelf:
         self._files += 1
         file = self.folder / str(self._files)
         try:
-            file.write_bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write_bytes(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             do = "free some space there, or calibrate on fewer tokens"
             expected = f"{tensor.nbytes:,} bytes for hidden states"
             raise MachineError(str(self.folder), expected, error.strerror or str(error), do) from None
-        self._held[key] = file, tensor.shape, tensor.dtype
+        self._held[key] = file, tensor.shape, tensor.dtype, tensor.device
 
     def add(self, key: Hashable, tensor: torch.Tensor) -> None:
         """Adds to what has that name, if there is any."""
         self.put(key, self.get(key).add_(tensor) if key in self else tensor)
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """A copy of what has that name."""
+        """A copy of what has that name, on the device that it came from."""
         held = self._held[key]
         if isinstance(held, torch.Tensor):
             return held.clone()
-        file, shape, dtype = held
+        file, shape, dtype, device = held
         data = bytearray(file.stat().st_size)
         with open(file, "rb") as stream:
             stream.readinto(data)
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+        return torch.frombuffer(data, dtype=dtype).view(shape).to(device)
 
     def drop(self, key: Hashable) -> None:
         """Forgets what has that name, if there is any."""

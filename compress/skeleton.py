@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compress import names
+from compress.device import CPU
 from compress.experts import IMPLEMENTATION, register
 from compress.mapping import Group, Mapping
 from compress.meaning import Meaning
@@ -32,10 +33,10 @@ class Block:
 
 
 class Skeleton:
-    """`module` is transformers' model in eval mode, computing in `dtype`; nothing of its blocks is loaded yet."""
+    """`module` is transformers' model in eval mode, computing in `dtype` on `device`; nothing of its blocks is loaded yet."""
 
-    def __init__(self, meaning: Meaning, dtype: torch.dtype) -> None:
-        self.meaning, self.dtype = meaning, dtype
+    def __init__(self, meaning: Meaning, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.meaning, self.dtype, self.device = meaning, dtype, device
         with _default_dtype(dtype):
             self.module: Any = names.meta_model(meaning.checkpoint)
         self.model = meaning.resolve(self.module)
@@ -97,6 +98,10 @@ class Skeleton:
             nearest = [part for part in chain if isinstance(part, PreTrainedModel)][-1]
             with torch.no_grad():
                 nearest._init_weights(chain[-1])
+        # Made on the CPU, so that they are the same numbers everywhere.
+        for name, _ in missing if self.device != CPU else ():
+            path, _, attribute = name.rpartition(".")
+            self._set(name, getattr(self.module.get_submodule(path), attribute).to(self.device))
 
     def _rest(self) -> None:
         """Loads what belongs to no block, except embeddings and the head, which load themselves when they are called."""
@@ -132,7 +137,7 @@ class Skeleton:
         part = self.module.get_submodule(path)
         for name, old in part._parameters.items():
             if old is not None:
-                self._set(f"{path}.{name}", torch.full((), torch.nan, dtype=self.dtype).expand(old.shape))
+                self._set(f"{path}.{name}", torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(old.shape))
 
     def parameters_of(self, path: str) -> list[str]:
         """Parameters and buffers under a path that come from disk."""
@@ -157,7 +162,7 @@ class Skeleton:
         return set(loaded)
 
     def _read(self, name: str, parameter: str) -> torch.Tensor:
-        value = self._overrides[name] if name in self._overrides else self.meaning.dense(name)
+        value = (self._overrides[name] if name in self._overrides else self.meaning.dense(name)).to(self.device)
         if not value.is_floating_point():
             return value
         fp32 = any(pattern.search(parameter) for pattern in self._keep_fp32)
@@ -170,6 +175,10 @@ class Skeleton:
             part._parameters[attribute] = nn.Parameter(value, requires_grad=False)
         else:
             part._buffers[attribute] = value
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A weight in its stored shape and dtype, on the device."""
+        return self.meaning.dense(name).to(self.device)
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """Puts new values, in stored shape and dtype, in the place of weights of the block that is loaded."""

@@ -25,6 +25,7 @@ from compress.algebra.rounding import stacked, unstacked
 from compress.batches import Batch, cut
 from compress.checkpoint import Checkpoint, torch_dtype
 from compress.contract import Context, Job, LinearPass, Solution
+from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
 from compress.experts import INPUT, MIDDLE, Routed
 from compress.facts import State, Weight
@@ -59,8 +60,8 @@ def sweep(
     """
     touched = set(step.transformed)
     stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
-    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config))
-    batches = cut(corpus, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype)
+    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config), device_of(ctx))
+    batches = cut(corpus, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, skeleton.device)
     with torch.no_grad(), Roads(skeleton) as roads:
         run = (driver or Sweep)(step, skeleton, roads, batches, writer, ctx)
         run.ancestor = ancestor
@@ -92,7 +93,7 @@ class Sweep:
         self.peaks = Peaks(weights, self.step.after, self.skeleton.meaning.dense)
         remaining = {weight.name: weight for weight in weights}
         total = sum(weight.nbytes for weight in weights)
-        parking = Parking(self.writer.path, self.ctx.rank, BETWEEN_BYTES)
+        parking = Parking(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
         parking.clear()
         # A single sample goes ahead and finds out what reads what.
         scout = Traveller(self.batches[0].first(), self.roads, parking)
@@ -157,8 +158,7 @@ class Sweep:
             for weight in solved:
                 self.round_inputs(weight)
             kept += len(solved)
-            # Batches come to another place, with tensors of other sizes: what they leave free would not be used again.
-            trim_memory()
+            trim_memory()  # batches come to tensors of other sizes, which gaps left by these would not hold
             if pending:
                 solve = self.experts if space[0][1] else self.linears
                 solve(space[0], pending)
@@ -180,7 +180,7 @@ class Sweep:
 
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of what a weight reads."""
-        statistic = self.pass_.statistic(weight.in_features)
+        statistic = made_on(self.skeleton.device, self.pass_.statistic, weight.in_features)
         for x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
@@ -207,7 +207,8 @@ class Sweep:
         """The statistics of what routed experts read, as many at a time as the budget allows."""
         at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
         for start in range(0, len(experts), at_once):
-            statistics = {expert: self.pass_.statistic(width) for expert in experts[start : start + at_once]}
+            some = experts[start : start + at_once]
+            statistics = {expert: made_on(self.skeleton.device, self.pass_.statistic, width) for expert in some}
             for routed, valid in self.inputs(key):
                 assert isinstance(routed, Routed)
                 with self.spent("statistics"):
@@ -269,7 +270,7 @@ class Sweep:
             return mine
         found: dict[tuple[str, int | None], Solution] = {}
         for rank in range(self.ctx.world_size):
-            found.update(self.ctx.broadcast(mine, rank))
+            found.update(moved(self.ctx.broadcast(moved(mine, CPU), rank), self.skeleton.device))
         return found
 
     def prepare(self, weight: Weight, statistic: Any) -> Any:
@@ -290,14 +291,14 @@ class Sweep:
         if weight.experts is not None:
             assert expert is not None
             dense, q = dense[expert], unstacked(q)[expert]
-        return Job(weight, after, qtensor.along_inputs(weight, dense), q)
+        return Job(weight, after, *moved((qtensor.along_inputs(weight, dense), q), self.skeleton.device))
 
     def matrix(self, weight: Weight, expert: int | None) -> torch.Tensor:
-        """One matrix [out, in] of a weight, as it is stored."""
+        """One matrix [out, in] of a weight, as it is stored, on the device."""
         stored = self.skeleton.meaning.dense(weight.name)
         if weight.experts is not None:
             stored = stored[expert]
-        return stored.T if weight.transposed else stored
+        return (stored.T if weight.transposed else stored).to(self.skeleton.device)
 
     def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> None:
         """Writes a solved weight, journals it, and puts it in its place in the block."""
@@ -308,11 +309,11 @@ class Sweep:
             check_mask(weight, after.sparsity, value)
         facts = _facts(ordered)
         notes = [s.note for s in ordered if s.note is not None]
-        notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.skeleton.meaning.dense(weight.name)))
+        notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.skeleton.stored(weight.name)))
         with self.spent("write"):
             # Every process has every solution; one of them writes it.
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
-                digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, value).items()}
+                digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, moved(value, CPU)).items()}
                 self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
         self.replace({weight.name: _dense(weight, after, value)})
         self.round_inputs(weight)

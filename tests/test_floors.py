@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FLOORS = {
     0: "errors strict size cache textform scheme sparsity beside lora facts targets recipe manifest gate",
-    1: "threads shards checkpoint trust writer qtensor watch source corpus algebra spaces picture foreign",
+    1: "device threads shards checkpoint trust writer qtensor watch source corpus algebra spaces picture foreign",
     2: "contract kinds classes names mapping meaning skeleton experts journey batches footprint parking shelf traveller route reverse deciding granular balancing sweep fold peers qlinear kernels intake stream forward model train",
     3: "passes",
     4: "discover resolve tally decide plan memory places step pipeline windows measure stages difference sample teacher ancestor devices stacking artifact hf account entry readers verify doctor bench demo recipes compress",

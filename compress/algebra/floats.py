@@ -53,9 +53,14 @@ def top(scheme: Scheme) -> float:
     return _MAGNITUDES[scheme.grid][-1] if scheme.grid in _MAGNITUDES else 1.0
 
 
-@lru_cache(maxsize=32)
-def _tables(grid: str, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values by code, and what a number, or its magnitude, must exceed to have the next code."""
+@lru_cache(maxsize=64)
+def _tables(grid: str, bits: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values by code, and what a number, or its magnitude, must exceed to have the next code; once for each device."""
+    values, bounds = _made(grid, bits, dtype)
+    return values.to(device), bounds.to(device)
+
+
+def _made(grid: str, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     if grid == "nf":
         values = torch.tensor(normal_map(bits), dtype=torch.float32).to(dtype)
         return values, (values[1:] + values[:-1]) / 2
@@ -72,7 +77,7 @@ def encode(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         largest = top(scheme)
         # Clamped first: what a cast makes of larger numbers depends on the format and on the version of torch.
         return x.clamp(-largest, largest).float().to(_BYTES[scheme.grid]).view(torch.uint8)
-    bounds, x = _tables(scheme.grid, scheme.bits, x.dtype)[1].to(x.device), x.contiguous()
+    bounds, x = _tables(scheme.grid, scheme.bits, x.dtype, x.device)[1], x.contiguous()
     if scheme.grid == "nf":
         return torch.bucketize(x, bounds, out_int32=True).to(torch.uint8)
     return torch.bucketize(x.abs(), bounds, out_int32=True).to(torch.uint8) | (x.signbit().to(torch.uint8) << 3)
@@ -83,4 +88,4 @@ def decode(codes: torch.Tensor, scheme: Scheme, dtype: torch.dtype = torch.float
     if scheme.grid in _BYTES:
         return codes.view(_BYTES[scheme.grid]).to(dtype)
     # Four times as fast as an index in brackets.
-    return _tables(scheme.grid, scheme.bits, dtype)[0].to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    return _tables(scheme.grid, scheme.bits, dtype, codes.device)[0].index_select(0, codes.flatten().int()).view(codes.shape)

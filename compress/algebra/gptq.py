@@ -160,14 +160,14 @@ def solve(
         stored = w.masked_fill(factor.dead, 0) if inputs else w.masked_fill(factor.dead, 0).T
         peak = largest(stored) if peak is None else peak
         scale = fit_all(stored, scheme, scale_dtype, clip, peak, hessian.diagonal() if inputs else None)
-        tensor_scale = divisor(peak, scheme)
+        tensor_scale = divisor(peak, scheme, w.device)
         each = steps(scale, tensor_scale).to(factor.feedback.dtype)
         fixed = each.repeat_interleave(scheme.rows_per_scale(len(stored)), dim=0)[: len(stored)]
     task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, least_zero, along, scheme.group or length, fixed)
-    codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8)
-    scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype) if scale is None else scale
-    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8)
-    losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype)
+    codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8, device=w.device)
+    scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype, device=w.device) if scale is None else scale
+    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
+    losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype, device=w.device)
     identity = 0.0
     step = _ROWS if inputs else max(1, _ROWS // task.group) * task.group
     for start in range(0, rows, step):
@@ -198,25 +198,26 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -
     inputs = task.along == "inputs"
     width = rows if inputs else -(-rows // task.group) * task.group
     shape = (n, 1, width) if inputs else (n, width // task.group, task.group)
-    d = torch.zeros(n, width, dtype=task.factor.feedback.dtype)
+    d = torch.zeros(n, width, dtype=task.factor.feedback.dtype, device=w.device)
     d[:, :rows] = w.T
     d[task.factor.dead] = 0
     keep = None
     if mask is not None:
-        keep = torch.ones(n, width, dtype=torch.uint8)
+        keep = torch.ones(n, width, dtype=torch.uint8, device=w.device)
         keep[:, :rows] = mask.T
         keep = keep.view(shape)
     scales = (-(-n // task.group), 1, width) if inputs else (n, width // task.group, 1)
-    s = torch.ones(scales, dtype=d.dtype)
+    s = torch.ones(scales, dtype=d.dtype, device=w.device)
     if task.fixed is not None:
         first = rs.start // task.group
         s = (task.fixed[rs].T if inputs else task.fixed[:, first : first + scales[1]]).contiguous().view(scales)
-    return _Rows(d.view(shape), torch.empty(shape, dtype=torch.uint8), s, torch.full_like(s, task.scheme.middle), keep)
+    codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
+    return _Rows(d.view(shape), codes, s, torch.full_like(s, task.scheme.middle), keep)
 
 
 def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """V^T H V of each column of V [n, rows]. H is symmetric: its tiles below the diagonal are counted twice instead."""
-    total = torch.zeros(v.shape[1], dtype=v.dtype)
+    total = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
     for start in range(0, len(h), 512):
         ks = slice(start, min(len(h), start + 512))
         product = (h[ks, :start] @ v[:start]).mul_(2).addmm_(h[ks, ks], v[ks])
@@ -227,7 +228,7 @@ def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
     """Rounds every column once; the damped loss of each row."""
     n, order = len(part.d), task.factor.order
-    columns = torch.arange(n) if order is None else order
+    columns = torch.arange(n, device=part.d.device) if order is None else order
     fixed = not refit or order is not None or task.fixed is not None
     if fixed and task.fixed is None:
         _fit_all(part, task)
@@ -236,16 +237,16 @@ def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
     # Scales that are fitted on the way need the targets of all their columns at once.
     size = task.group if task.along == "inputs" and not fixed else _BLOCK
     f, pivots, flat = task.factor.feedback, task.factor.pivots, part.flat
-    damped = torch.zeros(flat.shape[1], dtype=flat.dtype)
+    damped = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
     for start in range(0, n, size):
         ks = slice(start, min(n, start + size))
         target = part.d[ks].clone()
         target.view(len(target), -1).addmm_(f[:start, ks].T, flat[:start])
         if not fixed:
-            owners = task.owners(columns[ks]).unique()
+            own = slice(start // size, start // size + 1) if task.along == "inputs" else ks
             keep = None if part.keep is None else part.keep[ks]
             aims = target if start == 0 else _aims(target, part.d[ks], f[ks, ks])
-            part.scale[owners], part.zero[owners] = task.fit(aims, pivots[ks], keep)
+            part.scale[own], part.zero[own] = task.fit(aims, pivots[ks], keep)
         for inner in range(start, ks.stop, _BLOCK):
             here = slice(inner, min(ks.stop, inner + _BLOCK))
             t = target[inner - start : here.stop - start]
@@ -294,17 +295,17 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
     n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
     rescale = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
     size = task.group if rescale else _BLOCK
-    fallen = torch.zeros(flat.shape[1], dtype=flat.dtype)
+    fallen = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
     for start in range(0, n, size):
         ks = slice(start, min(n, start + size))
-        owners = task.owners(torch.arange(start, ks.stop))
+        owners = task.owners(torch.arange(start, ks.stop, device=flat.device))
         square = h[ks, ks].clone()
         square.diagonal().add_(ridge).masked_fill_(task.factor.dead[ks], 1)
         slope = (h[ks] @ flat).add_(flat[ks], alpha=ridge)
         codes = part.codes[ks]
         c = codes.to(flat.dtype).sub_(part.zero[owners]) if task.fixed is None else decode(codes, task.scheme, flat.dtype)
         if rescale:
-            fallen += _rescale(part, task.dtype, int(owners[0]), c.flatten(1), flat[ks], slope, square)
+            fallen += _rescale(part, task.dtype, start // task.group, c.flatten(1), flat[ks], slope, square)
         pivots = square.diagonal().clone()
         # c becomes q, and after rounding what q has lost, which is what d has gained.
         moved = c.mul_(part.scale[owners])

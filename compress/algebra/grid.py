@@ -45,9 +45,9 @@ def round_to_nearest(
     rows, columns = w.shape
     group = scheme.group or columns
     groups = scheme.groups(columns)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
-    scale = torch.empty(rows, groups, dtype=scale_dtype)
-    zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.uint8)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=w.device)
+    scale = torch.empty(rows, groups, dtype=scale_dtype, device=w.device)
+    zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=w.device)
     whole = columns // group
     sums = [0.0, 0.0]
     step = max(1, _CHUNK // columns)

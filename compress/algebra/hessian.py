@@ -100,8 +100,8 @@ def factor(h: torch.Tensor, damp: float = 0.01, order: Order = "none") -> Factor
     dead = diagonal == 0
     if scale == 0:
         n = len(h)
-        ones = torch.ones(n, dtype=h.dtype)
-        return Factor(torch.eye(n, dtype=h.dtype), ones, None, torch.zeros(n, dtype=torch.bool), damp, 0.0)
+        ones = torch.ones(n, dtype=h.dtype, device=h.device)
+        return Factor(torch.eye(n, dtype=h.dtype, device=h.device), ones, None, torch.zeros_like(dead), damp, 0.0)
     permutation = diagonal.argsort(descending=True, stable=True) if order == "activation" else None
     # Reversed, because a Cholesky factor is lower triangular and R has to be upper.
     if permutation is None:

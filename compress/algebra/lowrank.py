@@ -60,7 +60,7 @@ def best(e: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _thin(e: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest singular values and their vectors; from one fixed start, so that they are the same each time."""
-    q = torch.randn(e.shape[1], rank + _MORE, generator=torch.Generator().manual_seed(0), dtype=e.dtype)
+    q = torch.randn(e.shape[1], rank + _MORE, generator=torch.Generator().manual_seed(0), dtype=e.dtype).to(e.device)
     caught = 0.0
     for _ in range(_ROUNDS):
         p = torch.linalg.qr(e @ q).Q

@@ -36,7 +36,7 @@ def keep_best(scores: torch.Tensor, sparsity: Sparsity, per_row: bool = False) -
 
 
 def _keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
-    mask = torch.zeros(rows.shape, dtype=torch.bool)
+    mask = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     step = max(1, _CHUNK // rows.shape[-1])
     for start in range(0, len(rows), step):
         order = rows[start : start + step].argsort(dim=-1, descending=True, stable=True)
@@ -47,11 +47,12 @@ def _keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
 def keep_above(scores: torch.Tensor, drop: int) -> torch.Tensor:
     """Drops the `drop` smallest of a vector by two histograms of its bits, which order floats >= 0; no sort."""
     if drop >= len(scores):
-        return torch.zeros(len(scores), dtype=torch.bool)
+        return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     bits = scores.contiguous().view(torch.int32)
     pieces = bits.split(_CHUNK)
-    high, smaller = _bin((piece >> 16 for piece in pieces), drop)
-    low, smaller_still = _bin((piece[piece >> 16 == high] & 0xFFFF for piece in pieces), drop - smaller)
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device=bits.device)
+    high, smaller = _bin((piece >> 16 for piece in pieces), drop, counts)
+    low, smaller_still = _bin((piece[piece >> 16 == high] & 0xFFFF for piece in pieces), drop - smaller, counts.zero_())
     threshold = (high << 16) | low
     mask = bits > threshold
     equal = (bits == threshold).nonzero().squeeze(-1)
@@ -59,9 +60,8 @@ def keep_above(scores: torch.Tensor, drop: int) -> torch.Tensor:
     return mask
 
 
-def _bin(keys: Iterable[torch.Tensor], rank: int) -> tuple[int, int]:
-    """(the key, below 2^16, of the entry of that rank from 0; how many entries have a smaller key)."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
+def _bin(keys: Iterable[torch.Tensor], rank: int, counts: torch.Tensor) -> tuple[int, int]:
+    """(the key, below 2^16, of the entry of that rank from 0; how many entries have a smaller key); `counts` are zeros."""
     for piece in keys:
         counts += torch.bincount(piece, minlength=1 << 16)
     upto = counts.cumsum(0)

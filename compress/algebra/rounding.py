@@ -125,9 +125,9 @@ def fit_all(
 def _matrix(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, peak: float | None) -> Rounded:
     rows, columns = w.shape
     peak = largest(w) if peak is None else peak
-    scale, d = fit_all(w, scheme, dtype, clip, peak), divisor(peak, scheme)
+    scale, d = fit_all(w, scheme, dtype, clip, peak), divisor(peak, scheme, w.device)
     s = steps(scale, d)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=w.device)
     sums = [0.0, 0.0]
     for part in _bands(w, scheme):
         x = blocked(w[part].float(), scheme)

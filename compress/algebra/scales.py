@@ -67,13 +67,13 @@ def flat(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return x.flatten(2).flatten(0, 1)[:rows, :columns]
 
 
-def divisor(peak: float, scheme: Scheme) -> torch.Tensor | None:
-    """D of a matrix whose largest magnitude is `peak`, fp32 []; None where scales stand for themselves."""
+def divisor(peak: float, scheme: Scheme, device: torch.device | None = None) -> torch.Tensor | None:
+    """D of a matrix whose largest magnitude is `peak`, fp32 [] on a device; None where scales stand for themselves."""
     if scheme.scales != "e4m3":
         return None
     most = 256.0 if scheme.rule == "4over6" else _E4M3_TOP
     found = torch.tensor(most * top(scheme), dtype=torch.float32) / torch.tensor(peak, dtype=torch.float32)
-    return found if bool(found.isfinite()) and float(found) > 0 else torch.tensor(1.0)
+    return (found if bool(found.isfinite()) and float(found) > 0 else torch.tensor(1.0)).to(device)
 
 
 def fit(
@@ -86,11 +86,11 @@ def fit(
     """
     x = blocked(w, scheme)
     if scheme.scales == "tensor":
-        largest = torch.full((1, 1), peak)
+        largest = torch.full((1, 1), peak, device=w.device)
     else:
         low, high = x.amin((1, 3)), x.amax((1, 3))
         largest = torch.maximum(low.neg(), high).float()
-    d = divisor(peak, scheme)
+    d = divisor(peak, scheme, w.device)
     store = _store(largest, scheme, dtype, d)
     factors = _factors(scheme, clip)
     chosen = torch.ones_like(largest)

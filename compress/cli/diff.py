@@ -25,20 +25,24 @@ def verb(
     a: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id with @revision.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
     worst: Annotated[bool, typer.Option("--worst", help="Worst first, not in stored order.")] = False,
+    device: options.On = "auto",
     threads: options.Threads = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Relative error |A - B| / |A| of every weight that both have, whatever form it is in."""
+    from compress.device import resolve
     from compress.difference import difference
     from compress.source import open_source
 
+    where = resolve(device)
     first, second = open_source(a), open_source(b)
     total = first.nbytes
     with compute_threads(threads), console.events(False, json_) as receive:
         found = difference(
             first, second,
             lambda share: receive({"event": "progress", "step": "diff", "total_bytes": total, "done_bytes": int(share * total)}),
+            where,
         )  # fmt: skip
     rows = sorted(found.rows, key=_badness, reverse=True) if worst else list(found.rows)
     if json_:

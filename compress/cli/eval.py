@@ -42,6 +42,7 @@ def verb(
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
+    device: options.On = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -54,6 +55,9 @@ def verb(
     from compress.windows import check_data, token_windows, tokenizer_folder
 
     check_data(data, length, tokens)
+    from compress.device import name_of, resolve
+
+    where = resolve(device)
     from transformers.utils import logging
 
     from compress.measure import compare
@@ -71,8 +75,10 @@ def verb(
         found = compare(
             source, checkpoint, windows, batch,
             lambda share: receive({"event": "progress", "step": "eval", "total_bytes": total, "done_bytes": int(share * total)}),
+            where,
         )  # fmt: skip
     names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name}
+    names |= {"device": f"{where} ({name_of(where)})"} if where.type == "cuda" else {}
     seconds = time.perf_counter() - started
     if json_:
         print(json.dumps({**names, **facts(found), "seconds": round(seconds, 2)}, ensure_ascii=False))
@@ -103,6 +109,8 @@ def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
     print(f"data:     {names['data']}")
     print(f"protocol: {found.protocol}; KL in nats per token" if names["source"] else f"protocol: {found.protocol}")
     print(f"errors:   standard errors over {found.tokens // found.length} windows, taken as independent")
+    if "device" in names:
+        print(f"device:   {names['device']}")
     print(f"took:     {seconds:.1f} s")
 
 

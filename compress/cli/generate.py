@@ -24,7 +24,7 @@ def verb(
     seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=(1 << 63) - 1)] = 0,
     packed: Annotated[bool, typer.Option("--packed", help="Run packed weights as they are, by the kernels for them.")] = False,
     backend: options.Backend = None,
-    device: options.Device = "auto",
+    device: options.On = "auto",
     dtype: options.ComputeDtype = "auto",
     repack: options.Repack = False,
     threads: options.Threads = None,
@@ -37,6 +37,7 @@ def verb(
     """
     from transformers.utils import logging
 
+    from compress.device import resolve
     from compress.errors import UsageError
     from compress.sample import sample
     from compress.source import open_source
@@ -44,8 +45,8 @@ def verb(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options.one_of("--dtype", dtype, options.DTYPES)
-    options.one_of("--device", device, options.DEVICES)
-    asked = {"--backend": backend is not None, "--device": device != "auto", "--dtype": dtype != "auto", "--repack": repack}
+    where = resolve(device)
+    asked = {"--backend": backend is not None, "--dtype": dtype != "auto", "--repack": repack}
     if not packed and (alone := [option for option, given in asked.items() if given]):
         raise UsageError(alone[0], "--packed beside it", "it alone", "add --packed, or leave it out")
     checkpoint = open_source(model, trust_remote_code)
@@ -53,11 +54,8 @@ def verb(
 
     def load() -> Any:
         from compress import artifact
-        from compress.doctor import check_device, default_device
 
-        where = default_device() if device == "auto" else device
-        check_device(where)
-        return artifact.load(checkpoint.path, dtype, backend, where, repack)
+        return artifact.load(checkpoint.path, dtype, backend, str(where), repack)
 
     with compute_threads(threads):
-        print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None))
+        print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None, where))

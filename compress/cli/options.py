@@ -48,7 +48,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         "--dtype", metavar="auto|float32|bfloat16",
-        help="What models compute in while they are calibrated; auto is bfloat16 where model and CPU have it.",
+        help="What models compute in while they are calibrated; auto is bfloat16 where model and device have it.",
     ),
 ]  # fmt: skip
 Threads = Annotated[
@@ -59,6 +59,12 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="Only this one; `compress doctor` lists them.")]
 Device = Annotated[str, typer.Option("--device", metavar="|".join(DEVICES), help="auto is a GPU where there is one.")]
+On = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="auto|cpu|cuda|cuda:N", help="Where models compute; auto is a GPU where there is one, else the CPU."
+    ),
+]
 ComputeDtype = Annotated[
     str, typer.Option("--dtype", metavar="|".join(DTYPES), help="What activations are in; auto is what config.json says.")
 ]

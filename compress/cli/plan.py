@@ -14,6 +14,8 @@ from compress.size import parse_size
 from compress.threads import available
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.errors import Problem
     from compress.plan import Plan
 
@@ -32,6 +34,7 @@ def verb(
     shard_size: options.ShardSize = "5GB",
     threads: options.Threads = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every weight.")] = False,
+    device: options.On = "auto",
     allow_dtype_mismatch: options.AllowDtype = False,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -40,23 +43,40 @@ def verb(
     """Say what a recipe would make of MODEL; a Hub id is planned from its headers, without a download."""
     found = chosen_recipe(recipe, passes, set_)
     limit = parse_size(shard_size)
+    from compress.device import resolve as resolve_device
     from compress.entry import enter
-    from compress.memory import lacking, machine_bytes
+    from compress.footprint import computing
+    from compress.memory import lacking, lacking_there, machine_bytes
     from compress.plan import make_plan
     from compress.resolve import resolve as resolve_recipe
     from compress.source import open_headers
 
     resolve_recipe(found)
+    where = resolve_device(device)
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
     model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)
     skips = tuple(allow_skips or ())
-    plan = make_plan(found, checkpoint, model_, threads or available(), skips, shard_bytes=limit, meaning=meaning)
+    dtype = str(computing("auto", checkpoint.config, where)).removeprefix("torch.")
+    plan = make_plan(found, checkpoint, model_, threads or available(), skips, shard_bytes=limit, dtype=dtype, meaning=meaning)
     there_bytes = machine_bytes()
     if json_:
-        print(json.dumps({**facts(plan, layers), "machine_memory_bytes": there_bytes}, ensure_ascii=False))
+        print(
+            json.dumps({**facts(plan, layers), "machine_memory_bytes": there_bytes, **on_device(plan, where)}, ensure_ascii=False)
+        )
     else:
-        show(plan, checkpoint.name, layers, lacking(plan, there_bytes))
+        show(plan, checkpoint.name, layers, [*lacking(plan, there_bytes), *lacking_there(plan, where)], on_device(plan, where))
+
+
+def on_device(plan: Plan, where: torch.device) -> dict[str, Any]:
+    """What the plan needs of a GPU, and what that has; nothing for the CPU."""
+    from compress.device import memory_of, name_of
+
+    if where.type != "cuda":
+        return {}
+    free, whole = memory_of(where)
+    need = max(step.device_bytes for step in plan.steps)
+    return {"device": {"name": str(where), "gpu": name_of(where), "peak_bytes": need, "free_bytes": free, "memory_bytes": whole}}
 
 
 def facts(plan: Plan, layers: bool) -> dict[str, Any]:
@@ -82,7 +102,7 @@ def facts(plan: Plan, layers: bool) -> dict[str, Any]:
     return found
 
 
-def show(plan: Plan, name: str, layers: bool, lacking: list[Problem]) -> None:
+def show(plan: Plan, name: str, layers: bool, lacking: list[Problem], device: dict[str, Any]) -> None:
     """The plan as tables."""
     print(f"model:    {name} ({plan.model.family}), {console.size(plan.source_bytes)}, "
           + ", ".join(f"{blocks} {stack} blocks" for stack, blocks in plan.model.stacks.items()))  # fmt: skip
@@ -105,6 +125,9 @@ def show(plan: Plan, name: str, layers: bool, lacking: list[Problem]) -> None:
             [(w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{last.bits([w]):.3f}") for w in plan.weights],
         )
     print(f"memory:   at most {console.size(plan.peak_bytes)} resident")
+    if there := device.get("device"):
+        need = f"at most {console.size(there['peak_bytes'])}" if there["peak_bytes"] else "nothing is computed there"
+        print(f"device:   {there['name']} ({there['gpu']}): {need}; {console.size(there['free_bytes'])} free")
     for problem in lacking:
         print(f"memory:   does not fit: {problem.where} needs {problem.expected}; there are {problem.got}; {problem.do}")
     print(f"disk:     {plan.disk_bytes:,} bytes added until `compress clean`")

@@ -36,6 +36,7 @@ def verb(
     allow_skips: options.AllowSkips = None,
     shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = "auto",
+    device: options.On = "auto",
     threads: options.Threads = None,
     fail_on: options.FailOn = None,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -53,7 +54,7 @@ def verb(
     """
     found = chosen_recipe(recipe, passes, set_)
     execute(
-        found, model, out, seed, allow_skips, shard_size, dtype, threads, fail_on, allow_nonfinite, allow_dtype_mismatch,
+        found, model, out, seed, allow_skips, shard_size, dtype, device, threads, fail_on, allow_nonfinite, allow_dtype_mismatch,
         allow_overcommit, trust_remote_code, json_, quiet,
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
-    dtype: str, threads: int | None, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
+    dtype: str, device: str, threads: int | None, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
     allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
@@ -82,9 +83,11 @@ def execute(
     from compress.resolve import resolve
 
     resolve(recipe)  # mistakes in a recipe are told before torch is imported
+    from compress import device as devices
     from compress.pipeline import Options, run
     from compress.source import open_source
 
+    devices.resolve(device, int(os.environ.get("WORLD_SIZE", "1")))
     if model == "-":
         if recipe.model is None:
             raise RecipeError("model", "a model in the recipe, or as an argument", "neither")
@@ -94,7 +97,7 @@ def execute(
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
     source = open_source(model, trust_remote_code)
     with console.events(json_, quiet) as receive:
-        ctx = context(recipe.seed if seed is None else seed, dtype, threads, receive)
+        ctx = context(recipe.seed if seed is None else seed, dtype, device, threads, receive)
         result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:
         return
@@ -104,7 +107,7 @@ def execute(
         report(result)
 
 
-def context(seed: int, dtype: str, threads: int | None, receive: object) -> Context:
+def context(seed: int, dtype: str, device: str, threads: int | None, receive: object) -> Context:
     """The Context of this process; joins the other ranks under torchrun."""
     from compress.contract import Context
 
@@ -112,10 +115,12 @@ def context(seed: int, dtype: str, threads: int | None, receive: object) -> Cont
     if world > 1:
         import torch.distributed as dist
 
+        from compress.device import backends, resolve
+
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group(backends(resolve(device, world)))
     rank = int(os.environ.get("RANK", "0"))
-    return Context(seed, threads or available(), dtype=dtype, rank=rank, world_size=world, events=receive)  # type: ignore[arg-type]
+    return Context(seed, threads or available(), device, dtype, rank, world, receive)  # type: ignore[arg-type]
 
 
 def summary(result: Result) -> dict[str, object]:

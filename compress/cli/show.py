@@ -44,7 +44,10 @@ def verb(
     for number, step in enumerate(manifest.lineage, start=1):
         print(f"step {number}:   {step.text}   [{step.id[:12]}]")
     print(f"format:   {manifest.format}, {console.size(checkpoint.nbytes)} of tensors, fingerprint {manifest.fingerprint[:12]}")
-    print(f"made by:  compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}")
+    print(
+        f"made by:  compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}"
+        + (f", {manifest.device}" if manifest.device else "")
+    )
     covered = manifest.coverage
     print(f"coverage: {covered['transformed']} of {covered['targeted']} targeted, {covered['skipped']} skipped")
     console.table(("weights", "count", "state", "shape", "bits", "error", "output error"), _rows(manifest, layers))

@@ -24,6 +24,7 @@ from compress import qtensor
 from compress.checkpoint import Checkpoint
 from compress.contract import Context, Lesson, TrainPass
 from compress.corpus import Corpus
+from compress.device import CPU, device_of
 from compress.errors import InputError, UsageError
 from compress.facts import Weight
 from compress.footprint import computing
@@ -74,7 +75,7 @@ class _Run:
         # A router may leave out an expert that is a module of its own, and its gradient with it.
         left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in weights)
         unused = DistributedDataParallelKwargs(find_unused_parameters=left_out, broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+        self.accelerator = Accelerator(cpu=device_of(ctx) == CPU, kwargs_handlers=[unused])
         assert self.accelerator.num_processes == ctx.world_size, (self.accelerator.num_processes, ctx.world_size)
         _check_launch(self.accelerator)
         self.student = Student(source)

@@ -65,7 +65,7 @@ class Gptq(QuantizingPass, LinearPass):
         order: Any = "activation" if self.order == "activation" else "none"
         if statistic.tokens < max(1, self.min_tokens):
             # With the identity for a Hessian every column is rounded by itself.
-            alone = torch.eye(len(statistic.matrix))
+            alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
             few = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
             note = few if statistic.tokens else ("unrouted", "no calibration token: rounded to nearest")
             return Prepared(alone, factor(alone, self.damping, "none"), note)

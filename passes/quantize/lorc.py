@@ -90,7 +90,7 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
 
         if statistic.tokens < self.min_tokens:
             # With the identity for a Hessian all weights matter alike.
-            alone = torch.eye(len(statistic.matrix))
+            alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
             return Prepared(alone, alone, ("fallback", f"fewer than {self.min_tokens} calibration tokens: not weighted"))
         hessian = statistic.mean()
         found = factor(hessian, self.damping)

@@ -47,6 +47,8 @@ class Moqe(GranularPass):
     def _as_the_paper(self) -> Self:
         if not self.scheme.integer or not self.scheme.symmetric or self.scheme.inputs:
             raise ValueError(f"scheme: symmetric integers and a16, not {self.scheme}; quantize.rtn takes others for experts")
+        if self.least_zero:
+            raise ValueError("least_zero: leave it out, for symmetric codes have no zero point")
         if self.method == "gptq" and self.grid == "paper":
             raise ValueError("grid: full with method=gptq")
         if self.method == "rtn" and self.min_tokens is not None:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"compress": "compress", "compress.passes": "passes", "compress.kernels": "kernels", "compress.recipes": "recipes"}
 SITE = ROOT / "build" / "site"
 TABLE = "table"
-PARTS = {"operator": 8, "grouped": 3, "capture": 2, "models": 1}
+PARTS = {"operator": 8, "grouped": 3, "capture": 2, "models": 1, "calibrate": 3}
 """Files of tests, and how many processes share each."""
 SECONDS, TESTS = 460, 0.6
 """For everything, and the share of it that tests may take."""
@@ -244,6 +244,7 @@ def collected(parts: list[Part], last: Part) -> dict[str, Any]:
     return {
         "tests": tests_, "unfinished": unfinished, "ended": ended, "peak": first,
         "rows": [event["row"] for event in events if "row" in event],
+        "notes": [event["note"] for part in parts for event in part.events() if "note" in event],
         "skipped_cases": [event["skipped"] for event in events if "skipped" in event],
     }  # fmt: skip
 
@@ -288,6 +289,7 @@ def report(found: dict[str, Any]) -> str:
         *_rows(("tests", "passed", "failed", "skipped"), [(file, *of.values()) for file, of in sorted(counts.items())]),
         "",
     ]
+    lines += [f"* {note}" for note in found.get("notes", ())]
     lines += [f"* {part} was cut short: {why}" for part, why in found["ended"].items()]
     lines += [f"* failed: {event['test']}: {event['why']}" for event in found["tests"] if event["outcome"] == "failed"]
     lines += [f"* did not fit: {name}" for name in found["unfinished"]]

@@ -173,6 +173,7 @@ def test_other_weights_are_refused(mixtral: Path, tmp_path: Path) -> None:
         ("scheme=w8a8", "symmetric integers and a16"),
         ("method=gptq, grid=paper", "full with method=gptq"),
         ("min_tokens=4", "only with method=gptq"),
+        ("least_zero=1", "symmetric codes have no zero point"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: str, reason: str) -> None:

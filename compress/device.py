@@ -1,0 +1,120 @@
+"""Device: the GPU or the CPU that passes and measurements compute on.
+
+`auto` is a GPU where torch can use one, else the CPU; under torchrun each process takes the GPU of its own number. Files, and
+what is read from and written to them, stay with the host: what goes to the device and back goes through here or says so by `to`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    from compress.contract import Context
+
+WORDS = "auto, cpu, cuda or cuda:N"
+_OTHERS = ("mps", "xpu", "hip", "npu", "tpu", "xla", "hpu")
+CPU = torch.device("cpu")
+
+
+def device_of(ctx: Context) -> torch.device:
+    """Where this process computes. Raises UsageError, MachineError."""
+    return resolve(ctx.device, ctx.world_size)
+
+
+def resolve(asked: str, world_size: int = 1) -> torch.device:
+    """The device that is meant, made torch's current one if it is a GPU. Raises UsageError, MachineError."""
+    kind, colon, number = asked.partition(":")
+    if kind in _OTHERS:
+        raise UsageError("--device", WORDS, f"'{asked}', where nothing of this has ever run", "say cpu")
+    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not number.isdecimal())):
+        raise UsageError("--device", WORDS, f"'{asked}'")
+    there, where = gpus(), f"--device {asked}"
+    if kind == "cpu" or (kind == "auto" and not there):
+        return CPU
+    if not there:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
+        got = f"none (torch {torch.__version__}, {built})"
+        raise MachineError(where, "a GPU that torch can use", got, "say cpu, or take a machine that has one")
+    if world_size > 1:
+        own = os.environ.get("LOCAL_RANK", "0")
+        if number not in ("", own):
+            do = "leave the number out"
+            raise UsageError("--device", "cuda: each process takes the GPU of its own number", f"'{asked}'", do)
+        if int(number := own) >= there:
+            expected = f"a GPU for each process, number {own} for this one"
+            raise MachineError(where, expected, f"{there} here", f"start {there} processes, or say --device cpu")
+    if int(number or 0) >= there:
+        raise MachineError(where, "a GPU of that number", f"{there} here, counted from 0", "say one that is there")
+    found = torch.device("cuda", int(number or 0))
+    make_current(found)
+    return found
+
+
+def gpus() -> int:
+    """How many GPUs torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def make_current(device: torch.device) -> None:
+    """Sends what names no GPU to this one: kernels, accelerate, NCCL."""
+    torch.cuda.set_device(device)
+
+
+def name_of(device: torch.device) -> str:
+    """What a GPU is called; empty for the CPU. Together with torch it decides rounding."""
+    return "" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """(bytes free, bytes in all) of a GPU."""
+    return torch.cuda.mem_get_info(device)
+
+
+def peak_of(device: torch.device) -> int:
+    """Bytes that tensors have taken of a GPU at most, in this process so far; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether it multiplies in bfloat16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def backends(device: torch.device) -> str:
+    """What processes talk by: host tensors by gloo, those of GPUs by NCCL where torch has it."""
+    import torch.distributed as dist
+
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+
+
+def made_on(device: torch.device, make: Callable[[int], Any], width: int) -> Any:
+    """What `make` makes of tensors that it names no device for."""
+    with device:
+        return make(width)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same with its tensors on a device: a tensor, or what holds some in fields, tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, list):
+        return [moved(part, device) for part in value]
+    if isinstance(value, tuple):
+        parts = [moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        inside = {field.name: getattr(value, field.name) for field in fields(value)}
+        new = {name: part for name, old in inside.items() if (part := moved(old, device)) is not old}
+        return replace(value, **new) if new else value
+    return value
