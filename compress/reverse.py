@@ -183,8 +183,9 @@ class Reverse:
 
     def _tell(self, direction: str, done: list[Block]) -> None:
         self.ctx.tell(
-            "progress", step=direction, weight=done[-1].path, total_bytes=sum(self._sizes.values()),
-            done_bytes=sum(self._sizes[block.path] for block in done),
+            "progress", step=direction, phase=f"gradients {direction}", weight=done[-1].path,
+            total_bytes=sum(self._sizes.values()), done_bytes=sum(self._sizes[block.path] for block in done),
+            unit="blocks", total=len(self._sizes), done=len(done),
         )  # fmt: skip
 
     def _sum(self, number: float) -> float:

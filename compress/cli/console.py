@@ -1,11 +1,10 @@
-"""Console: numbers and tables as people read them, and progress."""
+"""Console: numbers, lines and tables as people read them."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def _number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
 
 
-def _remarks(event: dict[str, Any]) -> None:
+def remarks(event: dict[str, Any]) -> None:
     """What a person must hear of even when nobody watches the progress."""
     if event["event"] == "damaged":
         print(f"note: {event['where']} was damaged and is made again\n{event['reason']}", file=sys.stderr)
@@ -79,45 +78,3 @@ def _warn_of(model: str, files: dict[str, str]) -> None:
     for file, digest in files.items():
         text = f"warning: Python of {model} is run, by --trust-remote-code: {file}, sha256 {digest}"
         Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A receiver of a run's events: JSON lines on stdout, a rich progress bar with ETA on a terminal, or nothing."""
-    if as_json:
-
-        def tell(event: dict[str, Any]) -> None:
-            json_line(event)
-            if event["event"] == "code":
-                _remarks(event)
-
-        yield tell
-        return
-    if quiet or not sys.stderr.isatty():
-        yield _remarks
-        return
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    words = TextColumn("{task.description:<16}")
-    moving = Progress(words, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    training = Progress(words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
-    with Live(Group(moving, training), console=Console(stderr=True), transient=True):
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def receive(event: dict[str, Any]) -> None:
-            kind, name = event["event"], event.get("step", "")
-            if kind == "progress":
-                if (kind, name) not in tasks:
-                    tasks[kind, name] = moving.add_task(name, total=event["total_bytes"])
-                moving.update(tasks[kind, name], completed=event["done_bytes"])
-            elif kind == "train":
-                if (kind, name) not in tasks:
-                    tasks[kind, name] = training.add_task(name, total=event["steps"], said="")
-                said = f"loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"
-                training.update(tasks[kind, name], completed=event["number"], said=said)
-            else:
-                _remarks(event)
-
-        yield receive

@@ -10,6 +10,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events, shares
 
 if TYPE_CHECKING:
     from compress.difference import Difference, Row
@@ -32,12 +33,8 @@ def verb(
     from compress.source import open_source
 
     first, second = open_source(a), open_source(b)
-    total = first.nbytes
-    with console.events(False, json_) as receive:
-        found = difference(
-            first, second,
-            lambda share: receive({"event": "progress", "step": "diff", "total_bytes": total, "done_bytes": int(share * total)}),
-        )  # fmt: skip
+    with events(False, json_) as receive:
+        found = difference(first, second, shares(receive, "diff", "compare"))
     rows = sorted(found.rows, key=_badness, reverse=True) if worst else list(found.rows)
     if json_:
         print(json.dumps(facts(found, rows), ensure_ascii=False))

@@ -13,6 +13,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events, shares
 
 if TYPE_CHECKING:
     from compress.measure import Estimate, Quality
@@ -63,13 +64,9 @@ def verb(
     for model in filter(None, (checkpoint, source)):
         console.warn_of_code(model)
     windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens, trust_remote_code)
-    total = checkpoint.nbytes + (source.nbytes if source else 0)
     started = time.perf_counter()
-    with console.events(False, json_) as receive:
-        found = compare(
-            source, checkpoint, windows, batch,
-            lambda share: receive({"event": "progress", "step": "eval", "total_bytes": total, "done_bytes": int(share * total)}),
-        )  # fmt: skip
+    with events(False, json_) as receive:
+        found = compare(source, checkpoint, windows, batch, shares(receive, "eval", "measure"))
     names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name}
     seconds = time.perf_counter() - started
     if json_:

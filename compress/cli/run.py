@@ -11,6 +11,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events
 from compress.errors import RecipeError, UsageError
 from compress.recipe import Recipe, override, parse_one_liner, read
 from compress.size import parse_size
@@ -91,7 +92,7 @@ def execute(
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
     source = open_source(model, trust_remote_code)
-    with console.events(json_, quiet) as receive:
+    with events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, dtype, receive)
         result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:

@@ -12,6 +12,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events, waiting
 
 if TYPE_CHECKING:
     import torch
@@ -74,14 +75,16 @@ def verb(
     console.warn_of_code(checkpoint)
     below = checkpoint.path if base is not None else None
     place = Path(artifact) if base is not None else checkpoint.path
-    found = verify_bytes(checkpoint, Context())
+    with events(False, json_) as receive:
+        found = verify_bytes(checkpoint, Context(events=receive))
     if not json_:
         show_bytes(found)
     ids = tokens(checkpoint, data) if reader else None
     readings = []
     for name in reader or ():
         assert ids is not None
-        readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
+        with waiting("verify", name, json_):
+            readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
         if not json_:
             show_reading(readings[-1])
     if json_:
