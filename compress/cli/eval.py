@@ -93,12 +93,13 @@ def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
     """What was found as a table, with its protocol."""
     estimates: dict[str, Estimate] = {name: getattr(found, name) for name in MEASURES}
     rows = [(MEASURES[name], *_cells(name, e)) for name, e in estimates.items() if not math.isnan(e.value)]
-    console.table(("measure", "value", "+-"), rows)
-    print(f"artifact: {names['artifact']}" + (f"\nsource:   {names['source']}" if names["source"] else ""))
-    print(f"data:     {names['data']}")
-    print(f"protocol: {found.protocol}; KL in nats per token" if names["source"] else f"protocol: {found.protocol}")
-    print(f"errors:   standard errors over {found.tokens // found.length} windows, taken as independent")
-    print(f"took:     {seconds:.1f} s")
+    errors = f"+-: the standard error over {found.tokens // found.length} windows, taken as independent"
+    console.table(("measure", "value", "+-"), rows, errors)
+    for label, name in names.items():
+        if name is not None:
+            console.fact(label, name)
+    console.fact("protocol", found.protocol + ("; KL in nats per token" if names["source"] else ""))
+    console.fact("took", f"{seconds:.1f} s")
 
 
 def _cells(name: str, estimate: Estimate) -> tuple[str, str]:

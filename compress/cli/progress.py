@@ -58,13 +58,19 @@ class Phase:
 
     def left(self, at: float) -> float | None:
         """Seconds until its end, at the pace of late; None where nothing says."""
-        if len(self._samples) < 2:
-            # Of a single report only the time that it took is known.
-            (last, done), first = self._samples[0], (self.began, 0.0)
-        else:
-            (last, done), first = self._samples[-1], self._samples[0]
-        moved, took = done - first[1], last - first[0]
-        return max(0.0, (self.total - done) * took / moved - (at - last)) if moved > 0 and took > 0 else None
+        if not self._samples:
+            return None
+        # Of a single report only the time that it took is known.
+        (last, done), first = self._samples[-1], self._samples[0] if len(self._samples) > 1 else (self.began, 0.0)
+        moved, took, reports = done - first[1], last - first[0], max(1, len(self._samples) - 1)
+        if moved <= 0 or took <= 0:
+            return None
+        waited, rest = at - last, self.total - done
+        if waited <= took / reports:
+            return max(0.0, rest * took / moved - waited)
+        # The next report is late: it tells of a slower pace before it is there.
+        step = moved / reports
+        return max(0.0, rest - step) * (took + waited) / (moved + step)
 
     @property
     def said(self) -> str:
@@ -200,8 +206,9 @@ class Follower:
         if phase not in ("", step):
             name = f"{step}: {phase}"
             self.doing = self.doing or step
-        if self.now is None or self.now.name != name:
+        if self.now is not None and self.now.name != name:
             self._end(at)
+        if self.now is None:
             self.now = Phase(name, self.mark)
         self.now.move(event, at)
         self.show.phase(self.now, event, at)

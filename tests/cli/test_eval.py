@@ -141,13 +141,13 @@ def test_diff_lists_what_it_cannot_compare(demo_model: Path, damaged: Path) -> N
 
 
 def test_generate_goes_on_from_a_prompt(demo_model: Path, packed: Path) -> None:
-    said = ok("generate", packed, "--prompt", "import os\n", "--tokens", 12)
+    said = ok("generate", packed, "--prompt", "import os\n", "--new-tokens", 12)
     assert said.startswith("import os\n")
     assert len(said) > len("import os\n\n")
-    assert said == ok("generate", packed, "--prompt", "import os\n", "--tokens", 12, "--seed", 5)
+    assert said == ok("generate", packed, "--prompt", "import os\n", "--new-tokens", 12, "--seed", 5)
     # The artifact is compressed-tensors': packed anew, it says the same.
     assert said == ok(
-        "generate", packed, "--prompt", "import os\n", "--tokens", 12, "--packed", "--repack", "--dtype", "float32"
+        "generate", packed, "--prompt", "import os\n", "--new-tokens", 12, "--packed", "--repack", "--dtype", "float32"
     )  # fmt: skip
     drawn = [ok("generate", demo_model, "--prompt", "def ", "--temperature", 1, "--seed", seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -193,7 +193,7 @@ WRONG = {
     "generate: no prompt": (["generate", "{model}"], 2, "--prompt"),
     "generate: an empty prompt": (["generate", "{model}", "--prompt", ""], 2, "begin with a word"),
     "generate: no such model": (["generate", "./nowhere", "--prompt", "a"], 3, "no such directory"),
-    "generate: beyond the positions": (["generate", "{model}", "--prompt", "a", "--tokens", "512"], 2, "at most 512"),
+    "generate: beyond the positions": (["generate", "{model}", "--prompt", "a", "--new-tokens", "512"], 2, "at most 512"),
     "generate: a backend without --packed": (["generate", "{model}", "--prompt", "a", "--backend", "cpu"], 2, "--packed beside it"),
     "generate: nothing packed": (["generate", "{model}", "--prompt", "a", "--packed"], 3, "native format"),
     "generate: an unknown dtype": (["generate", "{model}", "--prompt", "a", "--packed", "--dtype", "int9"], 2, "one of auto"),
