@@ -129,6 +129,7 @@ try:
     build({arguments!r})({arguments!r}, standalone_mode=False)
 finally:
     heavy = [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules]
+    heavy += ["pydantic" for argument in {arguments!r}[:1] if argument == "--help" and "pydantic" in sys.modules]
     assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)

@@ -40,7 +40,7 @@ class Phase:
     def __init__(self, name: str, at: float) -> None:
         self.name, self.began, self.ended = name, at, 0.0
         self.done, self.total, self.unit, self.beside = 0.0, 0.0, "", ""
-        self._samples: deque[tuple[float, float]] = deque(maxlen=_SAMPLES)
+        self._samples = deque([(at, 0.0)], maxlen=_SAMPLES)
 
     def move(self, event: dict[str, Any], at: float) -> None:
         """Takes what an event says."""
@@ -51,6 +51,9 @@ class Phase:
             self.unit = event.get("unit", "bytes")
             done, total = ("done", "total") if "unit" in event else ("done_bytes", "total_bytes")
             self.done, self.total = event[done], event[total]
+        if event.get("kept"):
+            # What an earlier run has done goes by at once, and says nothing of the rest.
+            self._samples.clear()
         if not self._samples or at - self._samples[-1][0] >= _APART_SECONDS:
             self._samples.append((at, self.done))
         if self.done >= self.total:
@@ -58,11 +61,8 @@ class Phase:
 
     def left(self, at: float) -> float | None:
         """Seconds until its end, at the pace of late; None where nothing says."""
-        if not self._samples:
-            return None
-        # Of a single report only the time that it took is known.
-        (last, done), first = self._samples[-1], self._samples[0] if len(self._samples) > 1 else (self.began, 0.0)
-        moved, took, reports = done - first[1], last - first[0], max(1, len(self._samples) - 1)
+        (last, done), first, reports = self._samples[-1], self._samples[0], len(self._samples) - 1
+        moved, took = done - first[1], last - first[0]
         if moved <= 0 or took <= 0:
             return None
         waited, rest = at - last, self.total - done
@@ -204,8 +204,9 @@ class Follower:
         step, phase = event["step"], event.get("phase", "")
         name = step
         if phase not in ("", step):
-            name = f"{step}: {phase}"
+            # A pass may leave its work to another, whose name is not that of the step.
             self.doing = self.doing or step
+            name = f"{self.doing}: {phase}"
         if self.now is not None and self.now.name != name:
             self._end(at)
         if self.now is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
 def ok(*arguments: object) -> str:
     done = compress(*arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    # Nothing but how far it is.
+    assert [line for line in done.stderr.splitlines() if not re.match(r"(read|eval|diff|still at work)\b", line)] == []
     return done.stdout
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from compress.cli.app import build
 from compress.cli.progress import Follower, Lines, Phase, clock, events, seconds, shares, ticking
-from support import CALIBRATE, ready_inputs
+from support import TEXT, ready_inputs
 
 
-def moved(phase: Phase, at: float, done: int, total: int = 30, unit: str = "blocks") -> Phase:
-    phase.move({"event": "progress", "done": done, "total": total, "unit": unit}, at)
+def moved(phase: Phase, at: float, done: int, kept: int = 0) -> Phase:
+    phase.move({"event": "progress", "done": done, "total": 30, "unit": "blocks", "kept": kept}, at)
     return phase
 
 
@@ -48,10 +48,10 @@ def test_what_is_left_is_told_from_the_pace_of_late() -> None:
     # What an earlier run had solved goes by at once, and says nothing of the rest.
     resumed = Phase("a: solve", 0.0)
     for block in range(1, 17):
-        moved(resumed, block / 100, block)
-    for block in range(17, 26):
-        moved(resumed, 4.0 * (block - 16), block)
-    assert resumed.left(36.0) == pytest.approx(5 * 4, rel=0.5)
+        moved(resumed, block / 100, block, kept=7)
+    for block in range(17, 20):
+        moved(resumed, 4.0 * (block - 16), block, kept=0)
+    assert resumed.left(12.0) == pytest.approx(11 * 4, rel=0.03)
 
 
 def test_a_phase_says_what_is_done_in_its_own_unit() -> None:
@@ -92,7 +92,8 @@ def test_shares_are_told_once_each(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_tells_its_steps_and_phases_where_stderr_is_no_terminal(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = f"{CALIBRATE} | quantize.llm_mq(bits=3, schemes=[w2a16g32, w4a16g32]) | pack(format=native)"
+    calibrate = f"calibrate(data='{TEXT / 'calibration.jsonl'}', samples=2, length=32)"
+    text = f"{calibrate} | quantize.llm_mq(bits=3, schemes=[w2a16g32, w4a16g32]) | pack(format=native)"
     out, err = typed(capsys, "run", demo_model, tmp_path / "out", "-p", text)
     assert "where:" in out
     # Lines of phases that last for more than a second come between.
@@ -107,7 +108,7 @@ def test_a_run_tells_its_steps_and_phases_where_stderr_is_no_terminal(
 
 
 def test_quiet_is_silent_and_json_has_the_phases(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"calibrate(data={ready_inputs()}) | prune.wanda(sparsity=0.5) | quantize.rtn(scheme=w4a16g32)"
+    text = f"calibrate(data={ready_inputs()}, samples=6) | prune.wanda(sparsity=0.5) | quantize.rtn(scheme=w4a16g32)"
     assert typed(capsys, "run", tiny, tmp_path / "quiet", "-p", text, "--quiet") == ("", "")
     out, err = typed(capsys, "run", tiny, tmp_path / "json", "-p", text, "--json")
     assert err == ""
@@ -136,21 +137,21 @@ def test_bars_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    bar = {"event": "progress", "step": "quantize.llm_mq", "phase": "gradients backward", "unit": "blocks", "total": 30}
+    lesson = {"event": "train", "step": "distill.logits", "phase": "train", "steps": 384, "loss": 1.5, "tokens_per_second": 9e4}
     with events(False, False) as receive:
-        for done in range(31):
-            time.sleep(0.01)
-            receive({
-                "event": "progress", "step": "quantize.llm_mq", "phase": "gradients backward", "unit": "blocks", "done": done,
-                "total": 30, "done_bytes": 5 * done, "total_bytes": 150,
-            })  # fmt: skip
-            receive({"event": "train", "step": "distill.logits", "phase": "train", "number": done, "steps": 384, "loss": 1.5, "tokens_per_second": 9e4})  # fmt: skip
-            if done == 20:
-                time.sleep(0.6)
+        for done in (0, 20, 30):
+            receive({**bar, "done": done})
+            time.sleep(0.6)
+        receive({"event": "begin", "step": "distill.logits"})
+        receive({**lesson, "number": 20})
+        time.sleep(0.6)
+        receive({**lesson, "number": 40})
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     lines = re.split(r"[\r\n]+", drawn)
     assert max(map(len, lines)) <= 80
     assert any(re.search(r"quantize.llm_mq: gradients backward .* 20/30 blocks, \d:\d\d left", line) for line in lines), drawn
-    assert any(re.search(r"distill.logits: train .* 20/384 steps, .*loss 1.5000", line) for line in lines), drawn
+    assert any(re.search(r"distill.logits: train .* 40/384 steps, .*loss 1.5000", line) for line in lines), drawn
 
 
 def test_verbs_that_measure_tell_too(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tables") / DEEP
     shutil.copytree(home / "model", folder / "model")
     shutil.copyfile(home / "text" / "evaluation.jsonl", folder / "text.jsonl")
-    line = RECIPE.format(data=f"'{folder / 'text.jsonl'}', samples=4, length=64")
+    line = RECIPE.format(data=f"'{folder / 'text.jsonl'}'")
     run(folder / "model", folder / "out", line)
     return folder
 
