@@ -145,13 +145,14 @@ class Lines:
 
 
 class Bars:
-    """A bar for each phase, with what is done of it and the time that is left."""
+    """A bar for each phase of the step that is on, with what is done of it and the time that is left."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.tasks = progress, dict[int, Any]()
 
     def step(self, words: str) -> None:
-        pass
+        while self.tasks:
+            self.progress.remove_task(self.tasks.popitem()[1])
 
     def phase(self, phase: Phase, event: dict[str, Any], at: float) -> None:
         if id(phase) not in self.tasks:

@@ -121,7 +121,7 @@ def test_recipes(tmp_path: Path) -> None:
     names = [line.split()[0] for line in listed if not line.startswith(" ")]
     assert "rtn_w4" in names
     after = listed[listed.index(next(line for line in listed if line.startswith("five_stages"))) + 1]
-    assert after.split() == "--set calibrate.data=TEXTS.jsonl --set distill.logits.data=TEXTS.jsonl".split()
+    assert after.split() == ["--set", "calibrate.data=TEXTS.jsonl", "--set", "distill.logits.data=TEXTS.jsonl"]
     for name in names:
         assert "well-formed" in ok("recipes", "validate", name)
         assert "compress run" in ok("recipes", "show", name).splitlines()[0]
