@@ -100,8 +100,10 @@ def sense(
         costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
     most = batch_tokens(source.config)
+    # Reverse knows of no step.
+    named = replace(ctx, events=lambda event: ctx.events({**event, "step": pass_.pass_name()}))
     batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, device, most)
-    loss = Reverse(skeleton, [offer.weight for offer in offers], folder, ctx).run(batches, take)
+    loss = Reverse(skeleton, [offer.weight for offer in offers], folder, named).run(batches, take)
     ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class UsageError(CompressError):
 
 class RecipeError(UsageError):
     """A recipe cannot be read, or its options do not fit its passes; lists every problem."""
+
+    rest: Any = None
+    """The recipe of those lines that could be read; what is wrong with their options can be told beside."""
 
 
 class InputError(CompressError):

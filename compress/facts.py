@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,3 +164,8 @@ def counted(what: str, reasons: Mapping[str, str]) -> list[Note]:
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)
     return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
+
+
+def blocks(weights: Iterable[Weight]) -> int:
+    """How many blocks weights lie in."""
+    return len({(weight.stack, weight.block) for weight in weights})

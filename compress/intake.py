@@ -47,7 +47,7 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
             finite = finite and _finite(chunk, dtype)
             with lock:
                 done[0] += len(chunk)
-                ctx.tell("progress", step="read", done_bytes=done[0], total_bytes=total)
+                ctx.tell("progress", step="read", phase="read", done_bytes=done[0], total_bytes=total)
         return digest.hexdigest(), finite
 
     with workers(min(ctx.threads, 8)) as pool:

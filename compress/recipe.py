@@ -18,9 +18,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from compress.errors import Problem, RecipeError, did_you_mean
+from compress.errors import RecipeError, did_you_mean
 from compress.strict import whole
 
 Scalar = str | int | float | bool | None
@@ -224,144 +223,17 @@ def parse_one_liner(text: str, origin: str = "-p") -> Recipe:
     return Recipe(tuple(lines))
 
 
-def _events(text: str, origin: str) -> None:
-    """Refuses what a recipe has no use for and a hostile file might: anchors, aliases, tags, deep nesting."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.events import AliasEvent, CollectionStartEvent, MappingEndEvent, ScalarEvent, SequenceEndEvent
-
-    depth = 0
-    for event in YAML(typ="rt", pure=True).parse(text):
-        where = f"{origin}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
-        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
-            raise RecipeError(where, "plain YAML", "an anchor or alias", "write the value out")
-        if isinstance(event, (ScalarEvent, CollectionStartEvent)) and getattr(event, "tag", None):
-            raise RecipeError(where, "plain YAML", f"the tag {event.tag}", "leave the tag out")
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, (MappingEndEvent, SequenceEndEvent))
-        if depth > 6:
-            raise RecipeError(where, "at most 6 levels of nesting", "more", "see `compress recipes show`")
-
-
 def _too_long(origin: str) -> RecipeError:
     return RecipeError(origin, f"a recipe of at most {_MAX_BYTES:,} bytes", "more", "a variant is another file, or --set")
 
 
 def parse_yaml(text: str, origin: str = "recipe") -> Recipe:
     """Reads `version: 1` YAML 1.2. Raises RecipeError with every structural problem, each with line and column."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from compress.recipefile import parse
 
     if len(text.encode(errors="surrogatepass")) > _MAX_BYTES:
         raise _too_long(origin)
-    try:
-        _events(text, origin)
-        root = YAML(typ="rt", pure=True).compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
-        raise RecipeError(where, "valid YAML 1.2", str(error.problem or error.context)) from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(origin, "valid YAML 1.2", str(error).splitlines()[0]) from None
-    return _Tree(origin).recipe(root)
-
-
-class _Tree:
-    """Walks YAML's nodes and gathers problems instead of stopping at the first.
-
-    Plain words are typed by `scalar`, as in a one-liner: one grammar, whatever YAML's library makes of dates and 0x1F.
-    """
-
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
-        self.problems: list[Problem] = []
-
-    def wrong(self, node: Any, expected: str, got: str, do: str = "") -> None:
-        where = f"{self.origin}:{node.start_mark.line + 1}:{node.start_mark.column + 1}" if node is not None else self.origin
-        self.problems.append(Problem(where, expected, got, do))
-
-    def mapping(self, node: Any) -> dict[str, Any]:
-        """Key -> (its node, the value's node)."""
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            if key.id != "scalar":
-                self.wrong(key, "a word for a key", _kind(key))
-            elif key.value in found:
-                self.wrong(key, "each key once", f"'{_short(key.value)}' twice")
-            else:
-                found[key.value] = (key, value)
-        return found
-
-    def recipe(self, root: Any) -> Recipe:
-        if root is None or root.id != "mapping":
-            raise RecipeError(self.origin, "a mapping with version and passes", _kind(root))
-        known, tree = ("version", "model", "seed", "passes"), self.mapping(root)
-        for word, (key, _) in tree.items():
-            if word not in known:
-                self.wrong(key, f"one of {', '.join(known)}", f"'{_short(word)}'{did_you_mean(word, known)}")
-        nodes = {word: tree.get(word, (None, None))[1] for word in known}
-        values: dict[str, Any] = {word: self.value(node, word) for word, node in nodes.items() if node and word != "passes"}
-        version, model, seed = values.get("version"), values.get("model"), values.get("seed", 0)
-        if version != 1 or not isinstance(version, int) or isinstance(version, bool):
-            got = f"version {_short(str(version))}" if "version" in tree else "no version"
-            self.wrong(tree.get("version", (None,))[0], "version: 1", got, "begin with `version: 1`")
-        if model is not None and not isinstance(model, str):
-            self.wrong(nodes["model"], "a directory or a Hub id", _kind(nodes["model"]))
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            self.wrong(nodes["seed"], "a whole number >= 0", _kind(nodes["seed"]))
-        passes, lines = nodes["passes"], []
-        if passes is None or passes.id != "sequence" or not passes.value:
-            self.wrong(passes, "passes: a list of `- name: {options}`", _kind(passes))
-        else:
-            lines = [line for entry in passes.value if (line := self.line(entry))]
-        if self.problems:
-            raise RecipeError(self.problems)
-        return Recipe(tuple(lines), model, seed)
-
-    def line(self, entry: Any) -> Line | None:
-        key: Any = entry
-        options: Any = None
-        if entry.id == "mapping" and len(entry.value) == 1:
-            key, options = entry.value[0]
-        if key.id != "scalar":
-            self.wrong(entry, "one pass, `name: {options}`", _kind(entry))
-            return None
-        name, where = key.value, f"{self.origin}:{entry.start_mark.line + 1}:{entry.start_mark.column + 1}"
-        if not NAME.fullmatch(name):
-            self.wrong(entry, "the name of a pass", f"'{_short(name)}'")
-            return None
-        if options is None or (options.id == "scalar" and _plain(options) is None):
-            return Line(name, {}, where)
-        if options.id != "mapping":
-            self.wrong(entry, f"options of {name} as a mapping", _kind(options))
-            return None
-        return Line(name, {word: self.value(v, f"{name}.{word}") for word, (_, v) in self.mapping(options).items()}, where)
-
-    def value(self, node: Any, what: str) -> Value:
-        """A scalar, or a flat list of scalars."""
-        items = node.value if node.id == "sequence" else [node]
-        if any(item.id != "scalar" for item in items):
-            self.wrong(node, f"{_short(what)}: a scalar or a flat list", _kind(node))
-            return None
-        found = tuple(_plain(item) for item in items)
-        if any(isinstance(word, str) and not whole(word) for word in found):
-            self.wrong(node, f"{_short(what)}: whole characters", "half of a surrogate pair")
-        return found if node.id == "sequence" else found[0]
-
-
-def _plain(node: Any) -> Scalar:
-    """The value of a scalar's node; what is quoted is a text."""
-    return str(node.value) if node.style else scalar(node.value)
-
-
-def _kind(node: Any) -> str:
-    if node is None or (node.id == "scalar" and _plain(node) is None):
-        return "nothing"
-    words = {"mapping": "a mapping", "sequence": "a list"}
-    return words.get(node.id) or f"the {'text' if isinstance(_plain(node), str) else 'value'} '{_short(node.value)}'"
-
-
-def _short(text: str) -> str:
-    """A text for a message, in one short line."""
-    return text if len(text) <= 60 and text.isprintable() else f"{ascii(text[:60])[1:-1]}..."
+    return parse(text, origin)
 
 
 def read(path: Path) -> Recipe:

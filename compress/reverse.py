@@ -103,6 +103,7 @@ class Reverse:
         return blocks, every, loss
 
     def _backward(self, routes: list[Route], blocks: list[Block], every: int, take: Take) -> None:
+        self._tell("backward", [])
         for start in range((len(blocks) - 1) // every * every, -1, -every):
             stop = min(len(blocks), start + every)
             for step in range(start, stop - 1):
@@ -196,8 +197,9 @@ class Reverse:
 
     def _tell(self, direction: str, done: list[Block]) -> None:
         self.ctx.tell(
-            "progress", step=direction, weight=done[-1].path, total_bytes=sum(self._sizes.values()),
-            done_bytes=sum(self._sizes[block.path] for block in done),
+            "progress", step=direction, phase=f"gradients {direction}", weight=done[-1].path if done else "",
+            total_bytes=sum(self._sizes.values()), done_bytes=sum(self._sizes[block.path] for block in done),
+            unit="blocks", total=len(self._sizes), done=len(done),
         )  # fmt: skip
 
     def _sum(self, number: float) -> float:

@@ -50,8 +50,8 @@ def sample(
     positions = getattr(config, "max_position_embeddings", None)
     used = tokens if model.config.is_encoder_decoder else ids.shape[1] + tokens
     if isinstance(positions, int) and max(used, ids.shape[1]) > positions:
-        do = "lower tokens, or give a shorter prompt"
-        raise UsageError("tokens", f"at most {positions} with the prompt's {ids.shape[1]}", f"{tokens}", do)
+        do = "ask for fewer, or give a shorter prompt"
+        raise UsageError("new tokens", f"at most {positions} with the prompt's {ids.shape[1]}", f"{tokens}", do)
     # Nothing but temperature shapes the draws, whatever the checkpoint's generation_config.json prefers.
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
 

@@ -42,6 +42,7 @@ def stream(
     for file in {ref.file for ref in source.refs.values()}:
         source.descriptor(file)
     touched = set(step.transformed)
+    phase = "copy" if touched.isdisjoint(weight.name for weight in mine) else "write"
     peaks = Peaks((weight for weight in weights if weight.name in touched), step.after, source.read)
 
     def one(weight: Weight) -> None:
@@ -53,8 +54,8 @@ def stream(
         with lock:
             done[0] += weight.nbytes
             ctx.tell(
-                "progress", step=step.name, weight=weight.name, seconds=time.perf_counter() - started, kept=int(kept),
-                done_bytes=done[0], total_bytes=total,
+                "progress", step=step.name, phase=phase, weight=weight.name, seconds=time.perf_counter() - started,
+                kept=int(kept), done_bytes=done[0], total_bytes=total,
             )  # fmt: skip
 
     with workers(min(ctx.threads, MAX_WORKERS)) as pool:

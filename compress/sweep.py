@@ -28,7 +28,7 @@ from compress.contract import Context, Job, LinearPass, Solution
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
 from compress.experts import INPUT, MIDDLE, Routed
-from compress.facts import State, Weight
+from compress.facts import State, Weight, blocks
 from compress.footprint import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
 from compress.journey import Key, Roads
 from compress.meaning import Meaning
@@ -117,8 +117,9 @@ class Sweep:
             for weight in mine:
                 del remaining[weight.name]
             self.ctx.tell(
-                "progress", step=self.step.name, weight=block.path, kept=kept, total_bytes=total,
+                "progress", step=self.step.name, phase="solve", weight=block.path, kept=kept, total_bytes=total,
                 done_bytes=total - sum(weight.nbytes for weight in remaining.values()),
+                unit="blocks", total=blocks(weights), done=blocks(weights) - blocks(remaining.values()),
             )  # fmt: skip
             if not remaining:
                 break

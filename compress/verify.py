@@ -8,7 +8,7 @@ manifest says? Does the reader's own code, from the files alone, compute the log
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,11 +71,15 @@ class Reading:
 
 def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
     """Reads every byte and decodes every weight. Raises InputError or FormatError for what is not as it should be."""
-    take_in(checkpoint, replace(ctx, events=lambda event: None))
+    take_in(checkpoint, ctx)
     meaning = Meaning(checkpoint)
     # What config.json alone says: a reader has no manifest.
     told = open_foreign(checkpoint).weights if meaning.format is not None and method_of(checkpoint) in METHODS else {}
-    problems = [problem for name in meaning.logical if (problem := _wrong(meaning, name, told))]
+    problems = []
+    for number, name in enumerate(meaning.logical, 1):
+        if problem := _wrong(meaning, name, told):
+            problems.append(problem)
+        ctx.tell("progress", step="verify", phase="decode", done=number, total=len(meaning.logical), unit="weights")
     described = meaning.format.described(checkpoint) if meaning.format is not None else {}
     for name in sorted(described.keys() | meaning.weights.keys()) if described else ():
         if described.get(name) != meaning.weights.get(name):

@@ -17,6 +17,12 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def wide_terminal() -> None:
+    """Lines are as wide as they are, whatever terminal the tests run in; a test of narrow ones says so itself."""
+    os.environ["COLUMNS"] = "400"
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The trained model that the package ships."""

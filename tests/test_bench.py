@@ -86,7 +86,7 @@ def test_a_product_that_is_wrong_is_not_timed_and_ends_with_a_status(
     assert found["cpu"].seconds == ()
     assert "of the largest output, where 0.02 is allowed" in found["cpu"].fault
     assert not found["reference"].fault
-    words = ["bench", "--kernels", "--shapes", "512x64", "--schemes", "nf4g32", "--tokens", "2", "--device", "cpu"]
+    words = ["bench", "--kernels", "--shapes", "512x64", "--schemes", "nf4g32", "--activations", "2", "--device", "cpu"]
     with pytest.raises(SystemExit) as stopped:
         build(words)(words, standalone_mode=False)
     assert stopped.value.code == 1
@@ -165,7 +165,7 @@ def test_what_cannot_be_timed_is_refused() -> None:
             numbers("--batch", text)
     for words in (
         ["--kernels", "--against", "x"],
-        ["x", "--tokens", "1"],
+        ["x", "--activations", "1"],
         [],
         ["--kernels", "--shapes", "64"],
         ["--kernels", "x"],

@@ -79,24 +79,26 @@ def test_it_says_what_a_model_that_is_loaded_has(name: str, dtype: str, tmp_path
     assert {use.work for use in uses} == held
 
 
-def test_it_prints_a_row_for_each_kind_and_a_number_for_each_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_a_row_for_each_kind_and_each_reason_once_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "--device", "cpu")
     assert "cpu:      " in text
-    lines = text.splitlines()
-    row = next(line for line in lines if line.startswith("codes(nf4g64) "))
-    number = row.partition("[")[2].partition("]")[0]
-    assert any(line.startswith(f"[{number}] ") and "nf4" not in line for line in lines)
-    assert len(lines) < 100
+    assert "passed over" not in text.partition("weights ")[2].partition("why:")[0]
+    row = next(line for line in text.splitlines() if line.startswith("codes(nf4g64) "))
+    assert row.split()[1:] == ["cpu", "cpu", "cpu"]
+    lines = said(capsys, "--device", "cpu", "--details").splitlines()
+    why = lines.index("int4pack: it is not w4 in groups of 32, 64, 128, 256")
+    assert "codes(nf4g64)" in " ".join(lines[why + 1 : why + 12])
+    assert len(lines) < 110
 
 
 def test_weights_of_an_artifact_are_counted(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, packed, "--device", "cpu")
     assert "14 weights codes(w4a16g32) bfloat16: int4pack" in text
     text = said(capsys, packed, "--device", "cpu", "--dtype", "float32")
-    assert "14 weights codes(w4a16g32) float32: cpu; " in text
+    assert "14 weights codes(w4a16g32) float32: cpu\n" in text
     assert "int4pack passed over: activations or scales are not in bfloat16" in text
     text = said(capsys, packed, "--device", "cpu", "--backend", "int8pack")
-    assert "14 weights codes(w4a16g32) bfloat16: nothing; int8pack passed over: w4a16g32 is not symmetric w8" in text
+    assert "14 weights codes(w4a16g32) bfloat16: nothing\n    int8pack passed over: w4a16g32 is not symmetric w8" in text
     found = json.loads(said(capsys, packed, "--device", "cpu", "--json"))
     assert sum(one["weights"] for one in found["answers"]) == 14
     assert {one["backend"] for one in found["answers"]} == {"int4pack"}

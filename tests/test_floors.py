@@ -14,7 +14,7 @@ from compress.discover import caption_of
 ROOT = Path(__file__).parents[1]
 ROOMS = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FLOORS = {
-    0: "errors strict size cache textform scheme sparsity beside lora facts targets recipe manifest gate",
+    0: "errors strict size cache textform scheme sparsity beside lora facts targets recipe indentation recipefile manifest gate",
     1: "device threads shards checkpoint trust writer qtensor watch source corpus algebra spaces picture foreign",
     2: "contract kinds classes names mapping meaning skeleton experts journey batches footprint parking shelf traveller route reverse deciding granular balancing sweep fold peers qlinear kernels intake stream forward model train",
     3: "passes",
@@ -129,6 +129,7 @@ try:
     build({arguments!r})({arguments!r}, standalone_mode=False)
 finally:
     heavy = [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules]
+    heavy += ["pydantic" for argument in {arguments!r}[:1] if argument == "--help" and "pydantic" in sys.modules]
     assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.cli.recipes import opened
 from compress.errors import CompressError, RecipeError
 from compress.recipe import Line, Recipe, override, parse_one_liner, parse_value, parse_yaml, print_value
 from compress.resolve import resolve
@@ -74,6 +76,55 @@ def test_absurd_numbers_are_errors_of_ours() -> None:
 def test_numbers_print_as_numbers() -> None:
     assert print_value(1e-05) == "1e-05"
     assert parse_value(print_value(1e-05)) == 1e-05
+
+
+SLIPS = {
+    "options beside their pass": ("- quantize.rtn:\n  scheme: w4a16g64\n  clip: mse\n", 4, "'scheme, clip' in the column of quantize.rtn", "- quantize.rtn:\n    scheme: w4a16g64\n    clip: mse"),
+    "an option in no column": ("- quantize.rtn:\n    scheme: w4a16g64\n   clip: mse\n", 5, "'clip: mse' behind 3 spaces", "    scheme: w4a16g64\n    clip: mse"),
+    "an option too deep": ("- quantize.rtn:\n    scheme: w4a16g64\n     clip: mse\n", 5, "'clip: mse' behind 5 spaces", "    scheme: w4a16g64\n    clip: mse"),
+    "an option that is not indented": ("- quantize.rtn:\nscheme: w4a16g64\n", 4, "'scheme: w4a16g64' behind no spaces", "- quantize.rtn:\n    scheme: w4a16g64"),
+    "a pass in no column": ("  - quantize.rtn: {scheme: w4a16g64}\n - prune.magnitude: {sparsity: 0.5}\n", 4, "'- prune.magnitude: {sparsity: 0.5}' behind 1 space", "  - quantize.rtn: {scheme: w4a16g64}\n  - prune.magnitude: {sparsity: 0.5}"),
+    "a pass under a pass": ("- quantize.rtn: {scheme: w4a16g64}\n  - prune.magnitude: {sparsity: 0.5}\n", 4, "behind 2 spaces", "- quantize.rtn: {scheme: w4a16g64}\n- prune.magnitude: {sparsity: 0.5}"),
+    "a tab": ("- quantize.rtn:\n\tscheme: w4a16g64\n", 4, "'scheme: w4a16g64' behind a tab", "- quantize.rtn:\n    scheme: w4a16g64"),
+    "an option in the line of its pass": ("- quantize.rtn: scheme: w4a16g64\n", 3, "'- quantize.rtn: scheme: w4a16g64'", "- quantize.rtn: {scheme: w4a16g64}"),
+    "no dashes": ("  quantize.rtn: {scheme: w4a16g64}\n", 3, "a mapping", "passes:\n- quantize.rtn: {scheme: w4a16g64}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_of_indentation_is_told_with_the_lines_as_they_should_be(slip: str, tmp_path: Path) -> None:
+    """And what is wrong in the lines after it is told at once, options included."""
+    text, line, got, lines = SLIPS[slip]
+    path = tmp_path / "r.yaml"
+    last = (
+        "  pack: {formt: native}\n"
+        if slip == "no dashes"
+        else f"{' ' * 2 if text.startswith('  ') else ''}- pack: {{formt: native}}\n"
+    )
+    path.write_text(f"version: 1\npasses:\n{text}{last}")
+    with pytest.raises(RecipeError) as caught:
+        opened(str(path))
+    first, *others = caught.value.problems
+    assert first.where.startswith(f"r.yaml:{line}:")
+    assert got in first.got
+    assert "\n".join(row.removeprefix(" " * 12) for row in first.do.splitlines()[1:]).startswith(lines)
+    assert ["formt" in problem.where and "did you mean 'format'" in problem.got for problem in others] == [True]
+    # The lines that it shows are what it asks for.
+    if slip != "no dashes":
+        mended = parse_yaml("version: 1\npasses:\n" + ("- quantize.rtn:\n" if lines.startswith("    ") else "") + lines + "\n")
+        assert mended.lines[0].options["scheme"] == "w4a16g64"
+
+
+def test_a_file_that_cannot_be_mended_is_told_with_its_line_and_a_recipe() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_yaml("version: 1\npasses:\n- quantize.rtn: {scheme: w4a16g64\n- pack: {}\n", "r.yaml")
+    (problem,) = caught.value.problems
+    assert problem.where == "r.yaml:4:7"
+    assert problem.got.endswith("in '- pack: {}'")
+    assert "- quantize.rtn: {scheme: w4a16g64}" in problem.do
+    long = "version: 1\npasses:\n- a:\n    b: 1\n   c: 2\n" + "# a long file is not mended\n" * 2000
+    with pytest.raises(RecipeError, match="valid YAML"):
+        parse_yaml(long)
 
 
 def test_every_problem_of_every_line_is_told_with_its_place() -> None:

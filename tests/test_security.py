@@ -365,7 +365,7 @@ for line in (
     ["show", "out"],
     ["diff", model, "out"],
     ["verify", "out", "--reader", "transformers"],
-    ["generate", "out", "--prompt", "def", "--tokens", "2"],
+    ["generate", "out", "--prompt", "def", "--new-tokens", "2"],
     ["clean", "out"],
 ):
     try:

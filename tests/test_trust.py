@@ -95,7 +95,7 @@ def test_the_option_runs_it_and_names_every_file(model: Path, tmp_path: Path) ->
     checked = compress("verify", out, "--reader", "transformers", OPTION)
     assert checked.returncode == 0, checked.stderr
     assert "logits:   equal" in checked.stdout
-    spoken = compress("generate", out, "--prompt", "def", "--tokens", "2", OPTION)
+    spoken = compress("generate", out, "--prompt", "def", "--new-tokens", "2", OPTION)
     assert spoken.returncode == 0, spoken.stderr
     assert spoken.stderr.count(", sha256 ") == 3
     measured = compress("eval", out, "--against", model, "--data", tmp_path / "t.txt", "--tokens", "64", "--length", "32", OPTION)

@@ -31,7 +31,8 @@ def verb(
     ] = None,
     against: Annotated[str | None, typer.Option(metavar="SOURCE", help="The dense model, timed in the same rounds.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
-    new: Annotated[int, typer.Option(help="Tokens that are generated after it.", min=1)] = 64,
+    new_tokens: options.NewTokens = 64,
+    new: Annotated[int | None, typer.Option("--new", help="The old name of --new-tokens.", min=1, hidden=True)] = None,
     batch: Annotated[str, typer.Option(metavar="N,...", help="How many prompts at a time.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="How often all is timed.", min=1)] = 3,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to take prompts from; random tokens without it.")] = None,
@@ -43,7 +44,9 @@ def verb(
     shapes: Annotated[
         str | None, typer.Option(metavar="NxK,...", help="With --kernels: rows and columns; seven layers of Llamas on a GPU.")
     ] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="N,...", help="With --kernels: how many rows of activations.")] = None,
+    activations: Annotated[
+        str | None, typer.Option(metavar="N,...", help="With --kernels: how many rows of activations, a token each.")
+    ] = None,
     backend: options.Backend = None,
     device: options.Device = "auto",
     dtype: options.ComputeDtype = "auto",
@@ -61,7 +64,7 @@ def verb(
     wrong = (
         {"ARTIFACT": artifact, "--against": against, "--repack": "given" if repack else None}
         if kernels
-        else {"--schemes": schemes, "--shapes": shapes, "--tokens": tokens}
+        else {"--schemes": schemes, "--shapes": shapes, "--activations": activations}
     )
     if given := [name for name, value in wrong.items() if value is not None]:
         expected = "none beside --kernels" if kernels else "--kernels beside it"
@@ -73,12 +76,12 @@ def verb(
     where = default_device() if device == "auto" else device
     if kernels:
         with compute_threads(threads):
-            time_kernels(schemes, shapes, tokens, backend, where, dtype, json_)
+            time_kernels(schemes, shapes, activations, backend, where, dtype, json_)
         return
     from compress.bench import Settings
 
     assert artifact is not None
-    settings = Settings(prompt, new, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
+    settings = Settings(prompt, new or new_tokens, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
     with compute_threads(threads):
         time_model(artifact, against, data, settings, json_)
 
@@ -162,7 +165,7 @@ def show_memory(subjects: list[Subject]) -> None:
 
 
 def time_kernels(
-    schemes: str | None, shapes: str | None, tokens: str | None, backend: str | None, device: str, dtype: str, as_json: bool
+    schemes: str | None, shapes: str | None, activations: str | None, backend: str | None, device: str, dtype: str, as_json: bool
 ) -> None:  # fmt: skip
     """Times and prints; ends with status 1 if a backend computes something else."""
     import torch
@@ -180,7 +183,7 @@ def time_kernels(
     if any(len(shape) != 2 for shape in sizes):
         raise UsageError("--shapes", "rows x columns, such as 4096x4096", f"'{shapes}'")
     states = [bench.parse_state(text) for text in (schemes or (_GPU_SCHEMES if gpu else _CPU_SCHEMES)).split(",")]
-    counts = numbers("--tokens", tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS))
+    counts = numbers("--activations", activations or (_GPU_TOKENS if gpu else _CPU_TOKENS))
     kind = torch.bfloat16 if dtype == "auto" else torch_dtype(DTYPES[dtype])
     bandwidth, whence = bench.peak_bandwidth(device)
     rows = list(bench.table([(n, k) for n, k in sizes], states, counts, device, kind, backend))

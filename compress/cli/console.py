@@ -1,15 +1,21 @@
-"""Console: numbers and tables as people read them, and progress."""
+"""Console: numbers, lines and tables as people read them."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
+
+_LEAST = 12
+"""Columns that a folded text keeps."""
 
 
 def size(nbytes: float) -> str:
@@ -21,21 +27,77 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
-    """Prints a plain table; numbers to the right. Wide cells wrap only on a terminal."""
+def width() -> int | None:
+    """Columns of what is printed to: COLUMNS, or the terminal's; None where neither says, such as for a file."""
+    return shutil.get_terminal_size((0, 0)).columns or None
+
+
+def text(words: str, hang: int = 10) -> None:
+    """Prints a line; what is too wide goes on below, indented, and never within `a command`."""
+    columns = width()
+    if columns is None:
+        print(words)
+        return
+    whole = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\xa0"), words)
+    indent = " " * hang
+    folded = textwrap.wrap(whole, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    for line in folded or [""]:
+        print(line.replace("\xa0", " "))
+
+
+def fact(label: str, words: str) -> None:
+    """Prints `label:    words`."""
+    text(f"{label + ':':<10}{words}")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], columns: str = "", title: str = "") -> None:
+    """Prints a plain table, numbers to the right, and below it what its columns mean.
+
+    Texts are folded where the table is wider than what it is printed to.
+    """
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
     right = [all(_number(row[i]) for row in cells) and bool(cells) for i in range(len(head))]
+    widths = _fitting([max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))], right)
 
     def line(row: Sequence[str]) -> str:
         return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip()
 
+    def show(row: Sequence[str]) -> None:
+        for part in zip_longest(*(fold(cell, w) for cell, w in zip(row, widths)), fillvalue=""):
+            print(line(part))
+
     if title:
         print(title)
-    print(line(head))
+    show(head)
     print("  ".join("-" * width for width in widths))
     for row in cells:
-        print(line(row))
+        show(row)
+    if columns:
+        fact("columns", columns)
+
+
+def _fitting(widths: list[int], right: Sequence[bool]) -> list[int]:
+    """Widths of columns that fit; of texts the widest give way."""
+    excess = sum(widths) + 2 * (len(widths) - 1) - (width() or 1 << 30)
+    while excess > 0:
+        widest = max((i for i, number in enumerate(right) if not number), key=lambda i: widths[i], default=None)
+        if widest is None or widths[widest] <= _LEAST:
+            break
+        widths[widest] -= 1
+        excess -= 1
+    return widths
+
+
+def fold(cell: str, columns: int) -> list[str]:
+    """A cell in lines of at most so many columns, cut behind spaces, dots and the like where that is possible."""
+    lines = [""]
+    for piece in re.findall(r"[^ .,+]*[ .,+]|[^ .,+]+", cell):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > columns:
+            lines.append("")
+        lines[-1] += piece
+        while len(lines[-1].rstrip()) > columns:
+            lines[-1:] = [lines[-1][:columns], lines[-1][columns:]]
+    return [line.rstrip() for line in lines]
 
 
 def notes(found: Iterable[Any]) -> None:
@@ -44,7 +106,7 @@ def notes(found: Iterable[Any]) -> None:
 
     for note in found:
         names = f": {', '.join(note.names[:3])}{' ...' if note.count > 3 else ''}" if note.what in NAMED else ""
-        print(f"{note.what}: {note.count} ({note.reason}){names}")
+        text(f"{note.what}: {note.count} ({note.reason}){names}")
 
 
 def json_line(event: dict[str, Any]) -> None:
@@ -57,7 +119,7 @@ def _number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
 
 
-def _remarks(event: dict[str, Any]) -> None:
+def remarks(event: dict[str, Any]) -> None:
     """What a person must hear of even when nobody watches the progress."""
     if event["event"] == "damaged":
         print(f"note: {event['where']} was damaged and is made again\n{event['reason']}", file=sys.stderr)
@@ -79,45 +141,3 @@ def _warn_of(model: str, files: dict[str, str]) -> None:
     for file, digest in files.items():
         text = f"warning: Python of {model} is run, by --trust-remote-code: {file}, sha256 {digest}"
         Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def events(as_json: bool, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A receiver of a run's events: JSON lines on stdout, a rich progress bar with ETA on a terminal, or nothing."""
-    if as_json:
-
-        def tell(event: dict[str, Any]) -> None:
-            json_line(event)
-            if event["event"] == "code":
-                _remarks(event)
-
-        yield tell
-        return
-    if quiet or not sys.stderr.isatty():
-        yield _remarks
-        return
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    words = TextColumn("{task.description:<16}")
-    moving = Progress(words, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    training = Progress(words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
-    with Live(Group(moving, training), console=Console(stderr=True), transient=True):
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def receive(event: dict[str, Any]) -> None:
-            kind, name = event["event"], event.get("step", "")
-            if kind == "progress":
-                if (kind, name) not in tasks:
-                    tasks[kind, name] = moving.add_task(name, total=event["total_bytes"])
-                moving.update(tasks[kind, name], completed=event["done_bytes"])
-            elif kind == "train":
-                if (kind, name) not in tasks:
-                    tasks[kind, name] = training.add_task(name, total=event["steps"], said="")
-                said = f"loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"
-                training.update(tasks[kind, name], completed=event["number"], said=said)
-            else:
-                _remarks(event)
-
-        yield receive

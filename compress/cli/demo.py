@@ -14,6 +14,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events
 from compress.errors import CompressError, Problem
 from compress.recipe import Line, Recipe, override, print_value, read
 
@@ -93,7 +94,7 @@ def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]
     logging.disable_progress_bar()
     recipe = recipe_of(home)
     windows = token_windows(home / "model", home / "text" / "evaluation.jsonl", LENGTH)
-    with tempfile.TemporaryDirectory(prefix="compress-demo-") as scratch, console.events(False, quiet) as receive:
+    with tempfile.TemporaryDirectory(prefix="compress-demo-") as scratch, events(False, quiet) as receive:
         ctx = Context(seed=recipe.seed, events=receive)
         source = open_checkpoint(home / "model")
         result = run(recipe, source, out, ctx)

@@ -10,6 +10,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events, shares
 from compress.threads import compute_threads
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def verb(
     a: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id with @revision.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
     worst: Annotated[bool, typer.Option("--worst", help="Worst first, not in stored order.")] = False,
+    details: options.Details = False,
     device: options.On = "auto",
     threads: options.Threads = None,
     json_: options.Json = False,
@@ -37,18 +39,13 @@ def verb(
 
     where = resolve(device)
     first, second = open_source(a), open_source(b)
-    total = first.nbytes
-    with compute_threads(threads), console.events(False, json_) as receive:
-        found = difference(
-            first, second,
-            lambda share: receive({"event": "progress", "step": "diff", "total_bytes": total, "done_bytes": int(share * total)}),
-            where,
-        )  # fmt: skip
+    with compute_threads(threads), events(False, json_) as receive:
+        found = difference(first, second, shares(receive, "diff", "compare"), where)
     rows = sorted(found.rows, key=_badness, reverse=True) if worst else list(found.rows)
     if json_:
         print(json.dumps(facts(found, rows), ensure_ascii=False))
     else:
-        show(found, rows)
+        show(found, rows, details)
 
 
 def _badness(row: Row) -> float:
@@ -70,16 +67,19 @@ def facts(found: Difference, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def show(found: Difference, rows: list[Row]) -> None:
+def show(found: Difference, rows: list[Row], details: bool) -> None:
     """The difference as a table, and what could not be compared."""
-    cells = [(row.name, "x".join(map(str, row.shape)), *row.states, f"{row.error:.6f}" if row.lost else "0") for row in rows]
-    console.table(("weight", "shape", "A", "B", "error"), cells)
+    head: tuple[str, ...] = ("weight", "A", "B", "weight error")
+    cells = [(row.name, *row.states, f"{row.error:.6f}" if row.lost else "0") for row in rows]
+    if details:
+        head, cells = (*head, "shape"), [(*cell, "x".join(map(str, row.shape))) for cell, row in zip(cells, rows, strict=True)]
+    console.table(head, cells, "A, B: what the weight is there; weight error: |A-B|/|A|")
     for name, (left, right) in found.shapes.items():
-        print(f"error:    '{name}' is {list(left)} in A, {list(right)} in B: not compared")
+        console.fact("error", f"'{name}' is {list(left)} in A, {list(right)} in B: not compared")
     for letter, names in zip("AB", found.only, strict=True):
         for name in names:
-            print(f"only {letter}:   '{name}'")
+            console.fact(f"only {letter}", f"'{name}'")
         if names:
-            print(f"only {letter}:   {len(names)} weights")
+            console.fact(f"only {letter}", f"{len(names)} weights")
     total = f"{found.error:.6f} over {len(rows)} weights, {found.equal} of them equal" if rows else "nothing could be compared"
-    print(f"total:    {total}")
+    console.fact("total", total)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli import console, options
-from compress.cli.formats import mark
 from compress.cli.guard import guarded
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ def verb(
     backend: options.Backend = None,
     device: options.Device = "auto",
     dtype: options.ComputeDtype = "auto",
+    details: options.Details = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -53,12 +53,12 @@ def verb(
         return
     show_machine(machine)
     if artifact is None:
-        show_families(answers)
+        show_families(answers, details)
         return
     for one in doctor.alike(answers[""]):
-        reasons = "; ".join(f"{names} passed over: {reason}" for names, reason in by_reason(one.passed_over))
-        said = f"{one.use.weights} weights {one.use.what} {_dtype(one)}: {one.backend or 'nothing'}"
-        print(f"{said}; {reasons}" if reasons else said)
+        print(f"{one.use.weights} weights {one.use.what} {_dtype(one)}: {one.backend or 'nothing'}")
+        for names, reason in by_reason(one.passed_over):
+            console.text(f"    {names} passed over: {reason}", 8)
 
 
 def facts(one: Answer) -> dict[str, Any]:
@@ -91,32 +91,45 @@ def _dtype(one: Answer) -> str:
 def show_machine(machine: dict[str, Any]) -> None:
     """What there is to run on."""
     memory = console.size(machine["memory_bytes"])
-    print(f"cpu:      {machine['cpu']}, {machine['isa']}, {machine['threads']} threads, {memory}")
+    console.fact("cpu", f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, {memory}")
     for gpu in machine["gpus"] or [None]:
         words = f"{gpu['name']}, capability {gpu['capability']}, {console.size(gpu['memory_bytes'])}" if gpu else "none"
-        print(f"gpu:      {words}")
-    print(f"driver:   {machine['driver']}")
-    print(f"torch:    {machine['torch']} (CUDA {machine['torch_cuda']}), transformers {machine['transformers']}")
-    print(f"triton:   {machine['triton']}")
-    print(f"nvrtc:    {machine['nvrtc']}")
+        console.fact("gpu", words)
+    console.fact("driver", machine["driver"])
+    console.fact("torch", f"{machine['torch']} (CUDA {machine['torch_cuda']}), transformers {machine['transformers']}")
+    console.fact("triton", machine["triton"])
+    console.fact("nvrtc", machine["nvrtc"])
     for capability, code in machine["code"].items():
-        print(f"code:     for capability {capability}: {code}")
-    print(f"device:   {machine['device']}" + (f" (on cuda: {machine['no_cuda']})" if machine["no_cuda"] else ""))
+        console.fact("code", f"for capability {capability}: {code}")
+    console.fact("device", machine["device"] + (f" (on cuda: {machine['no_cuda']})" if machine["no_cuda"] else ""))
 
 
-def show_families(answers: dict[str, list[Answer]]) -> None:
-    """A row for each kind of weight and a column for each dtype; why a backend is passed over is told below."""
-    reasons: dict[str, int] = {}
+def show_families(answers: dict[str, list[Answer]], details: bool) -> None:
+    """A row for each kind of weight and a column for each dtype; why backends are passed over, if asked for."""
+    rows = [(row[0].use.what, *(one.backend or "nothing" for one in row)) for row in zip(*answers.values(), strict=True)]
+    console.table(("weights", *answers), rows, "dtypes of activations, and the fastest backend that takes such weights")
+    if not details:
+        console.fact("why", "`compress doctor --details` says why faster backends are passed over")
+        return
+    print("\npassed over:")
+    for (names, reason, dtypes), kinds in reasons(answers).items():
+        within = f" in {', '.join(dtypes)}" if len(dtypes) < len(answers) else ""
+        console.text(f"{names}: {reason}", 4)
+        console.text(f"    for {'all' if len(kinds) == len(rows) else '; '.join(kinds)}{within}", 8)
 
-    def cell(one: Answer) -> str:
-        # Without the names of state and scheme, for which reasons would be as many as these.
-        state = one.use.work.state
-        told = {name: _without(reason, str(state), str(state.scheme or state)) for name, reason in one.passed_over.items()}
-        marks = [mark(f"{names}: {reason}", reasons) for names, reason in by_reason(told)]
-        return " ".join([one.backend or "nothing", "".join(marks)]).rstrip()
 
-    rows = [(row[0].use.what, *map(cell, row)) for row in zip(*answers.values(), strict=True)]
-    console.table(("weights", *answers), rows)
-    print("\npassed over:" if reasons else "")
-    for reason, number in reasons.items():
-        print(f"[{number}] {reason}")
+def reasons(answers: dict[str, list[Answer]]) -> dict[tuple[str, str, tuple[str, ...]], list[str]]:
+    """(backends, reason, dtypes) -> kinds of weights that they are passed over for."""
+    dtypes: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for dtype, found in answers.items():
+        for one in found:
+            # Without the names of state and scheme, for which reasons would be as many as these.
+            state = one.use.work.state
+            told = {name: _without(why, str(state), str(state.scheme or state)) for name, why in one.passed_over.items()}
+            for names, reason in by_reason(told):
+                key = (names, reason, one.use.what)
+                dtypes[key] = (*dtypes.get(key, ()), dtype)
+    grouped: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (names, reason, kind), where in dtypes.items():
+        grouped.setdefault((names, reason, where), []).append(kind)
+    return grouped

@@ -13,6 +13,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events, shares
 from compress.threads import compute_threads
 
 if TYPE_CHECKING:
@@ -69,14 +70,9 @@ def verb(
     for model in filter(None, (checkpoint, source)):
         console.warn_of_code(model)
     windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens, trust_remote_code)
-    total = checkpoint.nbytes + (source.nbytes if source else 0)
     started = time.perf_counter()
-    with compute_threads(threads), console.events(False, json_) as receive:
-        found = compare(
-            source, checkpoint, windows, batch,
-            lambda share: receive({"event": "progress", "step": "eval", "total_bytes": total, "done_bytes": int(share * total)}),
-            where,
-        )  # fmt: skip
+    with compute_threads(threads), events(False, json_) as receive:
+        found = compare(source, checkpoint, windows, batch, shares(receive, "eval", "measure"), where)
     names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name}
     names |= {"device": f"{where} ({name_of(where)})"} if where.type == "cuda" else {}
     seconds = time.perf_counter() - started
@@ -104,14 +100,13 @@ def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
     """What was found as a table, with its protocol."""
     estimates: dict[str, Estimate] = {name: getattr(found, name) for name in MEASURES}
     rows = [(MEASURES[name], *_cells(name, e)) for name, e in estimates.items() if not math.isnan(e.value)]
-    console.table(("measure", "value", "+-"), rows)
-    print(f"artifact: {names['artifact']}" + (f"\nsource:   {names['source']}" if names["source"] else ""))
-    print(f"data:     {names['data']}")
-    print(f"protocol: {found.protocol}; KL in nats per token" if names["source"] else f"protocol: {found.protocol}")
-    print(f"errors:   standard errors over {found.tokens // found.length} windows, taken as independent")
-    if "device" in names:
-        print(f"device:   {names['device']}")
-    print(f"took:     {seconds:.1f} s")
+    errors = f"+-: the standard error over {found.tokens // found.length} windows, taken as independent"
+    console.table(("measure", "value", "+-"), rows, errors)
+    for label, name in names.items():
+        if name is not None:
+            console.fact(label, name)
+    console.fact("protocol", found.protocol + ("; KL in nats per token" if names["source"] else ""))
+    console.fact("took", f"{seconds:.1f} s")
 
 
 def _cells(name: str, estimate: Estimate) -> tuple[str, str]:

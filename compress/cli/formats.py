@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ SCHEMES = (
     *(f"w{bits}a16g64{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym")), "w8a8", "w4a8g64", "fp8", "fp8-afp8",
     "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
 )  # fmt: skip
+_DEQUANTIZE = ", dequantize"
+"""Behind a scheme that a format holds with that option of pack."""
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +26,14 @@ def register(app: typer.Typer) -> None:
 
 @guarded
 def verb(
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", metavar="SCHEME", help="Only this one, with reasons; may be repeated.")
+    ] = None,
+    details: options.Details = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """List what every format holds of a linear in groups of 64, and what each reader loads; reasons below.
+    """List what every format holds of a linear in groups of 64, and what each reader loads; --details says why.
 
     A whole model may be refused for more: `compress plan` says what holds for it.
     """
@@ -34,32 +41,38 @@ def verb(
 
     from compress.kernels.dispatch import formats
 
-    found = {name: matrix(name) for name in formats()}
+    found = {name: matrix(name, scheme or SCHEMES) for name in formats()}
     if json_:
         print(json.dumps(found, ensure_ascii=False))
         return
-    reasons: dict[str, int] = {}
     for name, rows in found.items():
-        readers = list(dict.fromkeys(reader for verdicts in rows.values() for reader in verdicts if reader))
-        table = []
-        for scheme, verdicts in rows.items():
-            if "" in verdicts:
-                cells = ["refused " + mark(verdicts[""][1], reasons), *("" for _ in readers[1:])]
-            else:
-                cells = [f"{verdicts[reader][0]} {mark(verdicts[reader][1], reasons)}" for reader in readers]
-            table.append((scheme, *cells))
-        console.table((name, *readers), table)
+        show(name, rows, details or bool(scheme))
         print()
-    for reason, number in reasons.items():
-        print(f"[{number}] {reason}")
+    console.fact("rows", "schemes; `dequantize` where pack needs that option for it; --details says why")
 
 
-def mark(reason: str, reasons: dict[str, int]) -> str:
-    """The number of a reason."""
-    return f"[{reasons.setdefault(reason, len(reasons) + 1)}]"
+def show(name: str, rows: dict[str, dict[str, tuple[str, str]]], reasons: bool) -> None:
+    """The schemes that a format holds, with a column for each reader; those that it does not hold; why, if asked for."""
+    held = {scheme: verdicts for scheme, verdicts in rows.items() if "" not in verdicts}
+    readers = list(dict.fromkeys(reader for verdicts in held.values() for reader in verdicts))
+    if held:
+        console.table((name, *readers), [(s, *(verdicts[r][0] for r in readers)) for s, verdicts in held.items()])
+    else:
+        print(name)
+    refused = [scheme for scheme in rows if not {scheme, f"{scheme}{_DEQUANTIZE}"} & held.keys()]
+    if refused and not reasons:
+        console.text(f"refused:  {', '.join(refused)}")
+    why: dict[str, list[str]] = {}
+    for scheme, verdicts in rows.items() if reasons else ():
+        for reader, (loads, reason) in verdicts.items():
+            why.setdefault(f"{reader}, {loads}: {reason}" if reader else f"{loads}: {reason}", []).append(scheme)
+    for reason, schemes in why.items():
+        console.text(reason, 4)
+        if len(rows) > 1:
+            console.text(f"    for {'; '.join(schemes)}", 8)
 
 
-def matrix(name: str) -> dict[str, dict[str, tuple[str, str]]]:
+def matrix(name: str, schemes: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
     """scheme -> reader -> (yes, no or unknown; why); under an empty reader why the format refuses the scheme."""
     from compress.errors import Refusal
     from compress.facts import State, Weight
@@ -71,7 +84,7 @@ def matrix(name: str) -> dict[str, dict[str, tuple[str, str]]]:
     # A head of its own: readers differ on models that tie it.
     head = Weight("lm_head.weight", "BF16", (256, 128), "head", "lm_head", module_class="Linear")
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    for scheme in SCHEMES:
+    for scheme in schemes:
         state = State(Scheme.parse(scheme))
         for dequantize in (False, True):
             fmt = load_format(name)(dequantize=dequantize)
@@ -81,6 +94,6 @@ def matrix(name: str) -> dict[str, dict[str, tuple[str, str]]]:
                 found.setdefault(scheme, {"": ("refused", f"{refusal.reason}; {refusal.do}")})
                 continue
             verdicts = fmt.readers([weight, head], {weight.name: state, head.name: State()})
-            found[f"{scheme}, dequantize" if dequantize else scheme] = {v.reader: (v.loads, v.reason) for v in verdicts}
+            found[f"{scheme}{_DEQUANTIZE}" if dequantize else scheme] = {v.reader: (v.loads, v.reason) for v in verdicts}
             break
     return found

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 def verb(
     model: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="DIR")],
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What it goes on from.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens at most.", min=1)] = 64,
+    new_tokens: options.NewTokens = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=(1 << 63) - 1)] = 0,
     packed: Annotated[bool, typer.Option("--packed", help="Run packed weights as they are, by the kernels for them.")] = False,
@@ -58,4 +58,4 @@ def verb(
         return artifact.load(checkpoint.path, dtype, backend, str(where), repack)
 
     with compute_threads(threads):
-        print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None, where))
+        print(sample(checkpoint, prompt, new_tokens, temperature, seed, load if packed else None, where))

@@ -68,9 +68,11 @@ On = Annotated[
 ComputeDtype = Annotated[
     str, typer.Option("--dtype", metavar="|".join(DTYPES), help="What activations are in; auto is what config.json says.")
 ]
+NewTokens = Annotated[int, typer.Option("--new-tokens", help="How many tokens to generate at most.", min=1)]
 Repack = Annotated[
     bool, typer.Option("--repack", help="Take an artifact of another tool (GPTQ, AWQ, ...), and pack it while it is read.")
 ]
+Details = Annotated[bool, typer.Option("--details", help="Print all there is: more columns, whole texts, every reason.")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

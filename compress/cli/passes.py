@@ -6,17 +6,20 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
 
 from compress.cli import options
 from compress.cli.guard import guarded
 from compress.cli.run import execute
-from compress.contract import Pass
 from compress.discover import load_pass
 from compress.recipe import Line, Recipe, Value
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from compress.contract import Pass
 
 _COMMON = {
     "seed": (options.Seed, None), "allow_skips": (options.AllowSkips, None), "shard_size": (options.ShardSize, "5GB"),

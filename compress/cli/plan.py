@@ -9,6 +9,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.recipes import settings, to_set
 from compress.cli.run import chosen_recipe
 from compress.size import parse_size
 from compress.threads import available
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     import torch
 
     from compress.errors import Problem
-    from compress.plan import Plan
+    from compress.plan import Plan, StepPlan
+
+_COLUMNS = (
+    "weights: how many the pass works on, of those that it targets; bits/weight: of these, scales and padding included; "
+    "over all: of the whole model"
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +41,7 @@ def verb(
     threads: options.Threads = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every weight.")] = False,
     device: options.On = "auto",
+    details: options.Details = False,
     allow_dtype_mismatch: options.AllowDtype = False,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -65,7 +72,11 @@ def verb(
             json.dumps({**facts(plan, layers), "machine_memory_bytes": there_bytes, **on_device(plan, where)}, ensure_ascii=False)
         )
     else:
-        show(plan, checkpoint.name, layers, [*lacking(plan, there_bytes), *lacking_there(plan, where)], on_device(plan, where))
+        there = on_device(plan, where)
+        show(plan, checkpoint.name, layers, details, [*lacking(plan, there_bytes), *lacking_there(plan, where)], there)
+        if left := to_set(found):
+            console.fact("open", "placeholders, which `compress run` wants to be given:")
+            print(f"          {settings(left)}")
 
 
 def on_device(plan: Plan, where: torch.device) -> dict[str, Any]:
@@ -102,34 +113,45 @@ def facts(plan: Plan, layers: bool) -> dict[str, Any]:
     return found
 
 
-def show(plan: Plan, name: str, layers: bool, lacking: list[Problem], device: dict[str, Any]) -> None:
+def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Problem], device: dict[str, Any]) -> None:
     """The plan as tables."""
-    print(f"model:    {name} ({plan.model.family}), {console.size(plan.source_bytes)}, "
-          + ", ".join(f"{blocks} {stack} blocks" for stack, blocks in plan.model.stacks.items()))  # fmt: skip
-    rows = [
-        (
-            step.pass_.line(), f"{step.payload_bytes:,}", f"{step.disk_bytes:,}", f"{plan.bits(step, step.transformed):.3f}",
-            f"{plan.bits(step):.3f}", f"{len(step.transformed)}/{len(step.targeted)}",
-        )
-        for step in plan.steps
-    ]  # fmt: skip
-    console.table(("pass", "tensor bytes", "bytes on disk", "bits/weight", "over all", "weights"), rows)
+    stacks = ", ".join(f"{blocks} {stack} blocks" for stack, blocks in plan.model.stacks.items())
+    console.fact("model", f"{name} ({plan.model.family}), {console.size(plan.source_bytes)}, {stacks}")
+    if details:
+        for step in plan.steps:
+            console.fact(f"step {step.number}", str(step.pass_.line()))
+    head, meaning = ("step", "pass", "weights", "bits/weight", "over all", "bytes on disk"), _COLUMNS
+    if details:
+        head, meaning = (*head, "tensor bytes"), f"{meaning}; tensor bytes: of what is on disk"
+    console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], meaning)
     for step in plan.steps:
         for note in step.notes:
-            if step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):
-                print(f"{note.what}: {note.count} ({note.reason})")
+            if details or step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):
+                console.text(f"{f'step {step.number}: ' if details else ''}{note.what}: {note.count} ({note.reason})")
     if layers:
         last = plan.steps[-1]
         console.table(
             ("weight", "kind", "shape", "becomes", "bits"),
             [(w.name, w.kind, "x".join(map(str, w.shape)), last.after[w.name], f"{last.bits([w]):.3f}") for w in plan.weights],
+            "bits: of each entry of the weight, scales and padding included",
         )
-    print(f"memory:   at most {console.size(plan.peak_bytes)} resident")
+    console.fact("memory", f"at most {console.size(plan.peak_bytes)} resident")
     if there := device.get("device"):
         need = f"at most {console.size(there['peak_bytes'])}" if there["peak_bytes"] else "nothing is computed there"
-        print(f"device:   {there['name']} ({there['gpu']}): {need}; {console.size(there['free_bytes'])} free")
+        console.fact("device", f"{there['name']} ({there['gpu']}): {need}; {console.size(there['free_bytes'])} free")
     for problem in lacking:
-        print(f"memory:   does not fit: {problem.where} needs {problem.expected}; there are {problem.got}; {problem.do}")
-    print(f"disk:     {plan.disk_bytes:,} bytes added until `compress clean`")
+        told = f"{problem.where} needs {problem.expected}; there are {problem.got}; {problem.do}"
+        console.fact("memory", f"does not fit: {told}")
+    console.fact("disk", f"{plan.disk_bytes:,} bytes added until `compress clean`")
     for verdict in plan.verdicts:
-        print(f"reader:   {verdict.reader}: {verdict.loads} ({verdict.reason})")
+        console.fact("reader", f"{verdict.reader}: {verdict.loads} ({verdict.reason})")
+
+
+def row(plan: Plan, step: StepPlan) -> tuple[str, ...]:
+    """A step as cells of the table; a dash for what a step does not touch."""
+    touched = step.transformed
+    return (
+        str(step.number), step.name, f"{len(touched)}/{len(step.targeted)}" if step.targeted else "-",
+        f"{plan.bits(step, touched):.3f}" if touched else "-", f"{plan.bits(step):.3f}",
+        "-" if step.inherits else f"{step.disk_bytes:,}", "-" if step.inherits else f"{step.payload_bytes:,}",
+    )  # fmt: skip

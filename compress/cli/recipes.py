@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from compress.cli import options
+from compress.cli import console, options
 from compress.cli.guard import guarded
-from compress.errors import UsageError, did_you_mean
-from compress.recipe import read
+from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.recipe import Recipe, read
 
+_PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]*)>")
+"""Of a value that a recipe leaves open."""
 Name = Annotated[str, typer.Argument(help="A recipe that is installed, or a file.")]
 
 
@@ -42,24 +46,63 @@ def find(name: str) -> Path:
     return known[name]
 
 
+def opened(name: str) -> Recipe:
+    """The recipe of that name or file. Raises RecipeError with every problem of it, those of options beside those of YAML."""
+    try:
+        return read(find(name))
+    except RecipeError as error:
+        if error.rest is None:
+            raise
+        from compress.resolve import resolve
+
+        try:
+            resolve(error.rest)
+        except RecipeError as more:
+            raise RecipeError([*error.problems, *more.problems]) from None
+        raise
+
+
+def to_set(recipe: Recipe) -> dict[str, str]:
+    """What a recipe leaves open: PASS.OPTION as --set has it, and what stands there for a value, such as `<TEXTS>.jsonl`."""
+    names = [line.name for line in recipe.lines]
+    return {
+        f"{line.name if names.count(line.name) == 1 else number}.{option}": str(word)
+        for number, line in enumerate(recipe.lines, 1)
+        for option, value in line.options.items()
+        for word in (value if isinstance(value, tuple) else (value,))
+        if isinstance(word, str) and _PLACEHOLDER.search(word)
+    }
+
+
+def settings(left: dict[str, str]) -> str:
+    """The options that fill placeholders, with words to put values for."""
+    return " ".join(f"--set {option}={_PLACEHOLDER.sub(lambda found: found[1], word)}" for option, word in left.items())
+
+
 def _title(path: Path) -> str:
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ").rstrip()
+    return first.lstrip("# ").rpartition(" -- ")[2].rstrip()
 
 
 @guarded
 def ls() -> None:
-    """List the installed recipes."""
+    """List the installed recipes, and what each leaves open."""
     known = installed()
     width = max(map(len, known), default=0)
     for name, path in known.items():
-        print(f"{name:<{width}}  {_title(path)}")
+        console.text(f"{name:<{width}}  {_title(path)}", width + 2)
+        if left := to_set(read(path)):
+            print(f"    {settings(left)}")
+    console.text("\nRun one: `compress run MODEL OUT NAME`, with what stands below its name and values of your own.")
 
 
 @guarded
 def show(name: Name) -> None:
     """Print a recipe."""
     print(find(name).read_text(encoding="utf-8"), end="")
+    if left := to_set(opened(name)):
+        open_ = ", ".join(f"{option} ({word})" for option, word in left.items())
+        print(f"note: placeholders, to be given by --set: {open_}", file=sys.stderr)
 
 
 @guarded
@@ -78,9 +121,11 @@ def validate(name: Name, debug: options.Debug = False) -> None:
     """Check a recipe: syntax, names and every option."""
     from compress.resolve import resolve
 
-    recipe = read(find(name))
+    recipe = opened(name)
     passes = resolve(recipe)
     print(f"well-formed: {len(passes)} passes: {recipe.one_liner()}")
+    if left := to_set(recipe):
+        print(f"placeholders, to be given by: {settings(left)}")
 
 
 @guarded

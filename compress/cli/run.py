@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +12,14 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
-from compress.errors import RecipeError, UsageError
-from compress.recipe import Recipe, override, parse_one_liner, read
+from compress.cli.progress import events
+from compress.errors import InputError, Problem, RecipeError, UsageError
+from compress.recipe import Recipe, override, parse_one_liner
 from compress.size import parse_size
 from compress.threads import available
 
 if TYPE_CHECKING:
-    from compress.contract import Context
+    from compress.contract import Context, Pass
     from compress.pipeline import Result
 
 
@@ -66,10 +68,10 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
     if passes is not None:
         found = parse_one_liner(passes)
     else:
-        from compress.cli.recipes import find
+        from compress.cli.recipes import opened
 
         assert recipe is not None
-        found = read(find(recipe))
+        found = opened(recipe)
     return override(found, set_ or [])
 
 
@@ -80,9 +82,10 @@ def execute(
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
     limit = parse_size(shard_size)
+    refuse_placeholders(recipe)
     from compress.resolve import resolve
 
-    resolve(recipe)  # mistakes in a recipe are told before torch is imported
+    refuse_missing(resolve(recipe))  # mistakes in a recipe are told before torch is imported
     from compress import device as devices
     from compress.pipeline import Options, run
     from compress.source import open_source
@@ -96,7 +99,7 @@ def execute(
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
     opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
     source = open_source(model, trust_remote_code)
-    with console.events(json_, quiet) as receive:
+    with events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, dtype, device, threads, receive)
         result = run(recipe, source, out, ctx, opts)
     if not ctx.is_main or quiet:
@@ -105,6 +108,31 @@ def execute(
         ctx.tell("done", **summary(result))
     else:
         report(result)
+
+
+def refuse_placeholders(recipe: Recipe) -> None:
+    """Raises RecipeError for what a recipe leaves open, all of it at once, with the command that gives it."""
+    from compress.cli.recipes import settings, to_set
+
+    if left := to_set(recipe):
+        got = "none for " + ", ".join(f"{option} ({word})" for option, word in left.items())
+        command = f"{shlex.join(['compress', *sys.argv[1:]])} {settings(left)}"
+        do = f"put values of your own behind `=`:\n{command}"
+        raise RecipeError("placeholders of the recipe", "a value for each", got, do)
+
+
+def refuse_missing(passes: list[Pass]) -> None:
+    """Raises InputError for every text that passes name and that is not there."""
+    problems = [
+        Problem(
+            f"{pass_.pass_name()}.data: {source}", "a file", "no such file", "check the path; before a dataset's name write hf:"
+        )
+        for pass_ in passes
+        for source in getattr(pass_, "data", None) or ()
+        if Path(source).suffix and not source.startswith("hf:") and not Path(source).expanduser().exists()
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def context(seed: int, dtype: str, device: str, threads: int | None, receive: object) -> Context:
@@ -151,15 +179,20 @@ def report(result: Result) -> None:
     last, coverage = result.plan.steps[-1], result.manifest.coverage
     console.notes(note for note in result.manifest.notes if note.what != "untouched" or "tower" in note.reason)
     before, after = result.plan.source_bytes, last.payload_bytes
-    print(f"where:    {result.out}")
-    print(f"before:   {console.size(before)}")
-    print(f"after:    {console.size(after)} ({after / before:.1%}), {coverage['transformed']} of {coverage['targeted']} weights")
-    print(f"bits:     {facts['bits_per_targeted_weight']} per targeted weight, {facts['bits_per_weight']} over all")
+    weights = f"{coverage['transformed']} of {coverage['targeted']} weights"
+    console.fact("where", str(result.out))
+    console.fact("before", console.size(before))
+    console.fact("after", f"{console.size(after)} ({after / before:.1%}), {weights}")
+    console.fact("bits", f"{facts['bits_per_targeted_weight']} per targeted weight, {facts['bits_per_weight']} over all")
     for name, made in result.measured.items():
         if spent := made.get("spent"):
-            print(f"spent:    {name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
-    print(f"took:     {result.seconds:.1f} s, peak memory {console.size(result.manifest.measured['peak_resident_bytes'])}")
+            console.fact("spent", f"{name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
+    peak = console.size(result.manifest.measured["peak_resident_bytes"])
+    console.fact("took", f"{result.seconds:.1f} s, peak memory {peak}")
+    # Commands are to be copied: each in a line of its own, whatever it takes.
     print(f"next:     {next_command(result)}")
+    if result.manifest.format != "canonical":
+        print(f"clean:    {shlex.join(['compress', 'clean', str(result.out)])}")
 
 
 def next_command(result: Result) -> str:
@@ -167,11 +200,12 @@ def next_command(result: Result) -> str:
     from compress.checkpoint import CALIBRATION
     from compress.facts import State
 
+    out = str(result.out)
     states = {State.parse(record.state).scheme for record in result.manifest.weights.values()}
     if result.manifest.format == "canonical" and not states - {None}:
         if CALIBRATION in result.manifest.files:
-            return f"compress quantize gptq {result.out} {result.out}-w4 --scheme w4a16g128"
-        return f"compress show {result.out}"
+            return shlex.join(["compress", "quantize", "gptq", out, f"{out}-w4", "--scheme", "w4a16g128"])
+        return shlex.join(["compress", "show", out])
     if result.manifest.format == "canonical":
-        return f"compress pack {result.out} {result.out}-packed"
-    return f"compress show {result.out}    (steps are kept: compress clean {result.out})"
+        return shlex.join(["compress", "pack", out, f"{out}-packed"])
+    return shlex.join(["compress", "show", out])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +24,7 @@ def register(app: typer.Typer) -> None:
 def verb(
     directory: Annotated[Path, typer.Argument(help="A checkpoint that compress made.")],
     layers: Annotated[bool, typer.Option("--layers", help="One row per weight, not per kind of weight.")] = False,
+    details: options.Details = False,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -40,39 +40,55 @@ def verb(
         return
     source = manifest.source
     extra = [x for x in (source.commit and f"commit {source.commit}", source.licence and f"licence {source.licence}") if x]
-    print(f"source:   {source.name}" + (f" ({', '.join(extra)})" if extra else ""))
+    console.fact("source", source.name + (f" ({', '.join(extra)})" if extra else ""))
     for number, step in enumerate(manifest.lineage, start=1):
-        print(f"step {number}:   {step.text}   [{step.id[:12]}]")
-    print(f"format:   {manifest.format}, {console.size(checkpoint.nbytes)} of tensors, fingerprint {manifest.fingerprint[:12]}")
-    print(
-        f"made by:  compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}"
-        + (f", {manifest.device}" if manifest.device else "")
-    )
+        console.fact(f"step {number}", step.text + (f"   [{step.id[:12]}]" if details else ""))
+    tensors = f"{manifest.format}, {console.size(checkpoint.nbytes)} of tensors"
+    console.fact("format", f"{tensors}, fingerprint {manifest.fingerprint[:12]}")
+    made = f"compress {manifest.compress_version}, seed {manifest.seed}, {manifest.threads} threads, {manifest.isa}"
+    console.fact("made by", made + (f", {manifest.device}" if manifest.device else ""))
     covered = manifest.coverage
-    print(f"coverage: {covered['transformed']} of {covered['targeted']} targeted, {covered['skipped']} skipped")
-    console.table(("weights", "count", "state", "shape", "bits", "error", "output error"), _rows(manifest, layers))
+    console.fact("coverage", f"{covered['transformed']} of {covered['targeted']} targeted, {covered['skipped']} skipped")
+    tables(manifest, layers, details)
     console.notes(manifest.notes)
     measured = manifest.measured
     if {"seconds", "peak_resident_bytes"} <= measured.keys():  # what is measured is not sealed, and may be cut out
-        print(f"measured: {measured['seconds']} s in the last step, peak memory {console.size(measured['peak_resident_bytes'])}")
+        peak = console.size(measured["peak_resident_bytes"])
+        console.fact("measured", f"{measured['seconds']} s in the last step, peak memory {peak}")
 
 
-def _rows(manifest: Manifest, layers: bool) -> list[tuple[str, ...]]:
-    groups: dict[tuple[str, ...], list[WeightRecord]] = defaultdict(list)
+def tables(manifest: Manifest, layers: bool, details: bool) -> None:
+    """A table for each state, a row for each kind of weight in it, and what the columns mean."""
+    groups: dict[str, dict[tuple[str, str], list[WeightRecord]]] = {}
     for name, record in manifest.weights.items():
-        label = name if layers else re.sub(r"\d+", "*", name)
-        groups[(label, record.state, "x".join(map(str, record.shape)))].append(record)
-    rows: list[tuple[str, ...]] = []
-    for (label, state, shape), records in groups.items():
-        bits = sum(record.bits for record in records) / len(records)
-        errors = _range([record.error for record in records])
-        outputs = _range([record.output_error for record in records])
-        rows.append((label, str(len(records)), state, shape, f"{bits:.3f}", errors, outputs))
-    return rows
+        label = name if layers else re.sub(r"\d+", "*", name.removesuffix(".weight"))
+        key = (label, "x".join(map(str, record.shape)))
+        groups.setdefault(record.state, {}).setdefault(key, []).append(record)
+    outputs = any(record.output_error is not None for record in manifest.weights.values())
+    columns = {"count": not layers, "shape": details, "bits": True, "weight error": True, "output error": outputs}
+    shown = [column for column, asked in columns.items() if asked]
+    for number, (state, rows) in enumerate(groups.items()):
+        if number:
+            print()
+        console.table((state, *shown), [(label, *_cells(shape, records, shown)) for (label, shape), records in rows.items()])
+    if groups:
+        meaning = "bits: of each entry, scales and padding included; weight error: |W-W'|/|W|, least-largest"
+        console.fact("columns", meaning + ("; output error: the same of W x on the calibration tokens" if outputs else ""))
+
+
+def _cells(shape: str, records: list[WeightRecord], columns: list[str]) -> list[str]:
+    found = {
+        "count": str(len(records)),
+        "shape": shape,
+        "bits": f"{sum(record.bits for record in records) / len(records):.3f}",
+        "weight error": _range([record.error for record in records]),
+        "output error": _range([record.output_error for record in records]),
+    }
+    return [found[column] for column in columns]
 
 
 def _range(errors: list[float | None]) -> str:
     known = [error for error in errors if error is not None]
     if len(known) > 1:
-        return f"{min(known):.4f} to {max(known):.4f}"
+        return f"{min(known):.4f}-{max(known):.4f}"
     return f"{known[0]:.4f}" if known else "-"

@@ -12,6 +12,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.cli.progress import events, waiting
 from compress.threads import available, compute_threads
 
 if TYPE_CHECKING:
@@ -77,14 +78,16 @@ def verb(
     below = checkpoint.path if base is not None else None
     place = Path(artifact) if base is not None else checkpoint.path
     with compute_threads(threads):
-        found = verify_bytes(checkpoint, Context(threads=threads or available()))
+        with events(False, json_) as receive:
+            found = verify_bytes(checkpoint, Context(threads=threads or available(), events=receive))
         if not json_:
             show_bytes(found)
         ids = tokens(checkpoint, data) if reader else None
         readings = []
         for name in reader or ():
             assert ids is not None
-            readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
+            with waiting("verify", name, json_):
+                readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
             if not json_:
                 show_reading(readings[-1])
     if json_:

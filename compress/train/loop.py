@@ -157,7 +157,10 @@ class _Run:
                 self.record.add(step=number + 1, loss=loss, lr=rate, norm=norm, tokens=tokens)
             self.seconds["steps"] += time.perf_counter() - started
             pace = (tokens - began_tokens) / (time.perf_counter() - began)
-            self.ctx.tell("train", step=self.step.name, number=number + 1, steps=lessons.steps, loss=loss, tokens_per_second=pace)
+            self.ctx.tell(
+                "train", step=self.step.name, phase="train", number=number + 1, steps=lessons.steps, loss=loss,
+                tokens_per_second=pace,
+            )  # fmt: skip
             if (number + 1) % self.schooling.save_every == 0 or number + 1 == lessons.steps:
                 started = time.perf_counter()
                 if self.ctx.is_main:

@@ -73,7 +73,7 @@ CASES = {
     "eval tokens -1": _case(EVAL + "--tokens -1", "Invalid value for '--tokens'"),
     "eval tokens below a window": _case(EVAL + "--tokens 16 --length 64", "tokens", "at least a window of 64", "16"),
     "eval batch 0": _case(EVAL + "--batch 0", "Invalid value for '--batch'"),
-    "generate tokens 0": _case("generate {model} --prompt a --tokens 0", "Invalid value for '--tokens'"),
+    "generate new tokens 0": _case("generate {model} --prompt a --new-tokens 0", "Invalid value for '--new-tokens'"),
     "generate temperature NaN": _case("generate {model} --prompt a --temperature nan", "temperature"),
     "generate temperature inf": _case("generate {model} --prompt a --temperature inf", "temperature", "a number from 0", "inf", "0 takes the likeliest token"),
     "generate seed 10^30": _case("generate {model} --prompt a --temperature 1 --seed 1" + "0" * 30, "Invalid value for '--seed'"),

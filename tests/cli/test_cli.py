@@ -117,8 +117,11 @@ def test_list_shows_passes_options_and_formats() -> None:
 
 
 def test_recipes(tmp_path: Path) -> None:
-    names = [line.split()[0] for line in ok("recipes", "ls").splitlines()]
+    listed = ok("recipes", "ls").partition("\n\n")[0].splitlines()
+    names = [line.split()[0] for line in listed if not line.startswith(" ")]
     assert "rtn_w4" in names
+    after = listed[listed.index(next(line for line in listed if line.startswith("five_stages"))) + 1]
+    assert after.split() == ["--set", "calibrate.data=TEXTS.jsonl", "--set", "distill.logits.data=TEXTS.jsonl"]
     for name in names:
         assert "well-formed" in ok("recipes", "validate", name)
         assert "compress run" in ok("recipes", "show", name).splitlines()[0]
@@ -126,6 +129,31 @@ def test_recipes(tmp_path: Path) -> None:
     assert compress("recipes", "cp", "rtn_w4", "mine.yaml", cwd=tmp_path).returncode == 2
     assert "well-formed" in ok("recipes", "validate", "mine.yaml", cwd=tmp_path)
     assert json.loads(ok("recipes", "schema"))["title"] == "compress recipe"
+
+
+def test_what_a_recipe_leaves_open_is_told_at_once_with_the_command(tiny: Path, tmp_path: Path) -> None:
+    """Before torch is imported, all of it."""
+    words = ["run", tiny, tmp_path / "out", "five_stages"]
+    code = f"""
+import sys
+from compress.cli.app import build
+sys.argv = ["compress", *{[*map(str, words)]!r}]
+try:
+    build(sys.argv[1:])()
+finally:
+    assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "none for calibrate.data (<TEXTS>.jsonl), distill.logits.data (<TEXTS>.jsonl)" in done.stderr
+    settings = "--set calibrate.data=TEXTS.jsonl --set distill.logits.data=TEXTS.jsonl"
+    assert f"compress run {tiny} {tmp_path / 'out'} five_stages {settings}" in done.stderr.splitlines()
+    given = compress(*map(str, words), *settings.split())
+    assert given.returncode == 3
+    assert given.stderr.count("no such file") == 2
+    shown = compress("recipes", "show", "five_stages")
+    assert "note: placeholders, to be given by --set: calibrate.data (<TEXTS>.jsonl), distill" in shown.stderr
+    assert "placeholders, to be given by: --set calibrate.data" in ok("recipes", "validate", "five_stages")
 
 
 def test_clean(tiny: Path, tmp_path: Path) -> None:

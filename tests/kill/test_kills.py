@@ -39,7 +39,7 @@ def redone(before: Ran, journaled: dict[str, set[str]], after: Ran) -> Counter[s
         # What a step trains is journaled at its end only.
         found["tensors"] += len(names) - kept[step] if step in kept else 0
     for step in {event["step"] for event in before.told("publish")}:
-        found["tensors"] += sum(event["step"] == step and not event["kept"] for event in after.told("progress"))
+        found["tensors"] += sum(event["step"] == step and not event.get("kept", 0) for event in after.told("progress"))
     steps = [event["number"] for event in before.told("train")], [event["number"] for event in after.told("train")]
     if all(steps):
         found["training steps"] += max(0, steps[0][-1] - steps[1][0] + 1)
