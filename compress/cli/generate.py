@@ -55,6 +55,8 @@ def verb(
 
         where = default_device() if device == "auto" else device
         check_device(where)
+        if not repack:
+            artifact.refuse_other(checkpoint, "--repack")
         return artifact.load(checkpoint.path, dtype, backend, where, repack)
 
     print(sample(checkpoint, prompt, tokens, temperature, seed, load if packed else None))

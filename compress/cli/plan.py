@@ -46,6 +46,7 @@ def verb(
     from compress.source import open_headers
 
     resolve_recipe(found)
+    console.presets(found)
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
     model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.discover import names_passes
 from compress.errors import RecipeError, UsageError
 from compress.recipe import Recipe, override, parse_one_liner, read
 from compress.size import parse_size
@@ -63,9 +65,12 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
     if passes is not None:
         found = parse_one_liner(passes)
     else:
-        from compress.cli.recipes import find
+        from compress.cli.recipes import find, installed
 
         assert recipe is not None
+        if names_passes(recipe) and recipe not in installed() and not Path(recipe).is_file():
+            do = f"give them with -p: -p {shlex.quote(recipe)}"
+            raise UsageError(f"recipe '{recipe}'", "a recipe file, or the name of a recipe that is installed", "passes", do)
         found = read(find(recipe))
     return override(found, set_ or [])
 
@@ -80,6 +85,8 @@ def execute(
     from compress.resolve import resolve
 
     resolve(recipe)  # mistakes in a recipe are told before torch is imported
+    if not quiet:
+        console.presets(recipe)
     from compress.pipeline import Options, run
     from compress.source import open_source
 
