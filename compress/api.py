@@ -1,4 +1,4 @@
-"""Api: what `import compress` offers, with a recipe and a model in whatever form one has them.
+"""Api: runs and plans, with a recipe and a model in whatever form one has.
 
 A recipe is text (`quantize.rtn(scheme=w4a16g64) | pack`), the path of a file, or a Recipe. A model is a directory or a Hub id, a
 Checkpoint, or, for `run`, a model of transformers: it is saved beside the output, by its own `save_pretrained`, and the copy is

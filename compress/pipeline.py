@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from compress.gate import Gate, hold, hold_plan
 from compress.intake import Intake, same_bytes, take_in
 from compress.manifest import Manifest, Step, hash_json
 from compress.memory import check_memory
-from compress.places import check_disk, locked, placed, steps_folder
+from compress.places import based, check_disk, locked, placed, steps_folder
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
 from compress.resolve import reads_tokens, worker_of
@@ -118,9 +117,14 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
 
     # config.json may tie what a checkpoint holds twice; only what is equal is written once.
     dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
-    layout = partial(
-        make_plan, recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning
-    )
+
+    def layout(decided: dict[int, dict[str, State]] | None = None) -> Plan:
+        made = make_plan(
+            recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning, decided
+        )
+        last = made.steps[-1]
+        return replace(made, steps=[*made.steps[:-1], replace(last, texts=based(last.texts, out))])
+
     plan = layout()
     for step in plan.steps:
         hold_plan(gates, step, plan.weights)

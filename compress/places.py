@@ -7,13 +7,14 @@ OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`;
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import ADAPTER_CONFIG, Checkpoint
 from compress.contract import Context
 from compress.errors import InputError, MachineError
 from compress.plan import Plan
@@ -33,6 +34,14 @@ def placed(out: Path, source: Checkpoint) -> Path:
     if not out.name or source.path.resolve() in out.resolve().parents:
         raise InputError(str(out), "a directory outside MODEL", "one inside it", "choose another OUT")
     return out
+
+
+def based(texts: dict[str, str], out: Path) -> dict[str, str]:
+    """The texts of what lies at `out`; an adapter's config names that as its base, for PEFT takes no path from the adapter on."""
+    if ADAPTER_CONFIG not in texts:
+        return texts
+    content = {**json.loads(texts[ADAPTER_CONFIG]), "base_model_name_or_path": str(out)}
+    return {**texts, ADAPTER_CONFIG: json.dumps(content, indent=2, ensure_ascii=False) + "\n"}
 
 
 def check_disk(plan: Plan, out: Path) -> None:

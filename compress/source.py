@@ -84,7 +84,9 @@ def _directory(model: str) -> Path | None:
         return Path(path)
     if os.path.exists(path):
         raise InputError(model, "a directory with config.json and safetensors", "a file", "name the directory that it is in")
-    if model and (model.startswith((".", "~")) or not _ID.fullmatch(model.partition("@")[0])):
+    if model and not model.startswith((".", "/", "~")) and not _ID.fullmatch(model.partition("@")[0]):
+        raise InputError(model, "a directory, or a Hub id like owner/name", "no such directory")
+    if model.startswith((".", "/", "~")):
         raise InputError(model, "a directory with config.json and safetensors", "no such directory")
     # `./owner` is there: a slip in a path is likelier than a model of the Hub. A revision tells them apart.
     if "@" not in model and (parent := os.path.dirname(path)) and os.path.isdir(parent):
