@@ -1,7 +1,8 @@
 """Places: where a run writes, whether it may and can, and what is kept there.
 
 OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
-OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock
+OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock. Shards may be hard links to those
+                of another run's steps (reuse.py)
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ def steps_folder(out: Path) -> Path:
     """Where the steps of `out` lie."""
     out = Path(os.path.abspath(out))
     return out.parent / f"{out.name}.steps"
+
+
+def stem(number: int, name: str, identity: str) -> str:
+    """What the directory of a step is called."""
+    return f"{number}-{name}-{identity[:8]}"
 
 
 def placed(out: Path, source: Checkpoint) -> Path:
@@ -102,8 +108,14 @@ def clean(out: Path, ctx: Context) -> int:
     if not folder.is_dir():
         return 0
     with locked(out, ctx):
-        freed = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for entry in folder.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return freed
+        return empty(folder)
+
+
+def empty(folder: Path) -> int:
+    """Removes all that lies in a steps folder beside the lock, which is held; returns the bytes freed."""
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    for entry in folder.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    # What another run's steps are linked to stays with them.
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)

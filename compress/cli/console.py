@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from compress.presets import preset, remark
+from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ def notes(found: Iterable[Any]) -> None:
 def presets(recipe: Recipe) -> None:
     """Says what schemes are that a recipe has by the names of other tools."""
     for text in dict.fromkeys(text for line in recipe.lines for text in schemes_of(line)):
-        if preset(text):
+        if preset(text) and str(Scheme.parse(text)) != text:
             print(f"note: {remark(text)}", file=sys.stderr)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,13 +16,13 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.discover import names_passes
-from compress.errors import RecipeError, UsageError
+from compress.errors import InputError, Problem, RecipeError, UsageError
 from compress.recipe import Recipe, override, parse_one_liner, read
 from compress.size import parse_size
 
 if TYPE_CHECKING:
     from compress.contract import Context
-    from compress.pipeline import Result
+    from compress.pipeline import OtherResultError, Result
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +41,8 @@ def verb(
     shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = "auto",
     fail_on: options.FailOn = None,
+    steps: options.Steps = None,
+    keep: options.Keep = True,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
     allow_overcommit: options.AllowOvercommit = False,
@@ -54,7 +59,7 @@ def verb(
     found = chosen_recipe(recipe, passes, set_)
     execute(
         found, model, out, seed, allow_skips, shard_size, dtype, fail_on, allow_nonfinite, allow_dtype_mismatch,
-        allow_overcommit, trust_remote_code, json_, quiet,
+        allow_overcommit, trust_remote_code, json_, quiet, steps, keep,
     )  # fmt: skip
 
 
@@ -78,7 +83,8 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
     dtype: str, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
-    allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
+    allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool, steps: list[Path] | None = None,
+    keep: bool = True,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
     limit = parse_size(shard_size)
@@ -87,7 +93,7 @@ def execute(
     resolve(recipe)  # mistakes in a recipe are told before torch is imported
     if not quiet:
         console.presets(recipe)
-    from compress.pipeline import Options, run
+    from compress.pipeline import Options, OtherResultError, run
     from compress.source import open_source
 
     if model == "-":
@@ -96,17 +102,33 @@ def execute(
         model = recipe.model
     elif recipe.model not in (None, model) and not quiet:
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
-    opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
+    opts = Options(
+        tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit,
+        tuple(steps or ()), keep,
+    )  # fmt: skip
     source = open_source(model, trust_remote_code)
     with console.events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, dtype, receive)
-        result = run(recipe, source, out, ctx, opts)
+        try:
+            result = run(recipe, source, out, ctx, opts)
+        except OtherResultError as error:
+            raise error if not error.solved else InputError(with_command(error, out)) from None
     if not ctx.is_main or quiet:
         return
     if json_:
         ctx.tell("done", **summary(result))
     else:
-        report(result)
+        report(result, steps or [])
+
+
+def with_command(error: OtherResultError, out: Path) -> list[Problem]:
+    """What is wrong, with the command that takes the steps that are there, as it was given but for OUT."""
+    names = (f"{out.name}-{error.format or 'other'}{n}" for n in ("", *(f"-{n}" for n in itertools.count(2))))
+    other = next(path for path in map(out.with_name, names) if not path.exists())
+    given = [str(other) if Path(argument) == out else argument for argument in sys.argv[1:]]
+    command = shlex.join(["compress", *given, "--steps", str(out)])
+    do = f"this takes {error.solved} of {error.steps} steps from there: {command}"
+    return [replace(problem, do=do) for problem in error.problems]
 
 
 def context(seed: int, dtype: str, receive: object) -> Context:
@@ -137,12 +159,15 @@ def summary(result: Result) -> dict[str, object]:
         "notes": [{"what": n.what, "count": n.count, "reason": n.reason} for n in result.manifest.notes],
         "seconds": round(result.seconds, 2),
         "steps": result.measured,
+        "taken": [{"step": one.name, "where": str(one.where)} for one in result.taken],
         "fingerprint": result.manifest.fingerprint,
     }
 
 
-def report(result: Result) -> None:
-    """The last lines of a run: where, before, after, bits per weight, what to do next."""
+def report(result: Result, given: list[Path]) -> None:
+    """The last lines of a run: where, before, after, bits per weight, what to do next; `given` are the outputs to take from."""
+    from compress.places import steps_folder
+
     facts = summary(result)
     if not result.fresh:
         print(f"up to date: {result.out}")
@@ -154,6 +179,10 @@ def report(result: Result) -> None:
     print(f"before:   {console.size(before)}")
     print(f"after:    {console.size(after)} ({after / before:.1%}), {coverage['transformed']} of {coverage['targeted']} weights")
     print(f"bits:     {facts['bits_per_targeted_weight']} per targeted weight, {facts['bits_per_weight']} over all")
+    taken = Counter(one.folder for one in result.taken)
+    empty = [path for path in map(Path, map(os.path.abspath, given)) if not {path, steps_folder(path)} & taken.keys()]
+    for folder, number in [*taken.items(), *((path, 0) for path in empty)]:
+        print(f"steps:    {number} of {len(result.plan.steps)} steps taken from {folder}")
     for name, made in result.measured.items():
         if spent := made.get("spent"):
             print(f"spent:    {name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
@@ -165,6 +194,7 @@ def next_command(result: Result) -> str:
     """What a user would do now."""
     from compress.checkpoint import CALIBRATION
     from compress.facts import State
+    from compress.places import steps_folder
 
     states = {State.parse(record.state).scheme for record in result.manifest.weights.values()}
     if result.manifest.format == "canonical" and not states - {None}:
@@ -173,4 +203,5 @@ def next_command(result: Result) -> str:
         return f"compress show {result.out}"
     if result.manifest.format == "canonical":
         return f"compress pack {result.out} {result.out}-packed"
-    return f"compress show {result.out}    (steps are kept: compress clean {result.out})"
+    kept = f"    (steps are kept: compress clean {result.out})" if steps_folder(result.out).is_dir() else ""
+    return f"compress show {result.out}{kept}"
