@@ -20,7 +20,7 @@ from compress.recipe import Line, Recipe, Value
 
 _COMMON = {
     "seed": (options.Seed, None), "allow_skips": (options.AllowSkips, None), "shard_size": (options.ShardSize, "5GB"),
-    "dtype": (options.Dtype, "auto"), "fail_on": (options.FailOn, None), "steps": (options.Steps, None),
+    "dtype": (options.Dtype, "auto"), "fail_on": (options.FailOn, None),
     "allow_nonfinite": (options.AllowNonfinite, False), "allow_dtype_mismatch": (options.AllowDtype, False),
     "allow_overcommit": (options.AllowOvercommit, False), "trust_remote_code": (options.Trust, False),
     "json_": (options.Json, False), "quiet": (options.Quiet, False), "debug": (options.Debug, False),

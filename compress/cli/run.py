@@ -112,7 +112,11 @@ def execute(
         try:
             result = run(recipe, source, out, ctx, opts)
         except OtherResultError as error:
-            raise error if not error.solved else InputError(with_command(error, out)) from None
+            if not error.solved:
+                raise
+            said = ["--seed", str(ctx.seed)] if seed is not None else []
+            said += ["--dtype", dtype] if dtype != "auto" else []
+            raise InputError(with_command(error, out, ["run", model, str(out), "-p", recipe.one_liner(), *said])) from None
     if not ctx.is_main or quiet:
         return
     if json_:
@@ -121,11 +125,12 @@ def execute(
         report(result, steps or [])
 
 
-def with_command(error: OtherResultError, out: Path) -> list[Problem]:
-    """What is wrong, with the command that takes the steps that are there, as it was given but for OUT."""
+def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Problem]:
+    """What is wrong, with the command that takes the steps that are there: as it was given but for OUT, or, of a pass, `run`."""
     names = (f"{out.name}-{error.format or 'other'}{n}" for n in ("", *(f"-{n}" for n in itertools.count(2))))
     other = next(path for path in map(out.with_name, names) if not path.exists())
-    given = [str(other) if Path(argument) == out else argument for argument in sys.argv[1:]]
+    words = sys.argv[1:] if sys.argv[1:2] == ["run"] else run
+    given = [str(other) if Path(word) == out else word for word in words]
     command = shlex.join(["compress", *given, "--steps", str(out)])
     do = f"this takes {error.solved} of {error.steps} steps from there: {command}"
     return [replace(problem, do=do) for problem in error.problems]
