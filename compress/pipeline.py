@@ -29,7 +29,7 @@ from compress.places import based, check_disk, empty, locked, placed, stem, step
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
 from compress.resolve import reads_tokens, worker_of
-from compress.reuse import IdOf, Taken, solved, take_steps
+from compress.reuse import IdOf, Taken, searched, solved, take_steps
 from compress.step import Course, check_bytes, kept, run_step
 from compress.teacher import Teacher, open_teacher
 from compress.trust import tell_code
@@ -125,7 +125,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     """Runs `recipe` over `source` into `out`. Raises CompressError; then nothing is published."""
     started = time.perf_counter()
     options = options or Options()
-    gates = [Gate.parse(text) for text in options.fail_on]
+    gates, given = [Gate.parse(text) for text in options.fail_on], searched(options.steps)
     out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
     tell_code(source, ctx)
@@ -169,7 +169,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
             plan = layout({step.number: states for step in plan.steps if (states := _decided(step, existing))})
             _end(out, options, ctx)
             return Result(out, plan, existing, False, time.perf_counter() - started)
-        taken = ctx.broadcast(take_steps(plan, out, options.steps, id_of, intake.fingerprint, ctx) if ctx.is_main else None)
+        taken = ctx.broadcast(take_steps(plan, out, given, id_of, intake.fingerprint, ctx) if ctx.is_main else None)
         if ctx.is_main:
             check_disk(plan, out)
         ctx.tell("plan", steps=[step.name for step in plan.steps], bytes=plan.steps[-1].payload_bytes)

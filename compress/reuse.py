@@ -66,9 +66,9 @@ def solved(plan: Plan, folders: Sequence[Path], id_of: IdOf, fingerprint: str) -
 
 
 def take_steps(plan: Plan, out: Path, given: Sequence[Path], id_of: IdOf, fingerprint: str, ctx: Context) -> list[Taken]:
-    """Puts what the `given` directories have solved where this run looks for it, and says what that was."""
+    """Puts what `given` directories, as `searched` finds them, have solved where this run looks for it; says what that was."""
     own, taken = steps_folder(out), []
-    for step, identity, found in solved(plan, [own, *searched(given)], id_of, fingerprint):
+    for step, identity, found in solved(plan, [own, *given], id_of, fingerprint):
         last = step is plan.steps[-1]
         if found.parent == own and not last:
             continue

@@ -127,7 +127,8 @@ def execute(
 
 def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Problem]:
     """What is wrong, with the command that takes the steps that are there: as it was given but for OUT, or, of a pass, `run`."""
-    names = (f"{out.name}-{error.format or 'other'}{n}" for n in ("", *(f"-{n}" for n in itertools.count(2))))
+    name = f"{out.name}-{error.format or 'other'}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     other = next(path for path in map(out.with_name, names) if not path.exists())
     words = sys.argv[1:] if sys.argv[1:2] == ["run"] else run
     given = [str(other) if Path(word) == out else word for word in words]
