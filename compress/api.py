@@ -52,9 +52,13 @@ def run(
 
 
 def plan_of(
-    recipe: Recipe | Given, source: Checkpoint | Given, ctx: Context | None = None, options: Options | None = None
-) -> Plan:
-    """What `run` would make, from headers alone: exact bytes, bits, memory, readers. Raises CompressError."""
+    recipe: Recipe | Given, source: Checkpoint | PreTrainedModel | Given, ctx: Context | None = None,
+    options: Options | None = None,
+) -> Plan:  # fmt: skip
+    """What `run` would make, from headers alone: exact bytes, bits, memory, readers. Raises CompressError.
+
+    A model of transformers has no headers, and is refused.
+    """
     found, options = recipe_of(recipe), options or Options()
     ctx = Context(seed=found.seed) if ctx is None else ctx
     if not isinstance(source, Checkpoint | str | os.PathLike):

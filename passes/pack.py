@@ -32,7 +32,8 @@ class Pack(TensorPass):
 
     format: str = Field("compressed-tensors", description="the layout to write; `compress list` shows them")
     dequantize: bool = Field(
-        False, description="tell the reader to expand the weights while loading (asymmetric codes and Conv1D need it)"
+        False,
+        description="tell the reader to expand the weights while loading (Conv1D needs it; transformers does for zero points)",
     )
 
     @field_validator("format")
