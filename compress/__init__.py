@@ -1,9 +1,10 @@
 """compress: a compiler for model checkpoints.
 
-    from compress import Context, open_source, parse_one_liner, run
-    run(parse_one_liner("quantize.rtn(scheme=w4a16g64) | pack"), open_source("DIR"), Path("OUT"), Context())
+    import compress
+    compress.run("quantize.rtn(scheme=w4a16g64) | pack(format=native)", "MODEL", "OUT")  # MODEL: directory, Hub id or model
+    model = compress.load("OUT")
 
-Names are loaded when they are asked for, so that importing the package imports no torch.
+Names are loaded when they are asked for, so that importing the package imports no torch; `dir(compress)` lists them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ _HOMES = {
     "Result": "pipeline",
     "Scheme": "scheme",
     "TensorPass": "contract",
+    "compare": "measure",
     "load": "artifact",
     "open_checkpoint": "checkpoint",
     "open_source": "source",
     "parse_one_liner": "recipe",
     "parse_yaml": "recipe",
-    "run": "pipeline",
+    "plan_of": "api",
+    "run": "api",
+    "token_windows": "windows",
 }
 __all__ = [*_HOMES]
 
@@ -40,3 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'compress' has no attribute '{name}'")
     return getattr(importlib.import_module(f"compress.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -73,7 +73,7 @@ def load(
         told |= {"quant_method": CANONICAL, "source": str(path)}
         source, options = None, {**options, "state_dict": dense}
     else:
-        refuse_other(checkpoint)
+        refuse_other(checkpoint, "repack=True")
         told |= checkpoint.config["quantization_config"]
     config.quantization_config = told
     loader: Any = cls
@@ -102,12 +102,12 @@ def packable(meaning: Meaning) -> tuple[dict[str, tuple[Weight, State]], list[No
     return found, notes
 
 
-def refuse_other(checkpoint: Checkpoint) -> None:
-    """Raises InputError for a checkpoint that is not in the native format."""
+def refuse_other(checkpoint: Checkpoint, repack: str = "") -> None:
+    """Raises InputError for a checkpoint that is not in the native format; `repack` is what the caller has for one."""
     method = method_of(checkpoint)
     if method != NATIVE:
         got = {None: "a dense one", CANONICAL: "one in codes that are not packed"}.get(method, f"one packed as {method}")
-        do = "make one with pack(format=native)" + ("" if method is None else ", or pack it while it loads: repack=True")
+        do = "make one with pack(format=native)" + (f", or pack it while it loads: {repack}" if method and repack else "")
         raise InputError(str(checkpoint.path), "an artifact in the native format", got, do)
 
 

@@ -111,7 +111,7 @@ def check_settings(checkpoints: Sequence[Checkpoint], settings: Settings) -> Non
     """What can be said before anything is loaded. Raises CompressError."""
     check_device(settings.device)
     if not settings.repack:
-        artifact.refuse_other(checkpoints[0])
+        artifact.refuse_other(checkpoints[0], "--repack")
     for dense in checkpoints[1:]:
         if method_of(dense) is not None:
             do = "give the model that the artifact was made from"

@@ -35,6 +35,11 @@ def pass_files() -> dict[str, Path]:
     return {".".join(path.relative_to(folder).with_suffix("").parts): path for path in files}
 
 
+def names_passes(text: str) -> bool:
+    """Whether a text looks like passes in one line, and not like the name of a file."""
+    return "|" in text or "(" in text or text.strip() in pass_files()
+
+
 def caption(name: str) -> str:
     """The first line of a pass's file."""
     return caption_of(pass_files()[name])

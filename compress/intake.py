@@ -7,14 +7,15 @@ recognised whatever its path or sharding; and a tensor that is carried along unc
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress.checkpoint import Checkpoint, torch_dtype
+from compress.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json, torch_dtype
 from compress.contract import Context
 from compress.errors import InputError, Problem
-from compress.manifest import content_fingerprint
+from compress.manifest import content_fingerprint, hash_json
 from compress.threads import workers
 from compress.trust import code_of
 
@@ -67,7 +68,7 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
             )
         for name, digest in manifest.files.items():
             path = checkpoint.path / name
-            if not path.is_file() or file_digest(path) != digest:
+            if not path.is_file() or digest not in (file_digest(path), _placeless(path, name)):
                 got = "other bytes" if path.is_file() else "no such file"
                 raise InputError(str(path), "the bytes that manifest.json names", got, "make the checkpoint anew")
         return Intake(digests, dict(manifest.files), manifest.fingerprint, nonfinite, code_of(checkpoint))
@@ -82,6 +83,20 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise InputError(str(path), "a readable file", error.strerror or str(error)) from None
+
+
+def text_digest(name: str, text: str) -> str:
+    """sha256 of a text that is written as a file; of an adapter's config without the place of its base, which may change."""
+    if name == ADAPTER_CONFIG:
+        return hash_json({**json.loads(text), "base_model_name_or_path": None})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _placeless(path: Path, name: str) -> str:
+    """`text_digest` of a file that has one of its own; empty for others."""
+    if name != ADAPTER_CONFIG:
+        return ""
+    return text_digest(name, json.dumps(read_json(path)))
 
 
 def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:

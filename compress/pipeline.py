@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,11 @@ from compress.gate import Gate, hold, hold_plan
 from compress.intake import Intake, same_bytes, take_in
 from compress.manifest import Manifest, Step, hash_json
 from compress.memory import check_memory
-from compress.places import check_disk, locked, placed, steps_folder
+from compress.places import based, check_disk, empty, locked, placed, stem, steps_folder
 from compress.plan import SHARD_BYTES, Plan, StepPlan, make_plan
 from compress.recipe import Recipe
 from compress.resolve import reads_tokens, worker_of
+from compress.reuse import IdOf, Taken, searched, solved, take_steps
 from compress.step import Course, check_bytes, kept, run_step
 from compress.teacher import Teacher, open_teacher
 from compress.threads import compute_threads
@@ -51,6 +51,10 @@ class Options:
     fail_on: Sequence[str] = ()
     """Gates, such as `fallbacks>1%`."""
     allow_overcommit: bool = False
+    steps: Sequence[Path] = ()
+    """Outputs of other runs, or their steps folders, whose solved steps are taken."""
+    keep: bool = True
+    """Whether the steps stay when the run has ended well."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,17 @@ class Result:
     seconds: float
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Seconds of each step that was run, by its name, and for sweeps what they were spent on."""
+    taken: tuple[Taken, ...] = ()
+    """The steps that were there already, here or where another run had them."""
+
+
+class OtherResultError(InputError):
+    """OUT is another result; it or its steps folder has `solved` of the `steps` that are wanted."""
+
+    def __init__(self, out: Path, got: str, solved: int, steps: int, format_: str) -> None:
+        self.out, self.solved, self.steps, self.format = out, solved, steps, format_
+        there = f": with --steps {out} it takes {solved} of {steps} steps from there" if solved else ""
+        super().__init__(str(out), "what this recipe makes of this source", got, f"choose another OUT{there}; or remove it")
 
 
 def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
@@ -112,7 +127,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
     """Runs `recipe` over `source` into `out`. Raises CompressError; then nothing is published."""
     started = time.perf_counter()
     options = options or Options()
-    gates = [Gate.parse(text) for text in options.fail_on]
+    gates, given = [Gate.parse(text) for text in options.fail_on], searched(options.steps)
     ctx = _settled(ctx, source)
     out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
@@ -121,9 +136,14 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
 
     # config.json may tie what a checkpoint holds twice; only what is equal is written once.
     dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
-    layout = partial(
-        make_plan, recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning
-    )
+
+    def layout(decided: dict[int, dict[str, State]] | None = None) -> Plan:
+        made = make_plan(
+            recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning, decided
+        )
+        last = made.steps[-1]
+        return replace(made, steps=[*made.steps[:-1], replace(last, texts=based(last.texts, out))])
+
     plan = layout()
     for step in plan.steps:
         hold_plan(gates, step, plan.weights)
@@ -138,11 +158,21 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
             step.number: found for step in plan.steps if (found := _model_beside(step, plan, source, intake, ctx)) is not None
         }  # fmt: skip
         taught = {number: teacher.fingerprint for number, teacher in teachers.items()}
-        existing = ctx.broadcast(_existing(out, intake, plan, digests, taught, ctx) if ctx.is_main else None)
+        read, dtype = _tokens_read(plan, digests), str(computing(ctx.dtype, source.config))
+
+        def inputs_to(step: StepPlan) -> dict[str, str]:
+            return inputs_of(step.pass_, read[step.number], dtype, taught.get(step.number, ""), intake.code)
+
+        def id_of(step: StepPlan, parent: str) -> str:
+            return step_id(parent, step.pass_, ctx.seed, inputs_to(step))
+
+        existing = ctx.broadcast(_existing(out, intake, plan, digests, taught, id_of, ctx) if ctx.is_main else None)
         if existing is not None:
             hold(gates, existing)
             plan = layout({step.number: states for step in plan.steps if (states := _decided(step, existing))})
+            _end(out, options, ctx)
             return Result(out, plan, existing, False, time.perf_counter() - started)
+        taken = ctx.broadcast(take_steps(plan, out, given, id_of, intake.fingerprint, ctx) if ctx.is_main else None)
         if ctx.is_main:
             check_disk(plan, out)
         ctx.tell("plan", steps=[step.name for step in plan.steps], bytes=plan.steps[-1].payload_bytes)
@@ -150,24 +180,20 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         now = Course(source, intake.digests, intake.fingerprint, manifest.lineage if manifest else (), manifest)
         now.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
         measured: dict[str, dict[str, Any]] = {}
-        read = _tokens_read(plan, digests)
         decided: dict[int, dict[str, State]] = {}
         for number in range(len(plan.steps)):
             step = plan.steps[number]
-            inputs = inputs_of(
-                step.pass_,
-                read[step.number],
-                str(computing(ctx.dtype, source.config)),
-                taught.get(step.number, ""),
-                intake.code,
-            )
-            identity = step_id(now.fingerprint, step.pass_, ctx.seed, inputs)
-            place = out if step is plan.steps[-1] else steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}"
-            done = ctx.broadcast(kept(place, step, ctx) if ctx.is_main else None)
+            identity = id_of(step, now.fingerprint)
+            own = steps_folder(out) / stem(step.number, step.name, identity)
+            place = out if step is plan.steps[-1] else own
+            there = any(step.number == one.number for one in taken)
+            done = there or ctx.broadcast(kept(place, step, ctx) if ctx.is_main else None)
+            if done and not there:
+                taken.append(Taken(step.number, step.name, place))
             now.past.append(now.source)
             if decides(step.pass_):
                 # What it decides is the layout of its own bytes, and what the steps after it start from.
-                table = steps_folder(out) / f"{step.number}-{step.name}-{identity[:8]}.{ALLOCATION[0]}"
+                table = own.with_name(f"{own.name}.{ALLOCATION[0]}")
                 known = _decided(step, Manifest.read(place)) if done else {}
                 decided[step.number] = known or decide(step, plan.weights, now.source, now.tokens, table, ctx)
                 plan = layout(decided)
@@ -175,7 +201,7 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
             if not done:
                 line = Step(
                     id=identity, parent=now.fingerprint, text=str(step.pass_.told().line()), revision=step.pass_.revision,
-                    options=step.pass_.told().model_dump(mode="json"), inputs=inputs,
+                    options=step.pass_.told().model_dump(mode="json"), inputs=inputs_to(step),
                 )  # fmt: skip
                 corpus, teacher = corpora.get(step.number), teachers.get(step.number)
                 made = run_step(step, plan, now, line, place, intake, corpus, teacher, gates, ctx)
@@ -187,7 +213,15 @@ def run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Op
         for checkpoint in (*now.past, now.source):
             checkpoint.close()
         assert now.manifest is not None
-        return Result(out, plan, now.manifest, True, time.perf_counter() - started, measured)
+        _end(out, options, ctx)
+        return Result(out, plan, now.manifest, True, time.perf_counter() - started, measured, tuple(taken))
+
+
+def _end(out: Path, options: Options, ctx: Context) -> None:
+    """Removes the steps of a run that has ended well, if they are not to be kept."""
+    ctx.barrier()
+    if ctx.is_main and not options.keep:
+        empty(steps_folder(out))
 
 
 def _settled(ctx: Context, source: Checkpoint) -> Context:
@@ -242,7 +276,7 @@ def _model_beside(step: StepPlan, plan: Plan, source: Checkpoint, intake: Intake
 
 
 def _existing(
-    out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], teachers: dict[int, str], ctx: Context
+    out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], teachers: dict[int, str], id_of: IdOf, ctx: Context
 ) -> Manifest | None:
     """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
     if not out.exists():
@@ -263,4 +297,6 @@ def _existing(
         check_bytes(out, ctx)
         return manifest
     text = " | ".join(step.text for step in manifest.lineage)
-    raise InputError(str(out), "what this recipe makes of this source", f"another result: {text}", do)
+    there = len(list(solved(plan, [steps_folder(out), out], id_of, intake.fingerprint)))
+    fmt = plan.steps[-1].format
+    raise OtherResultError(out, f"another result: {text}", there, len(plan.steps), fmt.name if fmt is not None else "")

@@ -1,19 +1,21 @@
 """Places: where a run writes, whether it may and can, and what is kept there.
 
 OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
-OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock
+OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock. Shards may be hard links to those
+                of another run's steps (reuse.py)
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import ADAPTER_CONFIG, Checkpoint
 from compress.contract import Context
 from compress.errors import InputError, MachineError
 from compress.plan import Plan
@@ -25,6 +27,11 @@ def steps_folder(out: Path) -> Path:
     return out.parent / f"{out.name}.steps"
 
 
+def stem(number: int, name: str, identity: str) -> str:
+    """What the directory of a step is called."""
+    return f"{number}-{name}-{identity[:8]}"
+
+
 def placed(out: Path, source: Checkpoint) -> Path:
     """`out` as an absolute path. Raises InputError for a place that no run may take."""
     out = Path(os.path.abspath(out))
@@ -33,6 +40,14 @@ def placed(out: Path, source: Checkpoint) -> Path:
     if not out.name or source.path.resolve() in out.resolve().parents:
         raise InputError(str(out), "a directory outside MODEL", "one inside it", "choose another OUT")
     return out
+
+
+def based(texts: dict[str, str], out: Path) -> dict[str, str]:
+    """The texts of what lies at `out`; an adapter's config names that as its base, for PEFT takes no path from the adapter on."""
+    if ADAPTER_CONFIG not in texts:
+        return texts
+    content = {**json.loads(texts[ADAPTER_CONFIG]), "base_model_name_or_path": str(out)}
+    return {**texts, ADAPTER_CONFIG: json.dumps(content, indent=2, ensure_ascii=False) + "\n"}
 
 
 def check_disk(plan: Plan, out: Path) -> None:
@@ -93,8 +108,14 @@ def clean(out: Path, ctx: Context) -> int:
     if not folder.is_dir():
         return 0
     with locked(out, ctx):
-        freed = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for entry in folder.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return freed
+        return empty(folder)
+
+
+def empty(folder: Path) -> int:
+    """Removes all that lies in a steps folder beside the lock, which is held; returns the bytes freed."""
+    stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    for entry in folder.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    # What another run's steps are linked to stays with them.
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)

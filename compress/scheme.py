@@ -1,6 +1,6 @@
 """Scheme: what a weight's numbers mean, and its text form.
 
-Grammar (parses and prints back to the same text):
+Grammar (parses and prints back to the same text; names that other tools have, such as W4A16, stand in presets.py):
 
     scheme  = integer | float [ "-afp8" ]
     integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" ] [ "-afp8" ]
@@ -29,10 +29,12 @@ not be said), OCP's `-floor`, `-even`, which first rounds the largest value to t
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UsageError
+from compress.presets import PRESETS, near, preset
 from compress.textform import TextForm
 
 BITS = (2, 3, 4, 8)
@@ -76,16 +78,22 @@ class Scheme(TextForm):
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
-        """Reads the text form. Raises UsageError that names the part which is wrong."""
+        """Reads the text form, or the name of a preset. Raises UsageError that names the part which is wrong."""
         if isinstance(text, Scheme):
             return text
         known = isinstance(text, str)
         found = _integer(text, match) if known and (match := _INTEGER.fullmatch(text)) else None
         for pattern in _FLOATS if known and found is None else ():
             found = found or (_float(match) if (match := pattern.fullmatch(text)) else None)
+        if found is None and known and (named := preset(text)):
+            return cls.parse(named)
         if found is None:
+            guess = _guess(text) if known else ""
             expected = "a scheme such as w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4 or nvfp4"
-            raise UsageError(f"scheme '{text}'", expected, "text outside the grammar, w<bits>a16[g<group>][-asym] for integers")
+            meant = f" (did you mean '{guess}'?)" if guess else f", or {near(str(text))}"
+            raise UsageError(
+                f"scheme '{text}'", expected + meant, "text outside the grammar, w<bits>a16[g<group>][-asym] for integers"
+            )
         if found.group is not None and found.group < 8:
             raise UsageError(f"scheme '{text}'", "a group of at least 8 columns", f"g{found.group}")
         return found
@@ -138,7 +146,26 @@ class Scheme(TextForm):
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
         exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|8)a(16|8)")
         patterns = (re.sub(r"\?P<\w+>", "", text) for text in (exact, *(pattern.pattern for pattern in _FLOATS)))
-        return {"type": "string", "pattern": f"^({'|'.join(patterns)})$", "examples": ["w4a16g128", "nf4g64", "nvfp4"]}
+        return {
+            "type": "string",
+            "pattern": f"^({'|'.join([*patterns, *PRESETS])})$",
+            "examples": ["w4a16g128", "nf4g64", "nvfp4"],
+        }
+
+
+def _guess(text: str) -> str:
+    """The scheme that a text nearly spells, but for case, what parts are joined by, or activations left out."""
+    plain = re.sub(r"[-_ ]+", "", text.lower())
+    match = re.fullmatch(r"w(\d)(?:a(\d+))?(?:g(\d+))?(asym|sym)?", plain, re.ASCII)
+    if match:
+        plain = f"w{match[1]}a{match[2] or 16}{f'g{match[3]}' if match[3] else ''}{'-asym' if match[4] == 'asym' else ''}"
+    # One scale per output channel is seldom what is meant by bits alone; presets say it better.
+    guesses = {text.lower().replace("_", "-"), plain} if not match or match[3] else {text.lower()}
+    for guess in sorted(guesses - {text}):
+        if any(pattern.fullmatch(guess) for pattern in (_INTEGER, *_FLOATS)):
+            with suppress(UsageError):
+                return str(Scheme.parse(guess))
+    return ""
 
 
 def _integer(text: str, match: re.Match[str]) -> Scheme:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,15 +39,18 @@ from compress.shards import TensorRef, read_header
 
 _HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE, ADAPTER_CONFIG)
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "tokenizer*", "vocab*", "LICEN[CS]E*", "NOTICE*")
+_ID = re.compile(r"[\w-]+|[\w.-]+/[\w.-]+", re.ASCII)
+"""What a model of the Hub is called; one without an owner is old, and has no dot."""
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
 _WORKERS = 8
 
 
-def open_source(model: str, trusted: bool = False) -> Checkpoint:
+def open_source(model: str | os.PathLike[str], trusted: bool = False) -> Checkpoint:
     """Opens a directory or a model of the Hub, fetching what is not in the cache yet. Raises CompressError.
 
     `trusted` lets the Python that it brings be run, when a class of it is needed.
     """
+    model = os.fspath(model)
     if (directory := _directory(model)) is not None:
         return open_checkpoint(directory, trusted=trusted)
     repo = _look_up(model, trusted)
@@ -56,8 +60,9 @@ def open_source(model: str, trusted: bool = False) -> Checkpoint:
         return repo.assembled(lambda file: local_header(repo.folder / file))
 
 
-def open_headers(model: str, trusted: bool = False) -> Checkpoint:
+def open_headers(model: str | os.PathLike[str], trusted: bool = False) -> Checkpoint:
     """The same without the data of tensors: enough for a plan. Raises CompressError."""
+    model = os.fspath(model)
     if (directory := _directory(model)) is not None:
         return open_checkpoint(directory, trusted=trusted)
     repo = _look_up(model, trusted)
@@ -79,7 +84,9 @@ def _directory(model: str) -> Path | None:
         return Path(path)
     if os.path.exists(path):
         raise InputError(model, "a directory with config.json and safetensors", "a file", "name the directory that it is in")
-    if model.startswith((".", "/", "~")) or model.partition("@")[0].count(os.sep) > 1:
+    if model and not model.startswith((".", "/", "~")) and not _ID.fullmatch(model.partition("@")[0]):
+        raise InputError(model, "a directory, or a Hub id like owner/name", "no such directory")
+    if model.startswith((".", "/", "~")):
         raise InputError(model, "a directory with config.json and safetensors", "no such directory")
     # `./owner` is there: a slip in a path is likelier than a model of the Hub. A revision tells them apart.
     if "@" not in model and (parent := os.path.dirname(path)) and os.path.isdir(parent):
@@ -260,13 +267,19 @@ def _told(model: str, error: Exception) -> CompressError:
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(model, f"a branch, tag or commit of {name}", f"no revision '{revision or 'main'}'")
     if isinstance(error, errors.OfflineModeIsEnabled | errors.CachedRepoTreeNotFoundError):
-        do = "unset HF_HUB_OFFLINE, or name a local directory"
+        do = "name a directory that is there, or unset HF_HUB_OFFLINE to fetch it from the Hub"
+        if not _in_cache(name):
+            expected = "a directory, or a model that the Hub's cache has"
+            return InputError(model, expected, "no such directory, and nothing of it in the cache (HF_HUB_OFFLINE is set)", do)
         return MachineError(model, "the model in the Hub's cache", "not all of it, and the Hub is off (HF_HUB_OFFLINE)", do)
     if isinstance(error, errors.HfHubHTTPError):
         do = "set HF_TOKEN to a valid token" if error.response.status_code in (401, 403) else again
         return MachineError(model, answer, f"HTTP status {error.response.status_code}", do)
     if kind in _UNREACHED:
         do = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what the cache has"
+        if not _in_cache(name):
+            got = f"no such directory, and no connection to {host} ({kind})"
+            return MachineError(model, f"a directory here, or a model of {host}", got, f"name a directory that is there, or {do}")
         return MachineError(model, answer, f"no connection ({kind})", do)
     if isinstance(error, OSError) and error.errno is not None:
         do = "free some space there, or set HF_HUB_CACHE to another place"
@@ -274,3 +287,10 @@ def _told(model: str, error: Exception) -> CompressError:
     if isinstance(error, ValueError | TypeError | KeyError | AttributeError):
         return MachineError(model, answer, f"something else ({kind})", "check HF_ENDPOINT and the proxy")
     return MachineError(model, answer, f"the read was cut ({kind})", again)
+
+
+def _in_cache(name: str) -> bool:
+    """Whether the Hub's cache has anything of a model."""
+    from huggingface_hub import constants
+
+    return os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}"))

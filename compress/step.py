@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -21,7 +20,7 @@ from compress.deciding import decides
 from compress.errors import InputError, MachineError
 from compress.facts import Weight
 from compress.gate import Gate, hold
-from compress.intake import Intake, file_digest, take_in
+from compress.intake import Intake, file_digest, take_in, text_digest
 from compress.manifest import FILE, Manifest, Step
 from compress.meaning import Meaning
 from compress.places import steps_folder
@@ -134,7 +133,7 @@ def run_step(
         _verify(writer, weights, entries)
         texts = {} if step.inherits else step.texts
         files = {name: file_digest(path) for name, path in side.items()}
-        files |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        files |= {name: text_digest(name, text) for name, text in texts.items()}
         # Of what is carried a run that was killed may have left a part there.
         carried = {name: path for name, path in side.items() if path.parent != writer.path}
         made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in carried]

@@ -8,7 +8,7 @@ manifest says? Does the reader's own code, from the files alone, compute the log
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from compress.contract import Context
 from compress.errors import FormatError, Problem
 from compress.foreign import METHODS, method_of, open_foreign
 from compress.intake import take_in
+from compress.manifest import Manifest
 from compress.meaning import Meaning
 from compress.qtensor import QTensor, along_inputs
 
@@ -144,7 +145,12 @@ def read_with(
     if dtype == "auto":
         stored = config.get("dtype") or config.get("torch_dtype")
         dtype = readers.reader_named(reader).dtype or (stored if isinstance(stored, str) and stored in _ROUNDING else "float32")
-    theirs = readers.logits(reader, artifact, ids, tell, base, dtype, timeout_seconds, trusted=trusted)
+    try:
+        theirs = readers.logits(reader, artifact, ids, tell, base, dtype, timeout_seconds, trusted=trusted)
+    except FormatError as error:
+        manifest = Manifest.read(base or artifact)
+        known = [n.reason for n in (manifest.notes if manifest else ()) if n.what == "not read" and f"by {reader}:" in n.reason]
+        raise FormatError(replace(p, do=f"it is known, {known[0]}") if known else p for p in error.problems) from None
     # Readers multiply by what codes mean as it is, unless they expand them while they load.
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))

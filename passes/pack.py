@@ -5,6 +5,7 @@ Codes are moved, never rounded again. What the format's reader could not load is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ class Pack(TensorPass):
 
     format: str = Field("compressed-tensors", description="the layout to write; `compress list` shows them")
     dequantize: bool = Field(
-        False, description="tell the reader to expand the weights while loading (asymmetric codes and Conv1D need it)"
+        False,
+        description="tell the reader to expand the weights while loading (Conv1D needs it; transformers does for zero points)",
     )
 
     @field_validator("format")
@@ -58,8 +60,32 @@ class Pack(TensorPass):
         for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)):
             if part is not None and word not in fmt.holds:
                 raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _BESIDE[word])
-        fmt.refuse(weight, state)
+        try:
+            fmt.refuse(weight, state)
+        except Refusal as refusal:
+            words = re.findall(r"[\w-]+", refusal.do)
+            others = [f"pack(format={name})" for name in _holding(weight, state) if name not in (fmt.name, *words)]
+            holds = f"{' or '.join(others)}, which {'holds' if len(others) == 1 else 'hold'} it" if others else ""
+            raise Refusal(refusal.reason, "; or ".join(way for way in (refusal.do, holds) if way)) from None
         return state
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
         return value, None
+
+
+def _holding(weight: Weight, state: State) -> list[str]:
+    """The formats that hold the codes of a weight, with what stands beside them."""
+    from compress.kernels.dispatch import formats, load_format
+
+    found = []
+    for name in formats():
+        fmt = load_format(name)()
+        beside = {word for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)) if part is not None}
+        try:
+            fmt.refuse(weight, state)
+        except Refusal:
+            continue
+        # One that expands codes is for what PEFT adds to them.
+        if beside <= fmt.holds and (not fmt.expands or state.lowrank is not None):
+            found.append(name)
+    return found

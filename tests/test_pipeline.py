@@ -305,7 +305,7 @@ REFUSED = {
         RecipeError,
         "last",
     ),
-    "asymmetric for this reader": ("quantize.rtn(scheme=w4a16g32-asym) | pack", FormatError, "dequantize=true"),
+    "asymmetric for this reader": ("quantize.rtn(scheme=w8a16g32-asym) | pack", FormatError, "dequantize=true"),
     "packed embeddings": ("quantize.rtn(scheme=w4a16g32, targets=[embeddings]) | pack", FormatError, "embeddings"),
     "nothing targeted": ("quantize.rtn(scheme=w4a16g32, targets=[])", CoverageError, "no weight to work on"),
     "everything skipped": ("quantize.rtn(scheme=w4a16g32, skip=[linear])", CoverageError, "no weight to work on"),

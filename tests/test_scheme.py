@@ -1,6 +1,7 @@
 """Scheme: the grammar parses, prints back, and refuses in words."""
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from compress.errors import UsageError
 from compress.facts import State
+from compress.kernels.compressed_tensors.parts import group_of
+from compress.presets import PRESETS, remark
 from compress.scheme import BITS, Scheme
 
 
@@ -44,7 +47,13 @@ def test_known_spellings_print_back(text: str) -> None:
         ("fp8g128", "fp8"),
         ("nvfp4-m1", "nvfp4"),
         ("fp4g128-asym", "fp8"),
-        ("W4A16", "w4a16g128"),
+        ("W4A16G64", "did you mean 'w4a16g64'"),
+        ("w4a16g-128", "did you mean 'w4a16g128'"),
+        ("w4g128", "did you mean 'w4a16g128'"),
+        ("w3a16g64asym", "did you mean 'w3a16g64-asym'"),
+        ("int4", r"W4A16 \(w4a16g128\), W4A16_ASYM \(w4a16g128-asym\).*NVFP4 \(nvfp4\)"),
+        ("int3", r"preset such as W3A16 \(w3a16g128\)"),
+        ("bf16", r"W4A16 \(w4a16g128\).*FP8_DYNAMIC"),
         ("", "w4a16"),
     ],
 )
@@ -74,3 +83,34 @@ def test_the_schema_takes_what_parses_and_states_print_it(text: str) -> None:
 )
 def test_shapes_of_scales(text: str, shape: tuple[int, int]) -> None:
     assert Scheme.parse(text).grid_shape(300, 172) == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("W4A16", "w4a16g128"), ("w4a16", "w4a16"), ("W8A16", "w8a16g128"), ("W8A8", "w8a8"), ("int8", "w8a8"), ("FP8", "fp8-tensor-afp8"),
+        ("W4A16_ASYM", "w4a16g128-asym"), ("w4a16-asym", "w4a16-asym"), ("Fp8-Dynamic", "fp8-afp8"), ("fp8_block", "fp8-block-afp8"),
+        ("NVFP4", "nvfp4"), ("MXFP4", "mxfp4"), ("nvfp4a16", "nvfp4"),
+    ],
+)  # fmt: skip
+def test_presets_of_other_tools_are_schemes(text: str, scheme: str) -> None:
+    assert str(Scheme.parse(text)) == scheme
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_mean_what_compressed_tensors_means(name: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    assert re.match(Scheme.__get_pydantic_json_schema__(None, None)["pattern"], name)
+    theirs = QuantizationScheme(targets=["Linear"], **PRESET_SCHEMES[name])
+    ours = QuantizationScheme(targets=["Linear"], **group_of(Scheme.parse(name)))
+
+    def meant(args: Any) -> Any:
+        words = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic")
+        return args and [getattr(args, word) for word in words]
+
+    assert meant(ours.weights) == meant(theirs.weights)
+    # What is otherwise is said.
+    assert (meant(ours.input_activations) == meant(theirs.input_activations)) == (": " not in remark(name)), name

@@ -323,7 +323,15 @@ def test_offline_without_the_model(hub: Hub, opener: Opener, monkeypatch: pytest
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in said(NAME, MachineError, opener)
+    text = said(NAME, InputError, opener)
+    assert "no such directory, and nothing of it in the cache" in text
+    assert "unset HF_HUB_OFFLINE" in text
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("path", ["runs/w4/out", "my.model", "~nobody/model", "/nowhere/model", "./owner/name"])
+def test_a_path_that_is_not_there_is_a_missing_directory(hub: Hub, path: str) -> None:
+    assert "no such directory" in said(path, InputError)
     assert not hub.requests
 
 

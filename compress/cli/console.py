@@ -11,8 +11,12 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from compress.presets import preset, remark
+from compress.scheme import Scheme
+
 if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
+    from compress.recipe import Line, Recipe
 
 _LEAST = 12
 """Columns that a folded text keeps."""
@@ -107,6 +111,19 @@ def notes(found: Iterable[Any]) -> None:
     for note in found:
         names = f": {', '.join(note.names[:3])}{' ...' if note.count > 3 else ''}" if note.what in NAMED else ""
         text(f"{note.what}: {note.count} ({note.reason}){names}")
+
+
+def presets(recipe: Recipe) -> None:
+    """Says what schemes are that a recipe has by the names of other tools."""
+    for text in dict.fromkeys(text for line in recipe.lines for text in schemes_of(line)):
+        if preset(text) and str(Scheme.parse(text)) != text:
+            print(f"note: {remark(text)}", file=sys.stderr)
+
+
+def schemes_of(line: Line) -> list[str]:
+    """What a line of a recipe gives as schemes."""
+    values = [value for word in ("scheme", "schemes") for value in [line.options.get(word)]]
+    return [text for value in values for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
 
 
 def json_line(event: dict[str, Any]) -> None:

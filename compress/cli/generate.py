@@ -55,6 +55,8 @@ def verb(
     def load() -> Any:
         from compress import artifact
 
+        if not repack:
+            artifact.refuse_other(checkpoint, "--repack")
         return artifact.load(checkpoint.path, dtype, backend, str(where), repack)
 
     with compute_threads(threads):

@@ -41,6 +41,11 @@ AllowOvercommit = Annotated[
     bool,
     typer.Option("--allow-overcommit", help="Run what is predicted to need more memory than there is.", rich_help_panel=DANGER),
 ]
+Steps = Annotated[
+    list[Path] | None,
+    typer.Option("--steps", metavar="DIR", help="OUT of another run, or its OUT.steps: steps that it has solved are taken."),
+]
+Keep = Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the steps beside OUT when the run has ended well.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that the model brings (auto_map).", rich_help_panel=DANGER)
 ]

@@ -60,6 +60,7 @@ def verb(
 
     resolve_recipe(found)
     where = resolve_device(device)
+    console.presets(found)
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
     model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)

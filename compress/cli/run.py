@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +16,7 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.cli.progress import events
+from compress.discover import names_passes
 from compress.errors import InputError, Problem, RecipeError, UsageError
 from compress.recipe import Recipe, override, parse_one_liner
 from compress.size import parse_size
@@ -20,7 +24,7 @@ from compress.threads import available
 
 if TYPE_CHECKING:
     from compress.contract import Context, Pass
-    from compress.pipeline import Result
+    from compress.pipeline import OtherResultError, Result
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +45,8 @@ def verb(
     device: options.On = "auto",
     threads: options.Threads = None,
     fail_on: options.FailOn = None,
+    steps: options.Steps = None,
+    keep: options.Keep = True,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
     allow_overcommit: options.AllowOvercommit = False,
@@ -57,7 +63,7 @@ def verb(
     found = chosen_recipe(recipe, passes, set_)
     execute(
         found, model, out, seed, allow_skips, shard_size, dtype, device, threads, fail_on, allow_nonfinite, allow_dtype_mismatch,
-        allow_overcommit, trust_remote_code, json_, quiet,
+        allow_overcommit, trust_remote_code, json_, quiet, steps, keep,
     )  # fmt: skip
 
 
@@ -68,9 +74,12 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
     if passes is not None:
         found = parse_one_liner(passes)
     else:
-        from compress.cli.recipes import opened
+        from compress.cli.recipes import installed, opened
 
         assert recipe is not None
+        if names_passes(recipe) and recipe not in installed() and not Path(recipe).is_file():
+            do = f"give them with -p: -p {shlex.quote(recipe)}"
+            raise UsageError(f"recipe '{recipe}'", "a recipe file, or the name of a recipe that is installed", "passes", do)
         found = opened(recipe)
     return override(found, set_ or [])
 
@@ -78,7 +87,8 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
 def execute(
     recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
     dtype: str, device: str, threads: int | None, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
-    allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool,
+    allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool, steps: list[Path] | None = None,
+    keep: bool = True,
 ) -> None:  # fmt: skip
     """Runs and prints; what `run` and the command of every pass share."""
     limit = parse_size(shard_size)
@@ -86,8 +96,10 @@ def execute(
     from compress.resolve import resolve
 
     refuse_missing(resolve(recipe))  # mistakes in a recipe are told before torch is imported
+    if not quiet:
+        console.presets(recipe)
     from compress import device as devices
-    from compress.pipeline import Options, run
+    from compress.pipeline import Options, OtherResultError, run
     from compress.source import open_source
 
     devices.resolve(device, int(os.environ.get("WORLD_SIZE", "1")))
@@ -97,17 +109,39 @@ def execute(
         model = recipe.model
     elif recipe.model not in (None, model) and not quiet:
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
-    opts = Options(tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit)
+    opts = Options(
+        tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit,
+        tuple(steps or ()), keep,
+    )  # fmt: skip
     source = open_source(model, trust_remote_code)
     with events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, dtype, device, threads, receive)
-        result = run(recipe, source, out, ctx, opts)
+        try:
+            result = run(recipe, source, out, ctx, opts)
+        except OtherResultError as error:
+            if not error.solved:
+                raise
+            said = ["--seed", str(ctx.seed)] if seed is not None else []
+            said += ["--dtype", dtype] if dtype != "auto" else []
+            raise InputError(with_command(error, out, ["run", model, str(out), "-p", recipe.one_liner(), *said])) from None
     if not ctx.is_main or quiet:
         return
     if json_:
         ctx.tell("done", **summary(result))
     else:
-        report(result)
+        report(result, steps or [])
+
+
+def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Problem]:
+    """What is wrong, with the command that takes the steps that are there: as it was given but for OUT, or, of a pass, `run`."""
+    name = f"{out.name}-{error.format or 'other'}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    other = next(path for path in map(out.with_name, names) if not path.exists())
+    words = sys.argv[1:] if sys.argv[1:2] == ["run"] else run
+    given = [str(other) if Path(word) == out else word for word in words]
+    command = shlex.join(["compress", *given, "--steps", str(out)])
+    do = f"this takes {error.solved} of {error.steps} steps from there: {command}"
+    return [replace(problem, do=do) for problem in error.problems]
 
 
 def refuse_placeholders(recipe: Recipe) -> None:
@@ -166,12 +200,15 @@ def summary(result: Result) -> dict[str, object]:
         "notes": [{"what": n.what, "count": n.count, "reason": n.reason} for n in result.manifest.notes],
         "seconds": round(result.seconds, 2),
         "steps": result.measured,
+        "taken": [{"step": one.name, "where": str(one.where)} for one in result.taken],
         "fingerprint": result.manifest.fingerprint,
     }
 
 
-def report(result: Result) -> None:
-    """The last lines of a run: where, before, after, bits per weight, what to do next."""
+def report(result: Result, given: list[Path]) -> None:
+    """The last lines of a run: where, before, after, bits per weight, what to do next; `given` are the outputs to take from."""
+    from compress.places import steps_folder
+
     facts = summary(result)
     if not result.fresh:
         print(f"up to date: {result.out}")
@@ -184,6 +221,10 @@ def report(result: Result) -> None:
     console.fact("before", console.size(before))
     console.fact("after", f"{console.size(after)} ({after / before:.1%}), {weights}")
     console.fact("bits", f"{facts['bits_per_targeted_weight']} per targeted weight, {facts['bits_per_weight']} over all")
+    taken = Counter(one.folder for one in result.taken)
+    empty = [path for path in map(Path, map(os.path.abspath, given)) if not {path, steps_folder(path)} & taken.keys()]
+    for folder, number in [*taken.items(), *((path, 0) for path in empty)]:
+        console.fact("steps", f"{number} of {len(result.plan.steps)} steps taken from {folder}")
     for name, made in result.measured.items():
         if spent := made.get("spent"):
             console.fact("spent", f"{name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
@@ -191,7 +232,7 @@ def report(result: Result) -> None:
     console.fact("took", f"{result.seconds:.1f} s, peak memory {peak}")
     # Commands are to be copied: each in a line of its own, whatever it takes.
     print(f"next:     {next_command(result)}")
-    if result.manifest.format != "canonical":
+    if result.manifest.format != "canonical" and steps_folder(result.out).is_dir():
         print(f"clean:    {shlex.join(['compress', 'clean', str(result.out)])}")
 
 

@@ -1,25 +1,28 @@
 """compressed-tensors: codes for transformers and vLLM.
 
 How the codes of each scheme lie is told in parts.py. What the reader cannot hold is refused here, from experiments with
-compressed-tensors 0.20 and transformers 5.23: fused 3-D experts (no layout loads: experts stay random), asymmetric
-weights and Conv1D unless it expands at load (`dequantize`), which in turn forgets to round activations, experts that are
-asymmetric or nvfp4 (the latter silently wrong), experts of unequal schemes (loaded silently wrong), mixed schemes under
-`dequantize` (silently wrong), groups that do not divide the columns. Of whole models: dense experts that lie one by one
-(lost beside packed tensors), Llama 4's experts, and, unless expanded at load, linears whose weight transformers'
-initialisation asks for (T5, Falcon).
+compressed-tensors 0.20 and transformers 5.23: fused 3-D experts (no layout loads: experts stay random), Conv1D unless it
+expands at load (`dequantize`), which in turn forgets to round activations, experts of nvfp4 or of unequal schemes (loaded
+silently wrong), mixed schemes under `dequantize` (silently wrong), groups that do not divide the columns. Of whole models:
+dense experts that lie one by one (lost beside packed tensors), Llama 4's experts, and, unless expanded at load, linears whose
+weight transformers' initialisation asks for (T5, Falcon).
+
+Packed zero points (asymmetric) split the readers. transformers raises on their shape unless it expands at load, and for experts
+in any case; vLLM reads them since 0.8.5 where its Marlin kernel does, 4 bits in groups of 32, 64, 128 or one per row. They are
+refused where neither loads them, and else counted as not read by the one that does not. vLLM does not look at `dequantize`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from compress.contract import Format, Verdict
 from compress.errors import Refusal
-from compress.facts import State, TensorSpec, Weight
+from compress.facts import Note, State, TensorSpec, Weight, counted
 from compress.kernels.compressed_tensors import parts
 from compress.scheme import Scheme
 
@@ -33,8 +36,13 @@ VERSION = "0.20.0"
 """The version of the format that is written into config.json."""
 _ROUNDED_INPUTS = frozenset(map(Scheme.parse, ("w8a8", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8")))
 """Schemes with rounded activations that vLLM's documentation names."""
+_GROUPS = (32, 64, 128)
+"""Columns of a group that vLLM's kernels for integers take."""
 _AT_LOAD = "pack with dequantize=true: the reader then expands the weights while loading"
 _NEVER = "no artifact of this model fits this format"
+_RAISES = "5.23 and 5.24 with compressed-tensors 0.20 raise on packed zero points (size mismatch)"
+_SERVED = "vLLM's kernels take those of 4 bits in groups of 32, 64, 128 or one per row"
+_EXPANDED = "from_pretrained(quantization_config=CompressedTensorsConfig(dequantize=True)) loads it, or pack(dequantize=true)"
 _SPLIT = "transformers splits these experts in every quantized model and finds no tensors for the parts"
 
 
@@ -63,8 +71,6 @@ class CompressedTensors(Format):
             raise Refusal(f"groups of {scheme.group} do not divide {weight.columns} columns", "quantize with ragged=divide")
         if scheme.scales == "e4m3" and weight.kind == "expert":
             raise Refusal("transformers loses the scales of nvfp4 experts while loading, silently", "use mxfp4 or fp8 for them")
-        if not scheme.symmetric and weight.kind == "expert":
-            raise Refusal("the reader loads no asymmetric experts", "use a symmetric scheme for them")
         if scheme.scales in ("e8m0", "e4m3") and weight.dtype != "BF16" and not (self.dequantize and scheme.scales == "e8m0"):
             reason = f"the reader expands {scheme} to bfloat16, and this weight is {weight.dtype}"
             raise Refusal(reason, _AT_LOAD if scheme.scales == "e8m0" else "convert the model to bfloat16 first")
@@ -72,12 +78,28 @@ class CompressedTensors(Format):
             raise Refusal("with dequantize the reader no longer rounds activations", "pack without it, or use a scheme with a16")
         if scheme.inputs == "int8" and not scheme.symmetric:
             raise Refusal("no layout here has zero points beside int8 activations", "use a symmetric scheme")
-        if not scheme.symmetric and not self.dequantize:
-            raise Refusal("the reader fails on packed zero points (asymmetric)", f"{_AT_LOAD}; or use a symmetric scheme")
+        if self._raises(weight, scheme) and not _served(scheme):
+            do = "use a symmetric scheme for them" if weight.kind == "expert" else f"{_AT_LOAD}; or use a symmetric scheme"
+            raise Refusal(f"no reader loads {scheme} here: transformers {_RAISES}, {_SERVED}", do)
         if weight.transposed and not self.dequantize:
             raise Refusal("the reader re-initialises a packed Conv1D", _AT_LOAD)
         if not weight.name.endswith(".weight"):
             raise Refusal("the reader looks for names that end in .weight", "skip it")
+
+    def _raises(self, weight: Weight, scheme: Scheme) -> bool:
+        """Whether transformers raises on the zero points of a weight."""
+        return not scheme.symmetric and (weight.kind == "expert" or not self.dequantize)
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        unread = self._unread(weights, states)
+        return counted("not read", {weight.name: f"by transformers: {reason}" for weight, reason in unread})
+
+    def _unread(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[Weight, str]]:
+        """The weights that transformers raises on, and what to do."""
+        schemes = ((weight, states[weight.name].scheme) for weight in weights)
+        raising = [weight for weight, scheme in schemes if scheme is not None and self._raises(weight, scheme)]
+        ways = {True: "asymmetric experts, however they are loaded", False: _EXPANDED}
+        return [(weight, f"{_RAISES}; {ways[weight.kind == 'expert']}") for weight in raising]
 
     def refuse_together(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
         weights = model.weights
@@ -159,32 +181,50 @@ class CompressedTensors(Format):
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         schemes = {state.scheme for state in states.values() if state.scheme}
         when = "while loading" if self.dequantize else "in the first forward"
-        verdicts = [
-            Verdict(
-                "transformers",
-                "yes",
-                f"5.23 with compressed-tensors 0.20, run on 30 families; expands the weights {when}",
-            )
-        ]
-        wide = [s for s in schemes if s.bits in (2, 3)]
-        odd = [s for s in schemes if s.integer and s.group not in (None, 32, 64, 128)]
-        untold = [s for s in schemes if s.scales == "e8m0" or (s.inputs and s not in _ROUNDED_INPUTS)]
-        conv = any(w.transposed and states[w.name].scheme for w in weights)
-        if wide:
-            verdicts.append(Verdict("vllm", "no", f"no kernel for {', '.join(sorted(map(str, wide)))}"))
-        elif odd:
-            verdicts.append(Verdict("vllm", "no", f"groups other than 32, 64, 128: {', '.join(sorted(map(str, odd)))}"))
-        elif untold:
-            said = ", ".join(sorted(map(str, untold)))
-            verdicts.append(Verdict("vllm", "unknown", f"its documentation does not say it: {said}"))
-        elif conv or any(not s.symmetric for s in schemes):
-            verdicts.append(Verdict("vllm", "unknown", "asymmetric or Conv1D"))
-        else:
-            verdicts.append(Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme"))
-        mixed = len(schemes) > 1
-        sglang = "no" if mixed or wide else "unknown"
-        verdicts.append(Verdict("sglang", sglang, "mishandles mixed groups" if mixed else "not run"))
-        return verdicts
+        known = "5.23 with compressed-tensors 0.20, run on 30 families"
+        loads, reason = "yes", f"{known}; expands the weights {when}"
+        if unread := self._unread(weights, states):
+            loads, reason = "no", unread[0][1]
+        verdicts = [Verdict("transformers", loads, reason), _vllm(weights, states, schemes)]
+        asymmetric = any(not scheme.symmetric for scheme in schemes)
+        if len(schemes) > 1:
+            return [*verdicts, Verdict("sglang", "no", "mishandles mixed groups")]
+        if any(scheme.bits in (2, 3) for scheme in schemes):
+            return [*verdicts, Verdict("sglang", "no", "not run")]
+        zeros = "releases before June 2026 refuse zero points; " if asymmetric else ""
+        return [*verdicts, Verdict("sglang", "unknown", f"{zeros}not run")]
+
+
+def _served(scheme: Scheme) -> bool:
+    """Whether vLLM has a kernel for the zero points of a scheme."""
+    return scheme.bits == 4 and scheme.group in (None, *_GROUPS)
+
+
+def _vllm(weights: Sequence[Weight], states: dict[str, State], schemes: set[Scheme]) -> Verdict:
+    def said(which: Iterable[Scheme]) -> str:
+        return ", ".join(sorted(map(str, which)))
+
+    own = [(weight, scheme) for weight in weights if (scheme := states[weight.name].scheme) is not None]
+    zeros = [(weight, scheme) for weight, scheme in own if not scheme.symmetric]
+    if wide := [s for s in schemes if s.bits in (2, 3)]:
+        return Verdict("vllm", "no", f"no kernel for {said(wide)}")
+    if odd := [s for s in schemes if s.integer and s.group not in (None, *_GROUPS)]:
+        return Verdict("vllm", "no", f"groups other than 32, 64, 128: {said(odd)}")
+    if unserved := {scheme for _, scheme in zeros if not _served(scheme)}:
+        return Verdict("vllm", "no", f"no kernel for zero points of 8 bits: {said(unserved)}")
+    if untold := [s for s in schemes if s.scales == "e8m0" or (s.inputs and s not in _ROUNDED_INPUTS)]:
+        return Verdict("vllm", "unknown", f"its documentation does not say it: {said(untold)}")
+    if any(weight.transposed for weight, _ in own):
+        return Verdict("vllm", "unknown", "Conv1D")
+    if any(weight.kind == "expert" for weight, _ in zeros):
+        return Verdict("vllm", "unknown", "asymmetric experts: by its source since June 2026; not run")
+    if narrow := [weight for weight, _ in zeros if weight.in_features % 128 or weight.out_features % 64]:
+        size = f"{narrow[0].in_features} inputs and {narrow[0].out_features} outputs"
+        reason = f"its Marlin kernel takes zero points at multiples of 128 inputs and 64 outputs, here {size}; not run"
+        return Verdict("vllm", "unknown", reason)
+    if zeros:
+        return Verdict("vllm", "yes", "0.8.5 and later read packed zero points of 4 bits, by its source; not run")
+    return Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme")
 
 
 @lru_cache(maxsize=1)

@@ -8,8 +8,12 @@ Conv1D, which lies the other way round) it has
 PEFT multiplies their product by lora_alpha / r, so alpha is r: each weight's own, in rank_pattern and alpha_pattern, where
 it is not the most common one. `init_lora_weights` is true, because "loftq" would make the factors anew. The base is dense
 because PEFT asks a module for its weight, which one of a packed compressed-tensors checkpoint has not (PEFT 0.21.2 raises);
-whoever wants it in four bits has it quantized while it is loaded, with the same grid. Whoever publishes the folder writes its
-name into base_model_name_or_path.
+whoever wants it in four bits has it quantized while it is loaded, with the same grid.
+
+base_model_name_or_path becomes the absolute path of the artifact as soon as it has one (places.py): PEFT hands it to
+from_pretrained, which takes a relative one from where Python was started. Whoever moves or pushes the folder writes the new
+place or the Hub id there; the manifest's digest of this file leaves that key out, so it may be changed, and the same run into
+another directory has the same fingerprint.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS
+from compress.checkpoint import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS
 from compress.contract import Format, Verdict
 from compress.errors import Refusal
 from compress.facts import Note, State, TensorSpec, Weight, counted
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.21.2"
 """The version of PEFT that this was run with."""
+_MOVED = "base_model_name_or_path is the directory it was made in; after moving or pushing it, write its path or Hub id there"
 _PREFIX = "base_model.model."
 
 
@@ -100,11 +105,12 @@ class Peft(Format):
         return {ADAPTER_CONFIG: json.dumps(content, indent=2) + "\n"}
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        return counted("expanded", {w.name: f"{states[w.name].scheme} became the dense weights that it means" for w in weights})
+        expanded = {w.name: f"{states[w.name].scheme} became the dense weights that it means" for w in weights}
+        return [*counted("expanded", expanded), *counted("base", {ADAPTER_CONFIG: _MOVED})]
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         return [
-            Verdict("peft", "yes", f"{VERSION}, run on Llama and GPT-2; the adapter in loftq_init/ on the base above it"),
+            Verdict("peft", "yes", f"{VERSION}, run on Llama and GPT-2; AutoPeftModelForCausalLM.from_pretrained(OUT/{ADAPTER})"),
             Verdict("transformers", "no", "it reads the base alone, without the adapter"),
             Verdict("vllm", "unknown", "adapters of unequal ranks, or beside fused layers; not run"),
         ]

@@ -189,7 +189,7 @@ WRONG = {
     "output exists": (["run", "{tiny}", "{tmp}", "rtn_w4", "--set", "1.scheme=w8a16"], 3, "choose another OUT"),
     "show of a foreign directory": (["show", "{tiny}"], 3, "manifest.json"),
     "a group that does not divide": (["quantize", "rtn", "{tiny}", "{out}", "--scheme", "w4a16g128"], 4, "ragged=divide"),
-    "a reader that cannot": (["run", "{tiny}", "{out}", "-p", "quantize.rtn(scheme=w4a16g32-asym) | pack"], 5, "dequantize=true"),
+    "a reader that cannot": (["run", "{tiny}", "{out}", "-p", "quantize.rtn(scheme=w8a16g32-asym) | pack"], 5, "dequantize=true"),
     "no place to write": (["run", "{tiny}", "/proc/out", "rtn_w4", "--set", "1.scheme=w8a16"], 6, "a place to write"),
 }  # fmt: skip
 

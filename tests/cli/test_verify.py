@@ -337,5 +337,7 @@ def test_formats_ls(here: Callable[..., Said]) -> None:
     assert set(found["awq"]["w8a16g64"]) == {""}
     assert found["awq"]["w4a16g64-asym"]["vllm"][0] == "yes"
     assert found["gptq"]["w3a16g64"]["auto-gptq"][0] == "yes"
-    assert "w4a16g64-asym, dequantize" in found["compressed-tensors"]
+    assert "w8a16g64-asym, dequantize" in found["compressed-tensors"]
+    assert found["compressed-tensors"]["w4a16g64-asym"]["vllm"][0] == "yes"
+    assert found["compressed-tensors"]["w4a16g64-asym"]["transformers"][0] == "no"
     assert found["compressed-tensors"]["w4a16g64"]["transformers"][0] == "yes"

@@ -1,0 +1,156 @@
+"""Api: runs and plans, with a recipe and a model in whatever form one has.
+
+A recipe is text (`quantize.rtn(scheme=w4a16g64) | pack`), the path of a file, or a Recipe. A model is a directory or a Hub id, a
+Checkpoint, or, for `run`, a model of transformers: it is saved beside the output, by its own `save_pretrained`, and the copy is
+removed when the run has ended, however it has.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import pipeline
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.contract import Context
+from compress.discover import names_passes
+from compress.entry import enter
+from compress.errors import InputError, MachineError, RecipeError, UsageError
+from compress.pipeline import Options, Result
+from compress.plan import Plan, make_plan
+from compress.recipe import Recipe, parse_one_liner, read
+from compress.source import open_headers, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Given = str | os.PathLike[str]
+
+
+def run(
+    recipe: Recipe | Given, source: Checkpoint | PreTrainedModel | Given, out: Given, ctx: Context | None = None,
+    options: Options | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Result:  # fmt: skip
+    """Runs a recipe over a model into the directory `out`. Raises CompressError; then nothing is published.
+
+    Without `ctx` it is this process alone, on all its cores, with the recipe's own seed. A model of transformers is saved with
+    `tokenizer`, or with the one that lies where it was loaded from, if that is on this machine; calibration needs one.
+    """
+    found = recipe_of(recipe)
+    ctx = Context(seed=found.seed) if ctx is None else ctx
+    if isinstance(source, Checkpoint):
+        return pipeline.run(found, source, Path(out), ctx, options)
+    if isinstance(source, str | os.PathLike):
+        return pipeline.run(found, open_source(source), Path(out), ctx, options)
+    with _saved(source, Path(os.path.abspath(out)), tokenizer, ctx) as checkpoint:
+        return pipeline.run(found, checkpoint, Path(out), ctx, options)
+
+
+def plan_of(
+    recipe: Recipe | Given, source: Checkpoint | PreTrainedModel | Given, ctx: Context | None = None,
+    options: Options | None = None,
+) -> Plan:  # fmt: skip
+    """What `run` would make, from headers alone: exact bytes, bits, memory, readers. Raises CompressError.
+
+    A model of transformers has no headers, and is refused.
+    """
+    found, options = recipe_of(recipe), options or Options()
+    ctx = Context(seed=found.seed) if ctx is None else ctx
+    if not isinstance(source, Checkpoint | str | os.PathLike):
+        do = "save_pretrained it, and give the directory"
+        raise UsageError("source", "a directory, a Hub id or a Checkpoint, whose headers are read", type(source).__name__, do)
+    checkpoint = source if isinstance(source, Checkpoint) else open_headers(source)
+    model, meaning = enter(found, checkpoint, options.allow_dtype_mismatch)
+    return make_plan(
+        found, checkpoint, model, ctx.threads, options.allow_skips, None, options.shard_bytes, ctx.dtype, meaning
+    )  # fmt: skip
+
+
+def recipe_of(given: Recipe | Given) -> Recipe:
+    """The recipe that a text, a path or a Recipe means. Raises RecipeError."""
+    if isinstance(given, Recipe):
+        return given
+    text = os.fspath(given)
+    if isinstance(given, str) and not os.path.isfile(text):
+        if names_passes(text):
+            return parse_one_liner(text, "recipe")
+        if not text.endswith((".yaml", ".yml")):
+            expected = "passes, such as 'quantize.rtn(scheme=w4a16g64) | pack', or the path of a recipe file"
+            raise RecipeError(f"recipe '{text}'", expected, "neither", "see `compress list` for passes")
+    return read(Path(text))
+
+
+@contextmanager
+def _saved(model: Any, out: Path, tokenizer: Any, ctx: Context) -> Iterator[Checkpoint]:
+    """A model of transformers as a checkpoint beside `out`, for as long as it is needed."""
+    _refuse(model)
+    folder = Path(ctx.broadcast(_save(model, out, tokenizer) if ctx.is_main else None))
+    origin = str(model.name_or_path or "")
+    try:
+        checkpoint = open_checkpoint(folder, (Path(origin).name if Path(origin).is_dir() else origin) or type(model).__name__)
+        try:
+            yield checkpoint
+        finally:
+            checkpoint.close()
+    finally:
+        if ctx.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(model: Any, out: Path, tokenizer: Any) -> str:
+    """Saves a model and its tokenizer into a new directory beside `out`."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{out.name}.source-", dir=out.parent)
+    except OSError as error:
+        raise MachineError(
+            str(out.parent), "a place to save the model", error.strerror or str(error), "choose another OUT"
+        ) from None
+    try:
+        model.save_pretrained(folder)
+        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            do = "free some space, or choose an OUT on another disk"
+            raise MachineError(folder, "room for a copy of the model", error.strerror or str(error), do) from None
+        raise
+    return folder
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer that lies where a model was loaded from, None where nothing of it is on this machine."""
+    from transformers import AutoTokenizer
+
+    if not model.name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _refuse(model: Any) -> None:
+    """Raises UsageError for what is no model of transformers, InputError for one whose weights cannot be saved as they are."""
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
+        do = "give what its merge_and_unload() returns, or the base model"
+        raise InputError(f"source: {kind}", "a model without adapters", "one with adapters beside its weights", do)
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError("source", "a directory, a Hub id, a Checkpoint, or a model of transformers", kind)
+    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+        do = "give the directory that it was loaded from: codes are read from there as they are"
+        raise InputError(f"source: {kind}", "dense weights", "a quantized model", do)
+    away = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
+    if away:
+        got = f"{len(away)} of them on the meta device, such as {away[0]}: not loaded yet, or offloaded"
+        raise InputError(f"source: {kind}", "weights in memory", got, "load it without device_map, or give its directory")

@@ -1,0 +1,45 @@
+"""Presets: schemes by the names that llm-compressor and compressed-tensors have.
+
+Case does not matter, nor whether words are joined by `_` or `-`. What is spelled as the grammar has it, in lower case, is the
+grammar's: `w4a16` has one scale per output channel, `W4A16` groups of 128.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ALONE = "weights only: activations stay in 16 bits"
+PRESETS = {
+    "W2A16": "w2a16g128", "W3A16": "w3a16g128", "W4A16": "w4a16g128", "W4A16_ASYM": "w4a16g128-asym", "W8A16": "w8a16g128",
+    "W2A8": "w2a8g128", "W3A8": "w3a8g128", "W4A8": "w4a8g128", "W4AFP8": "w4a8g128-afp8", "W8A8": "w8a8", "INT8": "w8a8",
+    "FP8": "fp8-tensor-afp8", "FP8_DYNAMIC": "fp8-afp8", "FP8_BLOCK": "fp8-block-afp8",
+    "NVFP4": "nvfp4", "NVFP4A16": "nvfp4", "MXFP4": "mxfp4", "MXFP4A16": "mxfp4",
+}  # fmt: skip
+_DIFFERS = {
+    "FP8": "activations get a scale per token as the model runs, not one that is measured before",
+    "NVFP4": _ALONE, "MXFP4": _ALONE,
+}  # fmt: skip
+"""What of a preset is otherwise here."""
+_USUAL = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4")
+
+
+def preset(text: str) -> str | None:
+    """The scheme of a name, as its own text; None for what is no name of a preset."""
+    return PRESETS.get(_plain(text))
+
+
+def remark(text: str) -> str:
+    """`W4A16 is w4a16g128 here`, with what is otherwise than elsewhere."""
+    differs = _DIFFERS.get(_plain(text))
+    return f"{text} is {preset(text)} here" + (f": {differs}" if differs else "")
+
+
+def near(text: str) -> str:
+    """Which presets are meant by a text that is neither one nor a scheme."""
+    bits = re.search(r"(?<!\d)([2-8])(?!\d)", text)
+    listed = [name for name in PRESETS if bits is not None and bits[1] in re.findall(r"\d+", name.partition("A")[0])]
+    return f"a preset such as {', '.join(f'{name} ({PRESETS[name]})' for name in listed or _USUAL)}"
+
+
+def _plain(text: str) -> str:
+    return text.strip().upper().replace("-", "_")
