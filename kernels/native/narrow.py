@@ -1,4 +1,4 @@
-"""Narrow: on disk, a matrix without what pads its last chunk; as it is in memory again when loaded.
+"""Narrow: on disk, no bytes for columns that only fill a chunk; in memory, all.
 
 Where chunks do not divide the columns, and there is more than one, the last chunk is not among NAME.tiles. Its columns are
     NAME.rest    uint8 [experts?, rows, bytes]   code j of a row at bits b j up, rows of whole 32-bit words, as in bitstream.py
