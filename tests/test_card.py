@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from compress.card import KEPT, README, carried
+from compress.card import KEPT, README, card, carried
 from compress.checkpoint import open_checkpoint
 from compress.contract import Context
 from compress.errors import InputError
 from compress.intake import file_digest
-from compress.manifest import Manifest
+from compress.manifest import Manifest, Source
 from compress.verify import verify_bytes
 from support import do, ready_inputs, run, step_of, tiny_llama
 
@@ -117,6 +117,20 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
     assert "# a\\]\\(http\\:x\\)\\|\\<script\\>\\`\\` \\# b, by compress" in said
     assert "| base model | ``` a](http:x)\\|<script>`` # b ``` |" in said
     assert 'license: "mit"' in said
+
+
+def test_a_model_of_the_hub_is_named_for_its_index(source: Path, tmp_path: Path) -> None:
+    manifest = run(source, tmp_path / "out", RTN).manifest
+    for name, licence, head in (
+        ("org/tiny", "mit", '---\nbase_model: "org/tiny"\nlicense: "mit"\n---\n'),
+        ("org/tiny", "a: b", '---\nbase_model: "org/tiny"\nlicense: "gpl-3.0"\n---\n'),
+        ("org/ti\nny", None, '---\nlicense: "gpl-3.0"\n---\n'),
+    ):
+        found = manifest.model_copy(update={"source": Source(name=name, commit="c0ffee", licence=licence, fingerprint="f")})
+        said = card(found, 10, {"architectures": ["__import__('os')"]}, (), "gpl-3.0")
+        assert said.startswith(head)
+        assert "commit `c0ffee`" in said
+        assert "__import__" not in said
 
 
 def test_only_what_tells_of_the_source_is_renamed(tmp_path: Path) -> None:
