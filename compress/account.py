@@ -22,7 +22,7 @@ from compress.trust import NOTE, code_notes
 
 LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
-    "smoothed", NOTE,
+    "smoothed", "default text", NOTE,
 )  # fmt: skip
 """Counted lines that stay true of a checkpoint through later steps."""
 
@@ -60,8 +60,8 @@ def account(
         notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
     kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
     said = {(note.what, note.reason, note.names) for note in kept}
-    ran = code_notes(source, "model") + (code_notes(teacher, "teacher") if teacher else [])
-    notes += [note for note in ran if (note.what, note.reason, note.names) not in said]
+    notes += code_notes(source, "model") + (code_notes(teacher, "teacher") if teacher else [])
+    notes = [note for note in notes if (note.what, note.reason, note.names) not in said]
     return Manifest(
         compress_version=__version__,
         parent=lineage[-1].parent,

@@ -26,6 +26,7 @@ from compress.facts import Note, State, Weight, counted
 from compress.foreign import method_of
 from compress.kernels.native.layout import Native
 from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Stack, hollow, hollow_experts
+from compress.kernels.native.narrow import whole
 from compress.kernels.native.packed import Packed, pack
 from compress.mapping import Group, Mapping
 from compress.meaning import Meaning
@@ -215,12 +216,12 @@ class Filling:
             module.awaited_bytes = sum(map(self._nbytes, sources))
 
     def _nbytes(self, name: str) -> int:
-        """What a weight takes in memory as it is stored, or would be."""
+        """What a weight takes in memory, packed."""
         if name not in self.weights:
             return self._weight(name).numel * self.dtype.itemsize
         fmt = self.meaning.format if self.native else Native()
-        assert fmt is not None
-        return sum(spec.nbytes for spec in fmt.specs(*self.weights[name]))
+        assert isinstance(fmt, Native)
+        return fmt.memory_bytes(*self.weights[name])
 
     def readers(self, name: str) -> list[Any]:
         """The modules that read a packed parameter, those that are tied to it included."""
@@ -313,5 +314,7 @@ class Filling:
         for spec in self.meaning.specs(name):
             read = self.meaning.checkpoint.read
             part = read(spec.name) if index is None else read(spec.name, index, index + 1)[0]
-            parts[spec.name.rpartition(".")[2]] = part.to(place.first)
-        return Packed(state, weight.rows, weight.columns, parts)
+            parts[spec.name.rpartition(".")[2]] = part
+        if state.scheme is not None:
+            parts = whole(parts, state.scheme, weight.columns)
+        return Packed(state, weight.rows, weight.columns, {name: part.to(place.first) for name, part in parts.items()})

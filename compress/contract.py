@@ -5,11 +5,9 @@
     LinearPass   weight by weight, from what it reads        driver: sweep
     TrainPass    the whole model, by gradients of a loss     driver: train
 
-A fifth, which decides what another one then does, stands in deciding.py.
-
-A pass module defines exactly one Pass class. Its fields are the recipe keys, the flags and the help text; its
-docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
-help and plans of recipes start fast.
+A fifth, which decides what another one then does, stands in deciding.py. A pass module defines exactly one Pass class. Its
+fields are the recipe keys, the flags and the help text; its docstring's first line is its line in `compress list`. Modules of
+passes import torch inside their methods only, so that help and plans of recipes start fast.
 """
 
 from __future__ import annotations
@@ -129,6 +127,10 @@ class DataPass(Pass):
     def gather(self, model: Checkpoint, seed: int) -> Corpus:
         """The tokens, by the tokenizer of `model`. Raises InputError for texts that cannot be used."""
         raise TypeError(f"{type(self).__name__} gathers nothing")
+
+    def notes(self) -> list[Note]:
+        """Counted lines about what it reads."""
+        return []
 
 
 class WeightPass(Pass):

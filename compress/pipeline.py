@@ -248,6 +248,8 @@ def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
         found[0] = Corpus.load(source.path / CALIBRATION)
     for step in plan.steps:
         if isinstance(step.pass_, DataPass):
+            for note in step.pass_.notes():
+                ctx.tell("notice", step=step.name, text=f"{note.what}: {note.reason}")
             found[step.number] = step.pass_.gather(source, ctx.seed)
         elif isinstance(step.pass_, TrainPass) and (texts := step.pass_.texts()) is not None:
             found[step.number] = build_for(texts, source, ctx.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -183,13 +184,13 @@ def make_plan(
             raise RecipeError(where, "pack as the last pass", f"a pass after {packed_by}", "move it before pack")
         if isinstance(pass_, DataPass):
             tokens, length = pass_.tokens_at_most()
+            shared += pass_.notes()
             last = number == len(passes)
             steps.append(_data_step(number, pass_, last, weights, states, shared, checkpoint, written, shard_bytes))
             continue
         assert isinstance(pass_, WeightPass)
         if not tokens and reads_tokens(pass_):
-            more = ", or give it data=..." if isinstance(pass_, TrainPass) else ""
-            raise RecipeError(where, "calibration tokens", "none", f"put calibrate(data=...) before it{more}")
+            raise RecipeError(where, "calibration tokens", "none", _calibrated(recipe, number, pass_))
         fmt: Format | None = pass_.target_format()
         packed_by = pass_.pass_name() if fmt is not None else ""
         if fmt is not None:
@@ -239,6 +240,14 @@ class _Run:
     """Of a packed source."""
     decided: Mapping[str, State] | None
     """What this step has decided."""
+
+
+def _calibrated(recipe: Recipe, number: int, pass_: WeightPass) -> str:
+    """What to run where the pass of that line has no tokens."""
+    lines = [str(line).removesuffix("()") for line in recipe.lines]
+    whole = shlex.quote(" | ".join([*lines[: number - 1], "calibrate", *lines[number - 1 :]]))
+    more = ", or give it data=..." if isinstance(pass_, TrainPass) else ""
+    return f"compress run MODEL OUT -p {whole}; calibrate(data=...) reads your text, not the one that ships{more}"
 
 
 def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:

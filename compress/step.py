@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.account import account
 from compress.ancestor import Ancestor
 from compress.balancing import SpacePass
+from compress.card import KEPT, README, card, carried, licence_of
 from compress.checkpoint import ALLOCATION, CALIBRATION, TRAINING, Checkpoint, open_checkpoint
 from compress.contract import CompensatingPass, Context, DataPass, TrainPass, WeightPass, sweeps
 from compress.decide import record
@@ -122,7 +124,7 @@ def run_step(
     ctx.barrier()
     measured: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3), **({"spent": spent} if spent else {})}
     if ctx.is_main:
-        side = {name: now.source.path / name for name in now.source.side_files if name != CALIBRATION}
+        side = carried({name: now.source.path / name for name in now.source.side_files if name != CALIBRATION})
         if now.tokens is not None and step.format is None:
             side[CALIBRATION] = now.tokens
         if corpus is not None and isinstance(step.pass_, DataPass):
@@ -134,20 +136,34 @@ def run_step(
         texts = {} if step.inherits else step.texts
         files = {name: file_digest(path) for name, path in side.items()}
         files |= {name: text_digest(name, text) for name, text in texts.items()}
-        # Of what is carried a run that was killed may have left a part there.
-        carried = {name: path for name, path in side.items() if path.parent != writer.path}
-        made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in carried]
+        # Of what is copied a run that was killed may have left a part there.
+        copied = {name: path for name, path in side.items() if path.parent != writer.path}
+        made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in copied]
         files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
         taught_by = None if teacher is None else teacher.checkpoint
         manifest = account(
             step, weights, now.source, now.manifest, (*now.lineage, line), intake, taught_by, entries, files, measured, ctx
         )
         hold(gates, manifest)
+        if not step.inherits:
+            manifest, texts = _with_card(manifest, step, plan, texts, side)
         ctx.tell("publish", step=step.name)
-        writer.seal({**texts, FILE: manifest.to_text()}, carried.values())
+        writer.seal({**texts, FILE: manifest.to_text()}, copied)
         _publish(writer, step, plan, place)
     ctx.barrier()
     return measured
+
+
+def _with_card(
+    manifest: Manifest, step: StepPlan, plan: Plan, texts: dict[str, str], side: dict[str, Path]
+) -> tuple[Manifest, dict[str, str]]:
+    """The manifest and the texts of a step with the README.md that tells of it."""
+    licence = licence_of(side.get(KEPT[README]))
+    text = card(
+        manifest, step.payload_bytes, json.loads(step.texts["config.json"]), plan.verdicts if step.format else (), licence
+    )
+    files = {**manifest.files, README: text_digest(README, text)}
+    return manifest.model_copy(update={"files": files}).sealed(), {**texts, README: text}
 
 
 def _publish(writer: Writer, step: StepPlan, plan: Plan, place: Path) -> None:

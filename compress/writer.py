@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,14 +170,14 @@ class Writer:
             self._descriptors.clear()
             self._journal_stream.close()
 
-    def seal(self, texts: dict[str, str], side_files: Iterable[Path]) -> None:
-        """Adds index, texts and side files, and makes all of it durable; then only the rename is left to do."""
+    def seal(self, texts: dict[str, str], side_files: Mapping[str, Path]) -> None:
+        """Adds index, texts and side files, by name, and makes all of it durable; then only the rename is left to do."""
         with _said(self.path):
             index = index_file(self.shards)
             for name, text in [*([index] if index else []), *texts.items()]:
                 (self.path / name).write_text(text, encoding="utf-8")
-            for file in side_files:
-                shutil.copyfile(file, self.path / file.name)
+            for name, file in side_files.items():
+                shutil.copyfile(file, self.path / name)
             for entry in self.path.rglob("*"):
                 _fsync(entry)
             _fsync(self.path)

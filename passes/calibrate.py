@@ -6,12 +6,15 @@ packed. Nothing but tokens is kept: every pass that needs statistics folds its o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.contract import DataPass
+from compress.corpus import shipped
+from compress.facts import Note
 from compress.kinds import TextPass
+from compress.recipe import Line
 
 if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
@@ -22,11 +25,13 @@ class Calibrate(TextPass, DataPass):
     """Chooses documents, tokenizes them, and cuts them into samples."""
 
     data: tuple[str, ...] = Field(
-        description="sources: .jsonl, .txt, .parquet, - for stdin, hf:NAME[:CONFIG][@REVISION], or ready inputs in .safetensors"
+        (),
+        description="sources: .jsonl, .txt, .parquet, - for stdin, hf:NAME[:CONFIG][@REVISION], or ready inputs in .safetensors; "
+        "without them, the mixed text that ships with compress",
     )
     weights: tuple[float, ...] = Field((), description="share of the samples from each source; equal without it")
-    samples: int = Field(128, description="how many samples")
-    length: int = Field(2048, description="tokens in each sample")
+    samples: int = Field(128, description="how many samples; without data 64")
+    length: int = Field(2048, description="tokens in each sample; without data 512")
     packing: Literal["concatenate", "pad"] = Field(
         "concatenate", description="cut samples from documents joined to a stream, or take one document for each and pad it"
     )
@@ -40,16 +45,36 @@ class Calibrate(TextPass, DataPass):
     field: str = Field("text", description="where a record has its text or its messages")
     split: str = Field("train", description="split of a dataset")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_what_ships(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("data"):
+            return given
+        return {"samples": shipped.SAMPLES, "length": shipped.LENGTH, **given}
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
+        fields = type(self).model_fields
+        given = [name for name in ("weights", "chat", "field", "split") if getattr(self, name) != fields[name].default]
+        if given and not self.data:
+            raise ValueError(f"{', '.join(given)}: only with data, not of the mixed text that ships with compress")
         self.sound(self.spec)
         return self
+
+    def line(self) -> Line:
+        line = super().line()
+        # Their defaults are those of data that is named.
+        numbers = {} if self.data else {"samples": self.samples, "length": self.length}
+        return Line(line.name, {**numbers, **line.options})
 
     def spec(self) -> CorpusSpec:
         """What to draw. Raises UsageError."""
         from compress.corpus import CorpusSpec
 
-        return CorpusSpec(**self.model_dump())
+        return CorpusSpec(**{**self.model_dump(), "data": self.data or (str(shipped.path()),)})
+
+    def notes(self) -> list[Note]:
+        return [] if self.data else [Note("default text", shipped.told(), (shipped.path().name,))]
 
     def tokens_at_most(self) -> tuple[int, int]:
         return self.samples * self.length, self.length

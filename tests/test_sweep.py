@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -311,7 +312,7 @@ def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> No
 
 def test_what_cannot_be_swept_is_refused_before_any_work(made: Any, tmp_path: Path) -> None:
     calibrate = CALIBRATE.format(ready_inputs(), 6)
-    with pytest.raises(RecipeError, match="put calibrate"):
+    with pytest.raises(RecipeError, match=re.escape("MODEL OUT -p 'calibrate | quantize.gptq(")):
         do(made("llama"), tmp_path / "out", GPTQ)
     with pytest.raises(CoverageError, match="cannot be watched"):
         do(made("llama4"), tmp_path / "out", f"{calibrate} | {GPTQ}")

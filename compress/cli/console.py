@@ -140,6 +140,8 @@ def remarks(event: dict[str, Any]) -> None:
     """What a person must hear of even when nobody watches the progress."""
     if event["event"] == "damaged":
         print(f"note: {event['where']} was damaged and is made again\n{event['reason']}", file=sys.stderr)
+    elif event["event"] == "notice":
+        print(f"note: {event['step']}: {event['text']}", file=sys.stderr)
     elif event["event"] == "code":
         _warn_of(event["model"], event["files"])
 

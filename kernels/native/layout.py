@@ -6,8 +6,9 @@ A weight `NAME` becomes, as tiles.py and kernels/README.md tell bit by bit,
     NAME.zero    uint8, in the shape of scale, where the scheme has zero points
 FP8's scales of a matrix or of blocks, nvfp4's tensor_scale, outliers and low-rank factors are those of the canonical form.
 Of a weight of pattern 2:4, in codes of symmetric w4 or in none, half is left out where that takes less: NAME.tiles holds what
-is kept, and NAME.indices where it was, as sparse.py tells. Nothing is rounded. Embeddings, heads and fused experts lie like any
-other matrix; a Conv1D keeps its rows, its inputs.
+is kept, and NAME.indices where it was, as sparse.py tells. Where chunks do not divide the columns, NAME.rest holds those of the
+last one, as narrow.py tells; in memory it is a chunk like the others. Nothing is rounded. Embeddings, heads and fused experts lie
+like any other matrix; a Conv1D keeps its rows, its inputs.
 
 config.json says of every packed weight what a reader needs, so that it needs no manifest. Refused are groups that do not
 end where a half-precision product does, and what transformers splits or permutes while it loads.
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
+from compress import qtensor
 from compress.checkpoint import CANONICAL, NATIVE, Checkpoint
 from compress.contract import Format, Verdict
 from compress.errors import InputError, Refusal
@@ -37,6 +39,8 @@ VERSION = 1
 """The version of the layout and of what config.json says of it."""
 HALVED = 2
 """The version where half of a weight may be left out, which a reader of the first would take for damage."""
+NARROW = 3
+"""The version where the last chunk of a weight may lie apart."""
 _LEAST_GROUP = 16
 
 
@@ -47,9 +51,13 @@ class Native(Format):
     holds = frozenset({"outliers", "lowrank"})
     _there: frozenset[str] | None = None
     """In a checkpoint that is read, the weights of which half is left out."""
+    _cut: frozenset[str] | None = None
+    """In a checkpoint that is read, those whose last chunk lies apart."""
 
     def reading(self, checkpoint: Checkpoint) -> Self:
-        self._there = frozenset(name.removesuffix(".indices") for name in checkpoint.refs if name.endswith(".indices"))
+        self._there, self._cut = (
+            frozenset(name.removesuffix(end) for name in checkpoint.refs if name.endswith(end)) for end in (".indices", ".rest")
+        )
         return self
 
     def plain(self, weight: Weight, state: State) -> str:
@@ -82,7 +90,19 @@ class Native(Format):
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
         if self.plain(weight, state):
             return [TensorSpec(weight.name, weight.dtype, weight.shape)]
-        return _specs(weight, state, halved=not self._zeros(weight, state))
+        return _specs(weight, state, not self._zeros(weight, state), self._rest(weight, state))
+
+    def _rest(self, weight: Weight, state: State) -> int:
+        """Columns of the last chunk, where it lies apart; else 0."""
+        from compress.kernels.native import narrow
+
+        if state.scheme is None or not self._zeros(weight, state) or (self._cut is not None and weight.name not in self._cut):
+            return 0
+        return narrow.rest(weight.columns, state.scheme.bits)
+
+    def memory_bytes(self, weight: Weight, state: State) -> int:
+        """What a packed weight takes once it is loaded."""
+        return _nbytes(_specs(weight, state, not self._zeros(weight, state)))
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
         from compress.qtensor import specs
@@ -91,9 +111,13 @@ class Native(Format):
         return {spec.name: spec.name for spec in self.specs(weight, state) if (spec.name, spec.shape) in same}
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
+        from compress.kernels.native import narrow
         from compress.kernels.native.packed import pack
 
-        return {f"{weight.name}.{part}": tensor for part, tensor in pack(value).items()}
+        parts = pack(value)
+        if narrow.rest(weight.columns, value.scheme.bits):
+            parts = narrow.cut(parts, value)
+        return {f"{weight.name}.{part}": tensor for part, tensor in parts.items()}
 
     def encode_as(self, weight: Weight, state: State, value: Any) -> dict[str, torch.Tensor]:
         from compress.kernels.native import packed, sparse
@@ -108,21 +132,23 @@ class Native(Format):
         return {f"{weight.name}.{part}": tensor for part, tensor in parts.items()}
 
     def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor | torch.Tensor:
-        from compress.kernels.native import sparse
+        from compress.kernels.native import narrow, sparse
         from compress.kernels.native.packed import Packed
 
         parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
         if "indices" in parts and not sparse.sound(parts["indices"]):
             raise InputError(f"'{weight.name}.indices'", "two places in each four columns", "others", "make the artifact anew")
-        packed = Packed(state, weight.rows, weight.columns, parts)
-        return packed.values() if state.scheme is None else packed.unpack()
+        if state.scheme is None:
+            return Packed(state, weight.rows, weight.columns, parts).values()
+        return Packed(state, weight.rows, weight.columns, narrow.whole(parts, state.scheme, weight.columns)).unpack()
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
         alike: dict[tuple[str, str, tuple[int, ...], bool], list[str]] = defaultdict(list)
         version = VERSION
         for w in model.weights:
             if not self.plain(w, states[w.name]):
-                version = version if self._zeros(w, states[w.name]) else HALVED
+                version = max(version, HALVED if not self._zeros(w, states[w.name]) else VERSION)
+                version = max(version, NARROW if self._rest(w, states[w.name]) else VERSION)
                 alike[str(states[w.name]), w.dtype, w.shape, w.transposed].append(w.name)
         names = [name for members in alike.values() for name in members]
         weights = [
@@ -134,17 +160,17 @@ class Native(Format):
 
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
         where, config = str(checkpoint.path / "config.json"), checkpoint.config["quantization_config"]
-        if config.get("version") not in (VERSION, HALVED):
+        if config.get("version") not in (VERSION, HALVED, NARROW):
             got = f"version {config.get('version')!r} of the native format"
-            raise InputError(where, f"version {VERSION} or {HALVED}, which are read here", got, "update compress")
+            raise InputError(where, f"version {VERSION}, {HALVED} or {NARROW}, which are read here", got, "update compress")
         packed = [name.removesuffix(".tiles") for name in checkpoint.refs if name.endswith(".tiles")]
-        halved = [name.removesuffix(".indices") for name in checkpoint.refs if name.endswith(".indices")]
+        beside = [name.rpartition(".")[0] for name in checkpoint.refs if name.endswith((".indices", ".rest"))]
         found: dict[str, tuple[Weight, State]] = {}
         try:
             for entry in config["weights"]:
                 state, shape = State.parse(entry["state"]), tuple(map(int, entry["shape"]))
                 rule = re.compile("|".join(n[3:] if n.startswith("re:") else re.escape(n) for n in entry["names"]))
-                for name in filter(rule.fullmatch, (*packed, *halved)):
+                for name in filter(rule.fullmatch, (*packed, *beside)):
                     transposed, module = bool(entry.get("transposed")), name.rpartition(".")[0]
                     found[name] = (Weight(name, str(entry["dtype"]), shape, transposed=transposed, module=module), state)
         except (KeyError, TypeError, ValueError, re.error) as error:
@@ -158,7 +184,24 @@ class Native(Format):
 
         masked = [weight for weight in weights if states[weight.name].sparsity == PATTERN]
         reasons = {weight.name: reason for weight in masked if (reason := self._zeros(weight, states[weight.name]))}
-        return counted("zeros", {name: f"of 2:4 are stored: {reason}" for name, reason in reasons.items()})
+        found = counted("zeros", {name: f"of 2:4 are stored: {reason}" for name, reason in reasons.items()})
+        return [*found, *counted("padded", {w.name: said for w in weights if (said := self._padding(w, states[w.name]))})]
+
+    def _padding(self, weight: Weight, state: State) -> str:
+        """What it costs that chunks of columns are whole; empty where it costs nothing."""
+        from compress.kernels.native import sparse, tiles
+
+        if state.scheme is None:
+            return ""
+        chunk = sparse.chunk(coded=True) if not self._zeros(weight, state) else tiles.chunk(state.scheme.bits)
+        columns = -(-weight.columns // chunk) * chunk
+        if columns == weight.columns:
+            return ""
+        disk = _nbytes(self.specs(weight, state)) * 8 / weight.numel
+        memory = self.memory_bytes(weight, state) * 8 / weight.numel
+        where = f"{disk:.2f} bits on disk, {memory:.2f} in memory"
+        bare = _nbytes(qtensor.specs(weight, state)) * 8 / weight.numel
+        return f"{weight.columns} columns fill {columns}, in chunks of {chunk}: {where}, {bare:.2f} without padding"
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         return [
@@ -168,8 +211,9 @@ class Native(Format):
         ]
 
 
-def _specs(weight: Weight, state: State, halved: bool = False) -> list[TensorSpec]:
-    """The tensors of a packed weight, all of it or half of it left out."""
+def _specs(weight: Weight, state: State, halved: bool = False, rest: int = 0) -> list[TensorSpec]:
+    """The tensors of a packed weight: all of it, half of it left out, or with so many columns of the last chunk apart."""
+    from compress.algebra.bitstream import row_bytes
     from compress.kernels.native import packed, sparse, tiles
     from compress.qtensor import part_specs
 
@@ -177,12 +221,15 @@ def _specs(weight: Weight, state: State, halved: bool = False) -> list[TensorSpe
     if scheme is None:
         return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in sparse.specs(weight, state).items()]
     lead = () if weight.experts is None else (weight.experts,)
-    words = tiles.shape(weight.rows, weight.columns, scheme.bits)
+    words = tiles.shape(weight.rows, weight.columns - rest, scheme.bits)
     codes = sparse.specs(weight, state) if halved else {"tiles": ("I16", (*lead, *words))}
+    if rest:
+        codes["rest"] = ("U8", (*lead, weight.rows, row_bytes(rest, scheme.bits)))
     found = {**codes, **part_specs(weight, state)}
     del found["codes"]
     if packed.by_row(scheme):
-        grid = (*lead, words[0], packed.groups_of(scheme, weight.columns, halved), tiles.ROWS)
+        groups = scheme.groups(weight.columns) if rest else packed.groups_of(scheme, weight.columns, halved)
+        grid = (*lead, words[0], groups, tiles.ROWS)
         found |= {part: (found[part][0], grid) for part in ("scale", "zero") if part in found}
     return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in found.items()]
 

@@ -20,7 +20,7 @@ from compress.qtensor import PARTS as CANONICAL_PARTS
 from compress.qtensor import QTensor, parts_beside, with_beside
 from compress.scheme import Scheme
 
-PARTS = ("tiles", "indices", *CANONICAL_PARTS)
+PARTS = ("tiles", "rest", "indices", *CANONICAL_PARTS)
 """What may follow a weight's name on disk."""
 
 

@@ -51,5 +51,5 @@ CASES = {
     "the same file twice": _case(LINES, "each source once", "twice", more="--data {work}/data.jsonl", status=2),
     "a parquet that is none": _case("PAR1", "data.parquet", "a sound parquet file", name="data.parquet"),
     "ready inputs that are none": _case(b"\0" * 100, "data.safetensors", "a header that is a JSON object", name="data.safetensors"),
-    "no data": Case(2, ("calibrate.data", "sources", "nothing", "give data=..."), "calibrate {model} {out}", base="demo"),
+    "options of data that is not named": Case(2, ("chat, split: only with data",), "calibrate {model} {out} --chat --split test", base="demo"),
 }  # fmt: skip

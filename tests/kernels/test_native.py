@@ -77,10 +77,13 @@ def test_a_stranger_reads_an_artifact_with_the_page_alone(scheme: str, tmp_path:
     meaning = Meaning(artifact, rounded=False)
     for name in [f"model.layers.1.{part}.weight" for part in ("self_attn.k_proj", "mlp.down_proj")]:
         parts = {
-            part: artifact.read(f"{name}.{part}") for part in ("tiles", "scale", "zero") if f"{name}.{part}" in artifact.refs
+            part: artifact.read(f"{name}.{part}")
+            for part in ("tiles", "rest", "scale", "zero")
+            if f"{name}.{part}" in artifact.refs
         }
-        zero = parts["zero"].numpy() if "zero" in parts else None
-        found = reader["integers"](reader["entry_of"](config, name), parts["tiles"].numpy(), parts["scale"].float().numpy(), zero)
+        zero, rest = (parts[part].numpy() if part in parts else None for part in ("zero", "rest"))
+        entry, tiled, scale = reader["entry_of"](config, name), parts["tiles"].numpy(), parts["scale"].float().numpy()
+        found = reader["integers"](entry, tiled, scale, zero, rest=rest)
         assert torch.equal(torch.from_numpy(found), meaning.dense(name))
 
 

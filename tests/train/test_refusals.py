@@ -58,7 +58,7 @@ def test_options_that_make_no_sense_are_one_clear_error(options: str, said: str,
 
 
 def test_without_texts_and_without_tokens_it_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=re.escape("put calibrate(data=...) before it, or give it data=...")):
+    with pytest.raises(RecipeError, match=re.escape("-p 'calibrate | distill.logits'; calibrate(data=...) reads")):
         do(tiny, tmp_path / "out", "distill.logits")
 
 
