@@ -152,7 +152,9 @@ def train_bytes(
         expanded, activations = 2 * expanded // blocks, 2 * activations // blocks
     trained = sum(learned(weight, states[weight.name]) for weight in touched)
     masks = sum(weight.numel for weight in touched if states[weight.name].sparsity is not None)
-    logits = 4 * tokens * (size_of(config, "vocab_size") or 0) * element_bytes + (640 << 20)
+    vocabulary = size_of(config, "vocab_size") or 0
+    # All of both models', with gradients; and ten arrays of what the loss takes at a time, in fp32.
+    logits = 4 * tokens * vocabulary * element_bytes + 10 * min(64 << 20, 4 * tokens * vocabulary)
     resident = model + 16 * trained + masks + expanded + activations + teacher * element_bytes + logits
     return resident, 2 * 12 * trained
 

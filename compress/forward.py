@@ -7,7 +7,9 @@ their hidden states stay. Logits are made one batch at a time, when they are ask
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from compress.journey import Call, Journey, Roads
 from compress.meaning import Meaning
 from compress.skeleton import Skeleton
 from compress.writer import trim_memory
+
+_TOGETHER_BYTES = 256 << 20
+"""Weights of a block, in fp32, that are read side by side; those of a larger one are read one after the other."""
 
 
 class Forward:
@@ -78,8 +83,14 @@ class Forward:
         self.skeleton.release_visitors()
         return held
 
-    def logits(self, windows: list[torch.Tensor], passed: Callable[[], None] = lambda: None) -> Generator[torch.Tensor]:
-        """Logits of each batch of `windows`, in order; `passed` is called after each block. Close it to release the head."""
+    def logits(
+        self, windows: list[torch.Tensor], passed: Callable[[], None] = lambda: None, team: Executor | None = None
+    ) -> Generator[torch.Tensor]:
+        """Logits of each batch of `windows`, in order; `passed` is called after each block. Close it to release the head.
+
+        A `team` reads a block's weights side by side, and takes batches through it side by side.
+        """
+        spread = map if team is None else team.map
         journeys = [Journey(self.skeleton, self.inputs(ids)) for ids in windows]
         waiting: list[tuple[Any, ...]] = [()] * len(journeys)
         try:
@@ -88,8 +99,9 @@ class Forward:
                     calls = [call, *(other for j, w in zip(journeys[1:], waiting[1:]) if (other := j.advance(*w)))]
                     assert [other.block for other in calls] == [call.block] * len(journeys)
                     self.skeleton.release_visitors()
-                    self.skeleton.load(call.block.path)
-                    waiting = [(roads.visit(other).finish(),) for other in calls]
+                    nbytes = sum(4 * p.numel() for p in self.skeleton.module_at(call.block.path).parameters())
+                    self.skeleton.load(call.block.path, spread if nbytes <= _TOGETHER_BYTES else map)
+                    waiting = [(output,) for output in spread(partial(_finish, roads), calls)]
                     self.skeleton.release(call.block.path)
                     # What a block leaves behind would else add up, block after block.
                     trim_memory()
@@ -114,6 +126,12 @@ class Forward:
             got = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else "none"
             raise InputError(self.label, f"logits for every token, {list(ids.shape)}", got, "measure a language model")
         return logits
+
+
+@torch.no_grad()
+def _finish(roads: Roads, call: Call) -> Any:
+    """A block's output; whether gradients are kept is said anew in every thread."""
+    return roads.visit(call).finish()
 
 
 def label_of(checkpoint: Checkpoint) -> str:

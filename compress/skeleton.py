@@ -8,9 +8,10 @@ buffers that no checkpoint holds come from transformers' own initialisation.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ class Skeleton:
         inside = tuple(f"{block.path}." for block in self.blocks)
         head = self.module.get_output_embeddings()
         self._visiting: set[str] = set()
+        self._lock = Lock()
         self.lazy: list[str] = []
         for path, part in self.module.named_modules():
             if not part._parameters or f"{path}.".startswith(inside):
@@ -122,9 +124,10 @@ class Skeleton:
                 self._load_parameter(parameter)
 
     def _visit(self, path: str) -> None:
-        if path not in self._visiting:
-            self._visiting.add(path)
-            self.load(path)
+        with self._lock:
+            if path not in self._visiting:
+                self.load(path)
+                self._visiting.add(path)
 
     def release_visitors(self) -> None:
         """Drops embeddings and head, which load themselves again when they are called again."""
@@ -143,23 +146,22 @@ class Skeleton:
         """Parameters and buffers under a path that come from disk."""
         return [name for name in (*self._groups, *self._aliases) if name.startswith(f"{path}.")]
 
-    def load(self, path: str) -> None:
-        """Loads everything under a path."""
-        done: set[str] = set()
-        for parameter in self.parameters_of(path):
-            if parameter not in done:
-                done |= self._load_parameter(parameter, f"{path}.")
+    def load(self, path: str, spread: Callable[..., Iterable[Any]] = map) -> None:
+        """Loads everything under a path; `spread` may be the map of a pool."""
+        # One of those that a group becomes brings all of them; what is tied comes by itself.
+        first = {(id(self.group_of(p)), p if p in self._aliases else ""): p for p in reversed(self.parameters_of(path))}
+        for _ in spread(lambda parameter: self._load_parameter(parameter, f"{path}."), reversed(first.values())):
+            pass
 
-    def _load_parameter(self, parameter: str, within: str = "") -> set[str]:
-        """Loads a parameter, and what is made of the same tensors and lies `within`. Returns their names."""
+    def _load_parameter(self, parameter: str, within: str = "") -> None:
+        """Loads a parameter, and what is made of the same tensors and lies `within`."""
         own = self._aliases.get(parameter, parameter)
         converted = self.mapping.convert(self._groups[own], lambda name: self._read(name, parameter))
         if own != parameter:
             converted = {parameter: converted[own]}
-        loaded = {name: value for name, value in converted.items() if name.startswith(within)}
-        for name, value in loaded.items():
-            self._set(name, value.contiguous())
-        return set(loaded)
+        for name, value in converted.items():
+            if name.startswith(within):
+                self._set(name, value.contiguous())
 
     def _read(self, name: str, parameter: str) -> torch.Tensor:
         value = (self._overrides[name] if name in self._overrides else self.meaning.dense(name)).to(self.device)

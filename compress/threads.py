@@ -42,13 +42,16 @@ def compute_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads that compute on one core each: nested pools would fight over them. Errors cancel what has not begun."""
+def workers(count: int, each: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that compute on one core each, or on `each`: nested pools would fight over them.
+
+    Errors cancel what has not begun.
+    """
     import torch
 
     before = torch.get_num_threads()  # asked before a worker says one, or this thread takes that for its own
     try:
-        with ThreadPoolExecutor(max_workers=max(1, count), initializer=lambda: torch.set_num_threads(1)) as pool:
+        with ThreadPoolExecutor(max_workers=max(1, count), initializer=lambda: torch.set_num_threads(each)) as pool:
             try:
                 yield pool
             except BaseException:

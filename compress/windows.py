@@ -66,10 +66,15 @@ def token_windows(
     return torch.tensor(ids[: count * length]).reshape(count, length)
 
 
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What a tokenizer is made from: where it is the same, nothing needs to be made."""
+    return {f: (checkpoint.path / f).read_bytes() for f in checkpoint.side_files if f.startswith(_TOKENIZERS)}
+
+
 def tokenizer_folder(source: Checkpoint | None, artifact: Checkpoint) -> Path:
     """Where to take the tokenizer from: the source, if it has one. Raises InputError if the artifact has another one."""
     owners = [c for c in (source, artifact) if c is not None and any(file.startswith(_TOKENIZERS) for file in c.side_files)]
-    if len(owners) == 2:
+    if len(owners) == 2 and _tokenizer_files(owners[0]) != _tokenizer_files(owners[1]):
         from compress.forward import label_of
 
         spec = CorpusSpec(("-",), join="none", bos="never")

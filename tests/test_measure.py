@@ -5,17 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
+from typing import Any
 
 import pytest
 import torch
 
-from compress import measure
+from compress import forward, measure
+from compress import windows as windows_module
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CompressError, InputError, UsageError
-from compress.forward import Forward
+from compress.forward import Forward, _finish
+from compress.journey import Call, Roads
 from compress.measure import Estimate, compare, mean, quantile
+from compress.threads import compute_threads
 from compress.windows import check_data, token_windows, tokenizer_folder
 from families import build
 from support import SHARED, dense_meaning, load, run, step_of, tiny_llama
@@ -108,6 +114,33 @@ def test_groups_and_batches_change_nothing(
     assert all(later > earlier - 1e-9 for earlier, later in itertools.pairwise(shares))
     assert shares[-1] == 1
     assert len(shares) == 6 * (1 + 2 * 4), "six groups, four blocks of two models"
+    for name in ("perplexity", "source_perplexity", "kl", "kl_median", "kl_p99", "top1"):
+        a, b = getattr(whole, name), getattr(parts, name)
+        assert (a.value, a.error) == pytest.approx((b.value, b.error), rel=1e-4)
+
+
+@pytest.mark.parametrize(("threads", "own", "windows_in_one"), [(1, 0, 16), (2, 2, 8), (3, 3, 5)])
+def test_windows_go_side_by_side_on_the_cores_there_are(
+    threads: int, own: int, windows_in_one: int, demo_model: Path, artifact: Path, windows: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sides = open_checkpoint(demo_model), open_checkpoint(artifact)
+    with compute_threads(1):
+        whole = compare(*sides, windows)
+    seen: list[tuple[int, int]] = []
+
+    def finish(roads: Roads, call: Call) -> Any:
+        seen.append((get_ident(), torch.get_num_threads()))
+        assert len(call.args[0]) <= windows_in_one
+        time.sleep(0.01)  # so that one worker does not do it all
+        return _finish(roads, call)
+
+    monkeypatch.setattr(forward, "_finish", finish)
+    with compute_threads(threads):
+        parts = compare(*sides, windows)
+        assert torch.get_num_threads() == threads
+    others = {ident for ident, _ in seen} - {get_ident()}
+    assert (len(others), {number for _, number in seen}) == (own, {1})
     for name in ("perplexity", "source_perplexity", "kl", "kl_median", "kl_p99", "top1"):
         a, b = getattr(whole, name), getattr(parts, name)
         assert (a.value, a.error) == pytest.approx((b.value, b.error), rel=1e-4)
@@ -323,10 +356,13 @@ def test_too_few_tokens_say_how_many_there_are(demo_model: Path, text: Path) -> 
         check_data(str(text), 256, 100)
 
 
-def test_tokenizers_must_agree(demo_model: Path, tiny: Path, tmp_path: Path) -> None:
+def test_tokenizers_must_agree(demo_model: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, bare = open_checkpoint(demo_model), open_checkpoint(tiny)
     assert tokenizer_folder(None, source) == tokenizer_folder(source, bare) == tokenizer_folder(bare, source) == demo_model
     other = broken(demo_model, tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(windows_module, "Encoder", None)
+        assert tokenizer_folder(source, open_checkpoint(other)) == demo_model, "the same files need no loading"
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     a, b = list(vocabulary)[-2:]

@@ -82,6 +82,12 @@ def test_workers_have_one_thread_each_and_leave_the_others_theirs() -> None:
         assert torch.get_num_threads() == 3
 
 
+def test_workers_may_have_several_threads() -> None:
+    with compute_threads(6), workers(3, 2) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {2}
+        assert torch.get_num_threads() == 6
+
+
 def test_the_number_from_before_comes_back_after_an_error() -> None:
     before = torch.get_num_threads()
     with pytest.raises(KeyError), compute_threads(before + 1), workers(2) as pool:
