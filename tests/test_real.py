@@ -141,7 +141,7 @@ def test_a_path_that_is_not_there_is_told(
 
 
 def test_a_process_is_measured_without_the_memory_of_who_starts_it(tmp_path: Path) -> None:
-    small = process.measure([sys.executable, "-IS", "-c", "print('said'); exit(3)"], tmp_path / "a.log")
+    small = process.measure([sys.executable, "-IS", "-c", "print('said'); raise SystemExit(3)"], tmp_path / "a.log")
     assert (small.status, (tmp_path / "a.out").read_text()) == (3, "said\n")
     assert small.peak_bytes < 40e6
     code = "import sys, time; held = bytearray(150 << 20); print('told', file=sys.stderr)\nwhile time.process_time() < 0.3: pass"
