@@ -93,7 +93,7 @@ $(VENV)/dev: $(VENV)/test
 	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev]"
 	touch $@
 
-$(VENV)/real: $(VENV)/demo
+$(VENV)/real: $(VENV)/torch pyproject.toml setup.py
 	$(PIP) --editable ".[readers,real]"
 	touch $@
 
