@@ -22,8 +22,9 @@ def page(found: dict[str, Any], remarks: str = "") -> str:
     lines = [
         "# Methods on a real model", "",
         f"What `make real` measured on {inputs['model']['name']}: {inputs['model']['bytes']:,} bytes of tensors, bf16. Every row is",
-        "the installed command in fresh processes (`compress plan`, `run`, `eval`), one after another. Its weights lie on a grid of",
-        "4 bits: rows marked \\* flatter. KL(source || result) in nats per token, all errors are standard errors over windows.", "",
+        "the installed command in fresh processes (`compress plan`, `run`, `eval`), one after another. The weights of the default model",
+        "lie on a grid of 4 bits: rows marked \\* flatter there. KL(source || result) in nats per token; all errors are standard errors",
+        "over windows.", "",
         "```sh", 'make real [PEERS=1] [ROWS="gptq-* source"] [MODEL=DIR] [TEXT=FILE] [CALIBRATE=FILE] [ITERS=200]', "```", "",
         REMARKS, remarks.strip("\n"), END, "",
         *table(HEAD, [ours_cells(row) for row in ours]), "",
