@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo test fuzz slow kill readers formats cubins gpu bench lint types wheel demo-model clean
+.PHONY: demo test fuzz slow kill readers formats cubins gpu bench real lint types wheel demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -52,6 +52,12 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stream.py $(ARGS)
 	$(BIN)/python tests/benchmarks/sweep.py $(ARGS)
 
+# Every method on a real language model, which is fetched once: to recipes/real.md and build/real.json. ROWS="gptq-* source" takes
+# some, PEERS=1 adds other tools (hours); MODEL=DIR, TEXT=FILE and CALIBRATE=FILE take others than the default ones.
+real: $(VENV)/real
+	$(BIN)/python tests/benchmarks/real --rows "$(ROWS)" $(if $(PEERS),--peers) --iters $(or $(ITERS),200) \
+		--model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,6 +91,10 @@ $(VENV)/test: $(VENV)/torch pyproject.toml setup.py
 
 $(VENV)/dev: $(VENV)/test
 	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev]"
+	touch $@
+
+$(VENV)/real: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable ".[readers,real]"
 	touch $@
 
 clean:

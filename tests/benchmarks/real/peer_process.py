@@ -1,0 +1,122 @@
+"""Peer process: quantizes a model with another tool, in that tool's environment.
+
+python peer_process.py REQUEST.json: the request names the peer, the model, the token ids (safetensors), bits, group and where
+to save; `answer` gets the seconds of each stage, those of the whole process among them, and versions. Knows nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+BEGUN = time.perf_counter()
+
+
+class Stages:
+    """Seconds by stage, each from the end of the one before."""
+
+    def __init__(self) -> None:
+        self.last, self.seconds = BEGUN, {}
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = round(now - self.last, 2), now
+
+
+def llm_compressor(request: dict[str, Any], ids: list[list[int]], stages: Stages) -> str:
+    """GPTQModifier by `oneshot`, its defaults: symmetric, damping 0.01, block 128, static activation order."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stages.end("imports")
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(request["model"])
+    stages.end("load")
+    weights = {"num_bits": request["bits"], "type": "int", "symmetric": True, "strategy": "group", "group_size": request["group"]}
+    group = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    oneshot(
+        model=model, tokenizer=tokenizer, dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": ones(ids)}),
+        recipe=GPTQModifier(config_groups=group, ignore=["lm_head"]), max_seq_length=len(ids[0]),
+        num_calibration_samples=len(ids), shuffle_calibration_samples=False,
+    )  # fmt: skip
+    stages.end("quantize")
+    model.save_pretrained(request["out"], save_compressed=True)
+    tokenizer.save_pretrained(request["out"])
+    stages.end("save")
+    return "llmcompressor"
+
+
+def gptqmodel(request: dict[str, Any], ids: list[list[int]], stages: Stages) -> str:
+    """GPTQModel, its defaults: symmetric, activation order within groups (act_group_aware)."""
+    # On two cores it would have one worker, and then asks for two.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    stages.end("imports")
+    config = QuantizeConfig(bits=request["bits"], group_size=request["group"])
+    model = GPTQModel.load(request["model"], config, device="cpu", backend=BACKEND.TORCH)
+    stages.end("load")
+    rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(ids, ones(ids), strict=True)]
+    model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
+    stages.end("quantize")
+    model.save(request["out"])
+    stages.end("save")
+    return "gptqmodel"
+
+
+def auto_round(request: dict[str, Any], ids: list[list[int]], stages: Stages) -> str:
+    """AutoRound, its defaults but for the iterations that are asked for: symmetric, batches of 8."""
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stages.end("imports")
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(request["model"])
+    stages.end("load")
+    batches = [
+        {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+        for rows in torch.tensor(ids).split(8)
+    ]  # fmt: skip
+    tuner = AutoRound(
+        model, tokenizer, scheme="W4A16", bits=request["bits"], group_size=request["group"], sym=True, iters=request["iters"],
+        nsamples=len(ids), seqlen=len(ids[0]), batch_size=8, dataset=batches, device_map="cpu",
+    )  # fmt: skip
+    tuner.quantize()
+    stages.end("quantize")
+    tuner.save_quantized(request["out"], format="auto_gptq")
+    tokenizer.save_pretrained(request["out"])
+    stages.end("save")
+    return "auto-round"
+
+
+def ones(ids: list[list[int]]) -> list[list[int]]:
+    """The mask of samples without padding."""
+    return [[1] * len(row) for row in ids]
+
+
+def main(request: dict[str, Any]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(request["ids"], "pt") as file:
+        ids = file.get_tensor("input_ids").tolist()
+    stages = Stages()
+    peer = {"llm-compressor": llm_compressor, "gptqmodel": gptqmodel, "auto-round": auto_round}[request["peer"]]
+    package = peer(request, ids, stages)
+    answer = {
+        "stages": stages.seconds, "whole_seconds": round(time.perf_counter() - BEGUN, 2),
+        "versions": {name: metadata.version(name) for name in (package, "torch", "transformers")},
+    }  # fmt: skip
+    Path(request["answer"]).write_text(json.dumps(answer))
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,106 @@
+"""Rows: which methods are measured, and the commands that a user types for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from compress.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every row is calibrated and measured on."""
+
+    model: Path
+    text: Path
+    calibrate: Path
+    samples: int
+    length: int
+    """Tokens of a calibration sample."""
+    tokens: int
+    """Tokens that are measured."""
+    window: int
+
+    @property
+    def calibration(self) -> str:
+        """The pass that draws the calibration tokens."""
+        return f"calibrate(data=['{self.calibrate}'], samples={self.samples}, length={self.length})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe by its name; without passes it is the source itself."""
+
+    name: str
+    passes: str = ""
+    data: bool = True
+    """Whether it is calibrated."""
+    form: str = "compressed-tensors"
+    """What it is packed as; empty for what stays dense."""
+    note: str = ""
+
+    def recipe(self, protocol: Protocol) -> str:
+        """The one-liner."""
+        pack = ["pack" if self.form == "compressed-tensors" else f"pack(format={self.form})"] if self.form else []
+        passes = self.passes.format(text=protocol.calibrate)
+        return " | ".join([*([protocol.calibration] if self.data else []), passes, *pack])
+
+
+FLATTERED = "flattered: the source's weights lie on a grid of 4 bits"
+MIX = "[w2a16g64, w3a16g64, w4a16g64]"
+TRAIN = "distill.logits(data=['{text}'], samples=256, length=512, batch=8)"
+"""32 steps on 131,072 tokens; the text that the others are calibrated on."""
+ROWS = (
+    Row("source", data=False, form=""),
+    Row("rtn-w4g64", "quantize.rtn(scheme=w4a16g64, clip=mse)", data=False, note=FLATTERED),
+    Row("rtn-w3g64", "quantize.rtn(scheme=w3a16g64, clip=mse)", data=False),
+    Row("rtn-w3g32", "quantize.rtn(scheme=w3a16g32, clip=mse)", data=False),
+    Row("rtn-w2g32", "quantize.rtn(scheme=w2a16g32, clip=mse)", data=False),
+    Row("gptq-w4g64", "quantize.gptq(scheme=w4a16g64)", note=FLATTERED),
+    Row("gptq-w3g64", "quantize.gptq(scheme=w3a16g64)"),
+    Row("gptq-w3g32", "quantize.gptq(scheme=w3a16g32)"),
+    Row("gptq-w2g32", "quantize.gptq(scheme=w2a16g32)"),
+    Row("fp8", "quantize.rtn(scheme=fp8-afp8)", data=False),
+    Row("nf4", "quantize.rtn(scheme=nf4g64, clip=mse)", data=False, form="native"),
+    Row("mxfp4", "quantize.gptq(scheme=mxfp4)"),
+    Row("nvfp4", "quantize.gptq(scheme=nvfp4)"),
+    Row("llm_mq-3.0", f"quantize.llm_mq(bits=3.0, schemes={MIX})"),
+    Row("llm_mq-2.5", f"quantize.llm_mq(bits=2.5, schemes={MIX})"),
+    Row("lorc", "quantize.gptq(scheme=w2a16g32) | quantize.lorc(rank=16, weighted=true)", form="native"),
+    Row("loftq", "quantize.loftq(scheme=w2a16g32, rank=16, clip=mse)", data=False, form="native", note="before any fine-tuning"),
+    Row("smooth", "quantize.smooth(scheme=w3a16g64) | quantize.gptq(scheme=w3a16g64)"),
+    Row("wanda-50", "prune.wanda(sparsity=0.5)", form=""),
+    Row("wanda-2:4", "prune.wanda(sparsity=2:4)", form=""),
+    Row("five-stages", f"prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w3a16g32) | {TRAIN}"),
+)  # fmt: skip
+
+
+def chosen(patterns: str, names: list[str], default: list[str]) -> list[str]:
+    """The names that words such as `gptq-*` mean, in the order of the table; all of `default` without any.
+
+    Raises UsageError for a word that means none.
+    """
+    words = patterns.split()
+    for word in words:
+        if not any(fnmatch(name, word) for name in names):
+            raise UsageError("ROWS", f"some of {', '.join(names)}", f"'{word}'{did_you_mean(word, names)}")
+    return [name for name in names if any(fnmatch(name, word) for word in words)] if words else default
+
+
+def plan_command(compress: str, recipe: str, protocol: Protocol) -> list[str]:
+    """What says beforehand how much memory the run will have."""
+    return [compress, "plan", str(protocol.model), "-p", recipe, "--json"]
+
+
+def run_command(compress: str, recipe: str, protocol: Protocol, out: Path) -> list[str]:
+    """What makes the artifact."""
+    return [compress, "run", str(protocol.model), str(out), "-p", recipe, "--json"]
+
+
+def eval_command(compress: str, artifact: Path, protocol: Protocol) -> list[str]:
+    """What measures an artifact, ours or a peer's, against the source."""
+    asked = ["--tokens", str(protocol.tokens), "--length", str(protocol.window), "--json"]
+    against = [] if artifact == protocol.model else ["--against", str(protocol.model)]
+    return [compress, "eval", str(artifact), "--data", str(protocol.text), *against, *asked]
