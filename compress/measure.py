@@ -81,7 +81,7 @@ def compare(
     length, last = windows.shape[1], sides[-1]
     # Batches go through a block side by side, on a few cores each: one operation on all cores waits for the slowest of them.
     threads, at_once = torch.get_num_threads(), max(1, _BATCH_TOKENS // length)
-    most = 1 if batch else min(threads, at_once, len(windows))
+    most = 1 if batch or device.type != "cpu" else min(threads, at_once, len(windows))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
     fit = batch or min(at_once // count, -(-len(windows) // count))
     batches = list(windows.split(min(fit, max(1, _LOGIT_BYTES // (4 * length * last.vocabulary)))))
