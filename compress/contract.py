@@ -191,10 +191,7 @@ class TensorPass(WeightPass):
     """Data-free work, one weight at a time; lifted to directory in, directory out by `stream`."""
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        """The new value and its relative error, None where the value means the same as before.
-
-        A dense value comes as [experts?, rows, columns].
-        """
+        """The new value, and its relative error or None where it means the same; a dense value is [experts?, rows, columns]."""
         raise TypeError(f"{type(self).__name__} does not transform")
 
 

@@ -23,9 +23,9 @@ from compress.deciding import decides
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.facts import Note, State, TensorSpec, Weight, counted
 from compress.footprint import DEVICE_BYTES, computing, reverse_bytes, sweep_bytes, train_bytes
-from compress.kinds import QuantizingPass
 from compress.meaning import Meaning
 from compress.names import Model
+from compress.plan_checks import refuse_unread, refuse_zeros
 from compress.recipe import Recipe
 from compress.resolve import reads_tokens, resolve, worker_of
 from compress.shards import CANONICAL_STEM, STEM, Shard, arrange, index_file, single
@@ -194,7 +194,7 @@ def make_plan(
         fmt: Format | None = pass_.target_format()
         packed_by = pass_.pass_name() if fmt is not None else ""
         if fmt is not None:
-            _refuse_zeros(fmt, recipe, passes[: number - 1])
+            refuse_zeros(fmt, recipe, passes[: number - 1])
         if isinstance(pass_, WeightPass) and pass_.unpacks and number > 1:
             raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
         found = (decided or {}).get(number)
@@ -293,7 +293,7 @@ def _step(
     for weight in chosen:
         try:
             if sweeps(worker):
-                _refuse_unread(weight, run.model)
+                refuse_unread(weight, run.model)
             after[weight.name] = pass_.becomes(weight, before[weight.name])
         except Refusal as refusal:
             refused.append((weight.name, refusal.reason, refusal.do))
@@ -358,28 +358,6 @@ def _step(
 def _inputs(state: State) -> str:
     """What activations are rounded to where a weight in this state reads them."""
     return state.scheme.inputs if state.scheme is not None else ""
-
-
-def _refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
-    """Raises RecipeError where a quantizer may choose zero points that a format has no word for."""
-    for line, own in zip(recipe.lines, passes, strict=False):
-        pass_ = worker_of(own)
-        if isinstance(pass_, QuantizingPass) and not pass_.scheme.symmetric and pass_.least_zero < fmt.least_zero:
-            where = f"{line.where or own.pass_name()}: {own.pass_name()}.least_zero"
-            expected = f"{fmt.least_zero}, the smallest zero point that {fmt.name} can say"
-            raise RecipeError(
-                where, expected, str(pass_.least_zero), f"set least_zero={fmt.least_zero}, or pack in another format"
-            )
-
-
-def _refuse_unread(weight: Weight, model: Model) -> None:
-    """Raises Refusal for a weight whose inputs no sweep over the blocks sees."""
-    if weight.stack.startswith("tower:"):
-        raise Refusal(f"calibration feeds the text blocks, not {weight.stack}", "skip it, or use a pass without data")
-    if weight.block is None:
-        raise Refusal(f"no sweep over the blocks sees what a {weight.kind} outside of them reads", "use a pass without data")
-    if weight.module in model.unwatched:
-        raise Refusal("its family computes experts where their inputs cannot be watched", "skip them, or use a pass without data")
 
 
 def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | None) -> int:

@@ -392,11 +392,8 @@ def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
 
 def _facts(solutions: list[Solution]) -> dict[str, float]:
     """What the journal says of a weight: relative errors over all of its matrices."""
-
-    def ratio(lost: float, norm: float) -> float:
-        return (max(lost, 0.0) / norm) ** 0.5 if norm else 0.0
-
-    return {
-        "error": ratio(sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
-        "output_error": ratio(sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),
+    sums = {
+        "error": (sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
+        "output_error": (sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),
     }
+    return {name: (max(lost, 0.0) / norm) ** 0.5 if norm else 0.0 for name, (lost, norm) in sums.items()}

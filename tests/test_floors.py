@@ -18,7 +18,7 @@ FLOORS = {
     1: "device threads shards checkpoint trust writer qtensor watch source corpus algebra spaces picture foreign",
     2: "contract kinds classes names mapping meaning skeleton experts journey batches footprint parking shelf traveller route reverse deciding granular balancing sweep fold peers qlinear kernels intake stream forward model train",
     3: "passes",
-    4: "api discover resolve tally decide plan memory places step reuse pipeline windows measure stages difference sample teacher ancestor devices stacking artifact hf account card entry readers verify doctor bench demo recipes compress",
+    4: "api discover resolve tally decide plan plan_checks memory places step reuse pipeline windows measure stages difference sample teacher ancestor devices stacking artifact hf account card entry readers verify doctor bench demo recipes compress",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
