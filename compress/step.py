@@ -146,7 +146,7 @@ def run_step(
         )
         hold(gates, manifest)
         if not step.inherits:
-            manifest, texts = _with_card(manifest, step, plan, texts, side)
+            texts = {**texts, README: _card(manifest, step, plan, side)}
         ctx.tell("publish", step=step.name)
         writer.seal({**texts, FILE: manifest.to_text()}, copied)
         _publish(writer, step, plan, place)
@@ -154,16 +154,10 @@ def run_step(
     return measured
 
 
-def _with_card(
-    manifest: Manifest, step: StepPlan, plan: Plan, texts: dict[str, str], side: dict[str, Path]
-) -> tuple[Manifest, dict[str, str]]:
-    """The manifest and the texts of a step with the README.md that tells of it."""
-    licence = licence_of(side.get(KEPT[README]))
-    text = card(
-        manifest, step.payload_bytes, json.loads(step.texts["config.json"]), plan.verdicts if step.format else (), licence
-    )
-    files = {**manifest.files, README: text_digest(README, text)}
-    return manifest.model_copy(update={"files": files}).sealed(), {**texts, README: text}
+def _card(manifest: Manifest, step: StepPlan, plan: Plan, side: dict[str, Path]) -> str:
+    """The README.md that tells of a step. The manifest holds no digest of it: whoever has the artifact may write on."""
+    config, verdicts = json.loads(step.texts["config.json"]), plan.verdicts if step.format else ()
+    return card(manifest, step.payload_bytes, config, verdicts, licence_of(side.get(KEPT[README])))
 
 
 def _publish(writer: Writer, step: StepPlan, plan: Plan, place: Path) -> None:

@@ -42,7 +42,7 @@ _AT_LOAD = "pack with dequantize=true: the reader then expands the weights while
 _NEVER = "no artifact of this model fits this format"
 _RAISES = "5.23 and 5.24 with compressed-tensors 0.20 raise on packed zero points (size mismatch)"
 _SERVED = "vLLM's kernels take those of 4 bits in groups of 32, 64, 128 or one per row"
-_EXPANDED = "from_pretrained(quantization_config=CompressedTensorsConfig(dequantize=True)) loads it, or pack(dequantize=true)"
+_EXPANDED = "quantization_config=CompressedTensorsConfig(dequantize=True) loads it, or pack(dequantize=true)"
 _SPLIT = "transformers splits these experts in every quantized model and finds no tensors for the parts"
 
 

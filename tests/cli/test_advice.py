@@ -80,10 +80,7 @@ def test_zero_points_are_packed_for_the_reader_that_has_them(wide: Path, tmp_pat
     unread = "5.23 and 5.24 with compressed-tensors 0.20 raise on packed zero points (size mismatch)"
     status, out, err = here("plan", wide, "-p", recipe)
     assert (status, err) == (0, "")
-    assert (
-        f"reader:   transformers: no ({unread}; from_pretrained(quantization_config=CompressedTensorsConfig(dequantize=True))"
-        in out
-    )
+    assert f"reader:   transformers: no ({unread}; quantization_config=CompressedTensorsConfig(dequantize=True)" in out
     assert "reader:   vllm: yes (0.8.5 and later read packed zero points of 4 bits" in out
     assert "reader:   sglang: unknown (releases before June 2026 refuse zero points" in out
     status, out, _ = here("run", wide, tmp_path / "out", "-p", recipe)
@@ -132,12 +129,12 @@ def test_sizes_that_vllm_may_not_take_are_said(tiny: Path, here: Here) -> None:
 
 
 def test_presets_are_taken_and_said(wide: Path, tmp_path: Path, here: Here) -> None:
-    status, out, err = here("plan", wide, "-p", "quantize.rtn(scheme=W4A16) | pack")
+    status, out, err = here("plan", wide, "-p", "quantize.rtn(scheme=W4A16) | pack", "--details")
     assert (status, err) == (0, "note: W4A16 is w4a16g128 here\n")
     assert "quantize.rtn(scheme=w4a16g128)" in out
     assert here("plan", wide, "-p", "quantize.rtn(scheme=w8a16)")[2] == ""
     _, out, err = here("quantize", "rtn", wide, tmp_path / "out", "--scheme", "fp8")
-    assert err == ""
+    assert "note:" not in err
     _, out, err = here("plan", wide, "-p", "quantize.rtn(scheme=FP8)")
     assert "FP8 is fp8-tensor-afp8 here: activations get a scale per token as the model runs" in err
     _, out, err = here("quantize", "rtn", wide, tmp_path / "nv", "--scheme", "NVFP4")
@@ -217,7 +214,8 @@ def test_an_adapter_finds_its_base(tiny: Path, tmp_path: Path, here: Here, monke
     import torch
 
     monkeypatch.chdir(tmp_path)
-    status, out, _ = here("run", tiny, "out", "-p", "quantize.loftq(scheme=nf4g32, rank=4) | pack(format=peft)")
+    recipe = "quantize.loftq(scheme=nf4g32, rank=4) | pack(format=peft)"
+    status, out, _ = here("run", tiny, "out", "-p", recipe, "--threads", "2")
     assert status == 0
     assert "base: 1 (base_model_name_or_path is the directory it was made in; after moving or pushing it, write its path" in out
     assert json.loads(Path("out", ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / "out")
@@ -225,7 +223,7 @@ def test_an_adapter_finds_its_base(tiny: Path, tmp_path: Path, here: Here, monke
     ids = torch.arange(20)[None]
     logits = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / ADAPTER)(ids).logits
     # Into another directory: other bytes of that file, the same artifact.
-    result = run(tiny, tmp_path / "other", "quantize.loftq(scheme=nf4g32, rank=4) | pack(format=peft)")
+    result = run(tiny, tmp_path / "other", recipe)
     assert result.manifest.fingerprint == json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprint"]
     # Moved, and told where to.
     (tmp_path / "out").rename(tmp_path / "moved")

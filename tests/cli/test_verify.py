@@ -32,6 +32,11 @@ SYMMETRIC, ASYMMETRIC = "quantize.rtn(scheme=w4a16g32)", "quantize.rtn(scheme=w4
 Said = tuple[int, str, str]
 
 
+def remarks(err: str) -> list[str]:
+    """What stderr says besides how far things are."""
+    return [line for line in err.splitlines() if not re.fullmatch(r"(read|verify: ).* in \d+\.\d s", line)]
+
+
 def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "compress", *map(str, arguments)]
@@ -94,7 +99,7 @@ def unnamed(directory: Path) -> Path:
 
 def test_verify_as_a_user_types_it(artifacts: dict[str, Path]) -> None:
     done = compress("verify", artifacts["gptq"])
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, remarks(done.stderr)) == (0, [])
     tensors = len(open_checkpoint(artifacts["gptq"]).refs)
     assert done.stdout.splitlines() == [
         f"bytes:    {tensors} tensors, as manifest.json names them",
@@ -105,11 +110,11 @@ def test_verify_as_a_user_types_it(artifacts: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq-asym", "awq", "masked"])
 def test_every_format_holds(name: str, artifacts: dict[str, Path], tmp_path: Path, here: Callable[..., Said]) -> None:
     status, out, err = here("verify", artifacts[name])
-    assert (status, err) == (0, "")
+    assert (status, remarks(err)) == (0, [])
     assert "as manifest.json names them\ndecodes:  14 packed weights, all finite\n" in out
     shutil.copytree(artifacts[name], tmp_path / "foreign")
     status, out, err = here("verify", unnamed(tmp_path / "foreign"))
-    assert (status, err) == (0, "")
+    assert (status, remarks(err)) == (0, [])
     assert "no manifest to compare them with\ndecodes:  14 packed weights, all finite\n" in out
 
 
@@ -217,7 +222,7 @@ def test_a_label_that_is_wrong_is_read_by_what_is_stored_and_told(
 ) -> None:
     wrong = unnamed(told(artifacts["gptq"], tmp_path / "wrong", checkpoint_format="gptq_v2", format="gptq_v2"))
     status, out, err = here("verify", wrong)
-    assert (status, err) == (0, "")
+    assert (status, remarks(err)) == (0, [])
     assert "note:     14 weights: its zero points are those of the other checkpoint_format than the label says" in out
     status, out, _ = here("verify", wrong, "--json")
     assert json.loads(out)["bytes"]["corrected"][0][1] == 14
@@ -227,7 +232,7 @@ def test_transformers_reads_what_is_meant(artifacts: dict[str, Path], here: Call
     pytest.importorskip("compressed_tensors")
     status, out, err = here("verify", artifacts["compressed-tensors"], "--reader", "transformers")
     assert status == 0, err
-    assert err == "transformers reads compressed-tensors\n"
+    assert remarks(err) == ["transformers reads compressed-tensors"]
     lines = out.splitlines()
     assert lines[2].startswith("reader:   transformers (torch ")
     assert "compressed-tensors 0." in lines[2]
@@ -237,7 +242,7 @@ def test_transformers_reads_what_is_meant(artifacts: dict[str, Path], here: Call
 
 def test_json(artifacts: dict[str, Path], here: Callable[..., Said]) -> None:
     status, out, err = here("verify", artifacts["awq"], "--reader", "ours", "--reader", "ours", "--dtype", "float32", "--json")
-    assert (status, err) == (0, "")
+    assert (status, remarks(err)) == (0, [])
     facts = json.loads(out)
     assert facts["bytes"] == {
         "tensors": len(open_checkpoint(artifacts["awq"]).refs), "named": True, "decoded": 14, "corrected": [],
@@ -323,15 +328,15 @@ def test_what_is_expanded_at_load_in_a_wider_dtype(tiny: Path, tmp_path: Path, h
 
 def test_formats_ls(here: Callable[..., Said]) -> None:
     done = compress("formats", "ls")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, remarks(done.stderr)) == (0, [])
     for name in formats():
         assert any(line.split()[:1] == [name] for line in done.stdout.splitlines()), name
     assert "only" not in done.stdout
     status, out, err = here("formats", "ls", "--details")
-    assert (status, err) == (0, "")
+    assert (status, remarks(err)) == (0, [])
     assert "refused: its readers know 4-bit codes only" in out or "refused: " in out
     status, out, err = here("formats", "ls", "--json")
-    assert (status, err) == (0, "")
+    assert (status, remarks(err)) == (0, [])
     found = json.loads(out)
     assert set(found) == set(formats())
     assert set(found["awq"]["w8a16g64"]) == {""}

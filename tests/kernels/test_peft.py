@@ -76,7 +76,11 @@ def test_peft_computes_what_we_mean(name: str, recipe: str, source: Source, tmp_
 def test_sizes_are_exact_and_nothing_is_left_unread(recipe: str, source: Source, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(source("llama"), out, f"{RECIPES[recipe]} | pack(format=peft)", shard_bytes=30_000)
-    files = {file for file in out.rglob("*") if file.is_file() and file.name not in ("manifest.json", "generation_config.json")}
+    files = {
+        file
+        for file in out.rglob("*")
+        if file.is_file() and file.name not in ("manifest.json", "generation_config.json", "README.md")
+    }
     assert sum(file.stat().st_size for file in files) == result.plan.steps[-1].disk_bytes
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == {weight.name for weight in result.plan.weights}
