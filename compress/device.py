@@ -85,7 +85,7 @@ def peak_of(device: torch.device) -> int:
 def has_bf16(device: torch.device) -> bool:
     """Whether it multiplies in bfloat16 itself."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

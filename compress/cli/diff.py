@@ -70,7 +70,7 @@ def facts(found: Difference, rows: list[Row]) -> dict[str, Any]:
 def show(found: Difference, rows: list[Row], details: bool) -> None:
     """The difference as a table, and what could not be compared."""
     head: tuple[str, ...] = ("weight", "A", "B", "weight error")
-    cells = [(row.name, *row.states, f"{row.error:.6f}" if row.lost else "0") for row in rows]
+    cells: list[tuple[str, ...]] = [(row.name, *row.states, f"{row.error:.6f}" if row.lost else "0") for row in rows]
     if details:
         head, cells = (*head, "shape"), [(*cell, "x".join(map(str, row.shape))) for cell, row in zip(cells, rows, strict=True)]
     console.table(head, cells, "A, B: what the weight is there; weight error: |A-B|/|A|")

@@ -121,7 +121,8 @@ def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Probl
     if details:
         for step in plan.steps:
             console.fact(f"step {step.number}", str(step.pass_.line()))
-    head, meaning = ("step", "pass", "weights", "bits/weight", "over all", "bytes on disk"), _COLUMNS
+    head: tuple[str, ...] = ("step", "pass", "weights", "bits/weight", "over all", "bytes on disk")
+    meaning = _COLUMNS
     if details:
         head, meaning = (*head, "tensor bytes"), f"{meaning}; tensor bytes: of what is on disk"
     console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], meaning)
