@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 
 # A process per core, each with one thread: threads of several processes that wait for each other cost more than they gain.
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
 
 # Every parser against 20,000 texts of each kind; tests/bad_input prints the table of what is refused, and how.
 fuzz: $(VENV)/test

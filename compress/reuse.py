@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.card import README
 from compress.checkpoint import INDEXES, open_checkpoint
 from compress.contract import Context
 from compress.deciding import decides
@@ -129,7 +130,7 @@ def _files(step: StepPlan, found: Path) -> list[str]:
     """The files that a step is made of; whatever else lies there stays."""
     manifest = Manifest.read(found)
     assert manifest is not None
-    names = {FILE, *manifest.files}
+    names = {FILE, *manifest.files, *([README] if (found / README).is_file() else [])}
     if not step.inherits:
         checkpoint = open_checkpoint(found)
         names |= {ref.file for ref in checkpoint.refs.values()} | {name for name in INDEXES if (found / name).is_file()}
