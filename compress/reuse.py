@@ -23,6 +23,7 @@ from compress.manifest import FILE, Manifest
 from compress.places import stem, steps_folder
 from compress.plan import Plan, StepPlan
 from compress.step import check_bytes, check_tokens
+from compress.writer import fsync
 
 IdOf = Callable[[StepPlan, str], str]
 """The id of a step that reads the checkpoint of a fingerprint."""
@@ -112,7 +113,7 @@ def _take(step: StepPlan, found: Path, place: Path, own: Path, ctx: Context) -> 
             _put(found / name, draft / name, link=place.parent == own)
         check_tokens(draft) if step.inherits else check_bytes(draft, ctx)
         os.rename(draft, place)
-        _sync(place.parent)
+        fsync(place.parent)
     except (InputError, FileNotFoundError) as error:
         ctx.tell("damaged", where=str(found), reason=str(error))
         shutil.rmtree(draft, ignore_errors=True)
@@ -150,12 +151,4 @@ def _put(source: Path, target: Path, link: bool) -> None:
     shutil.copyfile(source, target)
     if link and read_only:
         target.chmod(0o444)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target)

@@ -179,8 +179,8 @@ class Writer:
             for name, file in side_files.items():
                 shutil.copyfile(file, self.path / name)
             for entry in self.path.rglob("*"):
-                _fsync(entry)
-            _fsync(self.path)
+                fsync(entry)
+            fsync(self.path)
             # From here on it is whole; a run that finds it so has nothing to do but rename it.
             (self.path / _STAMP).unlink()
 
@@ -197,12 +197,13 @@ class Writer:
             if read_only:
                 for shard in self.shards:
                     os.chmod(self.path / shard.file, 0o444)
-            _fsync(self.path)
+            fsync(self.path)
             os.rename(self.path, target)
-            _fsync(target.parent)
+            fsync(target.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file, or what a directory says of its files, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
