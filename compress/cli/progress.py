@@ -60,10 +60,11 @@ class Phase:
             self.ended = at
 
     def left(self, at: float) -> float | None:
-        """Seconds until its end, at the pace of late; None where nothing says."""
+        """Seconds until its end, at the pace of late; None where nothing says, as in the first hundredth."""
         (last, done), first, reports = self._samples[-1], self._samples[0], len(self._samples) - 1
         moved, took = done - first[1], last - first[0]
-        if moved <= 0 or took <= 0:
+        if moved <= 0 or took <= 0 or done < self.total / 100:
+            # The first files to be opened say nothing of the rest.
             return None
         waited, rest = at - last, self.total - done
         if waited <= took / reports:
