@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -18,9 +19,12 @@ from compress.algebra.grid import round_to_nearest
 from compress.algebra.rounding import nearest
 from compress.checkpoint import Checkpoint, open_checkpoint, torch_dtype
 from compress.contract import Context
+from compress.errors import InputError
 from compress.facts import State, Weight
 from compress.kernels.dispatch import load_backend
 from compress.kernels.native.packed import Packed, pack
+from compress.manifest import Manifest
+from compress.meaning import Meaning
 from compress.measure import compare
 from compress.names import resolve
 from compress.pipeline import Options, Result
@@ -188,3 +192,25 @@ def packed_weight(text: str, rows: int, columns: int, experts: int | None = None
 def prepared(backend: str, packed: Packed) -> Packed:
     """What a backend keeps of a weight."""
     return replace(packed, parts=load_backend(backend).prepare(packed))
+
+
+def each_is_refused(
+    cut: dict[str, dict[str, torch.Tensor | None]],
+    whole: dict[str, torch.Tensor],
+    out: Path,
+    name: str,
+    manifest: Manifest | None,
+) -> None:
+    """Puts `whole` into `out` with each of these changes, None for a tensor that is gone: `name` is then refused by its name.
+
+    With a manifest, its digests are of the tensors that are left.
+    """
+    for case, changes in cut.items():
+        left = {n: t for n, t in (whole | changes).items() if t is not None}
+        save_file(left, out / "model.safetensors", {"format": "pt"})
+        if manifest is not None:
+            digests = {n: d for n, d in manifest.digests.items() if n in left}
+            (out / "manifest.json").write_text(manifest.model_copy(update={"digests": digests}).sealed().to_text())
+        with pytest.raises(InputError) as error:
+            Meaning(open_checkpoint(out)).dense(name)
+        assert name in str(error.value), case

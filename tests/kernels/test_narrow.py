@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import compress
 from compress import qtensor
 from compress.algebra.rounding import nearest
 from compress.checkpoint import open_checkpoint
 from compress.contract import Context
-from compress.errors import InputError
 from compress.facts import State, Weight
 from compress.kernels.dispatch import load_format
 from compress.kernels.native import narrow
@@ -24,7 +23,7 @@ from compress.manifest import Manifest
 from compress.meaning import Meaning
 from compress.scheme import Scheme
 from compress.verify import verify_bytes
-from support import load, logits, page, run, tiny_llama
+from support import each_is_refused, load, logits, page, run, tiny_llama
 
 SIZES: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 320}
 RECIPE = "quantize.rtn(scheme={}) | pack(format=native)"
@@ -116,12 +115,4 @@ def test_what_was_cut_or_taken_away_is_an_error(told: bool, tmp_path: Path) -> N
         "fewer chunks": {f"{name}.tiles": whole[f"{name}.tiles"][:, :-1].contiguous()},
         "fewer scales": {f"{name}.scale": whole[f"{name}.scale"][:, :-1].contiguous()},
     }
-    for case, changes in cut.items():
-        left = {n: t for n, t in (whole | changes).items() if t is not None}
-        save_file(left, out / "model.safetensors", {"format": "pt"})
-        if told:
-            digests = {n: d for n, d in manifest.digests.items() if n in left}
-            (out / "manifest.json").write_text(manifest.model_copy(update={"digests": digests}).sealed().to_text())
-        with pytest.raises(InputError) as error:
-            Meaning(open_checkpoint(out)).dense(name)
-        assert name in str(error.value), case
+    each_is_refused(cut, whole, out, name, manifest if told else None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.functional import linear
 from torch.sparse import _semi_structured_conversions as conversions
 
@@ -35,7 +35,7 @@ from compress.qtensor import QTensor
 from compress.scheme import Scheme
 from compress.verify import verify_bytes
 from families import build as build_family
-from support import CALIBRATE, SHARED, logits, page, run, tiny_llama
+from support import CALIBRATE, SHARED, each_is_refused, logits, page, run, tiny_llama
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SHAPES = [(1, 4), (16, 64), (17, 68), (40, 256), (33, 260), (48, 1024), (3, 20, 132), (2, 16, 512)]
@@ -349,15 +349,7 @@ def test_what_was_cut_or_taken_away_is_an_error(told: bool, scheme: str, tmp_pat
         "no indices": {f"{name}.indices": None},
         "no tiles": {f"{name}.tiles": None},
     }
-    for case, changes in cut.items():
-        left = {n: t for n, t in (whole | changes).items() if t is not None}
-        save_file(left, out / "model.safetensors", {"format": "pt"})
-        if told:
-            digests = {n: d for n, d in manifest.digests.items() if n in left}
-            (out / "manifest.json").write_text(manifest.model_copy(update={"digests": digests}).sealed().to_text())
-        with pytest.raises(InputError) as error:
-            Meaning(open_checkpoint(out)).dense(name)
-        assert name in str(error.value), case
+    each_is_refused(cut, whole, out, name, manifest if told else None)
 
 
 def test_a_version_that_is_not_known_is_refused(tmp_path: Path) -> None:
