@@ -10,8 +10,8 @@ import torch
 
 
 @contextmanager
-def in_bfloat16(wanted: bool = True) -> Iterator[None]:
-    """Rounds the factors of fp32 products to bfloat16 where the CPU has units for that: two to four times as fast.
+def in_bfloat16(wanted: bool) -> Iterator[None]:
+    """If `wanted`, rounds the factors of fp32 products to bfloat16 where the CPU has units for that: two to four times as fast.
 
     Of factors that are such numbers already nothing is lost: a product of two has 16 bits, and fp32, which they are added up
     in, holds 24. Where there are no such units, products are in fp32 as ever.
