@@ -233,7 +233,8 @@ def found(**more: Any) -> dict[str, Any]:
     quality = {
         name: {"value": value, "error": value / 10} for name, value in {"kl": 0.348, "perplexity": 30.0, "top1": 0.7}.items()
     }
-    common = {"quality": quality, "tensor_bytes": 99_905_728, "eval": usage, "commit": "0.1 (abc)"}
+    steps = {"quantize.gptq": {"spent": {"solve": 16.4}}}
+    common = {"quality": quality, "tensor_bytes": 99_905_728, "eval": usage, "commit": "0.1 (abc)", "steps": steps}
     text = {"name": "wiki.valid.jsonl", "sha256": "0" * 64}
     return {
         "inputs": {
@@ -245,6 +246,8 @@ def found(**more: Any) -> dict[str, Any]:
             {"name": "gptq-w3g64", "kind": "ours", "recipe": "quantize.gptq(scheme=w3a16g64) | pack", "note": "", "run": usage,
              "of_plan": 1.234, "bits_per_weight": 3.25, **common},
             {"name": "rtn-w4g64", "kind": "ours", "recipe": "r", "note": rows.FLATTERED},
+            {"name": "w3g64-no-descent", "kind": "ours", "recipe": "r", "note": "", "run": usage, "option": "sweeps=0", **common},
+            {"name": "w3g64-stored", "kind": "ours", "recipe": "r", "note": "", "option": "order=stored"},
             {"name": "auto-round-w3g64", "kind": "peer", "asked": "auto-round 0.16.1: w3a16g64", "made": {**usage, "stages": {"quantize": 50}},
              **common},
         ],
@@ -256,10 +259,14 @@ def test_the_page_has_a_row_for_each_method_and_what_it_was_measured_on() -> Non
     assert "| `gptq-w3g64` | 3.250 | 99.9 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 190% | 1.35 GB | 1.23x |" in text
     assert "| `rtn-w4g64` \\* | not measured |" in text
     assert "| auto-round 0.16.1: w3a16g64 |  | 99.9 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 50 | 1.35 GB |" in text
+    assert "| its defaults | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 61 | 16 |" in text
+    assert "| `sweeps=0` | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 61 | 16 |" in text
+    assert "| `order=stored` | not measured |" in text
+    assert "| `w3g64-" not in text
     assert "* `gptq-w3g64`: `quantize.gptq(scheme=w3a16g64) | pack`\n" in text
     assert f"(sha256 {'0' * 16})" in text
     assert "brackets" not in text
-    assert len({line.count("|") for line in text.splitlines() if line.startswith("| ")}) == 2
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("| ")}) == 3
     busy = page(found(busy=True))
     assert "| (61) | 190% |" in busy
     assert "Seconds in brackets were measured while other processes" in busy

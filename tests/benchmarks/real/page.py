@@ -11,13 +11,15 @@ REMARKS = "<!-- remarks -->"
 END = "<!-- end -->"
 HEAD = ("method", "bits/weight", "MB", "KL to source", "perplexity", "same top-1", "s", "CPU", "peak", "of plan")
 PEER_HEAD = ("tool", "bits/weight", "MB", "KL to source", "perplexity", "same top-1", "s", "its own work", "peak")
+OPTION_HEAD = ("gptq-w3g64 with", "KL to source", "perplexity", "s", "s solving")
 GONE = "not measured"
 
 
 def page(found: dict[str, Any], remarks: str = "") -> str:
     """The whole page; `found` is what `make real` has written as JSON."""
     inputs, rows = found["inputs"], found["rows"]
-    ours = [row for row in rows if row["kind"] == "ours"]
+    ours = [row for row in rows if row["kind"] == "ours" and not row.get("option")]
+    options = [row for row in rows if row.get("option")]
     peers = [row for row in rows if row["kind"] == "peer"]
     lines = [
         "# Methods on a real model", "",
@@ -29,6 +31,13 @@ def page(found: dict[str, Any], remarks: str = "") -> str:
         REMARKS, remarks.strip("\n"), END, "",
         *table(HEAD, [ours_cells(row) for row in ours]), "",
     ]  # fmt: skip
+    if options:
+        base = next((row for row in ours if row["name"] == "gptq-w3g64"), {})
+        lines += [
+            "What each option of GPTQ costs and earns: `gptq-w3g64` with one of them changed. Seconds are of the solver alone, summed over",
+            "all matrices.", "",
+            *table(OPTION_HEAD, [option_cells(row) for row in ({**base, "option": "defaults"}, *options)]), "",
+        ]  # fmt: skip
     if peers:
         lines += [
             "Other tools, each in an environment of its own, on the same token ids in the same order, symmetric as each of them",
@@ -57,6 +66,16 @@ def ours_cells(row: dict[str, Any]) -> tuple[str, ...]:
         else ("",) * 4
     )
     return label, *quality_cells(row), *took
+
+
+def option_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table of options."""
+    label = f"`{row['option']}`" if row["option"] != "defaults" else "its defaults"
+    if "quality" not in row:
+        return label, *blank(row, len(OPTION_HEAD) - 1)
+    quality, run, solving = row["quality"], row["run"], row["steps"]["quantize.gptq"]["spent"]["solve"]
+    took = (seconds(run["seconds"], run), seconds(solving, run))
+    return label, estimate(quality["kl"], ".4f"), estimate(quality["perplexity"], ".2f"), *took
 
 
 def peer_cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -107,7 +126,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
             "Seconds in brackets were measured while other processes had more than a tenth of the machine: only their KL counts.",
             "",
         ]
-    named = [row for row in rows if row.get("recipe")]
+    named = [row for row in rows if row.get("recipe") and not row.get("option")]
     lines += [f"* `{row['name']}`: `{row['recipe']}`" + (f" ({row['note']})" if row.get("note") else "") for row in named]
     return [*lines, ""] if named else lines
 

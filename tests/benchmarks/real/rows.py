@@ -40,6 +40,8 @@ class Row:
     form: str = "compressed-tensors"
     """What it is packed as; empty for what stays dense."""
     note: str = ""
+    option: str = ""
+    """The only option in which it differs from `gptq-w3g64`, for the table of what each costs and earns."""
 
     def recipe(self, protocol: Protocol) -> str:
         """The one-liner."""
@@ -52,6 +54,15 @@ FLATTERED = "flattered: the source's weights lie on a grid of 4 bits"
 MIX = "[w2a16g64, w3a16g64, w4a16g64]"
 TRAIN = "distill.logits(data=['{text}'], samples=256, length=512, batch=8)"
 """32 steps on 131,072 tokens; the text that the others are calibrated on."""
+OPTIONS = {
+    "stored": "order=stored",
+    "largest": "clip=none",
+    "unsigned": "signed=false",
+    "no-descent": "sweeps=0",
+    "3-descents": "sweeps=3",
+    "paper": "clip=none, signed=false, sweeps=0",
+}
+"""Options of GPTQ, each other than its default; `paper` is what Frantar et al. have, with activation order."""
 ROWS = (
     Row("source", data=False, form=""),
     Row("rtn-w4g64", "quantize.rtn(scheme=w4a16g64, clip=mse)", data=False, note=FLATTERED),
@@ -73,7 +84,9 @@ ROWS = (
     Row("smooth", "quantize.smooth(scheme=w3a16g64) | quantize.gptq(scheme=w3a16g64)"),
     Row("wanda-50", "prune.wanda(sparsity=0.5)", form=""),
     Row("wanda-2:4", "prune.wanda(sparsity=2:4)", form=""),
+    Row("llm_mq-3.0-fisher", f"quantize.llm_mq(bits=3.0, schemes={MIX}, mode=fisher)"),
     Row("five-stages", f"prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w3a16g32) | {TRAIN}"),
+    *(Row(f"w3g64-{name}", f"quantize.gptq(scheme=w3a16g64, {option})", option=option) for name, option in OPTIONS.items()),
 )  # fmt: skip
 
 

@@ -135,7 +135,8 @@ class Table:
         for row in ROWS:
             if row.name == name:
                 recipe = recipe_shown(row, self.protocol)
-                return {"name": name, "kind": "ours", "recipe": recipe, "note": row.note}
+                option = {"option": row.option} if row.option else {}
+                return {"name": name, "kind": "ours", "recipe": recipe, "note": row.note, **option}
         row = next(row for row in PEER_ROWS if row.name == name)
         return {"name": name, "kind": "peer", "asked": row.told(self.iters)}
 
