@@ -15,16 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import pipeline
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.contract import Context
-from compress.discover import names_passes
-from compress.entry import enter
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
+from compress.checkpoint.source import open_headers, open_source
+from compress.context import Context
+from compress.contract.discover import names_passes
+from compress.contract.step_plan import Plan
 from compress.errors import InputError, MachineError, RecipeError, UsageError
-from compress.pipeline import Options, Result
-from compress.plan import Plan, make_plan
-from compress.recipe import Recipe, parse_one_liner, read
-from compress.source import open_headers, open_source
+from compress.pipeline.entry import enter
+from compress.pipeline.plan import make_plan
+from compress.pipeline.run import Options, Result, run_recipe
+from compress.spec.recipe import Recipe, parse_one_liner
+from compress.spec.recipe_file import read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +45,11 @@ def run(
     found = recipe_of(recipe)
     ctx = Context(seed=found.seed) if ctx is None else ctx
     if isinstance(source, Checkpoint):
-        return pipeline.run(found, source, Path(out), ctx, options)
+        return run_recipe(found, source, Path(out), ctx, options)
     if isinstance(source, str | os.PathLike):
-        return pipeline.run(found, open_source(source), Path(out), ctx, options)
+        return run_recipe(found, open_source(source), Path(out), ctx, options)
     with _saved(source, Path(os.path.abspath(out)), tokenizer, ctx) as checkpoint:
-        return pipeline.run(found, checkpoint, Path(out), ctx, options)
+        return run_recipe(found, checkpoint, Path(out), ctx, options)
 
 
 def plan_of(

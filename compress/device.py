@@ -16,7 +16,7 @@ import torch
 from compress.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
-    from compress.contract import Context
+    from compress.context import Context
 
 WORDS = "auto, cpu, cuda or cuda:N"
 _OTHERS = ("mps", "xpu", "hip", "npu", "tpu", "xla", "hpu")

@@ -13,11 +13,11 @@ import torch
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.artifact import Filling
-from compress.checkpoint import CANONICAL, Checkpoint, open_checkpoint
+from compress.checkpoint.reader import CANONICAL, Checkpoint, open_checkpoint
 from compress.errors import InputError, UsageError
 from compress.kernels.native.modules import Shell
 from compress.kernels.native.packed import PARTS
+from compress.runtime.fill import Filling
 
 _PACKED = re.compile(r"\.packed_weights?\.")
 

@@ -1,1 +1,4 @@
-"""Formats and the kernels that run them: one folder per format."""
+"""Formats and the kernels that run them: one folder per format.
+
+Imports errors, spec, numerics, checkpoint, architecture, contract.
+"""

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from compress.algebra import lowrank, masks
-from compress.algebra.inputs import rounded_inputs
-from compress.algebra.rounding import nearest
 from compress.errors import CompressError, UsageError
-from compress.facts import State, Weight
 from compress.kernels.dispatch import BACKENDS, Backend, Work, ask
 from compress.kernels.native.layout import Native
 from compress.kernels.native.packed import Packed
 from compress.kernels.others import Call, Other, others
+from compress.numerics import lowrank, masks
+from compress.numerics.inputs import rounded_inputs
+from compress.numerics.rounding import nearest
+from compress.spec.weight_state import State, Weight
 
 LAYERS = {
     (4096, 4096): "7B qkv/o", (22016, 4096): "7B gate+up", (4096, 11008): "7B down", (10240, 8192): "70B qkv",

@@ -16,9 +16,9 @@ from compress.errors import InputError, Refusal, UsageError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from compress.contract import Format
-    from compress.facts import State
+    from compress.contract.format import Format
     from compress.kernels.native.packed import Packed
+    from compress.spec.weight_state import State
 
 BACKENDS = ("scaled_mm", "semi_structured", "gpu", "cuda", "triton", "cublas", "int4pack", "int8pack", "cpu", "reference")
 """Backends of the native format, the fastest first; each is the one subclass of Backend in its file."""
@@ -34,7 +34,7 @@ def formats() -> tuple[str, ...]:
 
 def load_format(name: str) -> type[Format]:
     """The Format class of one folder. Raises InputError for a name, of a manifest say, that is none."""
-    from compress.contract import Format
+    from compress.contract.format import Format
 
     if name not in formats():
         raise InputError("format", f"one of {', '.join(formats())}", f"'{name}'", "take the version of compress that made it")

@@ -1,1 +1,4 @@
-"""The passes, one file each."""
+"""The passes, one file each.
+
+Imports errors, spec, numerics, checkpoint, corpus, architecture, contract, kernels.
+"""

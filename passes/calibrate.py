@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract import DataPass
+from compress.contract.base_passes import TextPass
+from compress.contract.pass_base import DataPass
 from compress.corpus import shipped
-from compress.facts import Note
-from compress.kinds import TextPass
-from compress.recipe import Line
+from compress.spec.recipe import Line
+from compress.spec.weight_state import Note
 
 if TYPE_CHECKING:
-    from compress.checkpoint import Checkpoint
+    from compress.checkpoint.reader import Checkpoint
     from compress.corpus import Corpus, CorpusSpec
 
 

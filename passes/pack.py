@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from compress.contract import Format, TensorPass
+from compress.contract.format import Format
+from compress.contract.pass_base import TensorPass
 from compress.errors import Refusal
-from compress.facts import State, Weight
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.qtensor import QTensor
+    from compress.numerics.qtensor import QTensor
 
 
 _BESIDE = {

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.contract import TensorPass
-from compress.facts import State, Weight
+from compress.contract.pass_base import TensorPass
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.qtensor import QTensor
+    from compress.numerics.qtensor import QTensor
 
 
 class Unpack(TensorPass):
@@ -36,8 +36,8 @@ class Unpack(TensorPass):
         return State(None, state.sparsity) if self.to == "dense" else state
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        from compress.checkpoint import torch_dtype
-        from compress.qtensor import QTensor
+        from compress.checkpoint.reader import torch_dtype
+        from compress.numerics.qtensor import QTensor
 
         if after.scheme is None and isinstance(value, QTensor):
             return value.dequantize().to(torch_dtype(weight.dtype)), None

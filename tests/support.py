@@ -14,23 +14,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress import demo, pipeline, places, qtensor
-from compress.algebra.grid import round_to_nearest
-from compress.algebra.rounding import nearest
-from compress.checkpoint import Checkpoint, open_checkpoint, torch_dtype
-from compress.contract import Context
+from compress import demo
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
+from compress.context import Context
 from compress.errors import InputError
-from compress.facts import State, Weight
+from compress.evaluate.perplexity_kl import compare
 from compress.kernels.dispatch import load_backend
 from compress.kernels.native.packed import Packed, pack
-from compress.manifest import Manifest
-from compress.meaning import Meaning
-from compress.measure import compare
-from compress.names import resolve
-from compress.pipeline import Options, Result
-from compress.recipe import parse_one_liner
-from compress.scheme import Scheme
-from compress.windows import token_windows
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.eval_windows import token_windows
+from compress.numerics import qtensor
+from compress.numerics.grid import round_to_nearest
+from compress.numerics.rounding import nearest
+from compress.pipeline import output_paths
+from compress.pipeline.run import Options, Result, run_recipe
+from compress.spec.recipe import parse_one_liner
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Trained models and texts that may lie beside a checkout; tests that use them are skipped without."""
@@ -49,13 +51,13 @@ def kl(source: Path, artifact: Path) -> float:
 def run(source: Path | Checkpoint, out: Path, recipe: str, **options: Any) -> Result:
     """Runs a one-liner over a directory, quietly."""
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    return pipeline.run(parse_one_liner(recipe), checkpoint, out, Context(threads=2), Options(**options))
+    return run_recipe(parse_one_liner(recipe), checkpoint, out, Context(threads=2), Options(**options))
 
 
 def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
     """Runs a one-liner over a directory, in fp32 and on two threads or as the context says."""
     settings = {"threads": 2, "dtype": "float32", **context}
-    return pipeline.run(parse_one_liner(recipe), open_checkpoint(source), out, Context(**settings))
+    return run_recipe(parse_one_liner(recipe), open_checkpoint(source), out, Context(**settings))
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -70,7 +72,7 @@ def losses(out: Path) -> list[float]:
 
 def step_of(out: Path, name: str) -> Path:
     """The directory of a step of `out`, by the name of its pass."""
-    return next(path for path in places.steps_folder(out).iterdir() if path.is_dir() and f"-{name}-" in path.name)
+    return next(path for path in output_paths.steps_folder(out).iterdir() if path.is_dir() and f"-{name}-" in path.name)
 
 
 def dense_meaning(canonical: Path, target: Path) -> Path:

@@ -31,7 +31,7 @@ def left(folder: Path) -> list[str]:
 def test_dir_shows_public_names_and_no_submodules() -> None:
     """In a fresh process, after everything has been imported that a run needs."""
     code = """
-import compress, compress.pipeline, compress.cli.app
+import compress, compress.pipeline.run, compress.cli.app
 assert {"load", "run", "plan_of", "Context", "open_source", "Recipe"} <= set(dir(compress)), dir(compress)
 assert dir(compress) == sorted([*compress.__all__, "__version__"]), dir(compress)
 assert not {"pipeline", "cli", "recipe", "errors"} & set(dir(compress))

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 import compress
 import compress.hf
-from compress import artifact
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
 from compress.errors import CompressError, FormatError, InputError, UsageError
+from compress.evaluate.verify import read_with, verify_bytes
 from compress.kernels.native.modules import DenseWeight, PackedWeight
-from compress.meaning import Meaning
-from compress.model import build
-from compress.verify import read_with, verify_bytes
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import build
+from compress.runtime import artifact
 from families import build as build_family
 from support import SHARED, load, logits, run, step_of, tiny_llama
 

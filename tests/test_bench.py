@@ -19,12 +19,12 @@ import torch
 from torch.nn.functional import linear
 
 import compress
-from compress import bench
-from compress.bench import DECODE, DENSE, PACKED, Decoder, Settings, Speed
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.cli.bench import numbers, show_speeds
 from compress.errors import FormatError, InputError, UsageError
+from compress.evaluate import bench
+from compress.evaluate.bench import DECODE, DENSE, PACKED, Decoder, Settings, Speed
 from compress.kernels import bench as kernels
 from compress.kernels.native.cpu import Cpu
 from compress.kernels.native.packed import Packed

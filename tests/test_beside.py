@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from compress import qtensor
-from compress.algebra.lowrank import Factors
-from compress.algebra.rounding import nearest, stacked, unstacked
-from compress.beside import Lowrank, Outliers
-from compress.checkpoint import open_checkpoint
+from compress.architecture.qlinear import with_codes
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import UsageError
-from compress.facts import State, Weight
-from compress.qlinear import with_codes
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
+from compress.numerics import qtensor
+from compress.numerics.lowrank import Factors
+from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest, stacked, unstacked
+from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 from support import do, linear, losses, ready_inputs, run, step_of
 
 STATES = [
@@ -176,8 +176,8 @@ def test_int8_factors_stay(tiny: Path, tmp_path: Path) -> None:
 
 def test_an_artifact_is_damaged_where_a_factor_is(tiny: Path, tmp_path: Path) -> None:
     """NaN in a factor is told, as it is in a scale."""
-    from compress.meaning import Meaning
-    from compress.verify import _wrong
+    from compress.evaluate.verify import _wrong
+    from compress.layerwise.dense_view import Meaning
 
     run(tiny, tmp_path / "out", "quantize.rtn(scheme=w3a16g32) | quantize.lorc(rank=2, factors=bf16)")
     meaning = Meaning(open_checkpoint(tmp_path / "out"))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from compress.card import KEPT, README, card, carried
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.manifest import Source
+from compress.checkpoint.reader import KEPT, README, open_checkpoint
+from compress.checkpoint.scan import file_digest
+from compress.context import Context
 from compress.errors import InputError
-from compress.intake import file_digest
-from compress.manifest import Source
-from compress.verify import verify_bytes
+from compress.evaluate.verify import verify_bytes
+from compress.pipeline.model_card import card, carried
 from support import do, ready_inputs, run, step_of, tiny_llama
 
 RTN = "quantize.rtn(scheme=w4a16g32)"

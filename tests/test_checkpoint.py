@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import open_checkpoint
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CompressError, InputError
-from compress.names import resolve
 from support import run, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"

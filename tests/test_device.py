@@ -19,17 +19,19 @@ from typing import Any
 import pytest
 import torch
 
-from compress import device, sweep
-from compress.algebra.lowrank import Factors
-from compress.checkpoint import open_checkpoint
+from compress import device
+from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build as commands
-from compress.contract import Context, Pass, Solution
-from compress.discover import load_pass, pass_files
+from compress.context import Context
+from compress.contract.discover import load_pass, pass_files
+from compress.contract.pass_base import Pass, Solution
 from compress.errors import MachineError, UsageError
-from compress.facts import State
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
-from compress.skeleton import Skeleton
+from compress.executors import sweep
+from compress.layerwise.meta_model import Skeleton
+from compress.numerics.lowrank import Factors
+from compress.numerics.qtensor import QTensor
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 from families import build
 from rehearsal import GPU, NAME, Rehearsal
 from support import do, ready_inputs, tiny_llama, tree
@@ -134,21 +136,23 @@ def test_families_with_experts_two_stacks_and_turned_weights(name: str, tmp_path
 def test_states_are_parked_in_the_hosts_memory_and_then_in_files(
     recipe: str, hosted: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress import parking
+    from compress.layerwise import hidden_state_offload
 
-    monkeypatch.setattr("compress.batches.BATCH_TOKENS", 48)
+    monkeypatch.setattr("compress.layerwise.batches.BATCH_TOKENS", 48)
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
-    monkeypatch.setattr("compress.shelf._SMALLEST", 1)
-    monkeypatch.setattr(parking, "_SMALLEST", 1)
-    made, written = parking.Parking.__init__, []
-    write = parking.Parking._write
+    monkeypatch.setattr("compress.checkpoint.spill._SMALLEST", 1)
+    monkeypatch.setattr(hidden_state_offload, "_SMALLEST", 1)
+    made, written = hidden_state_offload.Parking.__init__, []
+    write = hidden_state_offload.Parking._write
 
     def init(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.budget, self.host_budget = 0, hosted
 
-    monkeypatch.setattr(parking.Parking, "__init__", init)
-    monkeypatch.setattr(parking.Parking, "_write", lambda self, *rest: [written.append(self.device), write(self, *rest)][1])
+    monkeypatch.setattr(hidden_state_offload.Parking, "__init__", init)
+    monkeypatch.setattr(
+        hidden_state_offload.Parking, "_write", lambda self, *rest: [written.append(self.device), write(self, *rest)][1]
+    )
     rehearsal = rehearse(small, tmp_path, calibrated(RECIPES[recipe]))
     assert (GPU in written) == (not hosted)
     assert sites(rehearsal.reads) <= ONCE_A_WEIGHT | ONCE_A_STATISTIC | ONCE_A_BATCH | PARKED
@@ -156,7 +160,7 @@ def test_states_are_parked_in_the_hosts_memory_and_then_in_files(
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.writer import Writer
+    from compress.checkpoint.writer import Writer
 
     recipe, record = calibrated(RECIPES["wanda"]), Writer.record
     solved: list[str] = []
@@ -175,10 +179,10 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(small: Path, tmp_pat
         monkeypatch.setattr(Writer, "record", record)
         kept: list[int] = []
         ctx = Context(threads=2, dtype="float32", events=lambda event: kept.append(event.get("kept", 0)))
-        from compress import pipeline
-        from compress.recipe import parse_one_liner
+        from compress.pipeline.run import run_recipe
+        from compress.spec.recipe import parse_one_liner
 
-        pipeline.run(parse_one_liner(recipe), open_checkpoint(small), tmp_path / "out", ctx)
+        run_recipe(parse_one_liner(recipe), open_checkpoint(small), tmp_path / "out", ctx)
     assert any(kept)
     assert tree(tmp_path / "whole") == tree(tmp_path / "out")
 
@@ -386,7 +390,7 @@ def read_of(name: str, path: Path) -> set[str]:
 
 def test_every_field_of_the_context_is_read() -> None:
     read = {name for path in (ROOT / "compress").rglob("*.py") for name in read_of("ctx", path)}
-    contract = next(n for n in ast.parse((ROOT / "compress/contract.py").read_text()).body if getattr(n, "name", "") == "Context")
+    contract = next(n for n in ast.parse((ROOT / "compress/context.py").read_text()).body if getattr(n, "name", "") == "Context")
     read |= {n.attr for n in ast.walk(contract) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     assert {field.name for field in fields(Context)} <= read
 

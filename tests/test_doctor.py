@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress import artifact, doctor
 from compress.cli.app import build
 from compress.errors import Refusal
+from compress.evaluate import backend_report
 from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import BACKENDS, load_backend
-from compress.scheme import BITS, Scheme
+from compress.runtime import artifact
+from compress.spec.scheme import BITS, Scheme
 from families import build as build_family
 from support import run, tiny_llama
 
@@ -35,10 +36,10 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", doctor.DTYPES)
+@pytest.mark.parametrize("dtype", backend_report.DTYPES)
 def test_each_answer_is_the_first_backend_that_does_not_refuse(dtype: str, device: str) -> None:
-    for use in doctor.families(dtype, device):
-        found, backend, reasons = doctor.answer(use), None, {}
+    for use in backend_report.families(dtype, device):
+        found, backend, reasons = backend_report.answer(use), None, {}
         for name in BACKENDS:
             try:
                 load_backend(name).refuse(use.work)
@@ -52,13 +53,13 @@ def test_each_answer_is_the_first_backend_that_does_not_refuse(dtype: str, devic
 
 
 def test_every_kind_of_scheme_is_asked_about() -> None:
-    schemes = [use.work.state.scheme for use in doctor.families("bfloat16", "cpu")]
+    schemes = [use.work.state.scheme for use in backend_report.families("bfloat16", "cpu")]
     kinds = {(s.grid, s.bits, s.scales, s.symmetric) for s in schemes if s is not None}
     assert kinds >= {("int", bits, "row", symmetric) for bits in BITS for symmetric in (True, False)}
     texts = ["nf2", "nf3", "nf4", "fp4", "e3m0", "mxfp4", "nvfp4", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block"]
     assert kinds >= {(s.grid, s.bits, s.scales, True) for s in map(Scheme.parse, texts)}
     assert {s.inputs for s in schemes if s is not None} == {"", "int8", "fp8"}
-    what = " ".join(use.what for use in doctor.families("bfloat16", "cpu"))
+    what = " ".join(use.what for use in backend_report.families("bfloat16", "cpu"))
     for word in ("outliers", "lowrank(r16)", "lowrank(r16-int8)", "masked(2:4)", "embedding", "Conv1D", "experts"):
         assert word in what
 
@@ -69,9 +70,9 @@ def test_it_says_what_a_model_that_is_loaded_has(name: str, dtype: str, tmp_path
     experts = ", experts" if name in ("mixtral", "gpt_oss") else ""
     recipe = f"quantize.rtn(scheme=w4a16g32, targets=[linear, embeddings{experts}], ragged=channel)"
     run(build_family(name, tmp_path), tmp_path / "out", f"{recipe} | {NATIVE}")
-    uses = doctor.artifact_uses(compress.open_checkpoint(tmp_path / "out"), "cpu", dtype)
+    uses = backend_report.artifact_uses(compress.open_checkpoint(tmp_path / "out"), "cpu", dtype)
     told: dict[str | None, int] = {}
-    for one in map(doctor.answer, uses):
+    for one in map(backend_report.answer, uses):
         told[one.backend] = told.get(one.backend, 0) + one.use.weights
     model = compress.load(tmp_path / "out", dtype)
     assert told == artifact.backends(model)
@@ -122,7 +123,7 @@ def test_refusals(
 
 
 def test_where_code_comes_from() -> None:
-    assert "NVRTC" in doctor.code(Capability(9, 0))
-    machine = doctor.machine()
+    assert "NVRTC" in backend_report.code(Capability(9, 0))
+    machine = backend_report.machine()
     assert set(machine["code"]) == {gpu["capability"] for gpu in machine["gpus"]}
-    assert doctor.version("no-such-package") == "not installed"
+    assert backend_report.version("no-such-package") == "not installed"

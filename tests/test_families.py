@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpoint import open_checkpoint
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import FormatError
-from compress.names import resolve
-from compress.pipeline import Result
-from compress.places import steps_folder
+from compress.pipeline.output_paths import steps_folder
+from compress.pipeline.run import Result
 from families import FAMILIES, build
 from support import dense_meaning, load, logits, run
 

@@ -9,115 +9,129 @@ from pathlib import Path
 
 import pytest
 
-from compress.discover import caption_of
-
 ROOT = Path(__file__).parents[1]
-ROOMS = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
-FLOORS = {
-    0: "errors strict size cache textform presets scheme sparsity beside lora facts targets recipe indentation recipefile manifest gate",
-    1: "device threads shards checkpoint trust writer qtensor watch source corpus algebra spaces picture foreign",
-    2: "contract kinds classes names mapping meaning skeleton experts journey batches footprint parking shelf traveller route reverse deciding granular balancing sweep fold peers qlinear kernels intake stream forward model train",
-    3: "passes",
-    4: "api discover resolve tally decide plan plan_checks memory places step reuse pipeline windows measure stages difference sample teacher ancestor devices stacking artifact hf account card entry readers verify doctor bench demo recipes compress",
-    5: "cli __main__",
-}
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-UPWARD_BY_DESIGN = dict.fromkeys(
-    [(driver, "plan") for driver in ("stream", "sweep", "train")], "a step's plan is the driver's argument"
-)
+PACKAGES = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
+FOLDERS = (
+    "errors", "spec", "threads", "context", "device", "plots", "numerics", "checkpoint", "importers", "corpus", "architecture",
+    "contract", "kernels", "layerwise", "executors", "passes", "pipeline", "runtime", "hf", "evaluate", "api", "demo", "cli",
+    "__main__",
+)  # fmt: skip
+"""Every folder and every module that stands alone, lowest first: each may import what stands before it."""
+EXEMPT = {("compress.runtime.artifact", "compress.hf"): "loading an artifact registers its reader with transformers"}
+SLOW_TO_IMPORT = {"torch", "transformers", "datasets", "numpy"}
+"""What takes seconds to import, so that help and plans of recipes do without."""
 
 
 def modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
     found = {}
-    for folder, package in ROOMS.items():
+    for folder, package in PACKAGES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *(p for p in parts if p != "__init__")])] = path
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return found
 
 
-def room(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "compress"
+MODULES = modules()
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """(module of ours, whether it is imported when the file is) for every import that is not for types only."""
+def folder_of(module: str) -> str:
+    """The entry of FOLDERS that a module belongs to; `compress` is the package itself."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imports(path: Path) -> list[tuple[str, bool, bool]]:
+    """(module, whether it is imported when the file is, whether for types only) for every import of a file."""
     tree = ast.parse(path.read_text())
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
+    for_types = {id(node) for block in blocks for node in ast.walk(block)}
     top = {id(node) for node in tree.body}
     found = []
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.append((node.module, id(node) in top))
-            if node.module in ("compress", "compress.cli"):
-                found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: import by the full name"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name if name in MODULES else node.module, id(node) in top, id(node) in for_types) for name in names]
         elif isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in top) for alias in node.names]
+            found += [(alias.name, id(node) in top, id(node) in for_types) for alias in node.names]
     return found
 
 
-@pytest.mark.parametrize("module", modules())
-def test_imports_go_down_only(module: str) -> None:
-    here = FLOOR[room(module)]
-    for target, _ in imports(modules()[module]):
-        if not target.startswith("compress.") or room(target) not in FLOOR or room(target) == room(module):
+IMPORTS = {module: imports(path) for module, path in MODULES.items()}
+
+
+def arrows() -> set[tuple[str, str]]:
+    """(module, module of ours that it imports, lazily or for types), between folders."""
+    found = {(module, target) for module, each in IMPORTS.items() for target, _, _ in each if target in MODULES}
+    return {(a, b) for a, b in found if folder_of(a) != folder_of(b) and "compress" not in (a, b)}
+
+
+def test_every_module_has_its_place_in_the_order_of_folders() -> None:
+    assert {folder_of(module) for module in MODULES} - {"compress"} == set(FOLDERS)
+
+
+def test_imports_go_down_only() -> None:
+    up = [
+        f"{module} imports {target}: {folder_of(target)} stands above {folder_of(module)}"
+        for module, target in sorted(arrows())
+        if FOLDERS.index(folder_of(target)) > FOLDERS.index(folder_of(module)) and (module, target) not in EXEMPT
+    ]
+    assert not up, "import down only:\n" + "\n".join(up)
+    assert arrows() >= EXEMPT.keys(), "an exemption that nothing needs"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports for types are left out: they are none when the program runs."""
+    real = {module: {t for t, _, typed in each if t in MODULES and not typed} for module, each in IMPORTS.items()}
+    for module, target in EXEMPT:
+        real[module].discard(target)
+    real.pop("compress")
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, "a circle: " + " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for target in sorted(real.get(module, ())):
+                if not module.startswith(f"{target}."):
+                    visit(target, (*way, module))
+            done.add(module)
+
+    for module in real:
+        visit(module, ())
+
+
+def test_every_folder_says_what_it_is_and_what_it_imports() -> None:
+    """Its docstring ends with the sentence that this test makes of the imports."""
+    for folder in FOLDERS:
+        path = MODULES[f"compress.{folder}"]
+        if path.name != "__init__.py":
             continue
-        there = FLOOR[room(target)]
-        if (room(module), room(target)) in UPWARD_BY_DESIGN:
-            continue
-        assert there <= here, f"{module} (floor {here}) imports {target} (floor {there}): import down only"
+        used = {folder_of(target) for module, target in arrows() if folder_of(module) == folder}
+        said = ", ".join(name for name in FOLDERS if name in used)
+        wanted = f"Imports {said}." if used else "Imports nothing of ours."
+        text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+        assert text.endswith(wanted), f"{path.relative_to(ROOT)} should end with: {wanted}"
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if room(m) == "passes"])
-def test_passes_never_import_passes_nor_torch_at_import(module: str) -> None:
-    for target, at_import in imports(modules()[module]):
-        assert not target.startswith("compress.passes"), f"{module} imports {target}: passes never import passes"
-        assert not (at_import and target.split(".")[0] in ("torch", "transformers")), f"{module} imports {target} too early"
+def test_passes_never_import_passes_nor_torch_at_import() -> None:
+    for module in (name for name in MODULES if folder_of(name) == "passes"):
+        for target, at_import, _ in IMPORTS[module]:
+            assert not target.startswith("compress.passes"), f"{module} imports {target}: passes never import passes"
+            assert not (at_import and target.split(".")[0] in SLOW_TO_IMPORT), f"{module} imports {target} too early"
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if room(m) in FLOORS[0].split()])
-def test_words_know_no_torch(module: str) -> None:
-    assert not [t for t, _ in imports(modules()[module]) if t.split(".")[0] in ("torch", "safetensors", "transformers")]
+def test_spec_and_errors_know_no_torch() -> None:
+    for module in (name for name in MODULES if folder_of(name) in ("spec", "errors")):
+        heavy = {target for target, _, _ in IMPORTS[module] if target.split(".")[0] in {*SLOW_TO_IMPORT, "safetensors"}}
+        assert not heavy, f"{module} imports {heavy}"
 
 
-@pytest.mark.parametrize("module", modules())
-def test_files_have_a_caption_and_stay_short(module: str) -> None:
-    path = modules()[module]
-    caption = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
-    assert caption, f"{path} has no caption"
-    assert len(caption[0]) < 80, f"{path}: the caption is {len(caption[0])} characters"
-    assert len(path.read_text().splitlines()) <= 400, f"{path} is over 400 lines"
-
-
-def test_readme_maps_every_file() -> None:
-    """The code map in README has one line for each file, its caption, and none for files that are gone."""
-    files = sorted(path for path in modules().values() if path.name != "__init__.py")
-    wanted = [f"| `{path.relative_to(ROOT)}` | {caption_of(path)} |" for path in files]
-    assert block("code map") == wanted, "make it anew: python tests/test_floors.py"
-
-
-def test_readme_has_the_options_of_every_pass() -> None:
-    """The text of `compress list`, the same that --help and the schema show."""
-    assert block("passes")[1:-1] == options_text().splitlines()
-
-
-def block(name: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    lines = text.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0].strip().splitlines()
-    return [line for line in lines if not line.startswith(("| file", "| ---"))]
-
-
-def options_text() -> str:
-    command = [sys.executable, "-P", "-m", "compress", "list"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()
+def test_files_have_a_caption_and_stay_short() -> None:
+    for path in MODULES.values():
+        caption = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+        assert caption, f"{path} has no caption"
+        assert len(caption[0]) < 80, f"{path}: the caption is {len(caption[0])} characters"
+        assert len(path.read_text().splitlines()) <= 400, f"{path} is over 400 lines"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["quantize", "rtn", "--help"], ["recipes", "ls"]])
@@ -128,7 +142,7 @@ from compress.cli.app import build
 try:
     build({arguments!r})({arguments!r}, standalone_mode=False)
 finally:
-    heavy = [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules]
+    heavy = [name for name in {sorted(SLOW_TO_IMPORT)!r} if name in sys.modules]
     heavy += ["pydantic" for argument in {arguments!r}[:1] if argument == "--help" and "pydantic" in sys.modules]
     assert not heavy, heavy
 """
@@ -147,10 +161,3 @@ def test_public_names_are_sorted_and_there() -> None:
 def test_import_compress_is_light() -> None:
     code = "import sys, compress; assert not {'torch', 'pydantic', 'typer'} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
-
-
-if __name__ == "__main__":  # prints the blocks that README holds
-    print("| file | what it is |\n| --- | --- |")
-    for path in sorted(path for path in modules().values() if path.name != "__init__.py"):
-        print(f"| `{path.relative_to(ROOT)}` | {caption_of(path)} |")
-    print(f"\n```text\n{options_text()}\n```")

@@ -20,17 +20,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from compress.checkpoint import Checkpoint, open_checkpoint, read_json, size_of
+from compress.checkpoint.manifest import FILE, Manifest
+from compress.checkpoint.reader import Checkpoint, open_checkpoint, read_json, size_of
+from compress.checkpoint.safetensors_header import TensorRef, read_header, write_header
 from compress.errors import CompressError, InputError, RecipeError, UsageError
-from compress.facts import DTYPE_BYTES, State
-from compress.manifest import FILE, Manifest
-from compress.recipe import Recipe, override, parse_one_liner, parse_value, parse_yaml, print_value, read
-from compress.resolve import resolve
-from compress.scheme import BITS, Scheme
-from compress.shards import TensorRef, read_header, write_header
-from compress.size import parse_size
-from compress.sparsity import Sparsity
-from compress.targets import check
+from compress.pipeline.resolve import resolve
+from compress.spec.byte_size import parse_size
+from compress.spec.recipe import Recipe, override, parse_one_liner, parse_value, print_value
+from compress.spec.recipe_file import parse_yaml, read
+from compress.spec.scheme import BITS, Scheme
+from compress.spec.selectors import check
+from compress.spec.sparsity import Sparsity
+from compress.spec.weight_state import DTYPE_BYTES, State
 
 EXAMPLES = int(os.environ.get("COMPRESS_FUZZ", "150"))
 fuzz = settings(
@@ -121,7 +122,7 @@ def test_what_looks_like_a_header(header: Any, payload: int) -> None:
 @fuzz
 @given(sound, st.data())
 def test_headers_with_a_few_bytes_changed(tensors: list[tuple[str, list[int]]], draw: Any) -> None:
-    from compress.facts import TensorSpec
+    from compress.spec.weight_state import TensorSpec
 
     specs = [TensorSpec(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(tensors)]
     data = write_header(specs, {"format": "pt"}) + bytes(sum(spec.nbytes for spec in specs))
@@ -183,7 +184,7 @@ def opened(folder: Path) -> Checkpoint | None:
     )
 )
 def test_any_index(scratch: Path, index: dict[str, Any]) -> None:
-    from compress.facts import TensorSpec
+    from compress.spec.weight_state import TensorSpec
 
     folder = scratch / "indexed"
     folder.mkdir(exist_ok=True)

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from compress import forward, measure
-from compress import windows as windows_module
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
 from compress.errors import CompressError, InputError, UsageError
-from compress.forward import Forward, _finish
-from compress.journey import Call, Roads
-from compress.measure import Estimate, compare, mean, quantile
+from compress.evaluate import perplexity_kl
+from compress.evaluate.perplexity_kl import Estimate, compare, mean, quantile
+from compress.layerwise import eval_windows as windows_module
+from compress.layerwise import logits as forward
+from compress.layerwise.eval_windows import check_data, token_windows, tokenizer_folder
+from compress.layerwise.logits import Forward, _finish
+from compress.layerwise.stepwise import Call, Roads
 from compress.threads import compute_threads
-from compress.windows import check_data, token_windows, tokenizer_folder
 from families import build
 from support import SHARED, dense_meaning, load, run, step_of, tiny_llama
 
@@ -108,8 +109,8 @@ def test_groups_and_batches_change_nothing(
     sides = open_checkpoint(demo_model), open_checkpoint(artifact)
     whole = compare(*sides, windows)
     shares: list[float] = []
-    monkeypatch.setattr(measure, "_HELD_BYTES", 1)
-    monkeypatch.setattr(measure, "_CHUNK", 3000)
+    monkeypatch.setattr(perplexity_kl, "_HELD_BYTES", 1)
+    monkeypatch.setattr(perplexity_kl, "_CHUNK", 3000)
     parts = compare(*sides, windows, 3, shares.append)
     assert all(later > earlier - 1e-9 for earlier, later in itertools.pairwise(shares))
     assert shares[-1] == 1
@@ -163,7 +164,7 @@ def test_memory_is_a_block_and_the_logits_of_a_batch(
             head = sum(p.untyped_storage().nbytes() for p in model.parameters() if not p.is_meta)
             assert head == norms + 4 + 1024 * 128 * 4, "the head is loaded once, the embedding is gone"
     assert held == [norms + 2 * 4] * 4, "a number stands for the embedding, another for the head"
-    monkeypatch.setattr(measure, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(perplexity_kl, "_LOGIT_BYTES", 1)
     shapes: list[torch.Size] = []
     monkeypatch.setattr(
         Forward, "_output", lambda self, journey, of=Forward._output: shapes.append((x := of(self, journey)).shape) or x
@@ -251,7 +252,7 @@ def test_a_token_that_is_ruled_out_costs_nothing() -> None:
     p, q = torch.randn(2, 6, 9)
     p[:, 0] = q[:, 0] = -math.inf
     found = torch.empty(4, 6)
-    measure._rows([p, q], torch.ones(6, dtype=torch.long), found)
+    perplexity_kl._rows([p, q], torch.ones(6, dtype=torch.long), found)
     logs = [x[:, 1:].log_softmax(-1) for x in (p, q)]
     assert torch.allclose(found[2], (logs[0].exp() * (logs[0] - logs[1])).sum(-1), atol=1e-6)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from compress.checkpoint import open_checkpoint
+from compress.architecture.qlinear import QLinear
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import FormatError, InputError
-from compress.model import build
-from compress.qlinear import QLinear
+from compress.layerwise.model import build
 from families import FAMILIES
 from families import build as build_family
 from support import dense_meaning, load, logits, run, step_of, tiny_llama

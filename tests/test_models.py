@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.checkpoint import open_checkpoint
-from compress.measure import Estimate, compare
-from compress.model import build
-from compress.windows import token_windows
+from compress.checkpoint.reader import open_checkpoint
+from compress.evaluate.perplexity_kl import Estimate, compare
+from compress.layerwise.eval_windows import token_windows
+from compress.layerwise.model import build
 from support import SHARED, dense_meaning, load, logits, run, step_of
 
 pytest.importorskip("compressed_tensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.picture import Stage, losses, stages
+from compress.plots import Stage, losses, stages
 
 ROWS = [{"step": i, "loss": 2 / i, "lr": 1e-4 / i, "tokens": 2048.0 * i} for i in range(1, 60)]
 STAGES = [
@@ -58,7 +58,7 @@ def test_the_same_numbers_are_the_same_bytes(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from math import nan
-from compress.picture import Stage, stages
+from compress.plots import Stage, stages
 stages(Path({str(paths[3])!r}), {STAGES!r}, "A title")
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
@@ -91,5 +91,5 @@ def test_a_suffix_is_a_format_and_nothing_is_no_picture(tmp_path: Path) -> None:
 
 
 def test_matplotlib_waits_until_something_is_drawn() -> None:
-    code = "import sys, compress.picture; assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
+    code = "import sys, compress.plots; assert not {'matplotlib', 'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

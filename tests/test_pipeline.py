@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
+from compress.checkpoint.writer import Writer
+from compress.context import Context
 from compress.errors import CompressError, CoverageError, FormatError, InputError, MachineError, RecipeError, UsageError
-from compress.manifest import Manifest
-from compress.places import clean, locked, steps_folder
-from compress.writer import Writer
+from compress.pipeline.output_paths import clean, locked, steps_folder
 from support import ready_inputs, run, step_of, tiny_llama, tree
 
 RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
@@ -122,7 +122,7 @@ def _full() -> str:
 RUN = """
 import sys, time
 from pathlib import Path
-import compress.stream as s
+import compress.executors.stream as s
 from support import run
 move = s._move
 def slow(*args):
@@ -154,7 +154,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tiny: Path, tmp_path: Path, d
 
 
 def test_going_on_with_other_shards_starts_that_step_over(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.stream as stream
+    import compress.executors.stream as stream
 
     reference = run(tiny, tmp_path / "ref", RECIPE)
     move, left = stream._move, [9]
@@ -215,7 +215,7 @@ def test_a_crash_while_side_files_are_copied_is_resumed(tiny: Path, tmp_path: Pa
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.writer.shutil.copyfile", stop)
+    monkeypatch.setattr("compress.checkpoint.writer.shutil.copyfile", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out", RECIPE)
     half = next(steps_folder(tmp_path / "out").glob("*.tmp"))
@@ -260,7 +260,7 @@ def test_places_that_no_run_may_take(tiny: Path, tmp_path: Path) -> None:
 def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import compress.stream as stream
+    import compress.executors.stream as stream
 
     reference = run(tiny, tmp_path / "ref", RECIPE)
     move, seen = stream._move, []
@@ -280,7 +280,7 @@ def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     torn = next(entry["weight"] for entry in journal)
     data = bytearray((half / "canonical.safetensors").read_bytes())
     name = next(iter(next(e for e in journal if e["weight"] == torn)["digests"]))
-    from compress.shards import read_header
+    from compress.checkpoint.safetensors_header import read_header
 
     ref = next(r for r in read_header(lambda o, n: bytes(data[o : o + n]), len(data), "f")[0] if r.name == name)
     data[ref.offset] ^= 0xFF
@@ -381,7 +381,7 @@ def test_tokens_that_a_kill_has_left_half_copied_are_not_told_of(
             os.truncate(target, 100)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.writer.shutil.copyfile", torn)
+    monkeypatch.setattr("compress.checkpoint.writer.shutil.copyfile", torn)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out", recipe)
     monkeypatch.undo()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.names import resolve
-from compress.plan import make_plan
-from compress.recipe import parse_one_liner
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
+from compress.pipeline.plan import make_plan
+from compress.spec.recipe import parse_one_liner
 from support import run, step_of, tiny_llama
 
 

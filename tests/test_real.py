@@ -18,8 +18,8 @@ from benchmarks.real.rows import ROWS, Protocol, chosen
 
 from compress import demo
 from compress.errors import InputError, MachineError, UsageError
-from compress.recipe import parse_one_liner
-from compress.resolve import resolve
+from compress.pipeline.resolve import resolve
+from compress.spec.recipe import parse_one_liner
 
 TEXT = Path(demo.__file__).parent / "text"
 NAMES = [row.name for row in ROWS] + [row.name for row in PEER_ROWS]

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from compress.cli.recipes import opened
 from compress.errors import CompressError, RecipeError
-from compress.recipe import Line, Recipe, override, parse_one_liner, parse_value, parse_yaml, print_value
-from compress.resolve import resolve
+from compress.pipeline.resolve import resolve
+from compress.spec.recipe import Line, Recipe, override, parse_one_liner, parse_value, print_value
+from compress.spec.recipe_file import parse_yaml
 
 scalars = (
     st.none()

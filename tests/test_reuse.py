@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
 from compress.errors import UsageError
-from compress.pipeline import Options, OtherResultError, run
-from compress.places import clean, steps_folder
-from compress.recipe import parse_one_liner
+from compress.pipeline.output_paths import clean, steps_folder
+from compress.pipeline.run import Options, OtherResultError, run_recipe
+from compress.spec.recipe import parse_one_liner
 from support import TEXT, tree
 
 TWO = "prune.magnitude(sparsity=0.5) | quantize.rtn(scheme=w4a16g32)"
@@ -24,7 +24,7 @@ TWO = "prune.magnitude(sparsity=0.5) | quantize.rtn(scheme=w4a16g32)"
 def solved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with its steps beside it; copy it before changing anything."""
     out = tmp_path_factory.mktemp("solved") / "first"
-    run(parse_one_liner(f"{TWO} | pack"), open_checkpoint(tiny), out, Context(threads=1))
+    run_recipe(parse_one_liner(f"{TWO} | pack"), open_checkpoint(tiny), out, Context(threads=1))
     return out
 
 
@@ -40,7 +40,7 @@ def go(source: Path, out: Path, recipe: str, **options: Any) -> tuple[Any, list[
     """A run's result, and its events but for progress."""
     events: list[dict[str, Any]] = []
     ctx = Context(threads=1, events=events.append)
-    result = run(parse_one_liner(recipe), open_checkpoint(source), out, ctx, Options(**options))
+    result = run_recipe(parse_one_liner(recipe), open_checkpoint(source), out, ctx, Options(**options))
     return result, [event for event in events if event["event"] != "progress"]
 
 
@@ -112,7 +112,7 @@ def test_tokens_are_taken_and_what_they_are_for(demo_model: Path, tmp_path: Path
     # Another seed draws others.
     ctx = Context(threads=1, seed=1)
     options = Options(steps=[tmp_path / "one"])
-    other = run(parse_one_liner(calibrated), open_checkpoint(demo_model), tmp_path / "three", ctx, options)
+    other = run_recipe(parse_one_liner(calibrated), open_checkpoint(demo_model), tmp_path / "three", ctx, options)
     assert other.taken == ()
 
 

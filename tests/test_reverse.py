@@ -14,15 +14,15 @@ from benchmarks.sweep import synthetic
 from safetensors.torch import load_file, save_file
 from test_sweep import inputs_for
 
-from compress import reverse, shelf
-from compress.batches import Batch, cut
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint import spill
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
 from compress.errors import CoverageError, InputError, MachineError
-from compress.facts import Weight
-from compress.meaning import Meaning
-from compress.reverse import Reverse
-from compress.skeleton import Skeleton
+from compress.executors.gradients import Reverse
+from compress.layerwise.batches import Batch, cut
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.meta_model import Skeleton
+from compress.spec.weight_state import Weight
 from families import FAMILIES, build
 from support import load, ready_inputs, tiny_llama
 
@@ -81,8 +81,8 @@ def by_autograd(source: Path, skeleton: Skeleton, batches: list[Batch], weights:
 @pytest.mark.parametrize(("name", "every"), [*((name, 1) for name in PREDICTING), *((name, 2) for name in DEEP), ("t5", 3)])
 def test_gradients_are_those_of_plain_autograd(name: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix of every family, the tied and the fused, encoders too; kept for every block, or computed again."""
-    monkeypatch.setattr(reverse, "stride", lambda blocks, nbytes: every)
-    monkeypatch.setattr(shelf, "_SMALLEST", 0)
+    monkeypatch.setattr(gradients, "stride", lambda blocks, nbytes: every)
+    monkeypatch.setattr(spill, "_SMALLEST", 0)
     source = build(name, tmp_path)
     skeleton, batches, weights = prepared(source, inputs_for(name, tmp_path))
     loss, found = gradients(skeleton, batches, weights, tmp_path / "scratch")
@@ -118,7 +118,7 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     """Of twelve, forward and backward; with what every third was called with on disk."""
     source = tiny_llama(tmp_path / "model", num_hidden_layers=12)
     skeleton, batches, weights = prepared(source, ready_inputs())
-    monkeypatch.setattr(reverse, "stride", lambda blocks, nbytes: 3)
+    monkeypatch.setattr(gradients, "stride", lambda blocks, nbytes: 3)
     most, loads = 0, []
 
     def watched(path: str) -> None:
@@ -189,7 +189,7 @@ def test_what_gives_no_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_shelf_keeps_what_it_was_given(tmp_path: Path) -> None:
-    there = shelf.Shelf(tmp_path / "shelf")
+    there = spill.Shelf(tmp_path / "shelf")
     tensors = {
         "large": torch.randn(64, 512).T, "small": torch.randn(3), "mask": torch.rand(512, 512) > 0.5,
         "half": torch.randn(256, 256).bfloat16(), "wide": torch.ones(1).expand(70_000), "ids": torch.arange(20_000),
@@ -223,12 +223,12 @@ def test_memory_is_a_block_and_as_planned(tmp_path: Path) -> None:
     code = """
 import sys, json
 from pathlib import Path
-from compress.account import peak_resident_bytes
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
-result = run(parse_one_liner(sys.argv[3]), open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context())
+from compress.pipeline.build_manifest import peak_resident_bytes
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.pass_base import Context
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
+result = run_recipe(parse_one_liner(sys.argv[3]), open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context())
 print(json.dumps([peak_resident_bytes(), result.plan.peak_bytes, result.plan.bits(result.plan.steps[-1], list(result.manifest.weights))]))
 """
     recipe = f"calibrate(data='{ids}', samples=2) | quantize.llm_mq(bits=3, method=rtn, clip=none)"

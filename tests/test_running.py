@@ -16,21 +16,21 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import artifact, stacking
-from compress.algebra.rounding import nearest
-from compress.checkpoint import open_checkpoint
-from compress.devices import where
+from compress.architecture.experts import INPUT, Routed
+from compress.architecture.weight_map import meta_model
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import InputError, UsageError
-from compress.experts import INPUT, Routed
-from compress.facts import State
 from compress.hf import CompressConfig, CompressQuantizer
 from compress.kernels.dispatch import Backend
 from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Stack
 from compress.kernels.native.packed import Packed, pack
-from compress.meaning import Meaning
-from compress.model import build
-from compress.names import meta_model
-from compress.scheme import Scheme
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import build
+from compress.numerics.rounding import nearest
+from compress.runtime import artifact, fuse_experts
+from compress.runtime.device_map import where
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 from families import build as build_family
 from support import load as load_dense
 from support import logits, run
@@ -144,9 +144,9 @@ def test_experts_of_several_kinds_in_any_order(order: tuple[int, ...]) -> None:
         return PackedWeight(Stack(len(members), lambda number: whole.expert(members[number])), torch.float32)
 
     told = {
-        str(kind): stacking.Kind(State(Scheme.parse(f"w{kind}a16")) if kind > 1 else None, 32, 128, kind) for kind in range(3)
+        str(kind): fuse_experts.Kind(State(Scheme.parse(f"w{kind}a16")) if kind > 1 else None, 32, 128, kind) for kind in range(3)
     }
-    stacks, places = stacking.stacks([[(str(kind), e)] for e, kind in enumerate(kinds)], told.__getitem__)
+    stacks, places = fuse_experts.stacks([[(str(kind), e)] for e, kind in enumerate(kinds)], told.__getitem__)
     weights = [made(int(matrices[0][0][0]), [int(piece[1] or 0) for (piece,) in matrices]) for matrices in stacks]
     module = PackedExperts()
     module.awaited, module.stand_in = {"w": torch.empty(0)}, torch.empty(0)

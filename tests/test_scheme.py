@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import UsageError
-from compress.facts import State
 from compress.kernels.compressed_tensors.parts import group_of
-from compress.presets import PRESETS, remark
-from compress.scheme import BITS, Scheme
+from compress.spec.presets import PRESETS, remark
+from compress.spec.scheme import BITS, Scheme
+from compress.spec.weight_state import State
 
 
 @given(st.sampled_from(BITS), st.none() | st.integers(8, 4096), st.booleans())

@@ -20,13 +20,13 @@ import pytest
 
 import compress.kernels
 import compress.passes
-from compress.checkpoint import open_checkpoint
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
 from compress.corpus.encoder import Encoder
 from compress.corpus.spec import CorpusSpec
 from compress.errors import InputError
-from compress.manifest import Manifest
-from compress.model import build
-from compress.names import resolve
+from compress.layerwise.model import build
 from hub_server import Hub, serve
 from support import run
 
@@ -52,7 +52,7 @@ BY_NAME = {
     ("discover.py", "importlib.import_module(f'compress.passes.{name}')"): "a pass that lies there, by its path",
     ("dispatch.py", "importlib.import_module(f\"compress.kernels.{name.replace('-', '_')}.layout\")"): "a format that lies there",
     ("dispatch.py", "importlib.import_module(f'compress.kernels.native.{name}')"): "a backend, from a table of ours",
-    ("__init__.py", "import_module(f\"compress.foreign.{method.replace('-', '_')}\")"): "one of METHODS",
+    ("__init__.py", "import_module(f\"compress.importers.{method.replace('-', '_')}\")"): "one of METHODS",
     ("checkpoint.py", "getattr(torch, names[name])"): "a dtype, from a table of ours",
     ("model.py", "getattr(torch, dtype)"): "a dtype, checked where it is given",
     ("probe.py", "getattr(torch, request['dtype'])"): "the same, handed to a reader's process",

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compress.checkpoint.safetensors_header import arrange, index_file, read_header, write_header
 from compress.errors import InputError
-from compress.facts import TensorSpec
-from compress.shards import arrange, index_file, read_header, write_header
+from compress.spec.weight_state import TensorSpec
 
 
 def parse(data: bytes) -> list:

@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import compress
-from compress.artifact import backends
-from compress.checkpoint import open_checkpoint
-from compress.model import build
+from compress.checkpoint.reader import open_checkpoint
+from compress.layerwise.model import build
+from compress.runtime.artifact import backends
 from support import SHARED, run
 
 MODELS = ("stories260k", "tiny-llama-3m", "tiny-llama-8m", "tiny-mixtral-9m")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from compress.checkpoint import open_checkpoint
-from compress.journey import Journey, Roads
-from compress.meaning import Meaning
-from compress.skeleton import Skeleton
+from compress.checkpoint.reader import open_checkpoint
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.meta_model import Skeleton
+from compress.layerwise.stepwise import Journey, Roads
 from families import FAMILIES, build
 from support import load, logits
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from compress.checkpoint import Checkpoint
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.source import open_headers, open_source
 from compress.errors import CompressError, InputError, MachineError
-from compress.names import resolve
-from compress.plan import make_plan
-from compress.recipe import parse_one_liner
-from compress.source import open_headers, open_source
+from compress.pipeline.plan import make_plan
+from compress.spec.recipe import parse_one_liner
 from hub_server import SIGNATURE, Hub, serve
 from support import run, tiny_llama, tree
 
@@ -406,7 +406,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: Hub, tmp_path: Path) ->
     """In a process of its own, as a user has it: HF_ENDPOINT and HF_TOKEN in the environment."""
     publish(hub, directory(tmp_path / "local"))
     script = (
-        "import sys; from pathlib import Path; from compress.source import open_headers, open_source; from support import run\n"
+        "import sys; from pathlib import Path; from compress.checkpoint.source import open_headers, open_source; from support import run\n"
         "assert 'torch' in sys.modules\n"
         f"open_headers({NAME!r}); run(open_source({NAME!r}), Path('out'), {RECIPE!r})\n"
     )
@@ -432,7 +432,7 @@ def test_opening_imports_the_hub_only_for_a_hub_model(tmp_path: Path) -> None:
     save_file({}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     script = (
-        "import sys; from compress.source import open_source; open_source(sys.argv[1])\n"
+        "import sys; from compress.checkpoint.source import open_source; open_source(sys.argv[1])\n"
         "assert not {'torch', 'huggingface_hub', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)

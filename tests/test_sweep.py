@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress import sweep
-from compress.algebra.masks import keep_best
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.discover import load_pass
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
+from compress.contract.discover import load_pass
 from compress.errors import CoverageError, RecipeError
-from compress.meaning import Meaning
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
-from compress.sparsity import Sparsity
+from compress.executors import sweep
+from compress.layerwise.dense_view import Meaning
+from compress.numerics.masks import keep_best
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
+from compress.spec.sparsity import Sparsity
 from families import FAMILIES, build
 from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
 
@@ -62,7 +62,9 @@ def watch(model: torch.nn.Module, found: dict[str, torch.Tensor]) -> None:
 
 
 def do(source: Path, out: Path, recipe: str, **context: Any) -> Any:
-    return run(parse_one_liner(recipe), open_checkpoint(source), out, Context(**{"threads": 2, "dtype": "float32", **context}))
+    return run_recipe(
+        parse_one_liner(recipe), open_checkpoint(source), out, Context(**{"threads": 2, "dtype": "float32", **context})
+    )
 
 
 @pytest.mark.parametrize("name", WATCHED)
@@ -90,8 +92,8 @@ def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
     model, found = load(tmp_path / "out", dtype=torch.float32), {}
     watch(model, found)
     with torch.no_grad():
-        from compress.batches import cut
         from compress.corpus import Corpus
+        from compress.layerwise.batches import cut
 
         (batch,) = cut(
             Corpus.load(step_of(tmp_path / "out", "calibrate") / "calibration.safetensors").tensors, model, 0, 1, torch.float32
@@ -167,7 +169,7 @@ def test_patterns_hold_and_stay_through_gptq(sparsity: str, made: Any, tmp_path:
 
 
 def test_all_columns_alike_make_wanda_magnitude_by_row() -> None:
-    from compress.algebra.norms import InputNorms
+    from compress.numerics.norms import InputNorms
 
     w, norms = torch.randn(8, 32), InputNorms(32)
     norms.add(torch.ones(10, 32))
@@ -191,12 +193,12 @@ def test_budgets_cost_time_and_nothing_else(
 ) -> None:
     """Batches that are dropped and run again, states that wait in files, and experts in rounds give the same bytes."""
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {recipe}"
-    monkeypatch.setattr("compress.batches.BATCH_TOKENS", 48)
+    monkeypatch.setattr("compress.layerwise.batches.BATCH_TOKENS", 48)
     do(made(name), tmp_path / "a", recipe)
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
     monkeypatch.setattr(sweep, "STATISTICS_BYTES", 1)
     monkeypatch.setattr(sweep, "BETWEEN_BYTES", 1)
-    monkeypatch.setattr("compress.parking._SMALLEST", 1)
+    monkeypatch.setattr("compress.layerwise.hidden_state_offload._SMALLEST", 1)
     do(made(name), tmp_path / "b", recipe)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
@@ -221,7 +223,7 @@ def test_padding_does_not_count(made: Any, tmp_path: Path) -> None:
 def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_bytes(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress.writer import Writer
+    from compress.checkpoint.writer import Writer
 
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ} | pack(format=compressed-tensors)"
     do(made("mixtral"), tmp_path / "whole", recipe)
@@ -328,7 +330,7 @@ def test_towers_are_not_fed(made: Any, tmp_path: Path) -> None:
 
 
 def test_a_weight_that_no_batch_reaches_is_an_error(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.journey.Roads.watch", lambda self, readers: lambda: None)
+    monkeypatch.setattr("compress.layerwise.stepwise.Roads.watch", lambda self, readers: lambda: None)
     with pytest.raises(CoverageError, match="nothing observed"):
         do(made("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
 

@@ -3,8 +3,8 @@
 import pytest
 
 from compress.errors import UsageError
-from compress.facts import Weight
-from compress.targets import select
+from compress.spec.selectors import select
+from compress.spec.weight_state import Weight
 
 WEIGHTS = [
     Weight("embed.weight", "BF16", (8, 4), "embedding"),

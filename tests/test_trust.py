@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from compress import pipeline
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.architecture.weight_map import meta_model, resolve
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
+from compress.checkpoint.remote_code import NOTE, OPTION, code_of
+from compress.context import Context
 from compress.corpus.encoder import Encoder
 from compress.corpus.spec import CorpusSpec
 from compress.errors import CompressError, InputError, MachineError
-from compress.manifest import Manifest
-from compress.model import build
-from compress.names import meta_model, resolve
-from compress.pipeline import Options, Result
-from compress.recipe import parse_one_liner
-from compress.trust import NOTE, OPTION, code_of
-from compress.verify import read_with
+from compress.evaluate.verify import read_with
+from compress.layerwise.model import build
+from compress.pipeline.run import Options, Result, run_recipe
+from compress.spec.recipe import parse_one_liner
 from custom import FILES, tiny_custom
 from support import logits, tiny_llama
 
@@ -46,7 +45,7 @@ def model(tmp_path: Path, demo_model: Path) -> Path:
 def trusted_run(source: Path, out: Path, recipe: str, told: list[dict[str, Any]] | None = None) -> Result:
     """Runs a one-liner over a directory whose code may run; events of code go into `told`."""
     ctx = Context(threads=2, events=lambda event: told.append(event) if told is not None and event["event"] == "code" else None)
-    return pipeline.run(parse_one_liner(recipe), open_checkpoint(source, trusted=True), out, ctx, Options())
+    return run_recipe(parse_one_liner(recipe), open_checkpoint(source, trusted=True), out, ctx, Options())
 
 
 def change(file: Path, **entries: Any) -> None:
@@ -129,7 +128,7 @@ def test_a_class_of_transformers_is_taken_without_it(tmp_path: Path) -> None:
 def test_with_and_without_it_are_two_results(tmp_path: Path) -> None:
     source = tiny_custom(tmp_path / "model")
     change(source / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
-    pipeline.run(parse_one_liner(RTN), open_checkpoint(source), tmp_path / "out", Context(threads=2))
+    run_recipe(parse_one_liner(RTN), open_checkpoint(source), tmp_path / "out", Context(threads=2))
     with pytest.raises(InputError, match="another result"):
         trusted_run(source, tmp_path / "out", RTN)
 

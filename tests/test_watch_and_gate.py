@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.algebra.grid import round_to_nearest
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build as app
 from compress.errors import GateError, InputError, UsageError
-from compress.gate import Gate
-from compress.manifest import Manifest
-from compress.places import steps_folder
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
-from compress.watch import watch
+from compress.executors.anomalies import watch
+from compress.numerics.grid import round_to_nearest
+from compress.numerics.qtensor import QTensor
+from compress.pipeline.fail_on import Gate
+from compress.pipeline.output_paths import steps_folder
+from compress.spec.scheme import Scheme
 from families import build
 from support import do, linear, ready_inputs, run, tree
 
@@ -113,12 +113,12 @@ def test_experts_that_no_token_reaches_are_counted(recipe: str, starved: Path, t
 
 
 def _gated(source: Path, out: Path, recipe: str, *gates: str) -> Manifest:
-    from compress import pipeline
-    from compress.contract import Context
-    from compress.recipe import parse_one_liner
+    from compress.context import Context
+    from compress.pipeline.run import Options, run_recipe
+    from compress.spec.recipe import parse_one_liner
 
-    context, options = Context(threads=2, dtype="float32"), pipeline.Options(fail_on=gates)
-    return pipeline.run(parse_one_liner(recipe), open_checkpoint(source), out, context, options).manifest
+    context, options = Context(threads=2, dtype="float32"), Options(fail_on=gates)
+    return run_recipe(parse_one_liner(recipe), open_checkpoint(source), out, context, options).manifest
 
 
 def test_a_gate_stops_before_anything_is_published_and_nothing_is_lost(tiny: Path, tmp_path: Path) -> None:
@@ -140,19 +140,19 @@ def test_a_gate_stops_before_anything_is_published_and_nothing_is_lost(tiny: Pat
 
 
 def test_skips_are_gated_before_any_work(tiny: Path, tmp_path: Path) -> None:
-    from compress import pipeline
-    from compress.contract import Context
-    from compress.recipe import parse_one_liner
+    from compress.context import Context
+    from compress.pipeline.run import Options, run_recipe
+    from compress.spec.recipe import parse_one_liner
 
     recipe = parse_one_liner("quantize.rtn(scheme=w4a16g64)")
     for gate, fails in (("skips>0", True), ("skips>14%", True), ("skips>15%", False), ("skips>2", False)):
-        options = pipeline.Options(allow_skips=["down_proj"], fail_on=[gate])
+        options = Options(allow_skips=["down_proj"], fail_on=[gate])
         if fails:
             with pytest.raises(GateError, match="2 of 14"):
-                pipeline.run(recipe, open_checkpoint(tiny), tmp_path / "out", Context(), options)
+                run_recipe(recipe, open_checkpoint(tiny), tmp_path / "out", Context(), options)
             assert list(tmp_path.iterdir()) == []
         else:
-            pipeline.run(recipe, open_checkpoint(tiny), tmp_path / gate, Context(), options)
+            run_recipe(recipe, open_checkpoint(tiny), tmp_path / gate, Context(), options)
 
 
 @pytest.mark.parametrize("text", ["fallbacks>1%", "skips>0", "error>0.3", "zero-rows>12", "clamped>0.5%"])

@@ -1,1 +1,5 @@
-"""The command line: one file per verb, parsing and printing only."""
+"""The command line: one file per verb, parsing and printing only.
+
+Imports errors, spec, threads, context, device, plots, checkpoint, contract, kernels, layerwise, pipeline, runtime, evaluate,
+demo.
+"""

@@ -14,7 +14,7 @@ from compress.cli import bench, clean, demo, diff, doctor, formats, generate, pl
 from compress.cli import eval as eval_
 from compress.cli import list as list_
 from compress.cli.passes import command_for, placeholder
-from compress.discover import caption, pass_files
+from compress.contract.discover import caption, pass_files
 
 PANEL = "Passes"
 

@@ -13,8 +13,8 @@ from compress.errors import CompressError, Problem, UsageError
 from compress.threads import compute_threads
 
 if TYPE_CHECKING:
-    from compress.bench import Memory, Settings, Speed, Subject
-    from compress.checkpoint import Checkpoint
+    from compress.checkpoint.reader import Checkpoint
+    from compress.evaluate.bench import Memory, Settings, Speed, Subject
 
 _CPU_SHAPES, _CPU_TOKENS, _CPU_SCHEMES = "4096x4096", "1,16,64", "w4a16g128,w4a16g128-asym,w3a16g128,nf4g64"
 _GPU_TOKENS, _GPU_SCHEMES = "1,8,16,32,64,128,2048", "w4a16g128,w8a16g128,w3a16g128,w2a16g128,nf4g64,fp4g128,fp8"
@@ -71,14 +71,14 @@ def verb(
         raise UsageError(given[0], expected, f"'{wrong[given[0]]}'", "leave it out" if kernels else "add --kernels")
     if not kernels and artifact is None:
         raise UsageError("ARTIFACT", "an artifact, or --kernels", "neither", "name the OUT of pack(format=native)")
-    from compress.doctor import default_device
+    from compress.evaluate.backend_report import default_device
 
     where = default_device() if device == "auto" else device
     if kernels:
         with compute_threads(threads):
             time_kernels(schemes, shapes, activations, backend, where, dtype, json_)
         return
-    from compress.bench import Settings
+    from compress.evaluate.bench import Settings
 
     assert artifact is not None
     settings = Settings(prompt, new or new_tokens, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
@@ -98,9 +98,9 @@ def time_model(artifact: str, against: str | None, data: str | None, settings: S
     """Checks, times and prints."""
     from transformers.utils import logging
 
-    from compress import bench
-    from compress.doctor import runs_on
-    from compress.source import open_source
+    from compress.checkpoint.source import open_source
+    from compress.evaluate import bench
+    from compress.evaluate.backend_report import runs_on
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -142,7 +142,7 @@ def label(checkpoint: Checkpoint) -> str:
 
 def show_speeds(speeds: list[Speed]) -> None:
     """Tokens a second; ratios are of medians."""
-    from compress.bench import DENSE, PACKED
+    from compress.evaluate.bench import DENSE, PACKED
 
     found = {(speed.batch, speed.phase, speed.label): speed for speed in speeds}
     rows = []
@@ -170,8 +170,8 @@ def time_kernels(
     """Times and prints; ends with status 1 if a backend computes something else."""
     import torch
 
-    from compress.checkpoint import torch_dtype
-    from compress.doctor import DTYPES, check_device, runs_on
+    from compress.checkpoint.reader import torch_dtype
+    from compress.evaluate.backend_report import DTYPES, check_device, runs_on
     from compress.kernels import bench
 
     check_device(device)

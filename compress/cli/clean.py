@@ -15,8 +15,8 @@ def register(app: typer.Typer) -> None:
 @guarded
 def verb(out: options.Out, debug: options.Debug = False) -> None:
     """Remove OUT's steps; OUT itself stays."""
-    from compress.contract import Context
-    from compress.places import clean, steps_folder
+    from compress.context import Context
+    from compress.pipeline.output_paths import clean, steps_folder
 
     freed = clean(out, Context())
     print(f"removed {steps_folder(out)}: {console.size(freed)}" if freed else f"nothing to clean beside {out}")

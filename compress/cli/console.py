@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from compress.presets import preset, remark
-from compress.scheme import Scheme
+from compress.spec.presets import preset, remark
+from compress.spec.scheme import Scheme
 
 if TYPE_CHECKING:
-    from compress.checkpoint import Checkpoint
-    from compress.recipe import Line, Recipe
+    from compress.checkpoint.reader import Checkpoint
+    from compress.spec.recipe import Line, Recipe
 
 _LEAST = 12
 """Columns that a folded text keeps."""
@@ -106,7 +106,7 @@ def fold(cell: str, columns: int) -> list[str]:
 
 def notes(found: Iterable[Any]) -> None:
     """Prints counted lines; where something went otherwise than asked, with the first weights that it happened to."""
-    from compress.gate import NAMED
+    from compress.pipeline.fail_on import NAMED
 
     for note in found:
         names = f": {', '.join(note.names[:3])}{' ...' if note.count > 3 else ''}" if note.what in NAMED else ""
@@ -148,7 +148,7 @@ def remarks(event: dict[str, Any]) -> None:
 
 def warn_of_code(checkpoint: Checkpoint) -> None:
     """Names every Python file that a trusted checkpoint brings, before any is run."""
-    from compress.trust import code_of
+    from compress.checkpoint.remote_code import code_of
 
     _warn_of(checkpoint.name, code_of(checkpoint))
 

@@ -16,11 +16,12 @@ from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.cli.progress import events
 from compress.errors import CompressError, Problem
-from compress.recipe import Line, Recipe, override, print_value, read
+from compress.spec.recipe import Line, Recipe, override, print_value
+from compress.spec.recipe_file import read
 
 if TYPE_CHECKING:
-    from compress.pipeline import Result
-    from compress.stages import Measured
+    from compress.evaluate.stages import Measured
+    from compress.pipeline.run import Result
 
 RECIPE = "five_stages"
 LENGTH = 256
@@ -85,11 +86,11 @@ def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]
     """Runs the recipe and, over what it has pruned, rounding to nearest; every stage is compared with the source."""
     from transformers.utils import logging
 
-    from compress.checkpoint import open_checkpoint
-    from compress.contract import Context
-    from compress.pipeline import run
-    from compress.stages import measure_stages, place_of
-    from compress.windows import token_windows
+    from compress.checkpoint.reader import open_checkpoint
+    from compress.context import Context
+    from compress.evaluate.stages import measure_stages, place_of
+    from compress.layerwise.eval_windows import token_windows
+    from compress.pipeline.run import run_recipe
 
     logging.disable_progress_bar()
     recipe = recipe_of(home)
@@ -97,16 +98,16 @@ def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]
     with tempfile.TemporaryDirectory(prefix="compress-demo-") as scratch, events(False, quiet) as receive:
         ctx = Context(seed=recipe.seed, events=receive)
         source = open_checkpoint(home / "model")
-        result = run(recipe, source, out, ctx)
+        result = run_recipe(recipe, source, out, ctx)
         pruned = open_checkpoint(place_of(result, PRUNED))
-        nearest = run(rounding(recipe), pruned, Path(scratch) / "rtn", ctx)
+        nearest = run_recipe(rounding(recipe), pruned, Path(scratch) / "rtn", ctx)
         stages = [*measure_stages(result, source, windows), *measure_stages(nearest, source, windows)[1:]]
     return result, stages
 
 
 def drawn(result: Result, stages: list[Measured]) -> Path:
     """Draws the stages beside OUT, whose files are digested and therefore all its own."""
-    from compress import picture
+    from compress import plots as picture
 
     path = result.out.with_name(f"{result.out.name}.svg")
     title = f"{RECIPE} on the embedded model"
@@ -169,9 +170,9 @@ def reader(home: Path, out: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from compress.checkpoint import open_checkpoint
-    from compress.model import build
-    from compress.windows import token_windows
+    from compress.checkpoint.reader import open_checkpoint
+    from compress.layerwise.eval_windows import token_windows
+    from compress.layerwise.model import build
 
     ids = token_windows(home / "model", home / "text" / "evaluation.jsonl", LENGTH, LENGTH)
     # The reader draws progress bars; what goes wrong is raised all the same.

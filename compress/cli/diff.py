@@ -14,7 +14,7 @@ from compress.cli.progress import events, shares
 from compress.threads import compute_threads
 
 if TYPE_CHECKING:
-    from compress.difference import Difference, Row
+    from compress.evaluate.diff import Difference, Row
 
 
 def register(app: typer.Typer) -> None:
@@ -33,9 +33,9 @@ def verb(
     debug: options.Debug = False,
 ) -> None:
     """Relative error |A - B| / |A| of every weight that both have, whatever form it is in."""
+    from compress.checkpoint.source import open_source
     from compress.device import resolve
-    from compress.difference import difference
-    from compress.source import open_source
+    from compress.evaluate.diff import difference
 
     where = resolve(device)
     first, second = open_source(a), open_source(b)

@@ -12,7 +12,7 @@ from compress.cli import console, options
 from compress.cli.guard import guarded
 
 if TYPE_CHECKING:
-    from compress.doctor import Answer
+    from compress.evaluate.backend_report import Answer
 
 
 def register(app: typer.Typer) -> None:
@@ -34,19 +34,19 @@ def verb(
     """Say what this machine runs packed weights with, and why each faster backend is passed over."""
     options.one_of("--dtype", dtype, options.DTYPES)
     options.one_of("--device", device, options.DEVICES)
-    from compress import doctor
+    from compress.evaluate import backend_report
 
-    where = doctor.default_device() if device == "auto" else device
-    dtypes = list(doctor.DTYPES) if dtype == "auto" else [dtype]
+    where = backend_report.default_device() if device == "auto" else device
+    dtypes = list(backend_report.DTYPES) if dtype == "auto" else [dtype]
     if artifact is None:
-        uses = {name: list(doctor.families(name, where)) for name in dtypes}
+        uses = {name: list(backend_report.families(name, where)) for name in dtypes}
     else:
-        from compress.checkpoint import open_checkpoint
+        from compress.checkpoint.reader import open_checkpoint
 
         checkpoint = open_checkpoint(artifact)
-        uses = {"": doctor.artifact_uses(checkpoint, where, None if dtype == "auto" else dtype)}
-    answers = {name: [doctor.answer(use, backend) for use in found] for name, found in uses.items()}
-    machine = {**doctor.machine(), "device": where}
+        uses = {"": backend_report.artifact_uses(checkpoint, where, None if dtype == "auto" else dtype)}
+    answers = {name: [backend_report.answer(use, backend) for use in found] for name, found in uses.items()}
+    machine = {**backend_report.machine(), "device": where}
     if json_:
         every = [facts(one) for found in answers.values() for one in found]
         print(json.dumps({"machine": machine, "answers": every}, ensure_ascii=False))
@@ -55,7 +55,7 @@ def verb(
     if artifact is None:
         show_families(answers, details)
         return
-    for one in doctor.alike(answers[""]):
+    for one in backend_report.alike(answers[""]):
         print(f"{one.use.weights} weights {one.use.what} {_dtype(one)}: {one.backend or 'nothing'}")
         for names, reason in by_reason(one.passed_over):
             console.text(f"    {names} passed over: {reason}", 8)

@@ -17,7 +17,7 @@ from compress.cli.progress import events, shares
 from compress.threads import compute_threads
 
 if TYPE_CHECKING:
-    from compress.measure import Estimate, Quality
+    from compress.evaluate.perplexity_kl import Estimate, Quality
 
 MEASURES = {
     "source_perplexity": "perplexity of the source",
@@ -53,7 +53,7 @@ def verb(
 
     Both models run in fp32 with one block of one of them in memory at a time.
     """
-    from compress.windows import check_data, token_windows, tokenizer_folder
+    from compress.layerwise.eval_windows import check_data, token_windows, tokenizer_folder
 
     check_data(data, length, tokens)
     from compress.device import name_of, resolve
@@ -61,8 +61,8 @@ def verb(
     where = resolve(device)
     from transformers.utils import logging
 
-    from compress.measure import compare
-    from compress.source import open_source
+    from compress.checkpoint.source import open_source
+    from compress.evaluate.perplexity_kl import compare
 
     logging.set_verbosity_error()
     checkpoint = open_source(artifact, trust_remote_code)

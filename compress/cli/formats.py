@@ -75,9 +75,9 @@ def show(name: str, rows: dict[str, dict[str, tuple[str, str]]], reasons: bool) 
 def matrix(name: str, schemes: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
     """scheme -> reader -> (yes, no or unknown; why); under an empty reader why the format refuses the scheme."""
     from compress.errors import Refusal
-    from compress.facts import State, Weight
     from compress.kernels.dispatch import load_format
-    from compress.scheme import Scheme
+    from compress.spec.scheme import Scheme
+    from compress.spec.weight_state import State, Weight
 
     path = "model.layers.0.self_attn.q_proj"
     weight = Weight(f"{path}.weight", "BF16", (64, 128), "linear", path, module_class="Linear", stack="decoder", block=0)

@@ -37,10 +37,10 @@ def verb(
     """
     from transformers.utils import logging
 
+    from compress.checkpoint.source import open_source
     from compress.device import resolve
     from compress.errors import UsageError
-    from compress.sample import sample
-    from compress.source import open_source
+    from compress.layerwise.sample import sample
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -53,7 +53,7 @@ def verb(
     console.warn_of_code(checkpoint)
 
     def load() -> Any:
-        from compress import artifact
+        from compress.runtime import artifact
 
         if not repack:
             artifact.refuse_other(checkpoint, "--repack")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from compress.cli.guard import guarded
-from compress.discover import caption, caption_of, load_pass, pass_files
+from compress.contract.discover import caption, caption_of, load_pass, pass_files
 
 
 def register(app: typer.Typer) -> None:

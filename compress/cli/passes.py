@@ -13,13 +13,13 @@ import typer
 from compress.cli import options
 from compress.cli.guard import guarded
 from compress.cli.run import execute
-from compress.discover import load_pass
-from compress.recipe import Line, Recipe, Value
+from compress.contract.discover import load_pass
+from compress.spec.recipe import Line, Recipe, Value
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from compress.contract import Pass
+    from compress.contract.pass_base import Pass
 
 _COMMON = {
     "seed": (options.Seed, None), "allow_skips": (options.AllowSkips, None), "shard_size": (options.ShardSize, "5GB"),

@@ -11,14 +11,14 @@ from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.cli.recipes import settings, to_set
 from compress.cli.run import chosen_recipe
-from compress.size import parse_size
+from compress.spec.byte_size import parse_size
 from compress.threads import available
 
 if TYPE_CHECKING:
     import torch
 
+    from compress.contract.step_plan import Plan, StepPlan
     from compress.errors import Problem
-    from compress.plan import Plan, StepPlan
 
 _COLUMNS = (
     "weights: how many the pass works on, of those that it targets; bits/weight: of these, scales and padding included; "
@@ -50,13 +50,13 @@ def verb(
     """Say what a recipe would make of MODEL; a Hub id is planned from its headers, without a download."""
     found = chosen_recipe(recipe, passes, set_)
     limit = parse_size(shard_size)
+    from compress.checkpoint.source import open_headers
     from compress.device import resolve as resolve_device
-    from compress.entry import enter
-    from compress.footprint import computing
-    from compress.memory import lacking, lacking_there, machine_bytes
-    from compress.plan import make_plan
-    from compress.resolve import resolve as resolve_recipe
-    from compress.source import open_headers
+    from compress.layerwise.memory_estimate import computing
+    from compress.pipeline.entry import enter
+    from compress.pipeline.memory_check import lacking, lacking_there, machine_bytes
+    from compress.pipeline.plan import make_plan
+    from compress.pipeline.resolve import resolve as resolve_recipe
 
     resolve_recipe(found)
     where = resolve_device(device)

@@ -15,7 +15,8 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.errors import RecipeError, UsageError, did_you_mean
-from compress.recipe import Recipe, read
+from compress.spec.recipe import Recipe
+from compress.spec.recipe_file import read
 
 _PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]*)>")
 """Of a value that a recipe leaves open."""
@@ -53,7 +54,7 @@ def opened(name: str) -> Recipe:
     except RecipeError as error:
         if error.rest is None:
             raise
-        from compress.resolve import resolve
+        from compress.pipeline.resolve import resolve
 
         try:
             resolve(error.rest)
@@ -119,7 +120,7 @@ def cp(name: Name, target: Annotated[Path, typer.Argument(help="Where to; a dire
 @guarded
 def validate(name: Name, debug: options.Debug = False) -> None:
     """Check a recipe: syntax, names and every option."""
-    from compress.resolve import resolve
+    from compress.pipeline.resolve import resolve
 
     recipe = opened(name)
     passes = resolve(recipe)
@@ -131,6 +132,6 @@ def validate(name: Name, debug: options.Debug = False) -> None:
 @guarded
 def schema() -> None:
     """Print the JSON Schema of recipe files."""
-    from compress.resolve import json_schema
+    from compress.pipeline.resolve import json_schema
 
     print(json.dumps(json_schema(), indent=2))

@@ -16,15 +16,16 @@ import typer
 from compress.cli import console, options
 from compress.cli.guard import guarded
 from compress.cli.progress import events
-from compress.discover import names_passes
+from compress.contract.discover import names_passes
 from compress.errors import InputError, Problem, RecipeError, UsageError
-from compress.recipe import Recipe, override, parse_one_liner
-from compress.size import parse_size
+from compress.spec.byte_size import parse_size
+from compress.spec.recipe import Recipe, override, parse_one_liner
 from compress.threads import available
 
 if TYPE_CHECKING:
-    from compress.contract import Context, Pass
-    from compress.pipeline import OtherResultError, Result
+    from compress.context import Context
+    from compress.contract.pass_base import Pass
+    from compress.pipeline.run import OtherResultError, Result
 
 
 def register(app: typer.Typer) -> None:
@@ -93,14 +94,14 @@ def execute(
     """Runs and prints; what `run` and the command of every pass share."""
     limit = parse_size(shard_size)
     refuse_placeholders(recipe)
-    from compress.resolve import resolve
+    from compress.pipeline.resolve import resolve
 
     refuse_missing(resolve(recipe))  # mistakes in a recipe are told before torch is imported
     if not quiet:
         console.presets(recipe)
     from compress import device as devices
-    from compress.pipeline import Options, OtherResultError, run
-    from compress.source import open_source
+    from compress.checkpoint.source import open_source
+    from compress.pipeline.run import Options, OtherResultError, run_recipe
 
     devices.resolve(device, int(os.environ.get("WORLD_SIZE", "1")))
     if model == "-":
@@ -117,7 +118,7 @@ def execute(
     with events(json_, quiet) as receive:
         ctx = context(recipe.seed if seed is None else seed, dtype, device, threads, receive)
         try:
-            result = run(recipe, source, out, ctx, opts)
+            result = run_recipe(recipe, source, out, ctx, opts)
         except OtherResultError as error:
             if not error.solved:
                 raise
@@ -171,7 +172,7 @@ def refuse_missing(passes: list[Pass]) -> None:
 
 def context(seed: int, dtype: str, device: str, threads: int | None, receive: object) -> Context:
     """The Context of this process; joins the other ranks under torchrun."""
-    from compress.contract import Context
+    from compress.context import Context
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
@@ -207,7 +208,7 @@ def summary(result: Result) -> dict[str, object]:
 
 def report(result: Result, given: list[Path]) -> None:
     """The last lines of a run: where, before, after, bits per weight, what to do next; `given` are the outputs to take from."""
-    from compress.places import steps_folder
+    from compress.pipeline.output_paths import steps_folder
 
     facts = summary(result)
     if not result.fresh:
@@ -238,8 +239,8 @@ def report(result: Result, given: list[Path]) -> None:
 
 def next_command(result: Result) -> str:
     """What a user would do now."""
-    from compress.checkpoint import CALIBRATION
-    from compress.facts import State
+    from compress.checkpoint.reader import CALIBRATION
+    from compress.spec.weight_state import State
 
     out = str(result.out)
     states = {State.parse(record.state).scheme for record in result.manifest.weights.values()}

@@ -13,7 +13,7 @@ from compress.cli.guard import guarded
 from compress.errors import InputError
 
 if TYPE_CHECKING:
-    from compress.manifest import Manifest, WeightRecord
+    from compress.checkpoint.manifest import Manifest, WeightRecord
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def verb(
     debug: options.Debug = False,
 ) -> None:
     """Show lineage, bits and errors per layer, sizes, and every counted line."""
-    from compress.checkpoint import open_checkpoint
+    from compress.checkpoint.reader import open_checkpoint
 
     checkpoint = open_checkpoint(directory)
     manifest = checkpoint.manifest

@@ -18,8 +18,8 @@ from compress.threads import available, compute_threads
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint import Checkpoint
-    from compress.verify import Bytes, Reading
+    from compress.checkpoint.reader import Checkpoint
+    from compress.evaluate.verify import Bytes, Reading
 
 TOKENS, WINDOW = 256, 64
 
@@ -57,11 +57,11 @@ def verb(
     A reader that cannot live beside this transformers runs in an environment of its own, built once under the user's cache
     (COMPRESS_CACHE moves it).
     """
-    from compress.contract import Context
+    from compress.checkpoint.source import open_source
+    from compress.context import Context
     from compress.errors import UsageError
-    from compress.readers import reader_named
-    from compress.source import open_source
-    from compress.verify import read_with, verify_bytes
+    from compress.evaluate.readers import reader_named
+    from compress.evaluate.verify import read_with, verify_bytes
 
     for name in reader or ():
         reader_named(name)
@@ -98,11 +98,11 @@ def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:
     """What logits are compared on, [samples, length]."""
     import torch
 
-    from compress.checkpoint import size_of
+    from compress.checkpoint.reader import size_of
     from compress.errors import UsageError
 
     if data is not None:
-        from compress.windows import token_windows
+        from compress.layerwise.eval_windows import token_windows
 
         return token_windows(checkpoint.path, data, WINDOW, TOKENS, checkpoint.trusted)
     vocabulary = size_of(checkpoint.config, "vocab_size")

@@ -13,6 +13,8 @@ For conversations the template decides. `documents`, for training, cuts the same
 `position_ids` begins at 0 with each document or part, whose EOS is its last token, and with each window. What the end of a
 window cuts off is a text by itself in the next. So every text, not only every sample, begins with what the tokenizer puts
 there. Attention must not reach back over a 0.
+
+Imports errors, checkpoint.
 """
 
 from compress.corpus.build import Corpus, SourceRecord, build_for

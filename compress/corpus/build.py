@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.checkpoint import size_of
+from compress.checkpoint.reader import size_of
 from compress.corpus.documents import open_documents
 from compress.corpus.encoder import Encoder
 from compress.corpus.inputs import Inputs, check_alike, check_values
@@ -21,7 +21,7 @@ from compress.errors import InputError, MachineError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint import Checkpoint
+    from compress.checkpoint.reader import Checkpoint
 
 _KEY = "corpus"
 

@@ -7,10 +7,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.remote_code import references, would_run
 from compress.corpus.documents import Documents, kind_word, not_text
 from compress.corpus.spec import CorpusSpec, shuffled
 from compress.errors import InputError, UsageError
-from compress.trust import references, would_run
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from compress.checkpoint import Checkpoint, local_header
+from compress.checkpoint.reader import Checkpoint, local_header
 from compress.corpus.documents import digest_of, file_at
 from compress.errors import InputError
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.contract import Format, Verdict
+from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
-from compress.facts import Note, State, TensorSpec, Weight
 from compress.kernels.gptq.layout import (
     disk_path,
     flip,
@@ -32,12 +31,13 @@ from compress.kernels.gptq.layout import (
     suffixes,
     unsure,
 )
+from compress.spec.weight_state import Note, State, TensorSpec, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.names import Model
-    from compress.qtensor import QTensor
+    from compress.architecture.weight_map import Model
+    from compress.numerics.qtensor import QTensor
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -105,8 +105,8 @@ class Awq(Format):
         return {spec.name: tensors[spec.name] for spec in self.specs(weight, state)}
 
     def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
-        from compress.checkpoint import torch_dtype
-        from compress.qtensor import QTensor
+        from compress.checkpoint.reader import torch_dtype
+        from compress.numerics.qtensor import QTensor
 
         assert state.scheme is not None
         path = disk_path(weight)
@@ -155,7 +155,7 @@ def _words(values: torch.Tensor) -> torch.Tensor:
     """uint8 [out, n] in 0 .. 15 -> int32 [n, out / 8]."""
     import torch
 
-    from compress.algebra import bitstream
+    from compress.numerics import bitstream
 
     eights = flip(values).unflatten(-1, (-1, 8))[..., list(ORDER)]
     return bitstream.pack(eights.flatten(-2), BITS).view(torch.int32)
@@ -165,7 +165,7 @@ def _values(words: torch.Tensor) -> torch.Tensor:
     """The inverse of `_words`."""
     import torch
 
-    from compress.algebra import bitstream
+    from compress.numerics import bitstream
 
     in_order = bitstream.unpack(words.view(torch.uint8), BITS, words.shape[-1] * 8)
     return flip(in_order.unflatten(-1, (-1, 8))[..., list(INVERSE)].flatten(-2))

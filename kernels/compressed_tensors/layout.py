@@ -20,17 +20,17 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from compress.contract import Format, Verdict
+from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
-from compress.facts import Note, State, TensorSpec, Weight, counted
 from compress.kernels.compressed_tensors import parts
-from compress.scheme import Scheme
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import Note, State, TensorSpec, Weight, counted
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.names import Model
-    from compress.qtensor import QTensor
+    from compress.architecture.weight_map import Model
+    from compress.numerics.qtensor import QTensor
 
 VERSION = "0.20.0"
 """The version of the format that is written into config.json."""

@@ -27,13 +27,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import FormatError
-from compress.facts import TensorSpec, Weight
-from compress.scheme import BLOCK, Scheme
+from compress.spec.scheme import BLOCK, Scheme
+from compress.spec.weight_state import TensorSpec, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.qtensor import QTensor
+    from compress.numerics.qtensor import QTensor
 
 
 def kind_of(scheme: Scheme) -> str:
@@ -94,7 +94,7 @@ def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
     """The tensors of `specs`. Raises FormatError for scales that the dtype of the model cannot hold."""
     import torch
 
-    from compress.algebra import bitstream
+    from compress.numerics import bitstream
 
     name, scheme, kind = weight.name, q.scheme, kind_of(q.scheme)
     if kind == "int-quantized":
@@ -119,8 +119,8 @@ def decode(weight: Weight, scheme: Scheme, tensors: dict[str, torch.Tensor]) -> 
     """The inverse of `encode`."""
     import torch
 
-    from compress.algebra import bitstream
-    from compress.qtensor import QTensor
+    from compress.numerics import bitstream
+    from compress.numerics.qtensor import QTensor
 
     name, kind, bits = weight.name, kind_of(scheme), scheme.bits
     scale = tensors[f"{name}_scale"]
@@ -168,7 +168,7 @@ def _words(values: int, scheme: Scheme) -> int:
 
 def _in_dtype(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
     """Scales in the dtype that the reader casts them to. Raises FormatError where that would change one."""
-    from compress.checkpoint import torch_dtype
+    from compress.checkpoint.reader import torch_dtype
 
     cast = scale.to(torch_dtype(weight.dtype))
     if lost := int((cast.float() != scale).sum()):

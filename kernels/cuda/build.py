@@ -15,7 +15,6 @@ from functools import partial
 import torch
 
 from compress.errors import CompressError, few
-from compress.facts import State
 from compress.kernels.cuda import cubins
 from compress.kernels.cuda.nvrtc import nvrtc
 from compress.kernels.cuda.variant import Variant, headers
@@ -23,7 +22,8 @@ from compress.kernels.dispatch import Work
 from compress.kernels.native.cuda import expand, finish, outliers, skinny
 from compress.kernels.native.kind import HALVES, Kind
 from compress.kernels.native.table import counts
-from compress.scheme import Scheme
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 
 CUDA = 12
 """The major version of NVRTC: what the older one makes, drivers of both load."""

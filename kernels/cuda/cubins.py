@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress.cache import folder_of
+from compress.checkpoint.cache import folder_of
 from compress.errors import MachineError, Refusal
 from compress.kernels.cuda.nvrtc import nvrtc
 from compress.kernels.cuda.variant import Variant, headers

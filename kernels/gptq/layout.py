@@ -27,18 +27,18 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.contract import Format, Verdict
+from compress.contract.format import Format, Verdict
+from compress.contract.fused_groups import FUSED
 from compress.errors import FormatError, Refusal
-from compress.facts import Note, State, TensorSpec, Weight
 from compress.kernels.compressed_tensors.layout import patterns
-from compress.peers import FUSED
-from compress.scheme import Scheme
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import Note, State, TensorSpec, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.names import Model
-    from compress.qtensor import QTensor
+    from compress.architecture.weight_map import Model
+    from compress.numerics.qtensor import QTensor
 
 _MULTIPLE = 32
 _ELSEWHERE = "leave it out of targets, or pack as compressed-tensors"
@@ -83,7 +83,7 @@ class Gptq(Format):
         """Raises FormatError for zero points and scales that have no form here."""
         import torch
 
-        from compress.algebra import bitstream
+        from compress.numerics import bitstream
 
         path, scheme = disk_path(weight), value.scheme
         tensors = {
@@ -104,9 +104,9 @@ class Gptq(Format):
     def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
         import torch
 
-        from compress.algebra import bitstream
-        from compress.checkpoint import torch_dtype
-        from compress.qtensor import QTensor
+        from compress.checkpoint.reader import torch_dtype
+        from compress.numerics import bitstream
+        from compress.numerics.qtensor import QTensor
 
         assert state.scheme is not None
         path, bits = disk_path(weight), state.scheme.bits
@@ -260,7 +260,7 @@ def _zero_words(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Zero points [out, groups] from 1 on, less one, as words [groups, out * b / 32]."""
     import torch
 
-    from compress.algebra import bitstream
+    from compress.numerics import bitstream
 
     return bitstream.pack(flip(zero - 1), scheme.bits).view(torch.int32)
 

@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import torch
 
-from compress.beside import SHORT
 from compress.errors import Refusal
 from compress.kernels.cuda import cubins, device
 from compress.kernels.cuda.variant import Variant
@@ -23,6 +22,7 @@ from compress.kernels.native.fused import Fused, kind_of, scales, shift
 from compress.kernels.native.kind import HALVES, TABLES, Kind
 from compress.kernels.native.kind import table as values
 from compress.kernels.native.packed import Packed
+from compress.spec.corrections import SHORT
 
 _MOST_BLOCKS = (1 << 16) - 1
 """Along the second and third side of a grid."""

@@ -23,7 +23,7 @@ from compress.errors import Refusal
 from compress.kernels.dispatch import Work
 from compress.kernels.native.cpu import Cpu
 from compress.kernels.native.packed import Packed
-from compress.qtensor import with_beside
+from compress.numerics.qtensor import with_beside
 
 _GROUPS = (32, 64, 128, 256)
 _BLOCK = 64

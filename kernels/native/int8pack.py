@@ -11,7 +11,7 @@ from compress.errors import Refusal
 from compress.kernels.dispatch import Work
 from compress.kernels.native.cpu import Cpu
 from compress.kernels.native.packed import Packed
-from compress.qtensor import with_beside
+from compress.numerics.qtensor import with_beside
 
 _TOKENS = 16
 """The most tokens for which torch's product is faster than expanding the weight first."""

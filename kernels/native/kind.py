@@ -79,7 +79,7 @@ def group_shift(group: int | None) -> int:
 @lru_cache(maxsize=16)
 def table(grid: str) -> torch.Tensor:
     """The 16 values of nf4 or e3m0 by code, fp32."""
-    from compress.algebra.floats import decode
-    from compress.scheme import Scheme
+    from compress.numerics.floats import decode
+    from compress.spec.scheme import Scheme
 
     return decode(torch.arange(16, dtype=torch.uint8), Scheme(4, grid=grid))

@@ -22,18 +22,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from compress import qtensor
-from compress.checkpoint import CANONICAL, NATIVE, Checkpoint
-from compress.contract import Format, Verdict
+from compress.checkpoint.reader import CANONICAL, NATIVE, Checkpoint
+from compress.contract.format import Format, Verdict
 from compress.errors import InputError, Refusal
-from compress.facts import Note, State, TensorSpec, Weight, counted
 from compress.kernels.compressed_tensors.layout import patterns
+from compress.numerics import qtensor
+from compress.spec.weight_state import Note, State, TensorSpec, Weight, counted
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.names import Model
-    from compress.qtensor import QTensor
+    from compress.architecture.weight_map import Model
+    from compress.numerics.qtensor import QTensor
 
 VERSION = 1
 """The version of the layout and of what config.json says of it."""
@@ -105,7 +105,7 @@ class Native(Format):
         return _nbytes(_specs(weight, state, not self._zeros(weight, state)))
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
-        from compress.qtensor import specs
+        from compress.numerics.qtensor import specs
 
         same = {(spec.name, spec.shape) for spec in specs(weight, state)}
         return {spec.name: spec.name for spec in self.specs(weight, state) if (spec.name, spec.shape) in same}
@@ -213,9 +213,9 @@ class Native(Format):
 
 def _specs(weight: Weight, state: State, halved: bool = False, rest: int = 0) -> list[TensorSpec]:
     """The tensors of a packed weight: all of it, half of it left out, or with so many columns of the last chunk apart."""
-    from compress.algebra.bitstream import row_bytes
     from compress.kernels.native import packed, sparse, tiles
-    from compress.qtensor import part_specs
+    from compress.numerics.bitstream import row_bytes
+    from compress.numerics.qtensor import part_specs
 
     scheme = state.scheme
     if scheme is None:

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from compress.architecture.experts import forward, watched
+from compress.architecture.qlinear import RoundedInputs
 from compress.errors import UsageError
-from compress.experts import forward, watched
-from compress.facts import State
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
 from compress.kernels.native.op import Arguments
 from compress.kernels.native.packed import Packed
-from compress.qlinear import RoundedInputs
-from compress.scheme import Scheme
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 
 
 @dataclass(frozen=True)

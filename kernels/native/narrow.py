@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import torch
 
-from compress.algebra import bitstream
 from compress.kernels.native import tiles
 from compress.kernels.native.packed import by_row, groups_of
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
+from compress.numerics import bitstream
+from compress.numerics.qtensor import QTensor
+from compress.spec.scheme import Scheme
 
 
 def rest(columns: int, bits: int) -> int:

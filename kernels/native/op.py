@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from compress.facts import State
 from compress.kernels.dispatch import Backend, load_backend
 from compress.kernels.native.packed import Packed
+from compress.spec.weight_state import State
 
 Arguments = tuple[list[torch.Tensor], str, str, int, int, bool, str]
 """Of a weight: parts, their names, state, rows, columns, whether inputs are in rows, backend."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import linear
 
-from compress.algebra.lowrank import Factors
-from compress.facts import State
 from compress.kernels.native import sparse, tiles
-from compress.qtensor import PARTS as CANONICAL_PARTS
-from compress.qtensor import QTensor, parts_beside, with_beside
-from compress.scheme import Scheme
+from compress.numerics.lowrank import Factors
+from compress.numerics.qtensor import PARTS as CANONICAL_PARTS
+from compress.numerics.qtensor import QTensor, parts_beside, with_beside
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 
 PARTS = ("tiles", "rest", "indices", *CANONICAL_PARTS)
 """What may follow a weight's name on disk."""

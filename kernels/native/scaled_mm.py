@@ -15,13 +15,13 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from compress.algebra.inputs import in_fp8
 from compress.errors import Refusal
 from compress.kernels.cuda import device
 from compress.kernels.dispatch import Work
 from compress.kernels.native.fused import Fused
 from compress.kernels.native.packed import Packed
-from compress.qtensor import with_beside
+from compress.numerics.inputs import in_fp8
+from compress.numerics.qtensor import with_beside
 
 _MULTIPLE = 16
 _E4M3 = torch.float8_e4m3fn

@@ -23,9 +23,9 @@ from itertools import combinations
 import torch
 from torch.nn.functional import pad
 
-from compress.facts import FLOATS, MATRICES, State, Weight
 from compress.kernels.native import tiles
-from compress.sparsity import Sparsity
+from compress.spec.sparsity import Sparsity
+from compress.spec.weight_state import FLOATS, MATRICES, State, Weight
 
 PATTERN = Sparsity(kept=2, of=4)
 _BITS = 4

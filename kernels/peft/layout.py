@@ -23,16 +23,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS
-from compress.contract import Format, Verdict
+from compress.checkpoint.reader import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS
+from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
-from compress.facts import Note, State, TensorSpec, Weight, counted
+from compress.spec.weight_state import Note, State, TensorSpec, Weight, counted
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.names import Model
-    from compress.qtensor import QTensor
+    from compress.architecture.weight_map import Model
+    from compress.numerics.qtensor import QTensor
 
 VERSION = "0.21.2"
 """The version of PEFT that this was run with."""
@@ -76,8 +76,8 @@ class Peft(Format):
         return ADAPTER_TENSORS if name.startswith(_PREFIX) else ""
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
-        from compress.checkpoint import torch_dtype
-        from compress.qtensor import as_matrix
+        from compress.checkpoint.reader import torch_dtype
+        from compress.numerics.qtensor import as_matrix
 
         tensors = {weight.name: as_matrix(weight, value.base()).to(torch_dtype(weight.dtype)).contiguous()}
         if (factors := value.lowrank) is not None:

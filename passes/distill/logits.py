@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import Lesson
-from compress.kinds import TrainingPass
+from compress.contract.base_passes import TrainingPass
+from compress.contract.pass_base import Lesson
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.algebra.divergence import Divergence
+    from compress.numerics.divergence import Divergence
 
 
 class Logits(TrainingPass):
@@ -51,14 +51,14 @@ class Logits(TrainingPass):
         return self.teacher if self.kl else None
 
     def _how(self) -> Divergence:
-        from compress.algebra.divergence import Divergence
+        from compress.numerics.divergence import Divergence
 
         return Divergence(self.divergence, self.temperature, self.mix, self.top_k)
 
     def loss(self, lesson: Lesson, student: Any, teacher: Any) -> torch.Tensor:
         import torch
 
-        from compress.algebra.divergence import loss_sum
+        from compress.numerics.divergence import loss_sum
 
         def rows(model: Any) -> torch.Tensor:
             logits: torch.Tensor = model(**lesson.inputs, use_cache=False).logits

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.contract import TensorPass
-from compress.facts import State, Weight
-from compress.kinds import PruningPass
+from compress.contract.base_passes import PruningPass
+from compress.contract.pass_base import TensorPass
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.qtensor import QTensor
+    from compress.numerics.qtensor import QTensor
 
 
 class Magnitude(PruningPass, TensorPass):
     """Keeps the entries of largest magnitude."""
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        from compress.algebra.masks import keep_best
-        from compress.qtensor import QTensor, along_inputs
+        from compress.numerics.masks import keep_best
+        from compress.numerics.qtensor import QTensor, along_inputs
 
         assert not isinstance(value, QTensor)
         scores = along_inputs(weight, value).float().abs_()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from compress.contract import Job, LinearPass, Solution, Statistic
-from compress.facts import Weight
-from compress.kinds import PruningPass
+from compress.contract.base_passes import PruningPass
+from compress.contract.pass_base import Job, LinearPass, Solution, Statistic
+from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ class Wanda(PruningPass, LinearPass):
     scope: Literal["matrix", "row"] = Field("row", description="what a share is taken of: the matrix, or each output's row")
 
     def statistic(self, width: int) -> Statistic:
-        from compress.algebra.norms import InputNorms
+        from compress.numerics.norms import InputNorms
 
         return InputNorms(width)
 
@@ -37,7 +37,7 @@ class Wanda(PruningPass, LinearPass):
         return statistic.rms() if statistic.tokens else None
 
     def solve(self, jobs: Sequence[Job], prepared: torch.Tensor | None) -> list[Solution]:
-        from compress.algebra.masks import keep_best
+        from compress.numerics.masks import keep_best
 
         note = ("unrouted", "no calibration token: pruned by magnitude") if prepared is None else None
         solutions = []

@@ -2,7 +2,7 @@
 
 Frantar et al., 2210.17323, on the second moments of what a weight reads, with three additions that are options: ranges
 of groups by a weighted search (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards
-(`sweeps`). Derivation and conventions: compress/algebra/gptq.py.
+(`sweeps`). Derivation and conventions: compress/numerics/gptq.py.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from compress.contract import Job, LinearPass, Solution, Statistic
-from compress.facts import Weight
-from compress.kinds import QuantizingPass
+from compress.contract.base_passes import QuantizingPass
+from compress.contract.pass_base import Job, LinearPass, Solution, Statistic
+from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.algebra.hessian import Factor, Hessian
+    from compress.numerics.hessian import Factor, Hessian
 
 
 class Prepared(NamedTuple):
@@ -50,7 +50,7 @@ class Gptq(QuantizingPass, LinearPass):
     )
 
     def statistic(self, width: int) -> Statistic:
-        from compress.algebra.hessian import Hessian
+        from compress.numerics.hessian import Hessian
 
         return Hessian(width)
 
@@ -60,7 +60,7 @@ class Gptq(QuantizingPass, LinearPass):
     def prepare(self, statistic: Hessian) -> Prepared:
         import torch
 
-        from compress.algebra.hessian import factor
+        from compress.numerics.hessian import factor
 
         order: Any = "activation" if self.order == "activation" else "none"
         if statistic.tokens < max(1, self.min_tokens):
@@ -88,9 +88,9 @@ class Gptq(QuantizingPass, LinearPass):
         """Solutions of jobs with one scheme and dtype, whose rows are rounded together."""
         import torch
 
-        from compress.algebra.gptq import solve
-        from compress.algebra.outliers import split
-        from compress.qtensor import QTensor, along_inputs
+        from compress.numerics.gptq import solve
+        from compress.numerics.outliers import split
+        from compress.numerics.qtensor import QTensor, along_inputs
 
         scheme, dtype = jobs[0].after.scheme, jobs[0].value.dtype
         assert scheme is not None

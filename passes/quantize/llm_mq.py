@@ -1,9 +1,9 @@
 """LLM-MQ: bits where the loss feels them, within a budget of bits or bytes.
 
 Li et al., ENLSP 2023: a gradient of the language model's loss tells what rounding a weight to each scheme would cost, and an
-exact integer program spends the budget. Gradients, which the paper leaves open, are those of the mean loss over all
-calibration tokens, added up in fp32, with the weights as they are (compress/reverse.py); what a scheme costs is felt by
-rounding to nearest, with the ranges of the method that rounds in the end. With g the gradient and D = W - Q(W):
+exact integer program spends the budget. Gradients, which the paper leaves open, are those of the mean loss over all calibration
+tokens, added up in fp32, with the weights as they are; what a scheme costs is felt by rounding to nearest, with the ranges of
+the method that rounds in the end. With g the gradient and D = W - Q(W):
 
     paper   |sum g D|      the loss to first order. Terms of either sign cancel, near a minimum to noise, so that more
                            bits may cost more
@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.deciding import DecidingPass, Offer, Rest, read_table
+from compress.contract.allocation_pass import DecidingPass, Offer, Rest, read_table
+from compress.contract.base_passes import QuantizingPass
+from compress.contract.fused_groups import together
 from compress.errors import InputError, Refusal, UsageError
-from compress.facts import DENSE, Note, State, Weight, counted
-from compress.kinds import QuantizingPass
-from compress.peers import together
-from compress.qtensor import specs
-from compress.recipe import Line
-from compress.scheme import Scheme
-from compress.size import parse_size
+from compress.numerics.qtensor import specs
+from compress.spec.byte_size import parse_size
+from compress.spec.recipe import Line
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import DENSE, Note, State, Weight, counted
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ class LlmMq(DecidingPass):
     def table_digest(self) -> str:
         if not self.reuse:
             return ""
-        from compress.intake import file_digest
+        from compress.checkpoint.scan import file_digest
 
         return file_digest(Path(self.reuse))
 
@@ -150,9 +150,9 @@ class LlmMq(DecidingPass):
         return self.table
 
     def sense(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor) -> tuple[float, ...]:
-        from compress.algebra.fit import meant
-        from compress.algebra.outliers import split
-        from compress.algebra.rounding import largest, nearest
+        from compress.numerics.fit import meant
+        from compress.numerics.outliers import split
+        from compress.numerics.rounding import largest, nearest
 
         found = [0.0] * len(offer.states)
         columns = value.shape[-1]
@@ -180,7 +180,7 @@ class LlmMq(DecidingPass):
         return float((products.abs() if self.mode == "abs" else products.square()).double().sum())
 
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
-        from compress.algebra.knapsack import choose
+        from compress.numerics.knapsack import choose
 
         groups: dict[str, list[Offer]] = defaultdict(list)
         for offer in offers:

@@ -3,7 +3,7 @@
 Li et al., 2310.08659, on any scheme and without data: round what the factors leave, then take the best factors of what
 rounding lost, and again. Beside the paper's form, in which scales are fitted in every round and the residual may
 rise, there is one with the scales of the first round, in which it cannot (`scales=frozen`); and the best round is kept
-rather than the last. Derivation: compress/algebra/loftq.py.
+rather than the last. Derivation: compress/numerics/loftq.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract import TensorPass
-from compress.facts import State, Weight
-from compress.kinds import FactoringPass, QuantizingPass
+from compress.contract.base_passes import FactoringPass, QuantizingPass
+from compress.contract.pass_base import TensorPass
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.qtensor import QTensor
+    from compress.numerics.qtensor import QTensor
 
 
 class Loftq(QuantizingPass, FactoringPass, TensorPass):
@@ -48,9 +48,9 @@ class Loftq(QuantizingPass, FactoringPass, TensorPass):
         return replace(after, lowrank=self.lowrank(weight, after))
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        from compress.algebra.loftq import alternate
-        from compress.algebra.rounding import nearest, stacked
-        from compress.qtensor import QTensor
+        from compress.numerics.loftq import alternate
+        from compress.numerics.qtensor import QTensor
+        from compress.numerics.rounding import nearest, stacked
 
         assert after.scheme is not None
         assert after.lowrank is not None

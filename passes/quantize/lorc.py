@@ -3,7 +3,7 @@
 Yao et al., ZeroQuant-V2, 2303.08302: after any quantizer, the best factors of E = W - Q. White rounding noise has nearly
 full rank, so at four bits little of |E| is caught; what helps is structure, at two and three bits and where there are
 outliers. With `weighted` the factors are the best for outputs on the calibration tokens instead. W is read from the
-checkpoint that the codes were made from. Derivation: compress/algebra/lowrank.py.
+checkpoint that the codes were made from. Derivation: compress/numerics/lowrank.py.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract import CompensatingPass, Job, LinearPass, Solution, Statistic
+from compress.contract.base_passes import FactoringPass, refuse_no_matrix
+from compress.contract.pass_base import CompensatingPass, Job, LinearPass, Solution, Statistic
 from compress.errors import Refusal
-from compress.facts import State, Weight
-from compress.kinds import FactoringPass, refuse_no_matrix
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.algebra.hessian import Hessian
-    from compress.qtensor import QTensor
+    from compress.numerics.hessian import Hessian
+    from compress.numerics.qtensor import QTensor
 
 
 class Prepared(NamedTuple):
@@ -62,8 +62,8 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
         return replace(state, lowrank=self.lowrank(weight, state))
 
     def compensate(self, weight: Weight, q: QTensor, after: State, dense: torch.Tensor) -> tuple[QTensor, float]:
-        from compress.algebra.lowrank import best, stored
-        from compress.algebra.rounding import stacked, unstacked
+        from compress.numerics.lowrank import best, stored
+        from compress.numerics.rounding import stacked, unstacked
 
         assert after.lowrank is not None
         parts, matrices = ([q], [dense]) if weight.experts is None else (unstacked(q), list(dense))
@@ -76,7 +76,7 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
         return found[0] if weight.experts is None else stacked(found), (lost / norm) ** 0.5 if norm else 0.0
 
     def statistic(self, width: int) -> Statistic:
-        from compress.algebra.hessian import Hessian
+        from compress.numerics.hessian import Hessian
 
         return Hessian(width)
 
@@ -86,7 +86,7 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
     def prepare(self, statistic: Hessian) -> Prepared:
         import torch
 
-        from compress.algebra.hessian import factor
+        from compress.numerics.hessian import factor
 
         if statistic.tokens < self.min_tokens:
             # With the identity for a Hessian all weights matter alike.
@@ -98,8 +98,8 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
         return Prepared(hessian, found.feedback * found.pivots.sqrt(), raised if found.damping > self.damping else None)
 
     def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
-        from compress.algebra.lowrank import best_for, stored
-        from compress.qtensor import along_inputs
+        from compress.numerics.lowrank import best_for, stored
+        from compress.numerics.qtensor import along_inputs
 
         solutions = []
         for job in jobs:

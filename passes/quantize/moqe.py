@@ -18,11 +18,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from compress.contract.adaptive_group_pass import GranularPass
 from compress.errors import InputError, UsageError
-from compress.facts import Note, State, Weight, counted
-from compress.granular import GranularPass
-from compress.recipe import Line
-from compress.scheme import Scheme
+from compress.spec.recipe import Line
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import Note, State, Weight, counted
 
 
 class Moqe(GranularPass):

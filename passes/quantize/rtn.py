@@ -2,8 +2,8 @@
 
 Scale from the largest magnitude of each group (`clip=none`) or from a search for the least squared error
 (`clip=mse`; FP8 has nothing to search); all rounding in fp32, scales on the grid of the dtype they are stored in.
-With granularity=adaptive the group of each matrix is chosen before (compress/granular.py).
-Derivation and conventions: compress/algebra/grid.py for integers, scales.py and floats.py beside it for all others.
+With granularity=adaptive the group of each matrix is chosen before (compress/contract/adaptive_group_pass.py).
+Derivation and conventions: compress/numerics/grid.py for integers, scales.py and floats.py beside it for all others.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract import TensorPass
-from compress.facts import State, Weight
-from compress.granular import GranularPass
+from compress.contract.adaptive_group_pass import GranularPass
+from compress.contract.pass_base import TensorPass
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.qtensor import QTensor
+    from compress.numerics.qtensor import QTensor
 
 
 class Rtn(GranularPass, TensorPass):
@@ -39,8 +39,8 @@ class Rtn(GranularPass, TensorPass):
         return self
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        from compress.algebra.rounding import nearest
-        from compress.qtensor import QTensor
+        from compress.numerics.qtensor import QTensor
+        from compress.numerics.rounding import nearest
 
         assert after.scheme is not None
         assert not isinstance(value, QTensor)

@@ -10,7 +10,8 @@ columns of all that reads them. Large channels then have large weights, which ro
                  by all tokens that reach their router
     smoothquant  max |x|^alpha / max |w|^(1 - alpha)
 
-Which spaces there are: compress/spaces.py; what cannot be rescaled is counted. Put it before the pass that quantizes.
+Which spaces there are: compress/architecture/families.py; what cannot be rescaled is counted. Put it before the pass that
+quantizes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from compress.balancing import Matrix, SpacePass
-from compress.contract import Statistic
-from compress.facts import MATRICES, State, Weight
-from compress.kinds import QuantizingPass
-from compress.scheme import Scheme
-from compress.spaces import Space
+from compress.architecture.families import Space
+from compress.contract.base_passes import QuantizingPass
+from compress.contract.pass_base import Statistic
+from compress.contract.smoothing_pass import Matrix, SpacePass
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import MATRICES, State, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class Smooth(SpacePass):
         return QuantizingPass.model_construct(scheme=self.scheme, ragged=self.ragged).becomes(weight, State()).scheme
 
     def statistic(self, width: int) -> Statistic:
-        from compress.algebra.smoothing import Activity, Extents
+        from compress.numerics.smoothing import Activity, Extents
 
         return Activity(width) if self.method == "awq" else Extents(width)
 
@@ -88,8 +89,8 @@ class Smooth(SpacePass):
     def balance(self, space: Space, matrices: Iterable[Matrix], prepared: Seen) -> torch.Tensor | None:
         import torch
 
-        from compress.algebra.smoothing import by_activity, by_extents, cost
-        from compress.checkpoint import torch_dtype
+        from compress.checkpoint.reader import torch_dtype
+        from compress.numerics.smoothing import by_activity, by_extents, cost
 
         if self.method == "smoothquant":
             columns = torch.stack([matrix.value.abs().amax(0) for matrix in matrices]).amax(0)

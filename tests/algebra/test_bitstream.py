@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.algebra import bitstream
+from compress.numerics import bitstream
 
 
 def oracle(row: list[int], bits: int) -> bytes:

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from compress.algebra import divergence as module
-from compress.algebra.divergence import Divergence, Kind, against_top, divergence, loss_sum, top
+from compress.numerics import divergence as module
+from compress.numerics.divergence import Divergence, Kind, against_top, divergence, loss_sum, top
 
 INF = math.inf
 KINDS: list[Kind] = ["forward", "reverse", "skew", "skew-reverse", "jsd"]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from compress.algebra.floats import NF4, decode, encode, normal_map, top
-from compress.scheme import Scheme
+from compress.numerics.floats import NF4, decode, encode, normal_map, top
+from compress.spec.scheme import Scheme
 
 TEXTS = ["nf4g64", "nf3g64", "nf2g64", "fp4g32", "e3m0g32", "fp8", "fp8-e5m2"]
 SIGNED = [text for text in TEXTS if not text.startswith("nf")]

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.algebra import gptq
-from compress.algebra.gptq import Solved, solve
-from compress.algebra.grid import dequantize, round_to_nearest
-from compress.algebra.hessian import factor
-from compress.scheme import Scheme
+from compress.numerics import gptq
+from compress.numerics.gptq import Solved, solve
+from compress.numerics.grid import dequantize, round_to_nearest
+from compress.numerics.hessian import factor
+from compress.spec.scheme import Scheme
 
 PLAIN: dict[str, Any] = {"clip": "none", "signed": False, "sweeps": 0}
 TEXTS = ["w2a16g32", "w3a16g64", "w4a16g32", "w8a16g64", "w4a16", "w4a16g48", "w4a16g200", "w2a16g32-asym", "w4a16g48-asym", "w3a16-asym"]  # fmt: skip

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.algebra.gptq import Along, Solved, solve
-from compress.algebra.hessian import factor
-from compress.algebra.rounding import nearest
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
+from compress.numerics.gptq import Along, Solved, solve
+from compress.numerics.hessian import factor
+from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
 
 PLAIN: dict[str, Any] = {"clip": "none", "sweeps": 0}
 TEXTS = [

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compress.algebra.granularity import halvings, widths
+from compress.numerics.granularity import halvings, widths
 
 
 def slow(w: torch.Tensor, old: int, new: int, symmetric: bool) -> list[float]:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.algebra import grid
-from compress.algebra.grid import dequantize, round_to_nearest
-from compress.scheme import Scheme
+from compress.numerics import grid
+from compress.numerics.grid import dequantize, round_to_nearest
+from compress.spec.scheme import Scheme
 
 SCHEMES = [
     "w2a16g32",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.algebra import hessian
-from compress.algebra.hessian import Hessian, factor
+from compress.numerics import hessian
+from compress.numerics.hessian import Hessian, factor
 
 
 def correlated(n: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from compress.algebra.knapsack import choose
+from compress.numerics.knapsack import choose
 
 Problem = tuple[list[list[float]], list[list[int]]]
 

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from compress.algebra.loftq import alternate
-from compress.algebra.lowrank import best, stored
-from compress.algebra.rounding import nearest, on_grid
-from compress.beside import Lowrank
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
+from compress.numerics.loftq import alternate
+from compress.numerics.lowrank import best, stored
+from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest, on_grid
+from compress.spec.corrections import Lowrank
+from compress.spec.scheme import Scheme
 
 SCHEMES = ["nf4g64", "nf2g64", "w4a16g64", "w2a16g64-asym", "fp4g64", "mxfp4", "fp8"]
 

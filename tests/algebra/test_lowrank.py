@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.algebra import lowrank
-from compress.algebra.hessian import factor
-from compress.algebra.lowrank import best, best_for, stored
-from compress.algebra.rounding import nearest
-from compress.beside import Lowrank
-from compress.scheme import Scheme
+from compress.numerics import lowrank
+from compress.numerics.hessian import factor
+from compress.numerics.lowrank import best, best_for, stored
+from compress.numerics.rounding import nearest
+from compress.spec.corrections import Lowrank
+from compress.spec.scheme import Scheme
 
 
 def lost(text: str, rows: int, columns: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.algebra import masks
-from compress.algebra.masks import holds, keep_best
 from compress.errors import UsageError
-from compress.sparsity import Sparsity
+from compress.numerics import masks
+from compress.numerics.masks import holds, keep_best
+from compress.spec.sparsity import Sparsity
 
 
 def oracle(scores: list[float], keep: int) -> list[bool]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.algebra.gptq import solve
-from compress.algebra.hessian import Hessian, factor
-from compress.algebra.outliers import gather, split
-from compress.algebra.rounding import nearest
-from compress.beside import Outliers
-from compress.scheme import Scheme
+from compress.numerics.gptq import solve
+from compress.numerics.hessian import Hessian, factor
+from compress.numerics.outliers import gather, split
+from compress.numerics.rounding import nearest
+from compress.spec.corrections import Outliers
+from compress.spec.scheme import Scheme
 
 SCHEMES = ["w2a16g16-asym", "w3a16g16", "nf4g16", "fp4g16", "fp8", "mxfp4"]
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.algebra.floats import decode, encode, top
-from compress.algebra.rounding import nearest
-from compress.algebra.scales import spread, steps
-from compress.scheme import Scheme
+from compress.numerics.floats import decode, encode, top
+from compress.numerics.rounding import nearest
+from compress.numerics.scales import spread, steps
+from compress.spec.scheme import Scheme
 
 TEXTS = [
     "nf4g64", "nf2g32", "nf3", "fp4g32", "fp4g32-m1", "fp4g32-m2", "fp4g32-m2-ceil", "e3m0g64", "fp8", "fp8-e5m2", "fp8-tensor",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.algebra.smoothing import Activity, Extents, by_activity, by_extents, cost
-from compress.scheme import Scheme
+from compress.numerics.smoothing import Activity, Extents, by_activity, by_extents, cost
+from compress.spec.scheme import Scheme
 
 W4 = Scheme.parse("w4a16g16")
 
@@ -50,7 +50,7 @@ def test_the_formulas() -> None:
 def test_cost_is_the_error_of_outputs_per_token() -> None:
     torch.manual_seed(0)
     w, x, s = torch.randn(8, 32), torch.randn(100, 32), torch.rand(32) + 0.5
-    from compress.algebra.rounding import nearest
+    from compress.numerics.rounding import nearest
 
     rounded = nearest(w * s, W4, torch.float32).q.dequantize()
     wanted = ((x / s) @ rounded.T - x @ w.T).square().sum() / 100

@@ -114,7 +114,7 @@ def _surroundings(work: Path, case: Case, cache: Path) -> Iterator[None]:
     """No Hub but the case's own, no token, an empty cache, wide lines without colour."""
     from huggingface_hub import constants
 
-    from compress import memory
+    from compress.pipeline import memory_check
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"}))
@@ -128,7 +128,7 @@ def _surroundings(work: Path, case: Case, cache: Path) -> Iterator[None]:
         for name, value in settings.items():
             stack.enter_context(mock.patch.object(constants, name, value))
         if case.there_bytes is not None:
-            stack.enter_context(mock.patch.object(memory, "machine_bytes", return_value=case.there_bytes))
+            stack.enter_context(mock.patch.object(memory_check, "machine_bytes", return_value=case.there_bytes))
         yield
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from bad_input.bench import Case
-from compress.facts import TensorSpec
-from compress.shards import write_header
+from compress.checkpoint.safetensors_header import write_header
+from compress.spec.weight_state import TensorSpec
 
 GPTQ = "-p 'calibrate(data={work}/data.jsonl, samples=2, length=16) | quantize.gptq(scheme=w4a16g32) | pack'"
 HUGE = "-p 'quantize.rtn(scheme=w4a16g32) | pack'"
@@ -16,7 +16,7 @@ SMALL = 500_000_000
 
 def huge(model: Path) -> None:
     """A model whose MLP alone is larger than this machine's memory; its file has a size, but takes no disk."""
-    from compress.memory import machine_bytes
+    from compress.pipeline.memory_check import machine_bytes
 
     config = json.loads((model / "config.json").read_text())
     hidden, wide = 16384, machine_bytes() // 16384 // 64 * 64

@@ -13,11 +13,12 @@ import pytest
 from bad_input import TABLE
 from bad_input.bench import Bench, Case
 from bad_input.data import file
-from compress.discover import load_pass, pass_files
+from compress.contract.discover import load_pass, pass_files
 from compress.errors import RecipeError
-from compress.memory import machine_bytes
-from compress.recipe import parse_one_liner, parse_yaml
-from compress.resolve import resolve
+from compress.pipeline.memory_check import machine_bytes
+from compress.pipeline.resolve import resolve
+from compress.spec.recipe import parse_one_liner
+from compress.spec.recipe_file import parse_yaml
 
 
 @pytest.fixture(scope="module")

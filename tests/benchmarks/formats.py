@@ -20,17 +20,19 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from compress import places, readers
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
 from compress.cli.console import table
 from compress.cli.verify import tokens
-from compress.contract import Context, Verdict
+from compress.context import Context
+from compress.contract.format import Verdict
 from compress.errors import CompressError, CoverageError, FormatError
+from compress.evaluate import readers
+from compress.evaluate.verify import read_with, verify_bytes
 from compress.kernels.dispatch import formats
-from compress.meaning import Meaning
-from compress.pipeline import Result, run
-from compress.recipe import parse_one_liner
-from compress.verify import read_with, verify_bytes
+from compress.layerwise.dense_view import Meaning
+from compress.pipeline import output_paths
+from compress.pipeline.run import Result, run_recipe
+from compress.spec.recipe import parse_one_liner
 
 BITS, GROUP = (2, 3, 4, 8), 32
 
@@ -99,7 +101,7 @@ def one(source: Checkpoint, scheme: str, form: str, scratch: Path, matrix: Matri
     else:
         return f"refused {matrix.mark(refusal)}", *("" for _ in range(3 + len(matrix.readers)))
     artifact, step = open_checkpoint(result.out), result.plan.steps[-1]
-    canonical = next(p for p in places.steps_folder(result.out).iterdir() if p.is_dir() and "-quantize.rtn-" in p.name)
+    canonical = next(p for p in output_paths.steps_folder(result.out).iterdir() if p.is_dir() and "-quantize.rtn-" in p.name)
     ids = tokens(source, None)
     cells = [
         matrix.attempt(lambda: f"{verify_bytes(artifact, Context()).decoded} decode"),
@@ -113,7 +115,7 @@ def one(source: Checkpoint, scheme: str, form: str, scratch: Path, matrix: Matri
 
 
 def go(source: Checkpoint, out: Path, recipe: str) -> Result:
-    return run(parse_one_liner(recipe), source, out, Context())
+    return run_recipe(parse_one_liner(recipe), source, out, Context())
 
 
 def round_trip(artifact: Checkpoint, canonical: Checkpoint, pack: str, scratch: Path) -> str:

@@ -14,13 +14,13 @@ from pathlib import Path
 from quality import measured, report
 from transformers.utils import logging
 
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.contract import Context
-from compress.entry import enter
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
+from compress.context import Context
 from compress.errors import CompressError
-from compress.pipeline import run
-from compress.plan import make_plan
-from compress.recipe import parse_one_liner
+from compress.pipeline.entry import enter
+from compress.pipeline.plan import make_plan
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
 
 MIX = "[w2a16g{g}, w3a16g{g}, w4a16g{g}, w8a16g{g}]"
 BUDGETS = {
@@ -78,7 +78,7 @@ def main() -> None:
     for budget in args.budget:
         recipes = [f"{calibrate} | quantize.{row.replace(')', f', ragged={args.ragged})', 1)}" for row in BUDGETS[budget]]
         with tempfile.TemporaryDirectory() as scratch:
-            first = run(parse_one_liner(recipes[0]), source, Path(scratch) / "first", Context())
+            first = run_recipe(parse_one_liner(recipes[0]), source, Path(scratch) / "first", Context())
             recipes = [recipe.replace("{bytes}", str(first.plan.steps[-1].disk_bytes)) for recipe in recipes]
             recipes = [recipe for recipe in recipes if not refused(recipe, source)]
         report(

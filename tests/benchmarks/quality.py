@@ -20,15 +20,15 @@ from statistics import mean, stdev
 
 from transformers.utils import logging
 
-from compress.account import peak_resident_bytes
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.cli.console import size, table
-from compress.contract import Context
-from compress.facts import State, Weight
-from compress.measure import compare
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
-from compress.windows import token_windows
+from compress.context import Context
+from compress.evaluate.perplexity_kl import compare
+from compress.layerwise.eval_windows import token_windows
+from compress.pipeline.build_manifest import peak_resident_bytes
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
+from compress.spec.weight_state import State, Weight
 
 
 def forget_peak() -> None:
@@ -74,7 +74,7 @@ def measured(
             seconds, peaks, bits = [], [], 0.0
             for seed in range(seeds if "calibrate" in recipe or "distill" in recipe else 1):
                 forget_peak()
-                result = run(parse_one_liner(recipe), source, Path(scratch) / f"{number}-{seed}", Context(seed=seed))
+                result = run_recipe(parse_one_liner(recipe), source, Path(scratch) / f"{number}-{seed}", Context(seed=seed))
                 seconds.append(result.seconds)
                 peaks.append(peak_resident_bytes())
                 step = result.plan.steps[-1]

@@ -22,17 +22,17 @@ import json, sys, time
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama
 from transformers.models.auto import modeling_auto
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.pass_base import Context
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
 recipe = parse_one_liner("quantize.rtn(scheme=w4a16g128) | pack(format=compressed-tensors)")
 took = {}
 start = time.perf_counter()
 def note(event):
     if event["event"] == "step":
         took[event["name"]] = round(event["seconds"], 2)
-result = run(recipe, open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context(events=note))
+result = run_recipe(recipe, open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context(events=note))
 seconds = time.perf_counter() - start
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(json.dumps({"seconds": seconds, "peak": peak, "bytes": result.plan.steps[-1].payload_bytes, "steps": took,

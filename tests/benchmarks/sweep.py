@@ -25,11 +25,11 @@ import json, sys, time
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama
 from transformers.models.auto import modeling_auto
-import compress.sweep, compress.corpus, compress.algebra.gptq
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
+import compress.executors.sweep, compress.corpus, compress.numerics.gptq
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.pass_base import Context
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
 source, out, ids, samples, length, scheme, options = sys.argv[1:8]
 torch.ones(64, 64) @ torch.ones(64, 64)
 recipe = f"calibrate(data='{ids}', samples={samples}, length={length}) | quantize.gptq(scheme={scheme}{options}) | pack"
@@ -37,7 +37,7 @@ spent, start = {}, time.perf_counter()
 def note(event):
     if event["event"] == "step":
         spent[event["name"]] = {"all": round(event["seconds"], 2), **{k: round(v, 2) for k, v in event.get("spent", {}).items()}}
-result = run(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), Context(events=note))
+result = run_recipe(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), Context(events=note))
 seconds = time.perf_counter() - start
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(json.dumps({"seconds": seconds, "peak": peak, "planned_peak": result.plan.peak_bytes, "spent": spent}))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import ADAPTER, ADAPTER_CONFIG
+from compress.checkpoint.reader import ADAPTER, ADAPTER_CONFIG
 from compress.cli.app import build
 from support import run, tiny_llama
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UsageError
-from compress.size import parse_size
+from compress.spec.byte_size import parse_size
 
 
 def compress(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

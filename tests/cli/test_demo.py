@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from compress.cli import demo
-from compress.contract import Context
-from compress.measure import Estimate, Quality
-from compress.places import clean
-from compress.recipe import Recipe, override
-from compress.stages import Measured
+from compress.context import Context
+from compress.evaluate.perplexity_kl import Estimate, Quality
+from compress.evaluate.stages import Measured
+from compress.pipeline.output_paths import clean
+from compress.spec.recipe import Recipe, override
 
 ROWS = ["source", "pruned", "quantized", "distilled", "packed", "rtn instead of gptq"]
 
@@ -91,7 +91,7 @@ def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 def test_the_demo_runs_the_installed_recipe(demo_model: Path) -> None:
     """All of it, on the embedded texts; it is never trained or calibrated on what it is measured on."""
     from compress.cli.recipes import installed
-    from compress.recipe import read
+    from compress.spec.recipe_file import read
 
     found, recipe = demo.recipe_of(demo_model.parent), read(installed()["five_stages"])
     assert [line.name for line in found.lines] == ["calibrate", "prune.wanda", "quantize.gptq", "distill.logits", "pack"]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.errors import InputError
-from compress.sample import sample
+from compress.layerwise.sample import sample
 from families import build as build_family
 from support import run, step_of
 
@@ -119,7 +119,7 @@ def test_diff_is_the_relative_error_of_what_each_side_means(demo_model: Path, pa
 
 
 def facts_in_order(directory: Path) -> list[str]:
-    from compress.checkpoint import open_checkpoint
+    from compress.checkpoint.reader import open_checkpoint
 
     return list(open_checkpoint(directory).logical)
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import readers
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.errors import FormatError
+from compress.evaluate import readers
 from compress.kernels.dispatch import formats
-from compress.manifest import Manifest
 from support import run, step_of
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"

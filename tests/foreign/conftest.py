@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
 
 Store = Callable[..., Checkpoint]
 
@@ -43,9 +43,9 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def dense() -> Callable[[Checkpoint, Any], torch.Tensor]:
     """The dense weight that a Packed means, codes by QTensor.dequantize and one rounding to its dtype."""
-    from compress.checkpoint import torch_dtype
-    from compress.facts import State, Weight
-    from compress.qtensor import QTensor, as_matrix, part_specs
+    from compress.checkpoint.reader import torch_dtype
+    from compress.numerics.qtensor import QTensor, as_matrix, part_specs
+    from compress.spec.weight_state import State, Weight
 
     def read(checkpoint: Checkpoint, packed: Any) -> torch.Tensor:
         value = packed.read(checkpoint.read)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.algebra.rounding import nearest
 from compress.errors import InputError
-from compress.foreign import method_of, open_foreign
-from compress.foreign.bitsandbytes import _codes
-from compress.scheme import Scheme
+from compress.importers import method_of, open_foreign
+from compress.importers.bitsandbytes import _codes
+from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compress.errors import InputError
-from compress.foreign import open_foreign
-from compress.scheme import Scheme
+from compress.importers import open_foreign
+from compress.spec.scheme import Scheme
 
 pytest.importorskip("compressed_tensors")
 

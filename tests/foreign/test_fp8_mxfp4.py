@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.errors import InputError
-from compress.foreign import open_foreign
+from compress.importers import open_foreign
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

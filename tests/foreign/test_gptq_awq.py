@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.errors import InputError
-from compress.foreign import method_of, open_foreign
+from compress.importers import method_of, open_foreign
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}

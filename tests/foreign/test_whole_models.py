@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import Checkpoint, Logical, open_checkpoint
-from compress.facts import State
-from compress.foreign import Foreign, open_foreign
-from compress.meaning import Meaning
-from compress.names import meta_model, place
+from compress.architecture.weight_map import meta_model, place
+from compress.checkpoint.reader import Checkpoint, Logical, open_checkpoint
+from compress.importers import Foreign, open_foreign
+from compress.layerwise.dense_view import Meaning
+from compress.spec.weight_state import State
 from families import build
 from support import run, step_of
 

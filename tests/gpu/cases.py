@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from compress.algebra.inputs import rounded_inputs
 from compress.errors import Refusal, UsageError
-from compress.facts import State
 from compress.kernels.bench import ALLOWED, random_weight
 from compress.kernels.dispatch import BACKENDS
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed
+from compress.numerics.inputs import rounded_inputs
+from compress.spec.weight_state import State
 
 DEVICE = os.environ.get("COMPRESS_TEST_DEVICE", "cuda")
 DTYPES = ("bfloat16", "float16")

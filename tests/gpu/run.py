@@ -264,9 +264,9 @@ def sound(found: dict[str, Any]) -> bool:
 def machine(device: str) -> dict[str, Any]:
     """What it ran on, as doctor has it; what there is to say without it where that cannot be imported."""
     try:
-        from compress import doctor
+        from compress.evaluate import backend_report
 
-        return {**doctor.machine(), "runs_on": doctor.runs_on(device)}
+        return {**backend_report.machine(), "runs_on": backend_report.runs_on(device)}
     except ImportError as error:
         import torch
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from compress import sweep
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
 from compress.device import name_of, resolve
-from compress.difference import difference
-from compress.manifest import Manifest
-from compress.measure import compare
-from compress.sample import sample
+from compress.evaluate.diff import difference
+from compress.evaluate.perplexity_kl import compare
+from compress.executors import sweep
+from compress.layerwise.sample import sample
 from gpu.cases import DEVICE
 from gpu.conftest import tell
 from rehearsal import Rehearsal
@@ -99,11 +99,11 @@ def test_eval_diff_and_generate_say_the_same(source: Path, demo_model: Path, tmp
 
 def test_states_that_are_parked_change_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = calibrated(RECIPES["gptq"] if REAL else RECIPES["wanda"])
-    monkeypatch.setattr("compress.batches.BATCH_TOKENS", 1024 if REAL else 48)
+    monkeypatch.setattr("compress.layerwise.batches.BATCH_TOKENS", 1024 if REAL else 48)
     whole = do(source, tmp_path / "whole", recipe, device="cuda").manifest
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
     monkeypatch.setattr(sweep, "BETWEEN_BYTES", 1 << 20 if REAL else 1)
-    monkeypatch.setattr("compress.parking._SMALLEST", 1)
+    monkeypatch.setattr("compress.layerwise.hidden_state_offload._SMALLEST", 1)
     assert do(source, tmp_path / "parked", recipe, device="cuda").manifest.digests == whole.digests
 
 
@@ -114,7 +114,7 @@ names = runpy.run_path({run!r})
 sys.meta_path.insert(0, names["Rooms"]())
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
-from compress.writer import Writer
+from compress.checkpoint.writer import Writer
 from support import do
 record, count = Writer.record, [0]
 def stop(self, *rest):

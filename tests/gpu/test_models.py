@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import compress
 import compress.hf
-from compress import artifact, bench, doctor
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
+from compress.evaluate import backend_report, bench
+from compress.runtime import artifact
 from gpu.cases import DEVICE
 from support import run, tiny_llama
 
@@ -75,13 +76,13 @@ def test_memory_after_load_is_that_of_the_file(packed: Path) -> None:
 
 
 def test_doctor_says_what_a_model_that_is_loaded_has(packed: Path) -> None:
-    answers = [doctor.answer(use) for use in doctor.artifact_uses(open_checkpoint(packed), DEVICE)]
+    answers = [backend_report.answer(use) for use in backend_report.artifact_uses(open_checkpoint(packed), DEVICE)]
     told: dict[str | None, int] = {}
     for one in answers:
         told[one.backend] = told.get(one.backend, 0) + one.use.weights
     assert told == artifact.backends(compress.load(packed, device=DEVICE))
-    for dtype in doctor.DTYPES:
-        assert all(doctor.answer(use).backend for use in doctor.families(dtype, DEVICE))
+    for dtype in backend_report.DTYPES:
+        assert all(backend_report.answer(use).backend for use in backend_report.families(dtype, DEVICE))
 
 
 def test_bench_times_it(packed: Path, source: Path) -> None:

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from compress.algebra import lowrank, outliers
-from compress.algebra.rounding import nearest
-from compress.beside import Lowrank, Outliers
 from compress.errors import Refusal
-from compress.facts import State
 from compress.kernels.dispatch import Work, load_backend
 from compress.kernels.native import triton
 from compress.kernels.native.kind import Kind
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed, pack
-from compress.scheme import Scheme
+from compress.numerics import lowrank, outliers
+from compress.numerics.rounding import nearest
+from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 
 SCHEMES = [
     "w4a16", "w4a16g128", "w4a16g64-asym", "w4a16g32-asym", "w4a16g256", "w4a16g16", "w3a16", "w3a16g64-asym", "w3a16g16-asym", "w2a16g256",

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from compress import model
-from compress.checkpoint import open_checkpoint
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.step_plan import Plan
 from compress.errors import FormatError, Refusal
-from compress.facts import State, Weight
 from compress.kernels.awq.layout import INVERSE, ORDER, Awq
-from compress.names import resolve
-from compress.plan import Plan, make_plan
-from compress.qtensor import QTensor
-from compress.recipe import parse_one_liner
-from compress.scheme import Scheme
+from compress.layerwise import model
+from compress.numerics.qtensor import QTensor
+from compress.pipeline.plan import make_plan
+from compress.spec.recipe import parse_one_liner
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 from families import build
 from support import linear, logits, random_codes, run, step_of
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from variants import covering, every
 
-from compress.algebra.floats import decode
-from compress.algebra.scales import steps
 from compress.kernels.native import tiles
 from compress.kernels.native.kind import HALVES, WHOLE, Kind, table
-from compress.scheme import Scheme
+from compress.numerics.floats import decode
+from compress.numerics.scales import steps
+from compress.spec.scheme import Scheme
 from emulated import Emulator, Memory
 
 DTYPES = {name: dtype for dtype, name in HALVES.items()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from compress import cache
+from compress.checkpoint import cache
 from compress.errors import MachineError, Refusal, few
 from compress.kernels.cuda import build, cubins, device, driver, nvrtc, variant
 from compress.kernels.cuda.cubins import Capability

@@ -13,11 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from compress.algebra import lowrank, outliers
-from compress.algebra.rounding import nearest
-from compress.beside import Lowrank, Outliers
 from compress.errors import MachineError, Refusal
-from compress.facts import State
 from compress.kernels import dispatch
 from compress.kernels.cuda import build, cubins, device
 from compress.kernels.cuda.cubins import Capability
@@ -29,7 +25,11 @@ from compress.kernels.native.cuda import skinny
 from compress.kernels.native.kind import Kind
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed, pack
-from compress.scheme import Scheme
+from compress.numerics import lowrank, outliers
+from compress.numerics.rounding import nearest
+from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 from emulated import Emulator
 from support import packed_weight, prepared
 

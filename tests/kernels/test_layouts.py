@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress import qtensor
-from compress.algebra.rounding import nearest
-from compress.contract import Format
+from compress.contract.format import Format
 from compress.errors import Refusal
-from compress.facts import State, Weight
 from compress.kernels.compressed_tensors.layout import CompressedTensors, patterns
 from compress.kernels.compressed_tensors.parts import group_of, kind_of
 from compress.kernels.dispatch import formats, load_format
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
+from compress.numerics import qtensor
+from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 
 SCHEMES = [
     "w2a16g32",

@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress import qtensor
-from compress.algebra.rounding import nearest
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.facts import State, Weight
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
+from compress.evaluate.verify import verify_bytes
 from compress.kernels.dispatch import load_format
 from compress.kernels.native import narrow
 from compress.kernels.native.packed import pack
-from compress.manifest import Manifest
-from compress.meaning import Meaning
-from compress.scheme import Scheme
-from compress.verify import verify_bytes
+from compress.layerwise.dense_view import Meaning
+from compress.numerics import qtensor
+from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 from support import each_is_refused, load, logits, page, run, tiny_llama
 
 SIZES: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 320}

@@ -11,21 +11,20 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from compress import qtensor
-from compress.algebra import lowrank, outliers
-from compress.algebra.rounding import nearest
-from compress.beside import Lowrank, Outliers
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import Refusal, UsageError
-from compress.facts import State, Weight
 from compress.kernels import dispatch
 from compress.kernels.dispatch import BACKENDS, Work, choose, load_backend, load_format
 from compress.kernels.native import int4pack, tiles
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed, pack
-from compress.meaning import Meaning
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
+from compress.layerwise.dense_view import Meaning
+from compress.numerics import lowrank, outliers, qtensor
+from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest
+from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 from support import page, run, tiny_llama
 
 SCHEMES = [

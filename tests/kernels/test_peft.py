@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress import qtensor
-from compress.checkpoint import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS, open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.reader import ADAPTER, ADAPTER_CONFIG, ADAPTER_TENSORS, open_checkpoint
+from compress.checkpoint.source import open_source
+from compress.context import Context
 from compress.errors import CompressError, FormatError
-from compress.meaning import Meaning
-from compress.model import build
-from compress.source import open_source
-from compress.verify import read_with, verify_bytes
+from compress.evaluate.verify import read_with, verify_bytes
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import build
+from compress.numerics import qtensor
 from families import build as build_family
 from support import load, logits, run, step_of
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from compress.algebra.inputs import in_fp8, rounded_inputs
-from compress.beside import Lowrank
 from compress.errors import Refusal
-from compress.facts import State
 from compress.kernels.cuda import device
 from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import Work, load_backend
 from compress.kernels.native import scaled_mm
 from compress.kernels.native.modules import PackedWeight
-from compress.scheme import Scheme
+from compress.numerics.inputs import in_fp8, rounded_inputs
+from compress.spec.corrections import Lowrank
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 from support import packed_weight, prepared
 
 

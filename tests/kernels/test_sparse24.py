@@ -14,13 +14,11 @@ from torch.nn.functional import linear
 from torch.sparse import _semi_structured_conversions as conversions
 
 import compress
-from compress import artifact, qtensor
-from compress.algebra import masks
-from compress.algebra.rounding import nearest
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
 from compress.errors import FormatError, InputError, Refusal
-from compress.facts import State, Weight
+from compress.evaluate.verify import verify_bytes
 from compress.kernels.cuda import device
 from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import BACKENDS, Work, load_backend, load_format
@@ -28,12 +26,14 @@ from compress.kernels.native import layout, semi_structured, sparse, tiles
 from compress.kernels.native.fused import scales
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed, groups_of, pack
-from compress.manifest import Manifest
-from compress.meaning import Meaning
-from compress.model import build
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
-from compress.verify import verify_bytes
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import build
+from compress.numerics import masks, qtensor
+from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest
+from compress.runtime import artifact
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State, Weight
 from families import build as build_family
 from support import CALIBRATE, SHARED, each_is_refused, logits, page, run, tiny_llama
 

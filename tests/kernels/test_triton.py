@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from compress.errors import Refusal
-from compress.facts import State
 from compress.kernels.cuda import device
 from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import Work, load_backend
 from compress.kernels.native.blocks import block_map
-from compress.scheme import Scheme
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 
 WORK = Work(State(Scheme.parse("w4a16g128")), 256, 512, torch.bfloat16, torch.bfloat16, "cuda")
 

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 
-from compress.algebra.floats import decode
 from compress.kernels.native import ptx, tiles
 from compress.kernels.native import triton as backend
 from compress.kernels.native.kind import Kind
-from compress.scheme import Scheme
+from compress.numerics.floats import decode
+from compress.spec.scheme import Scheme
 
 DTYPE = {"f16": torch.float16, "bf16": torch.bfloat16}
 GRIDS = [("int", 2), ("int", 3), ("int", 4), ("int", 8), ("e2m1", 4), ("e3m0", 4), ("nf", 4), ("e4m3", 8), ("e5m2", 8)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress import places
+from compress.pipeline import output_paths
 from support import ready_inputs, tree
 
 ENVIRONMENT = {
@@ -136,7 +136,7 @@ class Server:
 def journal(out: Path) -> dict[str, set[str]]:
     """The weights that unfinished steps of `out` have journaled, by step."""
     found: dict[str, set[str]] = {}
-    for file in places.steps_folder(out).glob("*.tmp/.compress-journal.*"):
+    for file in output_paths.steps_folder(out).glob("*.tmp/.compress-journal.*"):
         step = file.parent.name.split("-")[1]
         for line in file.read_bytes().split(b"\n"):
             try:
@@ -150,8 +150,8 @@ def same(out: Path, reference: Path) -> list[str]:
     """Files that differ between two outputs, and what a finished run has left behind."""
     a, b = tree(out), tree(reference)
     left = (
-        [path.name for path in places.steps_folder(out).iterdir() if path.suffix == ".tmp"]
-        if places.steps_folder(out).is_dir()
+        [path.name for path in output_paths.steps_folder(out).iterdir() if path.suffix == ".tmp"]
+        if output_paths.steps_folder(out).is_dir()
         else []
     )
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name)) + left

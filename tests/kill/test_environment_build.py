@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from harness import ENVIRONMENT
 
-from compress.readers.environment import Environment, cache_folder, ensure, interpreter, packages
+from compress.evaluate.readers.environment import Environment, cache_folder, ensure, interpreter, packages
 
 KILLS = 20
 
@@ -46,7 +46,7 @@ def test_killed_while_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         wheel(tmp_path / "wheels", name, 200)
     calls = tuple(("--no-index", "--find-links", str(tmp_path / "wheels"), f"{name}==1.0") for name in ("first", "second"))
     wanted = Environment("fake", calls)
-    code = f"from compress.readers.environment import *; ensure({wanted!r}, lambda line: print(line, flush=True))"
+    code = f"from compress.evaluate.readers.environment import *; ensure({wanted!r}, lambda line: print(line, flush=True))"
     environment = {**ENVIRONMENT, "COMPRESS_CACHE": str(tmp_path / "cache")}
     chance, place = random.Random(0), cache_folder() / wanted.key()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import CALIBRATE, Ran, Server, journal, same
 
-from compress.places import steps_folder
+from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
 
 KILLS = 20

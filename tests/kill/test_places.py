@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from harness import RECIPES, Ran, Server, same
 
-from compress.places import steps_folder
+from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
 
 
@@ -44,7 +44,7 @@ def test_a_disk_that_fills_up_while_it_runs(kind: str, model: Path, server: Serv
     assert server.run(["run", model, tmp_path / "reference", "-p", RECIPES[kind], "--quiet"]).status == 0
     # When the first step begins, all but a few bytes are taken.
     before = """
-import compress.pipeline as p, os
+import compress.pipeline.run as p, os
 begin, left = p.run_step, [{left}]
 def fill(*args):
     free = os.statvfs({place!r}).f_bavail * os.statvfs({place!r}).f_bsize
@@ -89,7 +89,7 @@ def test_read_only_places(model: Path, server: Server, tmp_path: Path) -> None:
 
 
 VANISH = """
-import compress.pipeline as p, os, shutil
+import compress.pipeline.run as p, os, shutil
 begin = p.run_step
 def gone(step, *args):
     if step.name == {step!r}:

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from harness import ENVIRONMENT, RECIPES, Server, same
 
-from compress.places import steps_folder
+from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
 
 CUTS = 25
 CUT = """
-import compress.writer, json, os
+import compress.checkpoint.writer, json, os
 points, durable, moved = [0], [], []
 
 def cut():
@@ -55,7 +55,7 @@ nothing = lambda *args: None
 calls = {{"fsync": sync, "rename": move, "replace": nothing, "unlink": nothing, "pwrite": nothing, "chmod": nothing}}
 for name, note in calls.items():
     setattr(os, name, wrapped(name, getattr(os, name), note))
-compress.writer.Writer.record = wrapped("record", compress.writer.Writer.record, nothing)
+compress.checkpoint.writer.Writer.record = wrapped("record", compress.checkpoint.writer.Writer.record, nothing)
 """
 """Ends the process at its `at`-th operation, and logs what is durable then, and which renames may yet be lost."""
 

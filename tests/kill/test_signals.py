@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness import ENVIRONMENT, RECIPES, Server, same
 
-from compress.places import steps_folder
+from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
 
 RECIPE = RECIPES["sweep"]

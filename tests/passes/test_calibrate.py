@@ -14,11 +14,11 @@ from unittest import mock
 import pytest
 from pydantic import ValidationError
 
+from compress.checkpoint.manifest import Manifest
+from compress.contract.discover import load_pass
 from compress.corpus import Corpus, shipped
-from compress.discover import load_pass
-from compress.manifest import Manifest
-from compress.recipe import parse_one_liner
-from compress.resolve import resolve
+from compress.pipeline.resolve import resolve
+from compress.spec.recipe import parse_one_liner
 from support import TEXT, step_of
 
 DEMO = TEXT.parent / "model"

@@ -7,12 +7,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from compress.checkpoint import open_checkpoint
-from compress.contract import Pass
-from compress.discover import caption, load_pass, pass_files
-from compress.names import resolve as resolve_names
-from compress.recipe import Recipe, parse_one_liner, parse_yaml
-from compress.resolve import json_schema, resolve
+from compress.architecture.weight_map import resolve as resolve_names
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.discover import caption, load_pass, pass_files
+from compress.contract.pass_base import Pass
+from compress.pipeline.resolve import json_schema, resolve
+from compress.spec.recipe import Recipe, parse_one_liner
+from compress.spec.recipe_file import parse_yaml
 from families import build
 from support import ready_inputs, run, step_of, tree
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import InputError
-from compress.meaning import Meaning
+from compress.layerwise.dense_view import Meaning
 from families import build
 from support import CALIBRATE, TEXT, dense_meaning, kl, load, logits, ready_inputs, run, step_of, tiny_llama
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import open_checkpoint
-from compress.deciding import Offer, Rest
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.adaptive_group_pass import GranularPass
+from compress.contract.allocation_pass import Offer, Rest
 from compress.errors import RecipeError
-from compress.facts import State, Weight
-from compress.granular import GranularPass
-from compress.names import resolve
-from compress.plan import make_plan
-from compress.recipe import parse_one_liner
-from compress.resolve import resolve as resolve_recipe
+from compress.pipeline.plan import make_plan
+from compress.pipeline.resolve import resolve as resolve_recipe
+from compress.spec.recipe import parse_one_liner
+from compress.spec.weight_state import State, Weight
 from families import build
 from support import linear, load, run, tiny_llama
 

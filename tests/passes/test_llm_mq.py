@@ -15,20 +15,21 @@ import torch
 from safetensors.torch import load_file
 
 import compress.demo
-from compress import plan, reverse
-from compress.algebra.rounding import nearest
-from compress.checkpoint import open_checkpoint
-from compress.deciding import Offer, read_table
-from compress.discover import load_pass
+from compress.architecture.weight_map import resolve as resolve_names
+from compress.checkpoint.reader import open_checkpoint
+from compress.checkpoint.writer import Writer
+from compress.contract.allocation_pass import Offer, read_table
+from compress.contract.discover import load_pass
 from compress.errors import CoverageError, InputError, RecipeError, UsageError
-from compress.facts import State
-from compress.meaning import Meaning
-from compress.measure import compare
-from compress.names import resolve as resolve_names
-from compress.recipe import parse_one_liner
-from compress.scheme import Scheme
-from compress.windows import token_windows
-from compress.writer import Writer
+from compress.evaluate.perplexity_kl import compare
+from compress.executors import gradients
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.eval_windows import token_windows
+from compress.numerics.rounding import nearest
+from compress.pipeline import plan
+from compress.spec.recipe import parse_one_liner
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
 from families import build
 from support import dense_meaning, do, linear, load, logits, ready_inputs, run, step_of, tiny_llama, tree
 
@@ -226,7 +227,7 @@ def test_a_crash_while_weights_are_written_costs_no_second_sweep(
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(reverse.Reverse, "run", lambda *_: pytest.fail("gradients were computed again"))
+    monkeypatch.setattr(gradients.Reverse, "run", lambda *_: pytest.fail("gradients were computed again"))
     recorded = []
     monkeypatch.setattr(Writer, "record", lambda self, weight, *rest: [recorded.append(weight), record(self, weight, *rest)][1])
     run(tiny, tmp_path / "out", recipe)
@@ -289,7 +290,7 @@ def test_tokens_are_asked_for(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_picture_has_every_kind_of_weight(tmp_path: Path) -> None:
-    from compress.picture import allocation
+    from compress.plots import allocation
 
     run(tiny_llama(tmp_path / "model", num_hidden_layers=3), tmp_path / "out", mq("bits=3, method=rtn"))
     text = (tmp_path / "out" / "allocation.svg").read_text()

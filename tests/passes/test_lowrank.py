@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import qtensor
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CompressError, CoverageError, InputError, RecipeError, UsageError
-from compress.meaning import Meaning
-from compress.model import build
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import build
+from compress.numerics import qtensor
 from families import build as build_family
 from support import dense_meaning, load, logits, ready_inputs, run, step_of
 

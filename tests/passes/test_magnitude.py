@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import stream
-from compress.algebra.masks import holds
-from compress.checkpoint import open_checkpoint
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CoverageError
-from compress.meaning import Meaning
-from compress.names import resolve
-from compress.sparsity import Sparsity
+from compress.executors import stream
+from compress.layerwise.dense_view import Meaning
+from compress.numerics.masks import holds
+from compress.spec.sparsity import Sparsity
 from support import load, logits, run, step_of
 
 
@@ -52,7 +52,7 @@ def test_quantizing_keeps_the_zeros(scheme: str, tiny: Path, tmp_path: Path) -> 
 
 
 def test_a_pass_that_loses_the_zeros_is_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.algebra.masks.holds", lambda nonzero, sparsity: False)
+    monkeypatch.setattr("compress.numerics.masks.holds", lambda nonzero, sparsity: False)
     with pytest.raises(AssertionError, match=r"not masked\(2:4\)"):
         run(tiny, tmp_path / "out", "prune.magnitude(sparsity=2:4)")
     assert not (tmp_path / "out").exists()

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.algebra.rounding import nearest
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import InputError, RecipeError, UsageError
-from compress.meaning import Meaning
-from compress.recipe import parse_one_liner
-from compress.resolve import resolve
-from compress.scheme import Scheme
+from compress.layerwise.dense_view import Meaning
+from compress.numerics.rounding import nearest
+from compress.pipeline.resolve import resolve
+from compress.spec.recipe import parse_one_liner
+from compress.spec.scheme import Scheme
 from families import EXPERTS, build
 from support import dense_meaning, load, logits, ready_inputs, run, step_of
 

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from compress import kinds
-from compress.algebra.inputs import rounded_inputs
-from compress.algebra.rounding import nearest
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.architecture.qlinear import QLinear
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
+from compress.contract import base_passes
+from compress.contract.fused_groups import together
 from compress.errors import CompressError, CoverageError, FormatError, InputError
-from compress.meaning import Meaning
-from compress.model import build
-from compress.peers import together
-from compress.qlinear import QLinear
-from compress.qtensor import as_matrix
-from compress.scheme import Scheme
-from compress.train.student import Student
-from compress.verify import verify_bytes
+from compress.evaluate.verify import verify_bytes
+from compress.executors.train.student import Student
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import build
+from compress.numerics.inputs import rounded_inputs
+from compress.numerics.qtensor import as_matrix
+from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
 from families import build as build_family
 from support import dense_meaning, do, load, logits, ready_inputs, step_of, tiny_llama
 
@@ -255,7 +255,7 @@ def test_the_gradient_of_a_scale_is_that_of_what_it_means(models: Any, tmp_path:
 def test_fused_weights_with_rounded_activations_are_no_silent_loss(
     models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kinds, "refuse_inputs", lambda weight, scheme: None)
+    monkeypatch.setattr(base_passes, "refuse_inputs", lambda weight, scheme: None)
     do(models("mixtral"), tmp_path / "out", "quantize.rtn(scheme=w8a8)")
     with pytest.raises(InputError, match="whose activations can be rounded"):
         build(open_checkpoint(tmp_path / "out"))

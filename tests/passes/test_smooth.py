@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import fold
-from compress.checkpoint import open_checkpoint
+from compress.architecture.families import layout
+from compress.architecture.weight_map import resolve as resolve_names
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CoverageError, InputError, RecipeError
-from compress.manifest import Manifest
-from compress.names import resolve as resolve_names
-from compress.recipe import parse_one_liner
-from compress.resolve import resolve
-from compress.spaces import layout
+from compress.executors import smooth as fold
+from compress.pipeline.resolve import resolve
+from compress.spec.recipe import parse_one_liner
 from families import EXPERTS, build
 from support import CALIBRATE, do, kl, load, logits, ready_inputs, run, tiny_llama, tree
 
@@ -158,10 +158,10 @@ def test_a_run_that_was_killed_goes_on(tiny: Path, tmp_path: Path, monkeypatch: 
 
 def test_another_reader_of_a_space_is_found_out(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that forgets a reader would change the function."""
-    from compress import spaces
+    from compress.architecture import families
 
-    wrong = tuple(rule._replace(readers=rule.readers[:-1]) for rule in spaces._FAMILIES["llama"])
-    monkeypatch.setitem(spaces._FAMILIES, "llama", tuple(rule for rule in wrong if rule.readers))
+    wrong = tuple(rule._replace(readers=rule.readers[:-1]) for rule in families._FAMILIES["llama"])
+    monkeypatch.setitem(families._FAMILIES, "llama", tuple(rule for rule in wrong if rule.readers))
     with pytest.raises(CoverageError, match=r"(?s)v_proj.*and by nothing else.*another reader of it"):
         do(tiny, tmp_path / "out", f"{TOKENS} | {AWQ}")
     assert not (tmp_path / "out").exists()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.algebra import masks
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CompressError, CoverageError, FormatError, RecipeError
+from compress.evaluate.perplexity_kl import compare
 from compress.kernels.dispatch import formats, load_format
-from compress.meaning import Meaning
-from compress.measure import compare
-from compress.qtensor import along_inputs
+from compress.layerwise.dense_view import Meaning
+from compress.numerics import masks
+from compress.numerics.qtensor import along_inputs
 from families import build
 from support import dense_meaning, load, logits, ready_inputs, run, step_of
 

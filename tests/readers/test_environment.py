@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import MachineError
-from compress.readers import environment as environments
-from compress.readers.environment import Environment, cache_folder, clean_variables, ensure, packages
+from compress.evaluate.readers import environment as environments
+from compress.evaluate.readers.environment import Environment, cache_folder, clean_variables, ensure, packages
 
 
 def wheel(folder: Path, name: str = "tinypack", version: str = "1.0") -> Path:
@@ -137,7 +137,7 @@ def test_a_killed_build_is_done_again_and_two_do_not_mix(fake: Environment, tmp_
     toml = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     (package / "pyproject.toml").write_text(f'{toml}[project]\nname = "slowpack"\nversion = "1.0"\n')
     slow = replace(fake, requirements=(*fake.requirements, ("--no-index", str(package))))
-    code = f"from compress.readers.environment import *; ensure({slow!r}, print)"
+    code = f"from compress.evaluate.readers.environment import *; ensure({slow!r}, print)"
     first = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.DEVNULL)
     wait(begun.exists)
     os.kill(first.pid, signal.SIGKILL)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import readers
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.meaning import Meaning
-from compress.measure import compare
-from compress.readers.environment import clean_variables, ensure
-from compress.verify import read_with, verify_bytes
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
+from compress.evaluate import readers
+from compress.evaluate.perplexity_kl import compare
+from compress.evaluate.readers.environment import clean_variables, ensure
+from compress.evaluate.verify import read_with, verify_bytes
+from compress.layerwise.dense_view import Meaning
 from support import dense_meaning, run, step_of, tiny_llama
 
 IDS = torch.randint(0, 128, (3, 24), generator=torch.Generator().manual_seed(5))

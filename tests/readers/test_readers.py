@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from compress import readers
 from compress.errors import FormatError, InputError, MachineError, UsageError
-from compress.readers.environment import clean_variables, ensure
+from compress.evaluate import readers
+from compress.evaluate.readers.environment import clean_variables, ensure
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LENGTH = 128, 64, 96, 24
 IDS = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -203,7 +203,7 @@ def test_peft_reads_an_adapter_as_we_do(tmp_path: Path) -> None:
     """Alphas of their own, and an adapter that changes the logits."""
     from peft import LoraConfig, get_peft_model
 
-    from compress.verify import read_with
+    from compress.evaluate.verify import read_with
 
     base = dense_llama(tmp_path / "base")
     before = logits_of(base)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.contract import Lesson
+from compress.contract.pass_base import Lesson
+from compress.contract.training_options import Schooling
 from compress.corpus import Corpus
 from compress.errors import InputError
-from compress.train.lessons import Lessons
-from compress.train.schedule import Schooling
+from compress.executors.train.sample_order import Lessons
 
 LENGTH = 12
 

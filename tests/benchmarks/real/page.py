@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compress.size import parse_size
+from compress.spec.byte_size import parse_size
 
 REMARKS = "<!-- remarks -->"
 END = "<!-- end -->"

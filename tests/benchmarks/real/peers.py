@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import readers
-from compress.cache import folder_of
+from compress.checkpoint.cache import folder_of
 from compress.errors import MachineError
-from compress.readers.environment import Environment, clean_variables, ensure, packages
+from compress.evaluate import readers
+from compress.evaluate.readers.environment import Environment, clean_variables, ensure, packages
 
 from .ours import tensor_bytes
 from .process import measure

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.cache import folder_of
+from compress.checkpoint.cache import folder_of
 from compress.errors import CompressError, InputError
 
 from . import ours, peers
@@ -109,9 +109,9 @@ def commit() -> str:
 
 def machine() -> dict[str, Any]:
     """What it ran on."""
-    from compress import doctor
+    from compress.evaluate import backend_report
 
-    there = doctor.machine()
+    there = backend_report.machine()
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors", "compressed-tensors")}
     kept = {name: there[name] for name in ("cpu", "isa", "memory_bytes")}
     return {**kept, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform(), **packages}

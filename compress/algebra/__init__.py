@@ -1,1 +1,0 @@
-"""Pure tensor functions: grids, bit streams, and what later passes solve with."""

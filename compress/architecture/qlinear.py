@@ -1,0 +1,199 @@
+"""QLinear: a module whose weight is codes, expanded whenever it is used.
+
+The module keeps its class (Linear, Conv1D, Embedding), so that transformers' code that asks for it still finds it;
+its `weight` becomes a property that QTensor.dequantize computes. Codes are frozen. Scales can be trained: by a `gain` of
+each, one at first, so that a step of the optimizer is a share of the scale, whatever its size. Outliers are frozen as well;
+low-rank factors are fp32, and can be trained as they are, but for int8 ones. They are multiplied and added to what the
+codes expand to, which costs little beside that, whether a module multiplies by its weight or looks rows up in it.
+
+A scheme that rounds activations has what the module reads rounded, as readers do while a model runs.
+
+Legend of the gradient: w = s v with v = c - z, or a value of the grid, for the weights under a scale, so dL/ds is the sum of
+dL/dw v over them. Roundings, of the scale, of w to the stored dtype and of activations, pass gradients on as they are
+(straight-through).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.numerics.inputs import rounded_inputs
+from compress.numerics.lowrank import Factors
+from compress.numerics.outliers import Sparse
+from compress.numerics.qtensor import QTensor
+from compress.numerics.scales import blocked
+
+
+class QLinear(nn.Module):
+    """Mixed into a module's class by `with_codes`. Buffers: codes uint8 [rows, columns], zero and outliers, by rows as in Sparse;
+    parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they are trained.
+
+    A scale of another dtype than the module computes in is a buffer too: transformers asks parameters for the model's dtype.
+    """
+
+    codes: torch.Tensor
+    scale: nn.Parameter
+    zero: torch.Tensor | None
+    gain: nn.Parameter | None
+    outlier_values: torch.Tensor | None
+    outlier_columns: torch.Tensor | None
+    outlier_offsets: torch.Tensor | None
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+    rank_scale: torch.Tensor | None
+    scheme: Any
+    stored_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    def expand(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight [rows, columns], or some of its rows, rounded to the stored dtype as readers do."""
+        parts, outliers, factors = [self.codes, self.current_scale(), self.zero], self.outliers(), self.factors()
+        if rows is not None and self.scheme.scales in ("tensor", "block"):
+            return self.expand()[rows]
+        if rows is not None:
+            parts = [None if part is None else part[rows] for part in parts]
+            outliers = None if outliers is None else outliers.take(rows)
+            factors = None if factors is None else replace(factors, left=factors.left[rows])
+        # Rounded once, when everything is there.
+        dtypes = (self.stored_dtype, self.compute_dtype) if factors is None else (torch.float32, torch.float32)
+        dense: torch.Tensor = _Expanded.apply(*parts, self.scheme, outliers, *dtypes)  # type: ignore[no-untyped-call]
+        if factors is not None:
+            with torch.autocast(dense.device.type, enabled=False):
+                dense = _Rounded.apply(dense + factors.product(), self.stored_dtype).to(self.compute_dtype)  # type: ignore[no-untyped-call]
+        return dense
+
+    def outliers(self) -> Sparse | None:
+        """What replaces the codes in some places."""
+        if self.outlier_values is None:
+            return None
+        assert self.outlier_columns is not None
+        assert self.outlier_offsets is not None
+        return Sparse(self.outlier_values, self.outlier_columns, self.outlier_offsets)
+
+    def factors(self) -> Factors | None:
+        """What is added to everything."""
+        if self.left is None:
+            return None
+        assert self.right is not None
+        return Factors(self.left, self.right, self.rank_scale)
+
+    def quantized(self) -> QTensor:
+        """What it was made of; factors as they are now, the scale as it was at first."""
+        return QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors())
+
+    def current_scale(self) -> torch.Tensor:
+        """The scale with its gain, on the stored dtype's grid."""
+        if self.gain is None:
+            return self.scale
+        rounded: torch.Tensor = _Rounded.apply(self.scale * self.gain, self.stored_dtype)  # type: ignore[no-untyped-call]
+        return rounded
+
+    def learn(self) -> dict[str, nn.Parameter]:
+        """Makes the scale and the factors trainable; what is trained by name: a gain of the scale's shape, left and right."""
+        found = {}
+        if not self.scheme.powers:
+            found["gain"] = nn.Parameter(torch.ones_like(self.scale, dtype=torch.float32))
+        if self.left is not None and self.rank_scale is None:
+            found |= {name: nn.Parameter(self.get_buffer(name)) for name in ("left", "right")}
+        for name, parameter in found.items():
+            self._buffers.pop(name, None)
+            self.register_parameter(name, parameter)
+        return found
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.expand()
+
+
+class QRounding(QLinear):
+    """Rounds what it reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded: torch.Tensor = RoundedInputs.apply(x, self.scheme)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = super().forward(rounded)
+        return out
+
+
+class QEmbedding(QLinear):
+    """Looks rows up before it expands them. A `padding_idx` matters to gradients only."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.expand(ids.reshape(-1)).reshape(*ids.shape, -1)
+
+
+def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    """Puts codes in the place of `module.weight`, or makes a bare QLinear what they mean."""
+    if not isinstance(module, QLinear):
+        cls: Any = type(module)
+        plain_lookup = isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward and module.max_norm is None
+        mixin = QEmbedding if plain_lookup else QRounding if q.scheme.inputs else QLinear
+        del module._parameters["weight"]
+        module.__class__ = type(f"Q{cls.__name__}", (mixin, cls), {})
+    module.register_buffer("codes", q.codes)
+    module.register_buffer("zero", q.zero)
+    if q.scale.dtype == compute_dtype:
+        module.register_parameter("scale", nn.Parameter(q.scale, requires_grad=False))
+    else:
+        module.register_buffer("scale", q.scale)
+    module.register_parameter("gain", None)
+    for name in ("values", "columns", "offsets"):
+        module.register_buffer(f"outlier_{name}", getattr(q.outliers, name, None))
+    factors = q.lowrank
+    if factors is not None and factors.scale is None:
+        factors = Factors(*factors.halves())
+    for name, part in (("left", "left"), ("right", "right"), ("rank_scale", "scale")):
+        module.register_buffer(name, getattr(factors, part, None))
+    for name, value in (("scheme", q.scheme), ("stored_dtype", stored_dtype), ("compute_dtype", compute_dtype)):
+        setattr(module, name, value)
+
+
+class _Expanded(torch.autograd.Function):
+    """Codes to weights, keeping nothing for the way back but the codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Any,
+        outliers: Sparse | None, stored: torch.dtype, compute: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(codes, zero)
+        ctx.scheme, ctx.scale, ctx.outliers = scheme, (scale.shape, scale.dtype), outliers
+        return QTensor(scheme, codes, scale, zero, None, outliers).dequantize().to(stored).to(compute)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        codes, zero = ctx.saved_tensors
+        shape, dtype = ctx.scale
+        # What a scale of one would give: v.
+        steps = QTensor(ctx.scheme, codes, torch.ones(shape, device=codes.device), zero).dequantize()
+        if ctx.outliers is not None:
+            steps = ctx.outliers.clear(steps)
+        product = blocked(steps.mul_(grads[0]), ctx.scheme)
+        return None, product.sum(-1).sum(-2).to(dtype), None, None, None, None, None
+
+
+class RoundedInputs(torch.autograd.Function):
+    """Activations rounded as a scheme says; the gradient goes through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scheme: Any) -> torch.Tensor:
+        return rounded_inputs(x, scheme)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+class _Rounded(torch.autograd.Function):
+    """To the grid of a dtype and back; the gradient goes through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None

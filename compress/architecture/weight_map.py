@@ -1,0 +1,360 @@
+"""Names: where each tensor on disk lands, by transformers' own mapping.
+
+transformers renames, fuses and splits tensors while it loads. That mapping is run here on tensors without data:
+each tensor on disk finds its module, and with it its kind (linear, expert, embedding, head, router, norm), its
+stack and block, and its orientation. The same run checks every shape against the config. No table of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from compress.architecture.hf_mapping import Mapping
+from compress.architecture.model_class import model_class
+from compress.checkpoint.reader import CANONICAL, Checkpoint, Logical, torch_dtype
+from compress.errors import InputError, Problem
+from compress.spec.weight_state import FLOATS, Kind, Weight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
+_MOST_BLOCKS = 2000
+_BLOCKS = re.compile(r"(layers?|blocks|depth)$")
+"""Keys of config.json that say how many blocks there are."""
+_ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
+_TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
+_JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
+"""Between a tower and the text model."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the names of a checkpoint mean."""
+
+    weights: tuple[Weight, ...]
+    """Every tensor on disk, in stored order."""
+    linears: dict[str, str] = field(default_factory=dict)
+    """Every linear module of the model: path -> class name (Linear or Conv1D)."""
+    unused: tuple[str, ...] = ()
+    """Tensors on disk that the model does not take; carried along."""
+    duplicates: dict[str, str] = field(default_factory=dict)
+    """Tensors on disk that config.json ties to another one on disk: alias -> source."""
+    family: str = ""
+    stacks: dict[str, int] = field(default_factory=dict)
+    """Blocks per stack."""
+    by_weight: frozenset[str] = frozenset()
+    """Tensors on disk that transformers fuses, splits or permutes under a pattern that ends in `.weight`."""
+    initialised: frozenset[str] = frozenset()
+    """Linear modules whose `.weight` transformers' own initialisation takes without asking whether it is there."""
+    unwatched: frozenset[str] = frozenset()
+    """Modules of experts whose inputs nothing can watch."""
+
+
+def _refuse_many(config: dict[str, Any]) -> None:
+    """Raises InputError for more blocks than any model has: they would be listed, or built, for hours."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_many(value)
+        elif _BLOCKS.search(key) and isinstance(value, int | float) and value > _MOST_BLOCKS:
+            raise InputError("config.json", f"{key} of at most {_MOST_BLOCKS}", str(value))
+
+
+def meta_model(checkpoint: Checkpoint) -> nn.Module:
+    """The model without data."""
+    import torch
+
+    _refuse_many(checkpoint.config)
+    cls, parsed = model_class(checkpoint)
+    blocks = getattr(parsed.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(blocks, int) and not 0 < blocks <= _MOST_BLOCKS:
+        raise InputError("config.json", f"num_hidden_layers from 1 to {_MOST_BLOCKS}", str(blocks))
+    try:
+        with torch.device("meta"):
+            model = cls(parsed)
+    except Exception as error:  # sizes that contradict each other surface as whatever the model's code raises
+        raise InputError("config.json", "sizes that fit together", str(error).strip().splitlines()[0]) from error
+    assert isinstance(model, torch.nn.Module)
+    return model.eval()
+
+
+def resolve(checkpoint: Checkpoint, allow_dtype_mismatch: bool = False) -> Model:
+    """The place of every tensor of `checkpoint`. Raises InputError with every shape, dtype and name that is wrong."""
+    refuse_quantized(checkpoint)
+    return place(checkpoint, checkpoint.logical, meta_model(checkpoint), allow_dtype_mismatch)
+
+
+def place(checkpoint: Checkpoint, logical: dict[str, Logical], model: nn.Module, allow_dtype_mismatch: bool = False) -> Model:
+    """The place of every weight of `logical` in `model`, whatever form its bytes are in. Raises InputError."""
+    return _Resolver(checkpoint, logical, model).run(allow_dtype_mismatch)
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a checkpoint that another tool, or our own `pack`, has quantized."""
+    from compress.importers import method_of
+
+    method, manifest = method_of(checkpoint), checkpoint.manifest
+    if method is not None and not (method == CANONICAL and manifest is not None and manifest.format == "canonical"):
+        raise InputError(
+            str(checkpoint.path), "a dense or canonical checkpoint", f"one that is already quantized ({method})",
+            "begin with unpack, or with the model it was made from",
+        )  # fmt: skip
+
+
+class _Resolver:
+    def __init__(self, checkpoint: Checkpoint, logical: dict[str, Logical], model: Any) -> None:
+        self.checkpoint, self.logical, self.model = checkpoint, logical, model
+        self.problems: list[Problem] = []
+        self.converted: set[str] = set()
+        self.by_weight: set[str] = set()
+        self.state = model.state_dict()
+        self.modules = dict(model.named_modules())
+        self.stacks = stacks(model)
+        text = model.config.get_text_config()
+        self.hidden = getattr(text, "hidden_size", None)
+        self.experts = {getattr(text, name) for name in _EXPERT_COUNTS if isinstance(getattr(text, name, None), int)}
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+        self.pairs: dict[str, set[str]] = defaultdict(set)
+        for alias, kept in self.tied.items():
+            self.pairs[alias].add(kept)
+            self.pairs[kept].add(alias)
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        self.embeddings = [module for module in (inputs, getattr(model, "shared", None)) if module is not None]
+        self.head = outputs
+
+    def run(self, allow_dtype_mismatch: bool) -> Model:
+        places = self.places()
+        self.reached = {parameter for parameter, _ in places.values()}
+        weights, unused = [], []
+        for name, entry in self.logical.items():
+            parameter, transposed = places.get(name, ("", False))
+            if parameter not in self.state:
+                unused.append(name)
+                weights.append(Weight(name, entry.dtype, entry.shape))
+                continue
+            weights.append(self.weight(name, entry, parameter, transposed))
+        if not allow_dtype_mismatch:
+            self.check_dtypes(weights)
+        self.check_missing(self.reached | self.produced)
+        if self.problems:
+            raise InputError(self.problems[:20])
+        on_disk = {parameter: name for name, (parameter, _) in places.items()}
+        duplicates = {on_disk[alias]: on_disk[source] for alias, source in self.tied.items() if {alias, source} <= on_disk.keys()}
+        from transformers.pytorch_utils import Conv1D
+
+        linears = {path: type(m).__name__ for path, m in self.modules.items() if _is_linear(m) or isinstance(m, Conv1D)}
+        from compress.architecture.experts import watched
+
+        lengths = {stack: length for _, stack, length in self.stacks}
+        experts = {weight.module for weight in weights if weight.kind == "expert"}
+        hidden = {p for p in experts if not _is_linear(self.modules[p]) and not watched(self.modules[p])}
+        return Model(
+            tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths,
+            frozenset(self.by_weight), _initialised(self.model, linears), frozenset(hidden),
+        )  # fmt: skip
+
+    def places(self) -> dict[str, tuple[str, bool]]:
+        """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes on the way.
+
+        Fusing and splitting run without data; every result must have its parameter's shape.
+        """
+        import torch
+        from transformers.core_model_loading import Transpose
+
+        mapping = Mapping(self.model)
+        places: dict[str, tuple[str, bool]] = {}
+        self.produced: set[str] = set()
+        for group in mapping.groups(self.logical):
+            entry = self.logical[group.sources[0]]
+            if not group.patterns:
+                if entry.shape != tuple(self.state[group.parameter].shape):
+                    expected = f"shape {list(self.state[group.parameter].shape)} by config.json"
+                    self.wrong(group.sources[0], expected, f"{list(entry.shape)}")
+                places[group.sources[0]] = (group.parameter, False)
+                continue
+            transposed = any(isinstance(operation, Transpose) for operation in mapping.operations(group))
+            places.update(dict.fromkeys(group.sources, (group.parameter, transposed)))
+            self.converted.update(group.sources)
+            if mapping.only_weights(group):
+                self.by_weight.update(group.sources)
+
+            def empty(name: str) -> torch.Tensor:
+                return torch.empty(self.logical[name].shape, dtype=torch_dtype(self.logical[name].dtype), device="meta")
+
+            try:
+                results = mapping.convert(group, empty)
+            except Exception as error:  # the operations raise whatever torch raises on shapes that do not fit
+                self.wrong(group.sources[0], f"tensors that make up {group.parameter}", str(error).splitlines()[0])
+                self.produced.add(group.parameter)
+                continue
+            for name, got in results.items():
+                self.produced.add(name)
+                if name in self.state and got.shape != self.state[name].shape:
+                    self.wrong(group.sources[0], f"shape {list(self.state[name].shape)} of {name}", f"{list(got.shape)}")
+        return places
+
+    def wrong(self, name: str, expected: str, got: str, do: str = "") -> None:
+        ref = self.checkpoint.refs.get(name)
+        self.problems.append(Problem(f"{ref.file}: '{name}'" if ref else f"'{name}'", expected, got, do))
+
+    def weight(self, name: str, entry: Logical, parameter: str, transposed: bool) -> Weight:
+        """The kind, place and orientation of one tensor."""
+        path, _, attribute = parameter.rpartition(".")
+        module = self.modules[path]
+        stack, block = self.block(path)
+        kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
+        flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
+        return Weight(
+            name, entry.dtype, entry.shape, kind, path, attribute, type(module).__name__, stack, block, flipped,
+            name in self.converted, unclear, self.unlearned(path, module, attribute),
+        )  # fmt: skip
+
+    def kind(
+        self, name: str, path: str, module: nn.Module, attribute: str, shape: tuple[int, ...], block: int | None
+    ) -> tuple[Kind, bool, str]:
+        """(kind, stored as [in, out], why its orientation is unclear)."""
+        from transformers.pytorch_utils import Conv1D
+
+        label, last = type(module).__name__.lower(), path.rpartition(".")[2]
+        if "bias" in attribute:
+            return "bias", False, ""
+        if "norm" in label:
+            return "norm", False, ""
+        if any(module is embedding for embedding in self.embeddings):
+            return "embedding", False, ""
+        if module is self.head:
+            # The only copy of a tied pair serves both sides, whatever it is called on disk.
+            pair = {f"{path}.{attribute}", *self.pairs.get(f"{path}.{attribute}", ())}
+            return ("head" if len(pair) == 1 or len(pair & self.reached) > 1 else "embedding"), False, ""
+        if "router" in label or "topk" in label or (last in _ROUTER_NAMES and shape[0] in {*self.experts, 1}):
+            return "router", False, ""
+        if isinstance(module, Conv1D) and attribute == "weight":
+            return "linear", True, ""
+        expert = re.search(r"experts\.\d+\.", name) is not None
+        if _is_linear(module) and attribute == "weight" and len(shape) == 2:
+            return ("expert" if expert else "linear"), False, ""
+        parameter = self.state[f"{path}.{attribute}"]
+        if block is not None and parameter.dim() == 3 and parameter.shape[0] in self.experts and min(parameter.shape) > 1:
+            flipped, unclear = self.orientation(module, attribute if attribute != "weight" else last, parameter.shape)
+            return "expert", flipped, unclear
+        return "other", False, ""
+
+    def orientation(self, module: nn.Module, word: str, shape: Any) -> tuple[bool, str]:
+        """Whether fused experts are stored [experts, in, out]: transformers' own mark, else the hidden size."""
+        mark = getattr(module, "is_transposed", None)
+        if isinstance(mark, bool):
+            return mark, ""
+        if shape[1] != shape[2] and self.hidden in shape[1:]:
+            reads_hidden = not re.search(r"down|output|w2|wo\b", word)
+            return (shape[1] == self.hidden) == reads_hidden, ""
+        return False, f"nothing tells which of {list(shape)} is the input dimension of fused experts"
+
+    def unlearned(self, path: str, module: Any, attribute: str) -> str:
+        """Why training on texts leaves a tensor as it is, or empty."""
+        if attribute in module._buffers:
+            return "a buffer"
+        towers = (regex for _, regex in _TOWERS)
+        beside = any(stack.startswith("tower:") for _, stack, _ in self.stacks)
+        return "no text reaches it" if beside and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
+
+    def block(self, path: str) -> tuple[str, int | None]:
+        for prefix, stack, _ in self.stacks:
+            if path.startswith(prefix + "."):
+                return stack, int(path[len(prefix) + 1 :].split(".")[0])
+        return "", None
+
+    def check_dtypes(self, weights: list[Weight]) -> None:
+        """Matrices must have the dtype that config.json promises: readers cast to it without a word."""
+        config = self.checkpoint.config
+        promised = config.get("dtype") or config.get("torch_dtype")
+        names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        for weight in weights:
+            if weight.kind not in ("linear", "expert", "embedding", "head"):
+                continue
+            if weight.dtype not in FLOATS:
+                self.wrong(weight.name, "BF16, F16 or F32", weight.dtype, "start from the model this was made from")
+            elif isinstance(promised, str) and promised in names and weight.dtype != names[promised]:
+                self.wrong(weight.name, f"{names[promised]}, config.json's dtype", weight.dtype,
+                           "correct config.json, or pass --allow-dtype-mismatch: readers will cast it")  # fmt: skip
+
+    def check_missing(self, reached: set[str]) -> None:
+        ignored = [re.compile(p) for p in getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()]
+        buffers = {name for name, _ in self.model.named_buffers()}
+        for parameter in self.state:
+            source = self.tied.get(parameter)
+            if parameter in reached or source in reached or parameter in buffers:
+                continue
+            if any(alias in reached for alias, target in self.tied.items() if target == parameter):
+                continue
+            if not any(pattern.search(parameter) for pattern in ignored):
+                do = "fetch the model again, or say in config.json what it is tied to"
+                self.problems.append(Problem(f"'{parameter}'", "a tensor for it on disk", "none", do))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
+
+
+def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
+    """The linears without whose `.weight` transformers' initialisation fails; found by taking it away, one of each kind.
+
+    transformers initialises a model that it has loaded as well; a reader that has packed tensors in the weight's place
+    then fails, although nothing is left to initialise.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    alike: dict[str, list[str]] = defaultdict(list)
+    for path in linears:
+        alike[re.sub(r"\d+", "#", path)].append(path)
+    found: set[str] = set()
+    for paths in alike.values():
+        steps = paths[0].split(".")
+        chain = [model.get_submodule(".".join(steps[:length])) for length in range(len(steps) + 1)]
+        parameters, owner = chain[-1]._parameters, cast("Any", model)
+        weight = parameters.pop("weight")
+        for module in chain:
+            owner = module if isinstance(module, PreTrainedModel) else owner
+            try:
+                with torch.no_grad():
+                    owner._init_weights(module)
+            except AttributeError as error:
+                found.update(paths if "'weight'" in str(error) else ())
+            except Exception:  # some initialisations cannot run without data; only the missing weight counts here
+                continue
+        parameters["weight"] = weight
+    return frozenset(found)
+
+
+def stacks(model: nn.Module) -> list[tuple[str, str, int]]:
+    """(path, name, blocks) of every outermost list of blocks."""
+    from torch import nn
+
+    found: list[tuple[str, str, int]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer, _, _ in found):
+            continue
+        has_matrix = any(p.dim() >= 2 for child in module for p in child.parameters())
+        if len(module) and has_matrix and all(list(child.children()) for child in module):
+            found.append((path, "", len(module)))
+    named: list[tuple[str, str, int]] = []
+    towers = {path: next((word for word, regex in _TOWERS if regex.search(path)), "") for path, _, _ in found}
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    for path, _, length in found:
+        if towers[path]:
+            name = f"tower:{towers[path]}"
+        elif "encoder" in path:
+            name = "encoder"
+        elif "decoder" in path or encoder_decoder:
+            name = "decoder"
+        else:
+            name = "text" if any(towers.values()) else "decoder"
+        taken = sum(other == name or other.startswith(f"{name}:") for _, other, _ in named)
+        named.append((path, name if not taken else f"{name}:{taken + 1}", length))
+    return named

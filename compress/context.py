@@ -1,0 +1,63 @@
+"""Context: what a run needs to know of its surroundings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compress.threads import available
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a run needs to know of its surroundings; passed explicitly, there is no global."""
+
+    seed: int = 0
+    threads: int = field(default_factory=available)
+    """Cores that a run computes on, and workers that it shares tensors out to."""
+    device: str = "auto"
+    """Where calibrated passes compute: auto, cpu, cuda or cuda:N; see compress/device.py."""
+    dtype: str = "auto"
+    """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the device multiplies in it."""
+    rank: int = 0
+    world_size: int = 1
+    events: Callable[[dict[str, Any]], None] = lambda event: None
+    """Receives progress and log events as dicts; the CLI renders them or prints them as JSON lines."""
+
+    @property
+    def is_main(self) -> bool:
+        """Only rank 0 locks, makes directories, publishes and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def broadcast(self, value: Any, rank: int = 0) -> Any:
+        """The value of one rank, on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=rank)
+        return box[0]
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replaces a tensor by its sum over all ranks."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Sends an event, from rank 0 only."""
+        if self.is_main:
+            self.events({"event": kind, **facts})

@@ -1,0 +1,4 @@
+"""Contract: what passes and formats answer, and the plan of a step.
+
+Imports errors, spec, numerics, checkpoint, corpus, architecture.
+"""

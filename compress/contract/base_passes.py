@@ -1,0 +1,284 @@
+"""Kinds: what quantizers, pruners and training passes share: options, refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.contract.pass_base import Pass, TargetedPass, TrainPass
+from compress.errors import Refusal, Unsound, UsageError
+from compress.spec import selectors as targets
+from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.scheme import BLOCK, Scheme
+from compress.spec.sparsity import Sparsity
+from compress.spec.weight_state import FLOATS, MATRICES, Note, State, Weight, counted
+
+if TYPE_CHECKING:
+    from compress.contract.training_options import Schooling
+    from compress.corpus import CorpusSpec
+
+_SMALLEST_GROUP = 16
+
+
+def refuse_no_matrix(weight: Weight) -> None:
+    """Raises Refusal for what is not a matrix of weights that can be worked on."""
+    if weight.kind not in MATRICES:
+        raise Refusal(f"a {weight.kind} tensor is not a matrix of weights", "leave it out of targets")
+    if weight.unclear:
+        raise Refusal(weight.unclear, "skip it by name")
+    if weight.dtype not in FLOATS or len(weight.shape) not in (2, 3) or not weight.numel:
+        raise Refusal(f"{weight.dtype} {list(weight.shape)} is not a matrix of weights", "skip it by name")
+
+
+def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
+    """Raises Refusal where a scheme's rounding of activations would not happen as the model runs."""
+    if weight.kind not in ("linear", "head"):
+        raise Refusal(f"{scheme} rounds activations, which nothing here does for {weight.kind}s", "use a scheme with a16 for it")
+    if weight.converted:
+        raise Refusal("transformers fuses or splits it while loading, and what it reads is not rounded", "skip it")
+    if scheme.scales == "block" and weight.in_features % BLOCK:
+        raise Refusal(f"blocks of {BLOCK} do not divide the {weight.in_features} inputs that {scheme} rounds", "skip it")
+
+
+class QuantizingPass(TargetedPass):
+    """Makes codes of dense or masked weights."""
+
+    scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4, nvfp4")
+    ragged: Literal["refuse", "divide", "channel"] = Field(
+        "refuse",
+        description="columns that the group does not divide: refuse, or take the largest group that does, or one scale per row",
+    )
+
+    least_zero: int = Field(
+        0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
+    )
+    outliers: float = Field(
+        0.0, ge=0, lt=1, description="share of a matrix's entries, the largest, that are kept as they are beside the codes"
+    )
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        refuse_no_matrix(weight)
+        if state.scheme is not None:
+            raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
+        if self.scheme.inputs:
+            refuse_inputs(weight, self.scheme)
+        scheme = self._fitting(weight)
+        if self.outliers and scheme.scales in ("tensor", "e4m3"):
+            reason = f"{scheme} has a scale for all of what readers fuse, which no outlier can be taken out of"
+            raise Refusal(reason, "use a scheme with scales of rows, or no outliers for it")
+        return State(scheme, state.sparsity, Outliers(self.outliers) if self.outliers else None)
+
+    def _fitting(self, weight: Weight) -> Scheme:
+        """The scheme with a group that divides this weight's columns."""
+        group, columns = self.scheme.group, weight.columns
+        if group is None or columns % group == 0 or self.scheme.scales == "block":
+            return self.scheme
+        if self.scheme.scales != "row":
+            raise Refusal(f"the groups of {group} that {self.scheme} has do not divide {columns} columns", "skip it, or use fp4g")
+        if self.ragged == "channel":
+            return replace(self.scheme, group=None)
+        divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
+        if self.ragged == "divide" and divisors:
+            return replace(self.scheme, group=divisors[-1])
+        near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
+        raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        changed = {}
+        for weight in weights:
+            scheme = states[weight.name].scheme
+            if scheme is not None and scheme != self.scheme:
+                changed[weight.name] = f"{weight.columns} columns, {self.scheme} became {scheme}"
+        return counted("ragged", changed)
+
+
+class FactoringPass(TargetedPass):
+    """Puts low-rank factors beside codes."""
+
+    rank: int = Field(8, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
+    ranks: tuple[str, ...] = Field(
+        (), description="other ranks for some, SELECTOR=RANK with selectors of targets, e.g. attention=32; the first that fits"
+    )
+    bpw: float | None = Field(
+        None, gt=0, description="instead of rank, what the factors may take: bits for each weight of a matrix"
+    )
+    factors: Literal["int8", "bf16"] = Field("bf16", description="what factors are stored in; int8 ones cannot be trained")
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("ranks")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if re.fullmatch(r"(.+)=[1-9]\d{0,5}", text, re.ASCII) is None:
+                raise ValueError(f"SELECTOR=RANK, not '{text}'")
+        return value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.bpw is not None and self.model_fields_set & {"rank", "ranks"}:
+            raise ValueError("either bpw or ranks")
+        return self
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        # One that fits nothing is an error, as it is among targets.
+        targets.select(weights, [text.rpartition("=")[0] for text in self.ranks])
+        return super().chosen(weights)
+
+    def lowrank(self, weight: Weight, state: State) -> Lowrank:
+        """What a weight in this state is to have beside it. Raises Refusal."""
+        if state.sparsity is not None:
+            raise Refusal(f"it is {state}, and factors would fill its zeros", "skip it, or do not prune")
+        int8, most = self.factors == "int8", min(weight.rows, weight.columns)
+        if self.bpw is None:
+            own = (text.rpartition("=") for text in self.ranks)
+            return Lowrank(min(most, next((int(n) for s, _, n in own if targets.matches(s, weight)), self.rank)), int8)
+        each = (8 if int8 else 16) * (weight.rows + weight.columns) + 32 * int8
+        rank = min(most, int(self.bpw * weight.rows * weight.columns / each))
+        if not rank:
+            least = each / (weight.rows * weight.columns)
+            raise Refusal(f"bpw={self.bpw:g} does not pay for one rank, which takes {least:.3g}", "raise bpw, or skip it")
+        return Lowrank(rank, int8)
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        short = {}
+        for weight in weights:
+            lowrank = states[weight.name].lowrank
+            if self.bpw is None and lowrank is not None and lowrank.rank == min(weight.rows, weight.columns) < self.rank:
+                short[weight.name] = f"a rank of {lowrank.rank}, for it has no more rows or columns"
+        return [*super().notes(weights, states), *counted("lowrank", short)]
+
+
+class PruningPass(TargetedPass):
+    """Makes zeros in dense weights."""
+
+    sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")
+    scope: Literal["matrix", "row"] = Field("matrix", description="what a share is taken of: the matrix, or each output's row")
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        refuse_no_matrix(weight)
+        if state != State():
+            raise Refusal(f"it is already {state}", "prune first, and once")
+        if self.sparsity.of is not None and weight.in_features % self.sparsity.of:
+            raise Refusal(f"{self.sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
+        return State(None, self.sparsity)
+
+
+class TextPass(Pass):
+    """What passes that read texts share: how sources are given, how they are told, and what is wrong with them."""
+
+    data: tuple[str, ...]
+
+    @field_validator("data", "weights", mode="before", check_fields=False)
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    def told(self) -> Self:
+        """Files by their names: their content counts, as tokens, and a path is nobody's business."""
+        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
+        return self.model_copy(update={"data": names})
+
+    @staticmethod
+    def sound(draw: Callable[[], Any]) -> None:
+        """Raises Unsound for what `draw` cannot make a CorpusSpec of."""
+        try:
+            draw()
+        except UsageError as error:
+            raise Unsound(error.problems) from None
+
+
+class TrainingPass(TextPass, TrainPass):
+    """Trains weights by AdamW: dense ones, those between the zeros of masked ones, scales of codes, low-rank factors."""
+
+    data: tuple[str, ...] = Field(
+        (), description="texts to train on, named as for calibrate; without them, the calibration tokens"
+    )
+    weights: tuple[float, ...] = Field((), description="share of the samples from each source; equal without it")
+    samples: int = Field(1024, ge=1, description="how many samples of data")
+    length: int = Field(512, ge=2, description="tokens in each sample of data")
+    packing: Literal["documents", "concatenate", "pad"] = Field(
+        "documents",
+        description="fill samples with texts that do not see each other, with a stream of them, or with one and padding",
+    )
+    chat: bool = Field(False, description="records of data are conversations: apply the tokenizer's chat template")
+    field: str = Field("text", description="where a record of data has its text or its messages")
+    split: str = Field("train", description="split of a dataset")
+    epochs: int = Field(1, ge=1, description="how often each sample is seen")
+    batch: int = Field(16, ge=1, description="samples of an optimizer step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="samples of one forward of one process")
+    lr: float = Field(1e-4, ge=0, le=1e30, description="highest learning rate of weights")
+    scale_lr: float = Field(
+        5e-3, ge=0, le=1e30, description="highest learning rate of the scales of codes, as a share of each scale"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    final: float = Field(0.0, ge=0, le=1, description="what the learning rate falls to, as a share of the highest")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    clip: float = Field(1.0, ge=0, description="largest norm of a step's gradient; 0 for any")
+    recompute: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third more work")
+    save_every: int = Field(100, ge=1, description="steps between states that a killed run goes on from")
+    targets: tuple[str, ...] = Field(
+        ("all",),
+        description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas are from 0 to below 1")
+        if not self.data:
+            given = self.model_fields_set & {"weights", "samples", "length", "packing", "chat", "field", "split"}
+            if given:
+                raise ValueError(f"{', '.join(sorted(given))}: only with data, for the calibration tokens are cut already")
+        self.sound(self.texts)
+        return self
+
+    def told(self) -> Self:
+        """A teacher by its last part as well, for its content has a digest."""
+        told, teacher = super().told(), self.teacher_model()
+        return told.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else told
+
+    def texts(self) -> CorpusSpec | None:
+        if not self.data:
+            return None
+        from compress.corpus import CorpusSpec
+
+        words = ("data", "weights", "field", "split", "samples", "length", "packing", "chat")
+        return CorpusSpec(**{word: getattr(self, word) for word in words})
+
+    def schooling(self) -> Schooling:
+        from compress.contract.training_options import Schooling
+
+        return Schooling(
+            self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, self.schedule, self.warmup, self.final,
+            self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
+        )  # fmt: skip
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        # Of what a word such as `all` means; tensors that the model does not take are no weights to train either.
+        return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        factors = state.lowrank is not None and not state.lowrank.int8
+        if state.scheme is not None and state.scheme.powers and not factors:
+            raise Refusal(f"{state.scheme} binds scales to powers of two or to few bits: none can be moved", "skip it")
+        return state
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        def learned(state: State) -> str:
+            if state.scheme is None:
+                return "weights" if state.sparsity is None else "weights between zeros"
+            scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
+            return " and ".join(["scales"] * scales + ["low-rank factors"] * factors)
+
+        return counted("trained", {w.name: f"{learned(states[w.name])}, by {self.pass_name()}" for w in weights})

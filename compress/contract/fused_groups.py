@@ -1,0 +1,59 @@
+"""Peers: weights that readers fuse, and the largest magnitude among them.
+
+vLLM and SGLang make one matrix of q/k/v and of gate/up and take one scale for it. Schemes with a scale for a whole matrix
+(`nvfp4`, `fp8-tensor`) therefore choose it for all of them: a driver measures their largest magnitude when the first one's
+turn comes, reading each once more. Fused experts hold their gate and up already, and have a scale for each expert.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from compress.spec.weight_state import State, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+}  # fmt: skip
+"""What readers call the matrix that they make of several."""
+_ALSO = {"query": "qkv", "key": "qkv", "value": "qkv", "q": "qkv", "k": "qkv", "v": "qkv", "w1": "w13", "w3": "w13"}
+
+
+def together(name: str) -> str:
+    """The path of the matrix that a weight becomes part of, or its own."""
+    parent, _, last = name.removesuffix(".weight").rpartition(".")
+    return f"{parent}.{(FUSED | _ALSO).get(last, last)}"
+
+
+class Peaks:
+    """Measures peers whose scheme, after a step, has a scale for a whole matrix; `read` gives a dense weight by its name."""
+
+    def __init__(self, weights: Iterable[Weight], after: Mapping[str, State], read: Callable[[str], torch.Tensor]) -> None:
+        self._members: dict[str, list[str]] = defaultdict(list)
+        for weight in weights:
+            scheme = after[weight.name].scheme
+            if scheme is not None and scheme.scales in ("tensor", "e4m3") and weight.experts is None:
+                self._members[f"{together(weight.name)} {scheme}"].append(weight.name)
+        self._places = {name: group for group, names in self._members.items() for name in names}
+        self._read, self._found, self._lock = read, dict[str, float](), Lock()
+
+    def of(self, weight: Weight) -> Weight:
+        """The weight with its peak, if it needs one."""
+        import torch
+
+        from compress.numerics.rounding import largest
+
+        group = self._places.get(weight.name)
+        if group is None:
+            return weight
+        with self._lock:
+            if group not in self._found:
+                found = torch.tensor([largest(self._read(name)) for name in self._members[group]])
+                self._found[group] = float(found.max())
+        return replace(weight, peak=self._found[group])

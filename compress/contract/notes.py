@@ -1,0 +1,54 @@
+"""Tally: counted lines, of a plan and of its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.architecture.weight_map import Model
+from compress.checkpoint.manifest import NoteRecord
+from compress.checkpoint.reader import KEPT, Checkpoint
+from compress.errors import Problem, few
+from compress.spec.weight_state import DENSE, Note, State, Weight, counted
+
+
+def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
+    """The weights that a training pass has changed, by its counted lines."""
+    return {name for note in notes if note.what == "trained" for name in note.names}
+
+
+def changed_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
+    """The weights that stay plain tensors with other values, by counted lines."""
+    return {name for note in notes if note.what in ("trained", "smoothed") for name in note.names}
+
+
+def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+    """What stays dense, by kind and tower, so that a reader of the manifest need not guess."""
+    reasons = {}
+    for weight in weights:
+        if states[weight.name] == DENSE:
+            place = f" of {weight.stack}" if weight.stack else ""
+            reasons[weight.name] = f"{weight.kind}{place}"
+    return counted("untouched", reasons)
+
+
+def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:
+    """Counted lines that hold for every step over a checkpoint."""
+    notes = []
+    if model.unused:
+        notes.append(Note("unused", "tensors that the model does not take; carried along", model.unused))
+    for alias in sorted(dropped):
+        notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
+    if checkpoint.left_behind:
+        notes.append(Note("left behind", "files of other kinds, and folders", checkpoint.left_behind))
+    told = [name for name, kept in KEPT.items() if checkpoint.manifest is None and {name, kept} <= {*checkpoint.side_files}]
+    notes += counted("left behind", {name: f"{KEPT[name]} is there already" for name in told})
+    return notes
+
+
+def folded(problems: list[Problem]) -> list[Problem]:
+    """Problems with one reason become one message that names the first weights and counts the rest."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        place, _, name = problem.where.rpartition(": ")
+        groups.setdefault((place, problem.got, problem.do), []).append(name)
+    return [Problem(f"{place}: {few(names)}", "", got, do) for (place, got, do), names in groups.items()]

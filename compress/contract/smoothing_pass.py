@@ -1,0 +1,48 @@
+"""Balancing: the shape of a pass that rescales activations, keeping the function.
+
+Activation by activation, from what flows through it; its driver is fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compress.architecture.families import Layout, Space, layout
+from compress.contract.pass_base import LinearPass
+from compress.errors import Refusal
+from compress.spec.selectors import matches
+from compress.spec.weight_state import MATRICES, State, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Matrix(NamedTuple):
+    """One that reads a space: a weight, or one expert of a fused one. `value` [out, in] in fp32."""
+
+    weight: Weight
+    value: torch.Tensor
+
+
+class SpacePass(LinearPass):
+    """Divides the channels of spaces by numbers of its own where they are written, and multiplies them where they are read."""
+
+    def layout(self, weights: Sequence[Weight], family: str, config: dict[str, Any]) -> Layout:
+        """The spaces that targeted weights read, of a model_type with that config.json. Raises InputError for one not known."""
+        wanted = frozenset(weight.name for weight in self.chosen(weights) if weight.kind in MATRICES)
+        return layout(weights, family, config, wanted)
+
+    def targeted(self, weight: Weight) -> bool:
+        """Whether a weight is one that should round well, and not only one that something else is folded into."""
+        named, spared = (any(matches(selector, weight) for selector in which) for which in (self.targets, self.skip))
+        return named and not spared
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        if state.scheme is not None:
+            raise Refusal(f"it is already {state}, whose columns no number can be given", "smooth before quantizing")
+        return state
+
+    def balance(self, space: Space, matrices: Iterable[Matrix], prepared: Any) -> torch.Tensor | None:
+        """The numbers [space.width], above zero; None to leave a space as it is. Each matrix is asked for once."""
+        raise TypeError(f"{type(self).__name__} balances nothing")

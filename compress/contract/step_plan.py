@@ -1,0 +1,120 @@
+"""Step plan: what a step will do, its exact sizes, and the plan of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from compress.architecture.weight_map import Model
+from compress.checkpoint.safetensors_header import Shard, index_file
+from compress.contract.format import Format, Verdict
+from compress.contract.pass_base import DataPass, Pass, WeightPass
+from compress.numerics import qtensor
+from compress.spec.weight_state import Note, State, TensorSpec, Weight
+
+INTERPRETER_BYTES = 480 << 20
+"""Resident bytes of Python with torch, transformers and one model class imported, measured on Linux x86-64."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One pass over one checkpoint: what every weight becomes, and where its bytes will lie."""
+
+    number: int
+    pass_: WeightPass | DataPass
+    targeted: tuple[str, ...]
+    skipped: dict[str, str]
+    before: dict[str, State]
+    after: dict[str, State]
+    format: Format | None
+    shards: list[Shard]
+    texts: dict[str, str]
+    """config.json, and what else the format's reader looks for."""
+    notes: tuple[Note, ...]
+    resident_bytes: int
+    """Memory beyond the interpreter."""
+    scratch_bytes: int = 0
+    """Disk that is needed while it runs, and free again afterwards."""
+    device_bytes: int = 0
+    """Memory of the GPU, if there is one to compute on; 0 for what the CPU does anyway."""
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the weights stay where the step before has them."""
+        return not self.shards
+
+    @property
+    def name(self) -> str:
+        return self.pass_.pass_name()
+
+    @property
+    def transformed(self) -> list[str]:
+        return [name for name in self.targeted if name not in self.skipped]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of tensors."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the shards with their headers, the index and config.json; none where the weights stay where they are."""
+        if self.inherits:
+            return 0
+        index = index_file(self.shards) or ("", "")
+        texts = sum(len(text.encode()) for text in (index[1], *self.texts.values()))
+        return sum(shard.nbytes for shard in self.shards) + texts
+
+    def bits(self, weights: Sequence[Weight]) -> float:
+        """Bits per weight of `weights` as stored after this step, scales and padding included."""
+        numel = sum(weight.numel for weight in weights)
+        return sum(spec.nbytes for w in weights for spec in self.specs(w)) * 8 / numel if numel else 0.0
+
+    def specs(self, weight: Weight) -> list[TensorSpec]:
+        """The tensors that hold `weight` after this step."""
+        return layout_specs(self.format, weight, self.after[weight.name])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step of a recipe over one model."""
+
+    model: Model
+    passes: list[Pass]
+    steps: list[StepPlan]
+    source_bytes: int
+    threads: int
+    verdicts: tuple[Verdict, ...] = ()
+    dropped: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weights that are written: tied duplicates left out."""
+        return [weight for weight in self.model.weights if weight.name not in self.dropped]
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run adds to the disk at its end: every step and the output."""
+        return sum(step.disk_bytes for step in self.steps)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What a step needs of the disk beside that, while it runs."""
+        return max((step.scratch_bytes for step in self.steps), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident memory at most: the interpreter and what the largest step needs."""
+        return INTERPRETER_BYTES + max((step.resident_bytes for step in self.steps), default=0)
+
+    def bits(self, step: StepPlan, names: Sequence[str] | None = None) -> float:
+        """Bits per weight after `step`, scales and padding included; of `names`, or of the whole model."""
+        chosen = set(names) if names is not None else None
+        return step.bits([w for w in self.weights if chosen is None or w.name in chosen])
+
+
+def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:
+    """Canonical tensors, or those of a format; what is dense stays as it is in both."""
+    if fmt is None or fmt.plain(weight, state):
+        return qtensor.specs(weight, state)
+    return fmt.specs(weight, state)

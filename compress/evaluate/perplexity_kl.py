@@ -1,0 +1,241 @@
+"""Measure: perplexity, and the KL of an artifact to its source; the protocol.
+
+Windows of `length` tokens without overlap, no BOS added, the first token of a window not scored, fp32. An encoder-decoder
+reads the first half of a window and is scored on the second; a masked language model is compared at every token and has no
+perplexity. Both models run side by side, block by block; nothing but numbers per token is kept.
+
+Every number has a standard error that takes windows as independent: of a mean, the spread of its windows' means over the
+root of their number; of a perplexity, that of its logarithm times itself; of a quantile, half the distance between the
+quantiles that lie a standard error of its share away on either side (Woodruff 1952).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.device import CPU
+from compress.errors import InputError, UsageError
+from compress.layerwise.logits import Forward
+from compress.threads import workers
+
+if TYPE_CHECKING:
+    from compress.checkpoint.reader import Checkpoint
+
+_BATCH_TOKENS = 2048
+"""Tokens in one forward: enough for the matrix products, little beside a block."""
+_LOGIT_BYTES = 256 << 20
+"""Logits of one batch of one model; a single window may have more."""
+_HELD_BYTES = 1 << 30
+"""Hidden states of the windows that move through the blocks together, of both models."""
+_CHUNK = 1 << 20
+"""Logits that are compared at a time; what is in between fits a cache."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; NaN for what there is none of, such as the error of a single window."""
+
+    value: float = math.nan
+    error: float = math.nan
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What `compare` found; KL(source || artifact) in nats per token."""
+
+    tokens: int
+    length: int
+    scored: int
+    """Tokens that count."""
+    scoring: str
+    perplexity: Estimate
+    """Of the artifact; a masked language model has none."""
+    source_perplexity: Estimate = Estimate()
+    kl: Estimate = Estimate()
+    kl_median: Estimate = Estimate()
+    kl_p99: Estimate = Estimate()
+    top1: Estimate = Estimate()
+    """Share of scored tokens where both models' likeliest token is the same."""
+
+    @property
+    def protocol(self) -> str:
+        return f"first {self.tokens:,} tokens, windows of {self.length} without overlap, fp32, no BOS, {self.scoring}"
+
+
+def compare(
+    source: Checkpoint | None, artifact: Checkpoint, windows: torch.Tensor, batch: int | None = None,
+    progress: Callable[[float], None] = lambda share: None, device: torch.device = CPU,
+) -> Quality:  # fmt: skip
+    """Measures `artifact` on `windows` [count, length], against `source` if there is one. Raises CompressError.
+
+    `batch` windows go through a model at a time, fewer where their logits would be too many.
+    """
+    sides = [Forward(checkpoint, device=device) for checkpoint in (source, artifact) if checkpoint is not None]
+    _check(sides, windows)
+    length, last = windows.shape[1], sides[-1]
+    # Batches go through a block side by side, on a few cores each: one operation on all cores waits for the slowest of them.
+    threads, at_once = torch.get_num_threads(), max(1, _BATCH_TOKENS // length)
+    most = 1 if batch or device.type != "cpu" else min(threads, at_once, len(windows))
+    count = max(n for n in range(1, most + 1) if threads % n == 0)
+    fit = batch or min(at_once // count, -(-len(windows) // count))
+    batches = list(windows.split(min(fit, max(1, _LOGIT_BYTES // (4 * length * last.vocabulary)))))
+    tally = _Tally(sides)
+    with torch.no_grad(), workers(count, threads // count) as pool:
+        team = pool if count > 1 else None
+        held = sum(side.held_bytes(batches[0]) for side in sides)
+        together = max(1, _HELD_BYTES // max(held, 1))
+        for start in range(0, len(batches), together):
+            group = batches[start : start + together]
+            tell = _Share(progress, start / len(batches), len(group) / len(batches), sides)
+            streams = [side.logits(group, tell.step, team) for side in sides]
+            for ids in group:
+                tally.add(ids, streams, team)
+            for stream in streams:
+                stream.close()
+            progress((start + len(group)) / len(batches))
+    return tally.quality(windows)
+
+
+def _check(sides: list[Forward], windows: torch.Tensor) -> None:
+    """Raises CompressError for models that cannot be compared, or cannot run on these windows."""
+    first, last = sides[0], sides[-1]
+    length, most = windows.shape[1], int(windows.max())
+    if (first.encoder_decoder, first.causal) != (last.encoder_decoder, last.causal):
+        kinds = [type(side.model).__name__ for side in (first, last)]
+        raise InputError(last.label, f"a model that is scored as {first.label} is, a {kinds[0]}", f"a {kinds[1]}")
+    if first.vocabulary != last.vocabulary:
+        expected = f"a vocabulary of {first.vocabulary:,}, as {first.label} has"
+        raise InputError(last.label, expected, f"{last.vocabulary:,}", "measure it against the model that it was made from")
+    if most >= first.vocabulary:
+        do = "use the tokenizer that belongs to the model"
+        raise InputError(first.label, f"ids below {first.vocabulary:,}, the size of its vocabulary", f"the id {most}", do)
+    least = 4 if first.encoder_decoder else 2
+    if length < least:
+        raise UsageError("length", f"at least {least}", f"{length}", "256 is usual")
+    for side in sides:
+        # A half of a window goes into each side of an encoder-decoder.
+        factor = 2 if side.encoder_decoder else 1
+        positions = side.positions()
+        if positions is not None and -(-length // factor) > positions:
+            expected = f"at most {factor * positions}, for {side.label} has {positions} positions"
+            raise UsageError("length", expected, f"{length}", f"set length to {factor * positions} or less")
+
+
+class _Share:
+    """How far a group of batches is, counted in blocks."""
+
+    def __init__(self, progress: Callable[[float], None], start: float, part: float, sides: list[Forward]) -> None:
+        self.progress, self.start = progress, start
+        self.each = part / max(1, sum(len(side.skeleton.blocks) for side in sides))
+
+    def step(self) -> None:
+        self.start += self.each
+        self.progress(min(1.0, self.start))
+
+
+class _Tally:
+    """Numbers of every scored token: surprise of each side and, of two, KL and whether their likeliest tokens agree."""
+
+    def __init__(self, sides: list[Forward]) -> None:
+        self.sides = sides
+        self.found: list[torch.Tensor] = []
+
+    def add(self, ids: torch.Tensor, streams: list[Generator[torch.Tensor]], team: Executor | None) -> None:
+        """Takes the next logits of each side, those of the windows `ids`."""
+        logits = [next(stream) for stream in streams]
+        first, last = self.sides[0], self.sides[-1]
+        if len(sizes := {part.shape[-1] for part in logits}) > 1:
+            raise InputError(last.label, f"logits for as many tokens as {first.label} has", " and ".join(map(str, sizes)))
+        if first.encoder_decoder:
+            ids = ids[:, ids.shape[1] // 2 :]
+        # The target of a masked model tells nothing but whether its logits are numbers.
+        targets = (ids[:, 1:] if first.causal else ids).to(logits[0].device)
+        scored = targets.shape[1]
+        # One tensor for all: small ones made on the way would keep the memory between them from being used again.
+        numbers = torch.empty(4 if len(logits) == 2 else 1, *targets.shape, device=targets.device)
+        step = max(1, _CHUNK // logits[0].shape[-1])
+        places = [(window, slice(at, min(at + step, scored))) for window in range(len(ids)) for at in range(0, scored, step)]
+
+        def fill(place: tuple[int, slice]) -> None:
+            _rows([part[place] for part in logits], targets[place], numbers[:, *place])
+
+        for _ in (map if team is None else team.map)(fill, places):
+            pass
+        for side, surprise in zip(self.sides, numbers, strict=False):
+            if bool(surprise.isnan().any()):
+                do = "its weights are damaged; compress diff shows which"
+                raise InputError(side.label, "logits that are numbers", "NaN", do)
+        self.found.append(numbers.cpu())
+
+    def quality(self, windows: torch.Tensor) -> Quality:
+        """The numbers."""
+        side = self.sides[0]
+        scoring = "first token of a window not scored"
+        if side.encoder_decoder:
+            scoring = "first half of a window to the encoder, second to the decoder, whose first token is not scored"
+        if not side.causal:
+            scoring = "every token compared, none masked (no perplexity: the model sees the token itself)"
+        numbers = torch.cat(self.found, dim=1)
+        perplexities = [perplexity(part) if side.causal else Estimate() for part in numbers[: len(self.sides)]]
+        found = Quality(windows.numel(), windows.shape[1], numbers[0].numel(), scoring, perplexities[-1])
+        if len(self.sides) == 1:
+            return found
+        kl, same = numbers[2:]
+        return replace(
+            found, source_perplexity=perplexities[0], kl=mean(kl), kl_median=quantile(kl, 0.5), kl_p99=quantile(kl, 0.99),
+            top1=mean(same),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _rows(logits: list[torch.Tensor], targets: torch.Tensor, out: torch.Tensor) -> None:
+    """Numbers [.., tokens] from logits [tokens, vocabulary] of each side."""
+    logs = [part.float().log_softmax(-1) for part in logits]
+    for number, log in enumerate(logs):
+        out[number] = -log.gather(-1, targets[:, None])[:, 0]
+    if len(logs) == 2:
+        p, q = logs
+        # The index of a maximum comes several times faster with it than alone.
+        out[3] = logits[0].max(-1).indices == logits[1].max(-1).indices
+        cost = torch.sub(p, q, out=q)
+        out[2] = p.exp().mul_(cost).sum(-1)
+        if bool(out[2].isnan().any()):
+            # A token that the source rules out (log 0) costs nothing, whatever the artifact thinks of it.
+            out[2] = (p.exp() * cost).masked_fill_(p == -math.inf, 0).sum(-1)
+
+
+def mean(numbers: torch.Tensor) -> Estimate:
+    """The mean of [windows, tokens]."""
+    windows = numbers.double().mean(-1)
+    return Estimate(float(windows.mean()), _error(windows))
+
+
+def perplexity(surprise: torch.Tensor) -> Estimate:
+    """exp of the mean surprise."""
+    found = mean(surprise)
+    value = math.exp(found.value) if found.value < 700 else math.inf
+    return Estimate(value, value * found.error)
+
+
+def quantile(numbers: torch.Tensor, share: float) -> Estimate:
+    """The value that `share` of [windows, tokens] do not exceed, interpolated."""
+    ordered = numbers.double().flatten().sort().values
+
+    def at(position: float) -> float:
+        place = min(max(position, 0.0), 1.0) * (len(ordered) - 1)
+        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+        return float(low + (high - low) * (place - math.floor(place))) if low != high else float(low)
+
+    value = at(share)
+    error = _error((numbers.double() <= value).double().mean(-1))
+    return Estimate(value, (at(share + error) - at(share - error)) / 2 if len(numbers) > 1 else math.nan)
+
+
+def _error(windows: torch.Tensor) -> float:
+    return float(windows.std() / math.sqrt(len(windows))) if len(windows) > 1 else math.nan

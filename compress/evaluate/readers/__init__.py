@@ -1,0 +1,294 @@
+"""Readers: the logits that other people's code computes from an artifact.
+
+Each reader runs in a process of its own: those that can live beside our transformers in the user's interpreter, the others in
+an environment that is built for them (environment.py). `ours` is our own reading of the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.architecture.model_class import refuse_kernels
+from compress.checkpoint.reader import read_json
+from compress.checkpoint.remote_code import references
+from compress.errors import FormatError, InputError, MachineError, UsageError, did_you_mean
+from compress.evaluate.readers.environment import Environment, cache_folder, clean_variables, ensure, packages, torch_pin
+
+if TYPE_CHECKING:
+    import torch
+
+Tell = Callable[[str], None]
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads, and where."""
+
+    formats: tuple[str, ...]
+    """`manifest.format` of what it reads; empty for every one."""
+    probe: str = ""
+    environment: Callable[[], Environment] | None = None
+    """None: the user's own interpreter."""
+    packages: tuple[str, ...] = ()
+    """Whose versions are part of a reading."""
+    modules: tuple[str, ...] = ()
+    """What the user's own interpreter must have, and the name that pip knows it by is the same."""
+    needs_base: bool = False
+    dtype: str = ""
+    """What it computes in by itself; empty for the dtype of config.json."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader made of an artifact."""
+
+    logits: torch.Tensor
+    """[samples, length, vocabulary], fp32."""
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What was translated for the reader, and what it leaves unread."""
+
+
+# Built without its CUDA kernels: they are compiled for one torch, and the CPU has no use for them. It needs torch to build.
+_PLAIN = (("BUILD_CUDA_EXT", "0"),)
+_TOOLS = ("setuptools==80.9.0", "wheel==0.45.1")
+_COMMON = (
+    "accelerate==1.15.0", "anyio==4.16.0", "certifi==2026.10.18", "charset-normalizer==3.5.2", "dill==0.4.1", "h11==0.16.0",
+    "hf-xet==1.8.0", "idna==3.20", "multiprocess==0.70.19", "numpy==2.2.6", "packaging==26.3", "pandas==3.1.1", "psutil==7.2.2",
+    "pyarrow==26.0.1", "pyyaml==6.0.3", "regex==2026.11.15", "requests==2.34.2", "safetensors==0.8.0", "tqdm==4.70.1",
+    "python-dateutil==4.0.0", "tzdata==2026.6", "urllib3==2.8.0", "xxhash==4.1.0",
+)  # fmt: skip
+
+
+def auto_gptq() -> Environment:
+    """The last AutoGPTQ, with the last transformers and peft that it runs with."""
+    rest = (
+        *_COMMON, "transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.2", "peft==0.13.2", "datasets==5.0.1",
+        "fsspec==2026.6.0", "aiohttp==3.14.5", "httpcore==1.0.9", "httpx==0.28.1", "gekko==1.3.3", "rouge==1.0.1",
+        "sentencepiece==0.2.3", "six==1.17.0", "aiohappyeyeballs==2.7.1", "aiosignal==1.4.0", "attrs==26.1.0",
+        "frozenlist==1.8.0", "multidict==7.2.1", "propcache==0.5.4", "yarl==1.25.1",
+    )  # fmt: skip
+    own = ("--no-build-isolation", "--no-binary", "auto-gptq", "auto-gptq==0.7.1")
+    return Environment("auto-gptq", (_TOOLS, (torch_pin(),), rest, (torch_pin(), *own)), variables=_PLAIN, needs_bytes=3 * 10**9)
+
+
+def gptqmodel() -> Environment:
+    """The last GPTQModel that does not ask for a torch after 2.13. It imports requests without asking for it."""
+    rest = (
+        *_COMMON, "transformers==5.23.0", "tokenizers==0.23.3", "huggingface-hub==2.4.0", "datasets==5.2.0", "torchao==0.18.0",
+        "protobuf==7.36.2", "pillow==13.0.0", "ninja==1.13.2", "maturin==1.16.0", "threadpoolctl==3.8.0",
+        "annotated-doc==0.0.7", "annotated-types==0.8.0", "click==8.5.1", "httpcore2==2.16.2", "httpx2==2.16.2",
+        "markdown-it-py==4.3.0", "mdurl==0.1.2", "pydantic==2.14.3", "pydantic-core==2.50.4", "pygments==2.21.0", "rich==15.0.0",
+        "shellingham==1.5.4", "truststore==0.10.5", "typer==0.29.2", "typing-inspection==0.4.5",
+    )  # fmt: skip
+    own = (
+        "--no-build-isolation", "gptqmodel==7.5.0", "defuser==0.0.28", "device-smi==0.5.7", "logbar==0.4.15", "pypcre==0.6.4",
+        "tokenicer==0.0.14",
+    )  # fmt: skip
+    return Environment("gptqmodel", (_TOOLS, (torch_pin(),), rest, (torch_pin(), *own)), variables=_PLAIN, needs_bytes=3 * 10**9)
+
+
+_BESIDE = ("torch", "transformers", "safetensors")
+READERS: dict[str, Reader] = {
+    "transformers": Reader(
+        ("compressed-tensors", "dense"), "probe_transformers.py", None, (*_BESIDE, "compressed-tensors"), ("transformers",)
+    ),
+    "auto-gptq": Reader(
+        ("gptq",),
+        "probe_auto_gptq.py",
+        auto_gptq,
+        ("auto-gptq", "torch", "transformers", "peft", "numpy", "accelerate"),
+        dtype="float32",
+    ),
+    "gptqmodel": Reader(
+        ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
+    ),
+    "peft": Reader(("peft",), "probe_peft.py", None, (*_BESIDE, "peft"), ("peft",), needs_base=True, dtype="float32"),
+    "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_BESIDE[:2])),
+    "ours": Reader((), packages=("compress-llm", "torch", "transformers")),
+}
+
+
+def reader_named(name: str) -> Reader:
+    """Raises UsageError for a name that is none."""
+    if name not in READERS:
+        raise UsageError("reader", f"one of {', '.join(READERS)}", f"'{name}'{did_you_mean(name, READERS)}")
+    return READERS[name]
+
+
+def logits(
+    reader: str,
+    artifact: Path,
+    ids: torch.Tensor,
+    tell: Tell,
+    base: Path | None = None,
+    dtype: str = "float32",
+    timeout_seconds: float = 3600,
+    rounded: bool = False,
+    trusted: bool = False,
+) -> Reading:
+    """The reader's logits for `ids`, int64 [samples, length]; `dtype` is what its model computes in.
+
+    `base` is the model below an adapter; `rounded` is for ours: codes mean what is left of them in the dtype they were made
+    from. Python that the artifact, or its base, brings is run only where it is `trusted`.
+
+    Raises UsageError, InputError for a folder that is no artifact, MachineError for an
+    environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
+    """
+    who = reader_named(reader)
+    _there(artifact, "adapter_config.json" if base is not None or who.needs_base else "config.json")
+    if who.needs_base:
+        if base is None:
+            raise InputError(str(artifact), "the base model of this adapter", "none", "give its directory")
+        _there(base, "config.json")
+    refuse_kernels(read_json((base or artifact) / "config.json"))
+    if trusted:
+        references(base or artifact)  # raises for another repository's code
+    if not who.probe:
+        return _our_own(who, artifact, ids, dtype, base, rounded, trusted)
+    if who.environment is None and (absent := [name for name in who.modules if find_spec(name) is None]):
+        do = "pip install 'compress-llm[readers]'"
+        raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
+    # Before an environment is built, which takes minutes.
+    method = _method(artifact) if who.formats and not who.needs_base else None
+    if method is not None and method not in who.formats:
+        raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
+    python, held = Path(sys.executable), {}
+    if who.environment is not None:
+        python = ensure(who.environment(), tell)
+        held = packages(python)
+    tell(f"{reader} reads {artifact.name}")
+    with tempfile.TemporaryDirectory(prefix="compress-reader-") as scratch:
+        return _probe(reader, python, artifact, base, ids, dtype, Path(scratch), timeout_seconds, held, trusted)
+
+
+def _method(artifact: Path) -> str | None:
+    """How an artifact is quantized, None if it is not."""
+    from compress.checkpoint.reader import open_checkpoint
+    from compress.importers import method_of
+
+    return method_of(open_checkpoint(artifact))
+
+
+def _there(folder: Path, file: str) -> None:
+    if not (folder / file).is_file():
+        raise InputError(str(folder), f"a directory with {file}", "no such file" if folder.is_dir() else "no such directory")
+
+
+def _our_own(
+    who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool
+) -> Reading:
+    """Our own reading, of an adapter on its base where there is one."""
+    import importlib.metadata
+
+    import torch
+
+    from compress.checkpoint.reader import ADAPTER, open_checkpoint
+    from compress.evaluate.readers.adapter import add_adapter
+    from compress.layerwise.model import build
+
+    model = build(open_checkpoint(base or artifact, trusted=trusted), dtype, rounded)
+    # One that lies in its base's own folder is part of what that means.
+    if base is not None and artifact.resolve() != (base / ADAPTER).resolve():
+        add_adapter(model, artifact)
+    with torch.inference_mode():
+        rows = [model(input_ids=row[None], use_cache=False).logits.float() for row in ids]
+    versions = {}
+    for name in who.packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Reading(torch.cat(rows), versions)
+
+
+def _probe(
+    reader: str, python: Path, artifact: Path, base: Path | None, ids: torch.Tensor, dtype: str, scratch: Path,
+    timeout_seconds: float, held: dict[str, str], trusted: bool,
+) -> Reading:  # fmt: skip
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    who = READERS[reader]
+    (scratch / "work").mkdir()
+    files = {name: scratch / name for name in ("ids", "out", "answer", "request")}
+    save_file({"input_ids": ids.to(torch.int64).contiguous()}, files["ids"])
+    request: dict[str, Any] = {
+        **{name: str(path) for name, path in files.items()}, "artifact": str(artifact.absolute()), "dtype": dtype,
+        "base": str(base.absolute()) if base else "", "scratch": str(scratch / "work"), "packages": who.packages,
+        "threads": torch.get_num_threads(), "trusted": trusted,
+    }  # fmt: skip
+    files["request"].write_text(json.dumps(request))
+    log = scratch / "log"
+    # The user's own interpreter keeps the user's variables; -P keeps our folder out of the reader's imports.
+    variables = clean_variables() if who.environment else dict(os.environ)
+    command = [str(python), "-P", str(HERE / "probe.py"), str(HERE / who.probe), str(files["request"])]
+    status = _run(command, variables, scratch, log, timeout_seconds)
+    answer = json.loads(files["answer"].read_text()) if files["answer"].is_file() else {}
+    if status == 0:
+        return Reading(load_file(files["out"])["logits"], {**_shown(who, held), **answer["versions"]}, answer["notes"])
+    kept, last = _kept(log, reader)
+    where = f"{artifact.name}, read by {reader}"
+    if status is None:
+        do = f"give it fewer tokens, or more time than {timeout_seconds:g} s; its log is {kept}"
+        raise FormatError(where, "logits", "nothing in time", do)
+    if status < 0:
+        name = signal.Signals(-status).name
+        do = f"see {kept}" + ("; the machine may have run out of memory" if name == "SIGKILL" else "")
+        raise MachineError(where, "logits", f"the reader was ended by {name}", do)
+    error = answer.get("error")
+    got = f"{error['kind']}: {' '.join(error['text'].split())[:1000]}" if error else last
+    kind = MachineError if error and (error["missing"] or error["kind"] == "MemoryError") else FormatError
+    raise kind(where, "an artifact that it loads and runs", got, f"see {kept}")
+
+
+def _shown(who: Reader, held: dict[str, str]) -> dict[str, str]:
+    plain = {name.lower().replace("_", "-"): version for name, version in held.items()}
+    return {name: plain[name] for name in who.packages if name in plain}
+
+
+def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path, timeout_seconds: float) -> int | None:
+    """The exit status, None where it took too long. Nothing of it is left running."""
+    # Readers keep caches and compile kernels in the home of whoever runs them; here that is the scratch folder.
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
+        variables[name] = str(scratch / "work")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        variables.pop(name, None)
+    variables.update(dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
+    with open(log, "wb") as record:
+        process = subprocess.Popen(
+            command, cwd=scratch, env=variables, stdin=subprocess.DEVNULL, stdout=record, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _kept(log: Path, reader: str) -> tuple[Path, str]:
+    """A failed reader's log where it outlives the scratch folder, and its last line."""
+    text = log.read_text(errors="replace")
+    place = cache_folder() / f"{reader}.last-failure.log"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    except OSError as error:
+        place = Path(f"(not kept: {error})")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return place, lines[-1] if lines else "nothing was said"

@@ -1,0 +1,117 @@
+"""Decide: what each weight becomes, before its bytes are laid out.
+
+What was decided stands in a table beside the step's directory as soon as it is known, so that a crash while weights are
+written does not cost another sweep; in the end the table and its picture lie in the directory that was made.
+
+    allocation.jsonl   a weight each: its state, bytes, and what each state that was offered would have cost
+    allocation.svg     bits over the blocks
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.reader import ALLOCATION, Checkpoint
+from compress.context import Context
+from compress.contract.allocation_pass import DecidingPass, Offer, offers_of, read_table, rows_of
+from compress.errors import InputError
+from compress.numerics import qtensor
+from compress.spec.weight_state import State, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.contract.step_plan import StepPlan
+
+LINES, PICTURE = ALLOCATION
+
+
+def decide(
+    step: StepPlan, weights: Sequence[Weight], source: Checkpoint, tokens: Path | None, table: Path, ctx: Context
+) -> dict[str, State]:
+    """What every weight of a step becomes: by its own table, if a run has left one, by that it was given, or anew."""
+    pass_ = step.pass_
+    assert isinstance(pass_, DecidingPass)
+    offers, rest = offers_of(step, weights)
+    if not ctx.broadcast(table.is_file()):
+        found = pass_.known([offer.weight for offer in offers])
+        if found is None:
+            offers = (
+                sense(pass_, offers, source, tokens, table.with_suffix(".states"), ctx)
+                if pass_.gradients
+                else [look(pass_, offer, source) for offer in offers]
+            )
+            found = pass_.decide(offers, rest)
+        if ctx.is_main:
+            draft = table.with_suffix(".draft")
+            draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(offers, found)))
+            draft.rename(table)
+        ctx.barrier()
+    return ctx.broadcast(read_table(table) if ctx.is_main else None)  # type: ignore[no-any-return]
+
+
+def sense(
+    pass_: DecidingPass, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path, ctx: Context
+) -> list[Offer]:
+    """The offers with what each would cost; hidden states that have to wait do so in `folder`."""
+    assert tokens is not None
+    from compress.corpus import Corpus
+    from compress.device import device_of
+    from compress.executors.gradients import Reverse
+    from compress.layerwise.batches import cut
+    from compress.layerwise.dense_view import Meaning
+    from compress.layerwise.logits import is_masked, label_of
+    from compress.layerwise.memory_estimate import batch_tokens, computing
+    from compress.layerwise.meta_model import Skeleton
+
+    device = device_of(ctx)
+    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config, device), device)
+    kind = type(skeleton.module).__name__
+    if skeleton.module.get_output_embeddings() is None or is_masked(kind):
+        do = "use a pass that needs no gradients, or give a table that was made elsewhere"
+        raise InputError(label_of(source), "a language model that predicts the next token", kind, do)
+    wanted = {offer.weight.name: offer for offer in offers}
+    costs: dict[str, tuple[float, ...]] = {}
+
+    def take(weight: Weight, gradient: torch.Tensor) -> None:
+        value = qtensor.as_matrix(weight, skeleton.stored(weight.name))
+        costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
+
+    most = batch_tokens(source.config)
+    # Reverse knows of no step.
+    named = replace(ctx, events=lambda event: ctx.events({**event, "step": pass_.pass_name()}))
+    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, device, most)
+    loss = Reverse(skeleton, [offer.weight for offer in offers], folder, named).run(batches, take)
+    ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
+    return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
+
+
+def look(pass_: DecidingPass, offer: Offer, source: Checkpoint) -> Offer:
+    """An offer with what the pass asks of its weight."""
+    return replace(offer, costs=pass_.look(offer, qtensor.as_matrix(offer.weight, source.read(offer.weight.name))))
+
+
+def _rows(offers: Sequence[Offer], found: Mapping[str, State]) -> list[dict[str, Any]]:
+    rows = []
+    for offer in offers:
+        weight, state = offer.weight, found[offer.weight.name]
+        costs = {str(offered): float(f"{cost:.6g}") for offered, cost in zip(offer.states, offer.costs, strict=False)}
+        nbytes = sum(spec.nbytes for spec in qtensor.specs(weight, state))
+        rows.append({
+            "weight": weight.name, "state": str(state), "bytes": nbytes, "numel": weight.numel, "stack": weight.stack,
+            "block": weight.block, **({"costs": costs} if costs else {}),
+        })  # fmt: skip
+    return rows
+
+
+def record(table: Path, folder: Path, title: str) -> None:
+    """Puts a table and its picture into the directory that a step makes."""
+    from compress.plots import allocation
+
+    shutil.copyfile(table, folder / LINES)
+    allocation(folder / PICTURE, rows_of(table), title)

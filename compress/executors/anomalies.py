@@ -1,0 +1,53 @@
+"""Watch: what is odd in a weight that a pass has made; counted with its name.
+
+    large error    |W - W'| is more than half of |W|
+    zero rows      an output whose every weight has become zero, and was not
+    clamped        groups whose scale is the smallest or the largest number that its dtype has
+
+Numbers that are not finite are an error: whatever shares their scale is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from compress.errors import InputError
+from compress.numerics.qtensor import QTensor, along_inputs
+from compress.spec.weight_state import Weight
+
+LARGE = 0.5
+WORDS = ("large error", "zero rows", "clamped")
+
+
+def watch(
+    weight: Weight, value: Any, error: float | None, before: Callable[[], Any], do: str = "skip it, or choose other options"
+) -> list[tuple[str, str]]:
+    """(what, reason) of all that is odd in `value`, codes or a tensor [experts?, rows, columns].
+
+    `error` is the relative one; `before` gives what the weight was, in either form. Raises InputError for NaN and Inf.
+    """
+    coded = isinstance(value, QTensor)
+    factors = [value.lowrank.left, value.lowrank.right] if coded and value.lowrank is not None else []
+    if not all(bool(part.float().isfinite().all()) for part in (value.steps() if coded else value, *factors)):
+        got = "NaN or Inf" + (" among its scales" if coded else "")
+        raise InputError(f"'{weight.name}'", "finite numbers in what the pass has made", got, do)
+    found = []
+    if error is not None and error > LARGE:
+        found.append(("large error", f"the pass has cost more than {LARGE:.0%} of the weight's norm"))
+    zero = ~_filled(weight, value)
+    if bool(zero.any()) and bool((zero & _filled(weight, before())).any()):
+        found.append(("zero rows", "an output whose every weight has become zero"))
+    if coded and value.scheme.scales == "row":
+        limits, size = torch.finfo(value.scale.dtype), value.scale.abs()
+        if bool(((size <= limits.tiny) | (size >= limits.max)).any()):
+            found.append(("clamped", f"a scale at the limit of {str(value.scale.dtype).removeprefix('torch.')}"))
+    return found
+
+
+def _filled(weight: Weight, value: Any) -> torch.Tensor:
+    """Which outputs have a weight that is not zero, bool [experts?, outputs]."""
+    nonzero = value.nonzero() if isinstance(value, QTensor) else value != 0
+    return along_inputs(weight, nonzero).any(-1)

@@ -1,0 +1,241 @@
+"""Route: one batch of a reverse sweep: calls of blocks, gradients on their way.
+
+Blocks run without a graph. Autograd records only what transformers' own code does between them (most often nothing): a
+block's outputs enter that graph through a Gate, which in the backward pass sets their gradients aside for the block, and
+where they are read again is remembered as an edge of the graph, which holds no values. So whatever a block returns may be
+read by any later one: hidden states, an encoder's output, position biases. What it leaves elsewhere for others, in a cache
+or a dict that it was given, has no gradient there, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from compress.checkpoint.spill import Shelf
+from compress.errors import CoverageError, InputError
+from compress.layerwise.batches import Batch
+from compress.layerwise.hidden_state_offload import Parking
+from compress.layerwise.meta_model import Block, Skeleton
+from compress.layerwise.stepwise import Call, Journey, Roads
+
+_LOGITS = 1 << 22
+"""Logits whose gradient is computed at a time."""
+
+
+class _Output(NamedTuple):
+    """Stands for an output of the block before."""
+
+    number: int
+
+
+class _Kept(NamedTuple):
+    """Stands for a tensor on the shelf."""
+
+    key: Any
+
+
+@dataclass
+class _Stop:
+    """One block on one batch: its arguments as a tree, and the edges that their gradients flow back through."""
+
+    spec: TreeSpec
+    leaves: list[Any]
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    """By the place of an argument among the leaves."""
+
+
+class _Gate(torch.autograd.Function):
+    """A block's output on its way into the graph between blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor, deliver: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        ctx.deliver = deliver
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:
+        ctx.deliver(grads[0])
+        return None, None, None
+
+
+class Route:
+    """One batch: the blocks that it has passed, and the gradients that wait for them."""
+
+    def __init__(self, number: int, batch: Batch, skeleton: Skeleton, roads: Roads, parking: Parking, shelf: Shelf) -> None:
+        self.number, self.batch = number, batch
+        self.roads, self.parking, self.shelf = roads, parking, shelf
+        self.journey = Journey(skeleton, batch.inputs)
+        self.call: Call | None = None
+        self.stops: list[_Stop] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._outputs: list[Any] = []
+        self._seen: dict[int, tuple[Any, _Kept]] = {}
+        self._first: dict[tuple[Any, int], int] = {}
+        self._used_first: dict[int, list[Any]] = {}
+
+    def advance(self, *output: Any) -> None:
+        """Goes on to the next block; `call` is None at the end."""
+        self.call = self.journey.advance(*output)
+        if self.call is not None:
+            self.parking.park(self, self.call)
+
+    def first_run(self, keep: bool) -> Any:
+        """The output of the block it is at, on its way into the graph; `keep` sets the arguments aside."""
+        assert self.call is not None
+        self.parking.fetch(self)
+        leaves, spec = tree_flatten((self.call.args, self.call.kwargs))
+        stop = _Stop(spec, [self._noted(leaf, place, keep) for place, leaf in enumerate(leaves)])
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                stop.edges[place] = edge = get_gradient_edge(leaf)
+                self._first.setdefault((edge.node, edge.output_nr), len(self.stops))
+        output = self._pure([leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
+        step = len(self.stops)
+        self.stops.append(stop)
+        found, shape = tree_flatten(output)
+        self._outputs = [self._gated(step, number, value) for number, value in enumerate(found)]
+        return tree_unflatten(self._outputs, shape)
+
+    def _pure(self, leaves: list[Any], spec: TreeSpec) -> Any:
+        """The block's output. Raises CoverageError for one that reads or leaves tensors in what it is given."""
+        assert self.call is not None
+        block = self.call.block
+        args, kwargs = tree_unflatten(leaves, spec)
+        with torch.no_grad():
+            output = self.roads.visit(Call(block, args, kwargs)).finish()
+        after, _ = tree_flatten((args, kwargs))
+        names = [type(leaf).__name__ for leaf in after if not isinstance(leaf, torch.Tensor) and _holds(leaf)]
+        if names or len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
+            got = f"one that shares tensors with other blocks by way of a {names[0] if names else 'dict or list'}"
+            do = "use a pass that needs no gradients"
+            raise CoverageError(block.path, "a block that hands on what it returns, and nothing else", got, do)
+        return output
+
+    def _gated(self, step: int, number: int, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        key = ("grad", self.number, step, number)
+        return _Gate.apply(self._anchor, value, lambda grad: self.shelf.add(key, grad))  # type: ignore[no-untyped-call]
+
+    def _noted(self, leaf: Any, place: int, keep: bool) -> Any:
+        """What stands for an argument: an output of the block before, a name on the shelf, or itself."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if not keep and (same := [n for n, output in enumerate(self._outputs) if output is leaf]):
+            return _Output(same[0])
+        known = self._seen.get(id(leaf))
+        if known is None or known[0]() is not leaf:
+            self._seen[id(leaf)] = known = (ref(leaf), self._set_aside(len(self.stops), place, leaf))
+        return known[1]
+
+    def _set_aside(self, step: int, place: int, tensor: torch.Tensor) -> _Kept:
+        """Puts an argument on the shelf until the backward pass has been at `step`, where it is used first."""
+        key = ("input", self.number, step, place)
+        self.shelf.put(key, tensor)
+        self._used_first.setdefault(step, []).append(key)
+        return _Kept(key)
+
+    def finish(self, weight: float) -> float:
+        """Sends the gradient of the loss, `weight` for each scored token, into the graph. Returns the sum of the losses."""
+        logits, ids = getattr(self.journey.output, "logits", None), self.batch.ids
+        self.journey.output = None
+        self._outputs, self._seen = [], {}
+        if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
+            got = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else "none"
+            do = "use a pass that needs no gradients"
+            raise InputError("the model", f"logits for every token, {list(ids.shape)}", got, do)
+        places = self.batch.scored.flatten().nonzero()[:, 0]
+        labels = ids.roll(-1, dims=1).flatten()[places]
+        # The gradient takes the place of the logits, which nothing reads any more: they are the largest tensor there is.
+        grad, loss = logits.detach(), 0.0
+        flat = grad.flatten(0, 1)
+        step = max(1, _LOGITS // flat.shape[-1])
+        for rows, wanted in zip(places.split(step), labels.split(step), strict=True):
+            log_p = torch.log_softmax(flat[rows].float(), dim=-1)
+            loss -= float(log_p.gather(1, wanted[:, None]).sum())
+            p = log_p.exp_()
+            p[torch.arange(len(rows), device=p.device), wanted] -= 1
+            flat[rows] = p.mul_(weight).to(grad.dtype)
+        flat[~self.batch.scored.flatten()] = 0
+        if logits.requires_grad:
+            torch.autograd.backward([logits], [grad], retain_graph=True)
+        return loss
+
+    def run_again(self, block: Block, step: int, leaves: list[Any]) -> list[Any]:
+        """The block's outputs, flat."""
+        args, kwargs = tree_unflatten(leaves, self.stops[step].spec)
+        return list(tree_flatten(self.roads.visit(Call(block, args, kwargs)).finish())[0])
+
+    def arguments(self, step: int) -> list[Any]:
+        """What the block was called with at `step`."""
+        return [self.shelf.get(leaf.key) if isinstance(leaf, _Kept) else leaf for leaf in self.stops[step].leaves]
+
+    def carry(self, block: Block, step: int) -> None:
+        """Computes again what the block after the one at `step` was called with."""
+        outputs, after = self.run_again(block, step, self.arguments(step)), self.stops[step + 1]
+        after.leaves = [
+            self._set_aside(step + 1, place, outputs[leaf.number]) if isinstance(leaf, _Output) else leaf
+            for place, leaf in enumerate(after.leaves)
+        ]
+
+    def go_back(self, block: Block, step: int) -> None:
+        """Adds this batch's share to the gradients of the block's weights, and sends those of its inputs on their way."""
+        stop, leaves = self.stops[step], self.arguments(step)
+        for key in self._used_first.pop(step, ()):
+            self.shelf.drop(key)
+        self._flush(step + 1)
+        for place in stop.edges:
+            leaves[place] = leaves[place].detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self.run_again(block, step, leaves)
+        ends, grads = [], []
+        for number, output in enumerate(outputs):
+            key = ("grad", self.number, step, number)
+            if key in self.shelf:
+                if output.requires_grad:
+                    ends.append(output)
+                    grads.append(self.shelf.get(key))
+                self.shelf.drop(key)
+        del outputs
+        torch.autograd.backward(ends, grads)
+        for place, edge in stop.edges.items():
+            if leaves[place].grad is not None:
+                self.shelf.add(("edge", self.number, edge.node, edge.output_nr), leaves[place].grad)
+
+    def _flush(self, step: int) -> None:
+        """Sends gradients through the graph from what was first read at `step`; all of its readers have been there."""
+        edges = [edge for edge, first in self._first.items() if first == step and ("edge", self.number, *edge) in self.shelf]
+        grads = [self.shelf.get(("edge", self.number, *edge)) for edge in edges]
+        for edge in edges:
+            self.shelf.drop(("edge", self.number, *edge))
+        # Parts of the graph may be shared with what was first read at another step.
+        torch.autograd.backward([GradientEdge(*edge) for edge in edges], grads, retain_graph=True)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden states that the block it is at is called with."""
+        assert self.call is not None
+        given = tree_flatten((self.call.args, self.call.kwargs))[0]
+        return max((t.nbytes for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()), default=0)
+
+    def leave(self) -> None:
+        """Ends what comes before the first block."""
+        self._flush(0)
+        self.journey.leave()
+
+
+def _holds(value: Any, depth: int = 3) -> bool:
+    """Whether an object has tensors in it; a module's own are its weights."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0 or isinstance(value, torch.nn.Module):
+        return False
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return any(_holds(part, depth - 1) for part in (*inside, *getattr(value, "__dict__", {}).values()))

@@ -1,0 +1,79 @@
+"""Ancestor: the dense weights that codes were made from.
+
+Of a weight that this run has quantized, what the step read that did so: pruned and trained as it was then. Of one that came
+in codes already, the checkpoint that the pass names, or else the model of the Hub that the manifest tells of; either has to
+be one that the lineage names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.scan import take_in
+from compress.checkpoint.source import open_source
+from compress.context import Context
+from compress.contract.notes import changed_by
+from compress.contract.pass_base import CompensatingPass
+from compress.contract.step_plan import Plan, StepPlan
+from compress.errors import InputError, UsageError
+from compress.executors.teacher import Teacher
+from compress.numerics.qtensor import as_matrix
+from compress.spec.weight_state import Weight
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Ancestor:
+    """Gives the dense weights of a step. `past` are the checkpoints that all steps up to it read, in order."""
+
+    def __init__(self, step: StepPlan, plan: Plan, past: Sequence[Checkpoint], outside: Teacher | None) -> None:
+        self._homes: dict[str, Checkpoint] = {}
+        for name in step.transformed:
+            made = _last_dense(name, step, plan)
+            assert made is not None or outside is not None
+            self._homes[name] = past[made] if made is not None else outside.checkpoint  # type: ignore[union-attr]
+            # Before threads ask for it.
+            self._homes[name].descriptor(self._homes[name].refs[name].file)
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """A weight as [experts?, rows, columns], in its dtype."""
+        return as_matrix(weight, self._homes[weight.name].read(weight.name))
+
+
+def _last_dense(name: str, step: StepPlan, plan: Plan) -> int | None:
+    """The last of the steps before that read a weight in no codes, None where all have read codes."""
+    before = range(step.number - 1)
+    return next((number for number in reversed(before) if plan.steps[number].before[name].scheme is None), None)
+
+
+def open_dense(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Context) -> Teacher | None:
+    """The dense model below a source in codes, None where the run has quantized all weights itself. Raises CompressError."""
+    assert isinstance(step.pass_, CompensatingPass)
+    lost = [name for name in step.transformed if _last_dense(name, step, plan) is None]
+    name, where = step.pass_.dense, f"{step.name}.dense"
+    if not lost:
+        if name:
+            raise UsageError(where, "nothing, for this run reads the dense weights itself", name, "leave it out")
+        return None
+    manifest = source.manifest
+    if not name:
+        origin = manifest.source if manifest is not None else None
+        if origin is None or not origin.commit or changed_by(manifest.notes if manifest else ()):
+            got = "no manifest, or one that tells no model of the Hub that they were made from directly"
+            raise InputError(f"'{lost[0]}'", "the dense weights that its codes were made from", got, f"set {where} to them")
+        name = f"{origin.name}@{origin.commit}"
+    found = open_source(name)
+    quiet = replace(ctx, events=lambda event: None)
+    fingerprint: str = ctx.broadcast(take_in(found, quiet).fingerprint if ctx.is_main else None)
+    if manifest is not None and fingerprint not in {manifest.source.fingerprint, *(line.parent for line in manifest.lineage)}:
+        raise InputError(where, "a checkpoint that the lineage of the codes names", f"{found.name}, another one")
+    for weight in lost:
+        entry, shape = found.logical.get(weight), source.logical[weight].shape if weight in source.logical else None
+        if entry is None or entry.state.scheme is not None or entry.shape != shape:
+            got = "none" if entry is None else f"{entry.state} {list(entry.shape)}"
+            raise InputError(f"{found.name}: '{weight}'", "the dense weight that the codes were made from", got)
+    return Teacher(found, fingerprint)

@@ -1,0 +1,209 @@
+"""Reverse: gradients of a language model's loss, with one block in memory.
+
+The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
+skeleton's dtype, what they add to the gradient of a weight is added up in fp32.
+Forward, every batch goes from block to block (route.py). Backward, blocks come in the reverse order; each is loaded, runs
+every batch again with a graph, and is released. What it was called with is on disk for every few blocks (footprint's
+`stride`); for those between it is computed again from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.checkpoint.spill import Shelf
+from compress.checkpoint.writer import trim_memory
+from compress.context import Context
+from compress.errors import CoverageError, InputError
+from compress.executors.backward_batch import Route
+from compress.executors.train.student import Conversion
+from compress.layerwise.batches import Batch
+from compress.layerwise.hidden_state_offload import Parking
+from compress.layerwise.memory_estimate import BETWEEN_BYTES, stride
+from compress.layerwise.meta_model import Block, Skeleton
+from compress.layerwise.stepwise import Roads
+from compress.spec.weight_state import Weight
+
+Take = Callable[[Weight, torch.Tensor], None]
+"""Receives the gradient of a weight, fp32 in its stored shape."""
+
+
+class Reverse:
+    """Gradients of `weights`; what has to be set aside lies in `folder`."""
+
+    def __init__(self, skeleton: Skeleton, weights: list[Weight], folder: Path, ctx: Context) -> None:
+        self.skeleton, self.weights, self.folder, self.ctx = skeleton, weights, folder, ctx
+        inside = tuple(f"{block.path}." for block in skeleton.blocks)
+        self._outside = [weight for weight in weights if not weight.module.startswith(inside)]
+        self._sizes = {
+            block.path: sum(w.nbytes for w in skeleton.model.weights if w.module.startswith(f"{block.path}."))
+            for block in skeleton.blocks
+        }
+        self._sums: dict[str, torch.Tensor] = {}
+        self._lent: list[torch.nn.Parameter] = []
+        self._paths = {path for weight in self._outside for path in self._made_of(weight)}
+
+    def run(self, batches: list[Batch], take: Take) -> float:
+        """Hands the gradient of every weight to `take`; returns the loss. Raises CoverageError, InputError, MachineError."""
+        total = self._sum(sum(int(batch.scored.sum()) for batch in batches))
+        if not total:
+            raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
+        shelf = Shelf(self.folder / str(self.ctx.rank))
+        parking = Parking(self.folder, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
+        undo = self._lend()
+        try:
+            with Roads(self.skeleton) as roads:
+                routes = [Route(n, batch, self.skeleton, roads, parking, shelf) for n, batch in enumerate(batches)]
+                blocks, every, loss = self._forward(routes, 1 / total)
+                self._backward(routes, blocks, every, take)
+            self._take(self._outside, sorted(self._paths), take)
+        finally:
+            undo()
+            self.skeleton.release_visitors()
+            parking.clear()
+            shelf.close()
+            with suppress(OSError):
+                self.folder.rmdir()
+        return self._sum(loss) / total
+
+    def _forward(self, routes: list[Route], weight: float) -> tuple[list[Block], int, float]:
+        """The blocks in the order of a forward, every how many of them are kept, and this process's sum of losses."""
+        blocks: list[Block] = []
+        loss = 0.0
+        with torch.enable_grad():
+            for route in routes:
+                route.advance()
+            every = stride(len(self.skeleton.blocks), sum(route.state_bytes for route in routes))
+            while (call := routes[0].call) is not None:
+                if call.block in blocks:
+                    expected, got = "each block once in a forward", "a block that runs again"
+                    raise CoverageError(call.block.path, expected, got, "use a pass that needs no gradients")
+                with self._loaded(call.block):
+                    for route in routes:
+                        assert route.call is not None
+                        assert route.call.block == call.block
+                        output = route.first_run(len(blocks) % every == 0)
+                        # Nothing may hold the old hidden states any longer.
+                        route.call = None
+                        route.advance(output)
+                        del output
+                        if route.call is None:
+                            loss += route.finish(weight)
+                blocks.append(call.block)
+                del call
+                self._tell("forward", blocks)
+        if not math.isfinite(loss):
+            raise InputError("the loss on the calibration tokens", "a finite number", f"{loss}", "look at the source")
+        return blocks, every, loss
+
+    def _backward(self, routes: list[Route], blocks: list[Block], every: int, take: Take) -> None:
+        self._tell("backward", [])
+        for start in range((len(blocks) - 1) // every * every, -1, -every):
+            stop = min(len(blocks), start + every)
+            for step in range(start, stop - 1):
+                with self._loaded(blocks[step]), torch.no_grad():
+                    for route in routes:
+                        route.carry(blocks[step], step)
+            for step in range(stop - 1, start - 1, -1):
+                with self._loaded(blocks[step]):
+                    self._one_block(routes, blocks[step], step, take)
+                self._tell("backward", blocks[step:])
+        for route in routes:
+            route.leave()
+
+    def _one_block(self, routes: list[Route], block: Block, step: int, take: Take) -> None:
+        mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
+        parameters = {path for weight in mine for path in self.skeleton.made_of(weight.name)}
+        for path in parameters:
+            self._ask(path, self.skeleton.module.get_parameter(path))
+        for route in routes:
+            route.go_back(block, step)
+        self._take(mine, sorted(parameters), take)
+
+    def _ask(self, path: str, parameter: torch.nn.Parameter) -> None:
+        """Makes a parameter ask for its gradient, and adds up what each batch has for it."""
+        parameter.requires_grad_(True)
+
+        def add(loaded: torch.Tensor) -> None:
+            assert loaded.grad is not None
+            grad = loaded.grad.float()
+            self._sums[path] = self._sums[path].add_(grad) if path in self._sums else grad
+            loaded.grad = None
+
+        parameter.register_post_accumulate_grad_hook(add)
+
+    def _take(self, weights: list[Weight], paths: list[str], take: Take) -> None:
+        """Hands over the gradients of `weights`, which these parameters are made of."""
+        grads: dict[str, torch.Tensor] = {}
+        logical, kept = self.skeleton.meaning.logical, self.skeleton.model.duplicates
+        for path in paths:
+            group = self.skeleton.group_of(path)
+            grad = self._sums.pop(path, None)
+            if grad is None:
+                grad = torch.zeros_like(self.skeleton.module.get_parameter(path), dtype=torch.float32, requires_grad=False)
+            self.ctx.add_up(grad)
+            shapes = [logical[source].shape for source in group.sources]
+            parts = Conversion(self.skeleton.mapping, group, shapes).back(path, grad) if group.patterns else [grad]
+            for source, part in zip(group.sources, parts, strict=True):
+                name = kept.get(source, source)
+                grads[name] = grads[name].add_(part) if name in grads else part
+        for weight in weights:
+            grad = grads.pop(weight.name).reshape(weight.shape)
+            if not bool(grad.any()):
+                do = "skip it, or calibrate on other texts"
+                raise CoverageError(weight.name, "a weight that the loss depends on", "a gradient of zeros", do)
+            take(weight, grad)
+
+    def _lend(self) -> Callable[[], None]:
+        """Makes parameters outside of blocks ask for gradients whenever their modules are called. Returns what undoes it."""
+        hooks = []
+        for path in sorted(self._paths):
+            owner, _, attribute = path.rpartition(".")
+
+            def hook(module: torch.nn.Module, _: Any, path: str = path, attribute: str = attribute) -> None:
+                parameter = module.get_parameter(attribute)
+                if not parameter.requires_grad:
+                    self._ask(path, parameter)
+                    self._lent.append(parameter)
+
+            hooks.append(self.skeleton.module_at(owner).register_forward_pre_hook(hook))
+
+        def undo() -> None:
+            for handle in hooks:
+                handle.remove()
+            for parameter in self._lent:
+                parameter.requires_grad_(False)
+
+        return undo
+
+    def _made_of(self, weight: Weight) -> list[str]:
+        """The parameters that a weight becomes, those of its copies on disk included."""
+        copies = [alias for alias, kept in self.skeleton.model.duplicates.items() if kept == weight.name]
+        return [path for name in (weight.name, *copies) for path in self.skeleton.made_of(name)]
+
+    @contextmanager
+    def _loaded(self, block: Block) -> Iterator[None]:
+        self.skeleton.release_visitors()
+        self.skeleton.load(block.path)
+        yield
+        self.skeleton.release(block.path)
+        trim_memory()
+
+    def _tell(self, direction: str, done: list[Block]) -> None:
+        self.ctx.tell(
+            "progress", step=direction, phase=f"gradients {direction}", weight=done[-1].path if done else "",
+            total_bytes=sum(self._sizes.values()), done_bytes=sum(self._sizes[block.path] for block in done),
+            unit="blocks", total=len(self._sizes), done=len(done),
+        )  # fmt: skip
+
+    def _sum(self, number: float) -> float:
+        """The sum over processes."""
+        box = torch.tensor(number, dtype=torch.float64)
+        self.ctx.add_up(box)
+        return float(box)

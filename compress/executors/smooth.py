@@ -1,0 +1,171 @@
+"""Fold: lifts a SpacePass to directories; rescales what writes and what reads.
+
+A sweep in which nothing changes on the way, for the function is kept: what every space of a block holds is observed, the
+pass names its numbers, and the weights of the block are written once, with all their rows and columns rescaled in fp32.
+A norm is divided first, as it will be stored, and its readers are multiplied by what that really was, so that only they round.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from compress.architecture.experts import MIDDLE
+from compress.architecture.families import Space
+from compress.checkpoint.reader import torch_dtype
+from compress.contract.smoothing_pass import Matrix, SpacePass
+from compress.errors import CoverageError, InputError
+from compress.executors.sweep import Sweep, read_alike
+from compress.layerwise.batch_walk import Traveller
+from compress.layerwise.stepwise import Key
+from compress.numerics.qtensor import as_matrix
+from compress.numerics.smoothing import Extents
+from compress.spec.weight_state import Weight
+
+
+class Folding(Sweep):
+    """Rescales the spaces of every block."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        assert isinstance(self.pass_, SpacePass)
+        self.balancing, model = self.pass_, self.skeleton.model
+        found = self.balancing.layout(model.weights, model.family, self.skeleton.meaning.checkpoint.config)
+        self.layout = found.within(set(self.step.transformed))
+
+    def block(self, path: str, weights: list[Weight], scout: Traveller) -> int:
+        if all(self.writer.is_done(weight.name) for weight in weights):
+            return len(weights)
+        self.rows: dict[str, torch.Tensor] = {}
+        self.columns: dict[str, torch.Tensor] = {}
+        self.norms: dict[str, torch.Tensor] = {}
+        self.happened: dict[str, list[list[str]]] = defaultdict(list)
+        spaces: dict[Key, list[Space]] = defaultdict(list)
+        for space in self.layout.spaces:
+            if space.block == path:
+                spaces[_key(space)].append(space)
+        inside = [weight for weight in self.skeleton.model.weights if weight.module.startswith(f"{path}.")]
+        readers = (weight for weight in inside if weight.kind in ("linear", "router") and weight.attribute == "weight")
+        forget = self.roads.watch({weight.module: False for weight in readers} | {key[0]: True for key in spaces if key[1]})
+        with self.spent("forward"):
+            alike = read_alike(scout.survey(), path)
+        for group in alike:
+            for space in [space for key in group if not key[1] for space in spaces.pop(key, ())]:
+                _check(space, group)
+                self.rescale(space, self.observe(group[0], space.readers[0]))
+            if group[0] in spaces:
+                self.experts_of(group[0], {space.expert: space for space in spaces.pop(group[0])})
+        forget()
+        if spaces:
+            missed = next(iter(spaces.values()))[0].readers[0].name
+            raise CoverageError(missed, "weights that a forward of their block reads", "nothing observed", "skip them")
+        for weight in weights:
+            self.put(weight)
+        return 0
+
+    def experts_of(self, key: Key, spaces: dict[int | None, Space]) -> None:
+        """What flows inside of routed experts, each by itself."""
+        width = next(iter(spaces.values())).readers[0].in_features
+        for statistics in self.observe_experts(key, sorted(e for e in spaces if e is not None), width):
+            for expert, statistic in statistics.items():
+                space = spaces[expert]
+                if statistic.tokens:
+                    self.rescale(space, statistic)
+                else:
+                    self.happened[space.readers[0].name].append(["unrouted", "no calibration token at all: not smoothed"])
+
+    def add_up(self, statistic: Any) -> None:
+        super().add_up(statistic)
+        if isinstance(statistic, Extents) and self.ctx.world_size > 1:
+            own = statistic.peaks.cpu()
+            for rank in range(self.ctx.world_size):
+                statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.skeleton.device))
+
+    def rescale(self, space: Space, statistic: Any) -> None:
+        """Notes by what the rows and columns of a space's weights are divided and multiplied."""
+        with self.spent("factor"):
+            prepared = self.prepare(space.readers[0], statistic)
+        with self.spent("solve"):
+            s = self.balancing.balance(space, self.matrices(space), prepared)
+        if s is None:
+            return
+        rows = torch.ones(space.first_row + space.width, device=s.device)
+        rows[space.first_row :] = s
+        if space.how == "rows":
+            self.times(self.rows, space.writer, rows)
+        else:
+            rows = s = self.divided(space, s)
+        if space.bias is not None:
+            self.times(self.rows, space.bias, rows)
+        for reader in space.readers:
+            self.times(self.columns, reader, space.spread(s))
+
+    def divided(self, space: Space, s: torch.Tensor) -> torch.Tensor:
+        """Divides a norm; returns by what it really was divided, once its weight is stored."""
+        stored = self.skeleton.stored(space.writer.name)
+        plus = 1.0 if space.how == "norm+1" else 0.0
+        before = stored.float() + plus
+        new = (before / s - plus).to(stored.dtype)
+        really = torch.where(before == 0, s, before / (new.float() + plus))
+        # A weight that would vanish stays as it is.
+        lost = ~(torch.isfinite(really) & (really > 0))
+        self.norms[space.writer.name] = torch.where(lost, stored, new)
+        return torch.where(lost, 1.0, really)
+
+    def matrices(self, space: Space) -> Iterator[Matrix]:
+        """What reads a space and is targeted."""
+        for reader in space.readers:
+            if reader.name in self.layout.wanted:
+                value = self.current(reader)
+                for matrix in value if reader.experts is not None else (value,):
+                    yield Matrix(reader, matrix)
+
+    @staticmethod
+    def times(factors: dict[str, torch.Tensor], weight: Weight, by: torch.Tensor) -> None:
+        """Multiplies what a weight will be divided or multiplied by."""
+        factors[weight.name] = factors[weight.name] * by if weight.name in factors else by
+
+    def current(self, weight: Weight) -> torch.Tensor:
+        """A weight [experts?, out, in], or a bias [out], in fp32, with what it has been rescaled by so far."""
+        value = _oriented(weight, self.skeleton.stored(weight.name)).float()
+        if (rows := self.rows.get(weight.name)) is not None:
+            value = value / (rows if value.dim() == 1 else rows[:, None])
+        return value * self.columns[weight.name] if weight.name in self.columns else value
+
+    def put(self, weight: Weight) -> None:
+        """Writes a weight as it has become, and journals it."""
+        with self.spent("write"):
+            if self.ctx.rank != sum(weight.name.encode()) % self.ctx.world_size:
+                return
+            value = self.norms.get(weight.name)
+            if value is None:
+                value = _oriented(weight, self.current(weight)).to(torch_dtype(weight.dtype))
+            if not bool(torch.isfinite(value).all()):
+                do = "skip it, or start from a checkpoint in bfloat16"
+                raise InputError(f"'{weight.name}', rescaled", f"numbers that {weight.dtype} can hold", "an overflow", do)
+            facts = {"notes": self.happened[weight.name]} if weight.name in self.happened else {}
+            self.writer.record(weight.name, {weight.name: self.writer.put(weight.name, value.cpu())}, facts)
+
+
+def _oriented(weight: Weight, value: torch.Tensor) -> torch.Tensor:
+    """A stored tensor with its outputs before its inputs; its own inverse."""
+    return value.T if weight.transposed and weight.experts is None else as_matrix(weight, value)
+
+
+def _key(space: Space) -> Key:
+    """Where a space is seen."""
+    if space.expert is not None:
+        return space.readers[0].module, MIDDLE
+    return next(reader.module for reader in space.readers if reader.kind != "expert"), ""
+
+
+def _check(space: Space, group: list[Key]) -> None:
+    """What reads a space must be what the table says. Raises CoverageError."""
+    named = {reader.module for reader in space.readers if reader.kind != "expert"}
+    if wrong := sorted(named ^ {path for path, which in group if not which}):
+        expected = f"{space.name} to be read by {', '.join(sorted(named))}, and by nothing else"
+        got = "that it reads something else" if wrong[0] in named else "another reader of it"
+        raise CoverageError(wrong[0], expected, got, "quantize without smoothing")

@@ -1,0 +1,400 @@
+"""Sweep: lifts a LinearPass to directories; one block in memory at a time.
+
+For each block: load it, send every batch to the first inputs that its weights read, fold their statistics, solve the
+weights, put the new values in their place, and send the batches on; what a weight is calibrated on thus comes from weights
+that are already solved, inside the block as well as before it. Weights that read the same tensor share a statistic,
+which the first forward of the block finds out; every routed expert has one of its own, over its own tokens.
+
+A solved weight is written and journaled at once. After a crash it is read back, and only its outputs are computed again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.architecture.experts import INPUT, MIDDLE, Routed
+from compress.checkpoint.reader import Checkpoint, torch_dtype
+from compress.checkpoint.writer import Writer, trim_memory
+from compress.context import Context
+from compress.contract.fused_groups import Peaks
+from compress.contract.pass_base import Job, LinearPass, Solution
+from compress.contract.step_plan import StepPlan
+from compress.device import CPU, device_of, made_on, moved
+from compress.errors import CoverageError, InputError
+from compress.executors.anomalies import watch
+from compress.executors.stream import check_mask, stream
+from compress.layerwise.batch_walk import Traveller
+from compress.layerwise.batches import Batch, cut
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.hidden_state_offload import Parking
+from compress.layerwise.memory_estimate import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
+from compress.layerwise.meta_model import Skeleton
+from compress.layerwise.stepwise import Key, Roads
+from compress.numerics import qtensor
+from compress.numerics.inputs import rounded_inputs
+from compress.numerics.rounding import stacked, unstacked
+from compress.spec.weight_state import State, Weight, blocks
+
+if TYPE_CHECKING:
+    from compress.executors.dense_parent import Ancestor
+
+_STACKED_ROWS = 4096
+
+Part = tuple[Weight, int | None]
+"""A matrix of a weight: the weight and, where it holds all experts, which one."""
+
+
+def sweep(
+    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: dict[str, torch.Tensor],
+    writer: Writer, ctx: Context, driver: type[Sweep] | None = None, ancestor: Ancestor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on.
+
+    `ancestor` is what a pass that compensates asks for: its jobs are dense weights, and the codes that they have become.
+    """
+    touched = set(step.transformed)
+    stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
+    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config), device_of(ctx))
+    batches = cut(corpus, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, skeleton.device)
+    with torch.no_grad(), Roads(skeleton) as roads:
+        run = (driver or Sweep)(step, skeleton, roads, batches, writer, ctx)
+        run.ancestor = ancestor
+        run.all_blocks([weight for weight in weights if weight.name in touched])
+    trim_memory()
+    return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
+
+
+class Sweep:
+    """One sweep over the blocks; `block` is what it does with each."""
+
+    def __init__(
+        self, step: StepPlan, skeleton: Skeleton, roads: Roads, batches: list[Batch], writer: Writer, ctx: Context
+    ) -> None:
+        assert isinstance(step.pass_, LinearPass)
+        self.step, self.pass_, self.skeleton, self.roads = step, step.pass_, skeleton, roads
+        self.batches, self.writer, self.ctx = batches, writer, ctx
+        self.ancestor: Ancestor | None = None
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[on] += time.perf_counter() - started
+
+    def all_blocks(self, weights: list[Weight]) -> None:
+        """Every block that has to be passed, until no weight is left."""
+        self.peaks = Peaks(weights, self.step.after, self.skeleton.meaning.dense)
+        remaining = {weight.name: weight for weight in weights}
+        total = sum(weight.nbytes for weight in weights)
+        parking = Parking(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
+        parking.clear()
+        # A single sample goes ahead and finds out what reads what.
+        scout = Traveller(self.batches[0].first(), self.roads, parking)
+        self.travellers = [Traveller(batch, self.roads, parking) for batch in self.batches]
+        for traveller in (scout, *self.travellers):
+            with self.spent("forward"):
+                traveller.set_out()
+        seen: set[str] = set()
+        while remaining and scout.call is not None:
+            block = scout.call.block
+            if block.path in seen:
+                raise CoverageError(
+                    block.path, "each block once in a forward", "a block that runs again", "use a pass without data"
+                )
+            seen.add(block.path)
+            self.skeleton.release_visitors()
+            with self.spent("load"):
+                self.skeleton.load(block.path)
+            mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
+            kept = self.block(block.path, mine, scout) if mine else 0
+            for weight in mine:
+                del remaining[weight.name]
+            self.ctx.tell(
+                "progress", step=self.step.name, phase="solve", weight=block.path, kept=kept, total_bytes=total,
+                done_bytes=total - sum(weight.nbytes for weight in remaining.values()),
+                unit="blocks", total=blocks(weights), done=blocks(weights) - blocks(remaining.values()),
+            )  # fmt: skip
+            if not remaining:
+                break
+            for traveller in (scout, *self.travellers):
+                with self.spent("forward"):
+                    traveller.go_on()
+            self.skeleton.release(block.path)
+            trim_memory()
+        for traveller in (scout, *self.travellers):
+            traveller.leave()
+        parking.clear()
+        if remaining:
+            raise CoverageError(
+                ", ".join(list(remaining)[:3]), "weights that the model's forward reads", "no batch that reached them",
+                "skip them, or calibrate on inputs that do",
+            )  # fmt: skip
+
+    def block(self, path: str, weights: list[Weight], scout: Traveller) -> int:
+        """Solves the weights of one block, inputs by inputs; returns how many an earlier run had solved."""
+        readers = {weight.name: self.readers(weight) for weight in weights}
+        forget = self.roads.watch({key: bool(which) for keys in readers.values() for key, which in keys})
+        with self.spent("forward"):
+            spaces = read_alike(scout.survey(), path)
+        held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
+        if missed := [name for name, found in held.items() if not found]:
+            raise CoverageError(
+                ", ".join(missed[:3]), "weights that a forward of their block reads", "nothing observed", "skip them"
+            )
+        if torn := [name for name, found in held.items() if len(found) > 1]:
+            raise CoverageError(torn[0], "a weight whose parts read one tensor", "parts that read several", "skip it")
+        kept = 0
+        for space in spaces:
+            members = [weight for weight in weights if held[weight.name][0] is space]
+            pending = [weight for weight in members if not self.writer.is_done(weight.name)]
+            solved = [weight for weight in members if weight not in pending]
+            self.replace({weight.name: self.read_back(weight) for weight in solved})
+            for weight in solved:
+                self.round_inputs(weight)
+            kept += len(solved)
+            trim_memory()  # batches come to tensors of other sizes, which gaps left by these would not hold
+            if pending:
+                solve = self.experts if space[0][1] else self.linears
+                solve(space[0], pending)
+        forget()
+        return kept
+
+    def readers(self, weight: Weight) -> set[Key]:
+        """Who reads what a weight is calibrated on: its modules, or the experts that it belongs to."""
+        if weight.kind == "expert" and weight.attribute != "weight":
+            return {(weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT)}
+        return {(path, "") for path in self.skeleton.readers(weight.name)}
+
+    def linears(self, key: Key, weights: list[Weight]) -> None:
+        """Weights that read one tensor: one statistic, then all of them."""
+        statistic = self.observe(key, weights[0])
+        solved = self.solve([(weight, None) for weight in weights], {None: statistic})
+        for weight in weights:
+            self.keep(weight, {None: solved.pop((weight.name, None))})
+
+    def observe(self, key: Key, weight: Weight) -> Any:
+        """The statistic of what a weight reads."""
+        statistic = made_on(self.skeleton.device, self.pass_.statistic, weight.in_features)
+        for x, valid in self.inputs(key):
+            assert isinstance(x, torch.Tensor)
+            rows = x.reshape(-1, x.shape[-1])
+            with self.spent("statistics"):
+                statistic.add(rows if valid is None else rows[valid])
+        self.add_up(statistic)
+        if not statistic.tokens:
+            raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
+        return statistic
+
+    def experts(self, key: Key, weights: list[Weight]) -> None:
+        """Weights of routed experts: a statistic for each expert, as many at a time as the budget allows."""
+        parts = [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
+        found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
+        for statistics in self.observe_experts(key, sorted({expert for _, expert in parts}), weights[0].in_features):
+            solved = self.solve([part for part in parts if part[1] in statistics], statistics)
+            for (name, which), solution in solved.items():
+                found[name][which] = solution
+            for weight in weights:
+                if weight.name in found and len(found[weight.name]) == (weight.experts or 1):
+                    self.keep(weight, found.pop(weight.name))
+
+    def observe_experts(self, key: Key, experts: list[int], width: int) -> Iterator[dict[int, Any]]:
+        """The statistics of what routed experts read, as many at a time as the budget allows."""
+        at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
+        for start in range(0, len(experts), at_once):
+            some = experts[start : start + at_once]
+            statistics = {expert: made_on(self.skeleton.device, self.pass_.statistic, width) for expert in some}
+            for routed, valid in self.inputs(key):
+                assert isinstance(routed, Routed)
+                with self.spent("statistics"):
+                    for expert, statistic in statistics.items():
+                        x, tokens = routed.of(expert)
+                        statistic.add(x if valid is None else x[valid[tokens]])
+            for statistic in statistics.values():
+                self.add_up(statistic)
+            yield statistics
+
+    def inputs(self, key: Key) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
+        """What every batch has to say to a reader, and which of its tokens count (None: all).
+
+        Batches stay where they are, so that a block is run once; those whose activations exceed the budget start again.
+        """
+        held = 0
+        for traveller in self.travellers:
+            started = time.perf_counter()
+            try:
+                x = traveller.until(key)
+            except LookupError:
+                continue
+            finally:
+                self.seconds["forward"] += time.perf_counter() - started
+            assert traveller.call is not None
+            read = x if isinstance(x, torch.Tensor) else x.rows
+            held += traveller.batch.held_bytes(read)
+            yield x, traveller.batch.valid(read if isinstance(x, torch.Tensor) else None, traveller.call)
+            if held > HELD_BYTES:
+                del x, read
+                traveller.step_back()
+
+    def add_up(self, statistic: Any) -> None:
+        """Sums a statistic over processes."""
+        if self.ctx.world_size > 1:
+            for part in (tokens := torch.tensor(statistic.tokens), *statistic.parts()):
+                self.ctx.add_up(part)
+            statistic.tokens = int(tokens)
+
+    def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
+        """Solutions by weight and expert. The work is shared out over processes, and everybody gets all results."""
+        loads = [0] * self.ctx.world_size
+        mine: dict[tuple[str, int | None], Solution] = {}
+        ready: dict[int | None, Any] = {}
+        for stack in sorted(_stacks(parts), key=lambda stack: -sum(weight.out_features for weight, _ in stack)):
+            lightest = loads.index(min(loads))
+            loads[lightest] += sum(weight.out_features for weight, _ in stack)
+            if lightest != self.ctx.rank:
+                continue
+            expert = stack[0][1]
+            with self.spent("factor"):
+                if expert not in ready:
+                    ready[expert] = self.prepare(stack[0][0], statistics[expert])
+            with self.spent("solve"):
+                jobs = [self.job(weight, which) for weight, which in stack]
+                for (weight, which), solution in zip(stack, self.pass_.solve(jobs, ready[expert]), strict=True):
+                    mine[weight.name, which] = solution
+        if self.ctx.world_size == 1:
+            return mine
+        found: dict[tuple[str, int | None], Solution] = {}
+        for rank in range(self.ctx.world_size):
+            found.update(moved(self.ctx.broadcast(moved(mine, CPU), rank), self.skeleton.device))
+        return found
+
+    def prepare(self, weight: Weight, statistic: Any) -> Any:
+        """What the pass makes of a statistic. Raises InputError where an input was not finite."""
+        try:
+            return self.pass_.prepare(statistic)
+        except ValueError as error:
+            where = f"what '{weight.name}' reads"
+            raise InputError(where, "finite activations", str(error), "try --dtype float32, or look at the source") from None
+
+    def job(self, weight: Weight, expert: int | None) -> Job:
+        """One matrix of a weight, and what it has become where a pass compensates."""
+        after = self.step.after[weight.name]
+        if self.ancestor is None:
+            return Job(self.peaks.of(weight), after, self.matrix(weight, expert))
+        dense, q = self.ancestor.read(weight), self.skeleton.meaning.qtensor(weight.name)
+        assert q is not None
+        if weight.experts is not None:
+            assert expert is not None
+            dense, q = dense[expert], unstacked(q)[expert]
+        return Job(weight, after, *moved((qtensor.along_inputs(weight, dense), q), self.skeleton.device))
+
+    def matrix(self, weight: Weight, expert: int | None) -> torch.Tensor:
+        """One matrix [out, in] of a weight, as it is stored, on the device."""
+        stored = self.skeleton.meaning.dense(weight.name)
+        if weight.experts is not None:
+            stored = stored[expert]
+        return (stored.T if weight.transposed else stored).to(self.skeleton.device)
+
+    def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> None:
+        """Writes a solved weight, journals it, and puts it in its place in the block."""
+        ordered = [solutions[expert] for expert in sorted(solutions, key=lambda e: e or 0)]
+        value = _joined(weight, [solution.value for solution in ordered])
+        after = self.step.after[weight.name]
+        if after.sparsity is not None:
+            check_mask(weight, after.sparsity, value)
+        facts = _facts(ordered)
+        notes = [s.note for s in ordered if s.note is not None]
+        notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.skeleton.stored(weight.name)))
+        with self.spent("write"):
+            # Every process has every solution; one of them writes it.
+            if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
+                digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, moved(value, CPU)).items()}
+                self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
+        self.replace({weight.name: _dense(weight, after, value)})
+        self.round_inputs(weight)
+
+    def round_inputs(self, weight: Weight) -> None:
+        """The block goes on with what a solved weight will read as the model runs."""
+        scheme = self.step.after[weight.name].scheme
+        if scheme is not None and scheme.inputs:
+            for path in self.skeleton.readers(weight.name):
+                module = self.skeleton.module_at(path)
+                module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], scheme), *inputs[1:]))
+
+    def replace(self, weights: dict[str, torch.Tensor]) -> None:
+        """The block goes on with what the weights have become."""
+        if weights:
+            with self.spent("load"):
+                self.skeleton.replace(weights)
+
+    def read_back(self, weight: Weight) -> torch.Tensor:
+        """A weight that an earlier run has solved."""
+        after = self.step.after[weight.name]
+        parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
+        value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
+        return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
+
+
+def _expert(weight: Weight) -> int:
+    """Which expert a weight belongs to, by its name on disk."""
+    number = re.search(r"experts\.(\d+)\.", weight.name)
+    assert number is not None, weight.name
+    return int(number[1])
+
+
+def _stacks(parts: list[Part]) -> list[list[Part]]:
+    """Matrices that are solved at once, because they read the same and are small: many rows cost little more than few."""
+    stacks: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: (part[1] or 0, part[0].name)):
+        last = stacks[-1] if stacks and stacks[-1][0][1] == part[1] else []
+        if last and sum(weight.out_features for weight, _ in last) + part[0].out_features <= _STACKED_ROWS:
+            last.append(part)
+        else:
+            stacks.append([part])
+    return stacks
+
+
+def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:
+    """Readers grouped by the tensor that they read, in the order of a forward."""
+    spaces: dict[Any, list[Key]] = {}
+    keys: set[Key] = set()
+    for key, x in seen:
+        if key in keys:
+            raise CoverageError(f"{path}: {key[0]}", "a weight that a forward uses once", "one that it uses again", "skip it")
+        keys.add(key)
+        # Modules that view one tensor in different shapes read the same.
+        same = (x.data_ptr(), x.numel(), x.shape[-1], x._version) if isinstance(x, torch.Tensor) else key
+        spaces.setdefault(same, []).append(key)
+    return list(spaces.values())
+
+
+def _joined(weight: Weight, values: list[Any]) -> Any:
+    """The value of a weight [experts?, rows, columns] from those of its matrices."""
+    if not isinstance(values[0], qtensor.QTensor):
+        return qtensor.along_inputs(weight, values[0]) if weight.experts is None else torch.stack(values)
+    if weight.experts is None:
+        return values[0]
+    return stacked(values)
+
+
+def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
+    """A new value in the stored shape and dtype, as a reader would have it."""
+    if isinstance(value, qtensor.QTensor):
+        value = value.dequantize().to(torch_dtype(weight.dtype))
+    return qtensor.as_matrix(weight, value)
+
+
+def _facts(solutions: list[Solution]) -> dict[str, float]:
+    """What the journal says of a weight: relative errors over all of its matrices."""
+    sums = {
+        "error": (sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
+        "output_error": (sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),
+    }
+    return {name: (max(lost, 0.0) / norm) ** 0.5 if norm else 0.0 for name, (lost, norm) in sums.items()}

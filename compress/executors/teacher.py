@@ -1,0 +1,74 @@
+"""Teacher: the model that a training pass learns from, and what it is.
+
+Without a name it is the dense model that the student was made from: the one that the run reads, or, where that has been
+pruned, quantized or trained already, the model of the Hub that its manifest tells of.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.remote_code import tell_code
+from compress.checkpoint.scan import Intake, take_in
+from compress.checkpoint.source import open_headers, open_source
+from compress.context import Context
+from compress.contract.notes import trained_by
+from compress.contract.pass_base import TrainPass
+from compress.errors import InputError
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An opened teacher and the fingerprint of its content."""
+
+    checkpoint: Checkpoint
+    fingerprint: str
+
+
+def open_teacher(pass_: TrainPass, source: Checkpoint, intake: Intake, ctx: Context) -> Teacher | None:
+    """The teacher of a pass in a run over `source`. Raises CompressError for one that cannot teach its model."""
+    name = _name(pass_, source)
+    if name is None:
+        return None
+    if not name:
+        return Teacher(source, intake.fingerprint)
+    # An ancestor is named by a manifest, not by the user, who has not said to trust it.
+    teacher = open_source(name, source.trusted and bool(pass_.teacher_model()))
+    tell_code(teacher, ctx)
+    from compress.layerwise.eval_windows import tokenizer_folder
+
+    tokenizer_folder(teacher, source)  # raises where tokens mean something else
+    quiet = replace(ctx, events=lambda event: None)
+    # One process reads every byte, and tells the others.
+    return Teacher(teacher, ctx.broadcast(take_in(teacher, quiet).fingerprint if ctx.is_main else None))
+
+
+def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
+    """How many weights the teacher has, from headers only; 0 where there is none. Raises CompressError."""
+    name = _name(pass_, source)
+    if name is None:
+        return 0
+    checkpoint = source if not name else open_headers(name)
+    return sum(math.prod(entry.shape) for entry in checkpoint.logical.values())
+
+
+def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
+    """What to open: None for no teacher, empty for `source` itself."""
+    name = pass_.teacher_model()
+    manifest = source.manifest
+    if name or name is None or manifest is None or not is_changed(source):
+        return name
+    ancestor = manifest.source
+    if ancestor.commit:
+        return f"{ancestor.name}@{ancestor.commit}"
+    expected = f"teacher: the dense model it was made from, {ancestor.name}"
+    got = "its name only, for a manifest tells no directories"
+    raise InputError(str(source.path), expected, got, f"set teacher to the directory of {ancestor.name}")
+
+
+def is_changed(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is another model than the one it was made from."""
+    manifest = checkpoint.manifest
+    return manifest is not None and bool(manifest.weights or trained_by(manifest.notes))

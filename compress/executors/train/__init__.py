@@ -1,0 +1,5 @@
+"""Train: the driver of gradient training, for students in any state."""
+
+from compress.executors.train.loop import train
+
+__all__ = ["train"]

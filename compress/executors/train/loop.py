@@ -1,0 +1,263 @@
+"""Train: lifts a TrainPass to directories, on one process or many.
+
+A step's loss is the sum over its scored tokens divided by their number, over all processes and micro-batches alike, so how
+a step is divided changes nothing but rounding. accelerate wraps the student (DDP, or FSDP2 where it is told so) and moves
+gradients; the teacher is a plain model on every process. Weights are held in fp32; what is computed in is the context's.
+
+After every `save_every` steps the state is kept, and a run that was killed goes on from there, to the same bytes on a CPU
+with the same threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.writer import Writer, trim_memory
+from compress.context import Context
+from compress.contract.pass_base import Lesson, TrainPass
+from compress.contract.step_plan import StepPlan
+from compress.corpus import Corpus
+from compress.device import CPU, device_of
+from compress.errors import InputError, UsageError
+from compress.executors.anomalies import watch
+from compress.executors.stream import check_mask, stream
+from compress.executors.train import state
+from compress.executors.train.record import Record
+from compress.executors.train.sample_order import Lessons
+from compress.executors.train.student import Student
+from compress.layerwise.logits import is_masked
+from compress.layerwise.memory_estimate import computing
+from compress.layerwise.model import build
+from compress.numerics import qtensor
+from compress.spec.weight_state import Weight
+
+STATE, BAD = ".training-state.safetensors", "bad-batch.safetensors"
+_APART = 1e-3
+"""How much of a text's logits may depend on another text in its row: rounding, no more."""
+
+
+def train(
+    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: Corpus,
+    teacher: Checkpoint | None, writer: Writer, ctx: Context,
+) -> dict[str, float]:  # fmt: skip
+    """Trains, and writes every weight. Returns seconds by what they were spent on."""
+    touched = set(step.transformed)
+    stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
+    run = _Run(step, source, [w for w in weights if w.name in touched], corpus, teacher, writer, ctx)
+    run.all_steps()
+    started = time.perf_counter()
+    run.write()
+    run.seconds["write"] = time.perf_counter() - started
+    trim_memory()
+    return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
+
+
+class _Run:
+    def __init__(
+        self, step: StepPlan, source: Checkpoint, weights: list[Weight], corpus: Corpus, teacher: Checkpoint | None,
+        writer: Writer, ctx: Context,
+    ) -> None:  # fmt: skip
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        assert isinstance(step.pass_, TrainPass)
+        started = time.perf_counter()
+        self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, weights, writer, ctx
+        self.schooling = step.pass_.schooling()
+        self.dtype = computing(ctx.dtype, source.config)
+        # A router may leave out an expert that is a module of its own, and its gradient with it.
+        left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in weights)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=left_out, broadcast_buffers=False)
+        self.accelerator = Accelerator(cpu=device_of(ctx) == CPU, kwargs_handlers=[unused])
+        assert self.accelerator.num_processes == ctx.world_size, (self.accelerator.num_processes, ctx.world_size)
+        _check_launch(self.accelerator)
+        self.student = Student(source)
+        self.student.learn(weights)
+        masks = self.student.masks(step.after)
+        self.lessons = Lessons(corpus, self.schooling, ctx.seed, causal=_causal(self.student.module, source))
+        self._recompute()
+        self.teacher = None if teacher is None else self._placed(build(teacher, str(self.dtype).removeprefix("torch.")))
+        self._keeps_texts_apart()
+        paths = {name: self.student.path_of(name) for name in self.student.trainable}
+        self.model, self.optimizer = self._prepared()
+        inner = self.accelerator.unwrap_model(self.model)
+        self.parameters: dict[str, nn.Parameter] = {name: inner.get_parameter(path) for name, path in paths.items()}
+        self.masks = {name: state.like(mask, self.parameters[name]) for name, mask in masks.items()}
+        self.record = Record(writer.path, step.pass_.pass_name())
+        self.seconds = {"load": time.perf_counter() - started, "steps": 0.0, "save": 0.0}
+
+    def _prepared(self) -> tuple[Any, torch.optim.Optimizer]:
+        """The student and its optimizer as accelerate wraps them."""
+        kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "other": [], "scale": []}
+        for name, parameter in {id(p): (n, p) for n, p in self.student.trainable.items()}.values():
+            gain = self.student.is_gain(name)
+            kinds["scale" if gain else "matrix" if parameter.dim() > 1 else "other"].append(parameter)
+        s = self.schooling
+        groups = [
+            {"params": parameters, "peak": s.scale_lr if kind == "scale" else s.lr, "lr": 0.0,
+             "weight_decay": s.weight_decay if kind == "matrix" else 0.0}
+            for kind, parameters in kinds.items() if parameters
+        ]  # fmt: skip
+        optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=s.betas)
+        return self.accelerator.prepare(self.student.module, optimizer)  # type: ignore[no-any-return]
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return model.to(self.accelerator.device)
+
+    def _recompute(self) -> None:
+        """Activation checkpointing, without the training mode that transformers ties it to, which would turn dropout on."""
+        if not self.schooling.recompute:
+            return
+        model = self.student.module
+        if not model.supports_gradient_checkpointing:
+            raise UsageError("recompute", "a family that can compute its blocks again", type(model).__name__, "leave it off")
+        # Renamed between versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        for part in model.modules():
+            if getattr(part, "gradient_checkpointing", False):
+                part.training = True
+
+    def _keeps_texts_apart(self) -> None:
+        """Raises InputError for a family whose attention goes from one text of a row to another."""
+        if (row := self.lessons.joined()) is None:
+            return
+        model, inputs = self.student.module, row.inputs
+        starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        second = slice(starts[1], starts[2] if len(starts) > 2 else None)
+        with torch.no_grad():
+            together = model(**inputs, use_cache=False).logits[0, second]
+            alone = model(input_ids=inputs["input_ids"][:, second], use_cache=False).logits[0]
+        if float((together - alone).abs().max()) > _APART * max(1.0, float(alone.abs().max())):
+            got = f"{type(model).__name__}, whose attention joins them"
+            raise InputError("packing", "a model that keeps the texts of a row apart", got, "set packing to pad")
+
+    def all_steps(self) -> None:
+        """From the last state to the end."""
+        lessons, path = self.lessons, self.writer.path / STATE
+        done = state.load(path, self.parameters, self.optimizer)
+        tokens = self.record.back_to(done) if self.ctx.is_main else 0
+        began, began_tokens = time.perf_counter(), tokens
+        for number in range(done, lessons.steps):
+            started = time.perf_counter()
+            samples = lessons.of_step(number)
+            count = lessons.tokens(samples)
+            loss, norm, rate = self._one_step(number, count)
+            tokens += count
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._stop(number, samples, loss, norm)
+            if self.ctx.is_main:
+                self.record.add(step=number + 1, loss=loss, lr=rate, norm=norm, tokens=tokens)
+            self.seconds["steps"] += time.perf_counter() - started
+            pace = (tokens - began_tokens) / (time.perf_counter() - began)
+            self.ctx.tell(
+                "train", step=self.step.name, phase="train", number=number + 1, steps=lessons.steps, loss=loss,
+                tokens_per_second=pace,
+            )  # fmt: skip
+            if (number + 1) % self.schooling.save_every == 0 or number + 1 == lessons.steps:
+                started = time.perf_counter()
+                if self.ctx.is_main:
+                    self.record.keep()
+                state.save(path, number + 1, self.parameters, self.optimizer, self.ctx)
+                self.seconds["save"] += time.perf_counter() - started
+
+    def _one_step(self, number: int, count: int) -> tuple[float, float, float]:
+        """(loss per token, norm of the gradient, learning rate) of one optimizer step over `count` tokens."""
+        ctx, s = self.ctx, self.schooling
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for lesson, last in self.lessons.share(number, ctx.rank, ctx.world_size):
+            # Gradients of processes are averaged, and only with the last micro-batch.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self._loss(lesson)
+                self.accelerator.backward(loss * (ctx.world_size / max(1, count)))
+                total += loss.detach().double().cpu()
+        ctx.add_up(total)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                # AdamW counts steps for each parameter; a state that is loaded has one count.
+                parameter.grad = torch.zeros_like(parameter)
+            elif name in self.masks:
+                parameter.grad.mul_(self.masks[name])
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), s.clip or math.inf)
+        share = s.rate(number, self.lessons.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        value, size = float(total) / max(1, count), float(norm)
+        if math.isfinite(value) and math.isfinite(size):
+            self.optimizer.step()
+        return value, size, s.lr * share
+
+    def _loss(self, lesson: Lesson) -> torch.Tensor:
+        device = self.accelerator.device
+        inputs = {name: value.to(device) for name, value in lesson.inputs.items()}
+        placed = Lesson(inputs, lesson.positions.to(device), lesson.labels.to(device))
+        lower = self.dtype is not torch.float32
+        with torch.autocast(device.type, self.dtype, enabled=lower):
+            return self.pass_.loss(placed, self.model, self.teacher)
+
+    def _stop(self, number: int, samples: list[int], loss: float, norm: float) -> None:
+        """Keeps the batch that a loss was not finite on, and raises InputError."""
+        kept = self.writer.path.parent / BAD
+        if self.ctx.is_main:
+            from safetensors.torch import save_file
+
+            lesson = self.lessons.lesson(samples)
+            save_file({name: value.contiguous() for name, value in lesson.inputs.items()}, kept)
+        self.ctx.barrier()
+        raise InputError(
+            f"step {number + 1}", "a finite loss and gradient", f"a loss of {loss:g}, a gradient of norm {norm:g}",
+            f"look at its batch, {kept}; lower lr, or try --dtype float32",
+        )  # fmt: skip
+
+    def _before(self, weight: Weight) -> torch.Tensor:
+        """What a weight was, [experts?, rows, columns]."""
+        return qtensor.as_matrix(weight, self.student.meaning.dense(weight.name))
+
+    def write(self) -> None:
+        """Every trained weight at its place, and what was recorded."""
+        for weight in self.weights:
+            learned = {key: state.whole(self.parameters[key]) for key in self.student.learned(weight.name)}
+            if not self.ctx.is_main:
+                continue
+            parts = self.student.parts(weight, learned)
+            after = self.step.after[weight.name]
+            dense = after.scheme is None
+            value = qtensor.as_matrix(weight, parts[weight.name]) if dense else qtensor.decode(weight, after, parts)
+            if after.sparsity is not None:
+                check_mask(weight, after.sparsity, value)
+            odd = watch(weight, value, None, partial(self._before, weight), "lower lr or scale_lr, or raise warmup")
+            digests = {name: self.writer.put(name, part) for name, part in parts.items()}
+            # What pruning or rounding has cost this weight is no longer what it was.
+            self.writer.record(weight.name, digests, {"error": None, "output_error": None, "notes": odd})
+        if self.ctx.is_main:
+            self.record.draw()
+
+
+def _check_launch(accelerator: Any) -> None:
+    """Raises UsageError for a way to share a model out that was asked for and is not this driver's."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if asked and kind != "FSDP":
+        got = f"FSDP on {accelerator.device}"
+        raise UsageError("accelerate", "FSDP on accelerators, or DDP", got, "launch without --use_fsdp")
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        got = f"{kind} version 1" if kind == "FSDP" else kind
+        raise UsageError("accelerate", "DDP, or FSDP version 2", got, "launch with --fsdp_version 2, or with neither")
+
+
+def _causal(model: Any, source: Checkpoint) -> bool:
+    """Whether a model predicts the next token. Raises InputError for one without logits for every token."""
+    kind = type(model).__name__
+    if model.main_input_name != "input_ids" or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
+        got = f"{kind}"
+        raise InputError(source.name, "a language model with logits for every token of one text", got, "train another model")
+    return not is_masked(kind)

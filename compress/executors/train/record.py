@@ -1,0 +1,62 @@
+"""Record: what every step measured, a line of JSON each, and a picture of it.
+
+    training.jsonl   step, loss per scored token, learning rate, norm of the gradient, tokens so far
+    training.svg     the loss over the steps
+Times are not in it, so that the same run gives the same bytes; a manifest tells them beside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from compress.checkpoint.reader import TRAINING
+
+LINES, PICTURE = TRAINING
+
+
+class Record:
+    """The record of one run, in the directory that it makes."""
+
+    def __init__(self, folder: Path, title: str) -> None:
+        self.folder, self.title = folder, title
+
+    def _rows(self) -> list[dict[str, float]]:
+        """The lines so far; one that a crash has cut is the last, and is left out."""
+        path = self.folder / LINES
+        rows = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def back_to(self, step: int) -> int:
+        """Drops what was recorded after `step` steps; returns the tokens until then."""
+        rows = [row for row in self._rows() if row["step"] <= step]
+        if (self.folder / LINES).is_file():
+            # A kill in the middle must leave the old lines or the new ones.
+            new = self.folder / f".{LINES}.new"
+            new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            new.replace(self.folder / LINES)
+            self.keep()
+        return int(rows[-1]["tokens"]) if rows else 0
+
+    def add(self, **row: float) -> None:
+        """Writes down a step."""
+        with open(self.folder / LINES, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def keep(self) -> None:
+        """Makes the lines so far durable; a state that is kept counts on them."""
+        with open(self.folder / LINES, "a") as stream:
+            os.fsync(stream.fileno())
+
+    def draw(self) -> None:
+        """Makes the picture."""
+        from compress.plots import losses
+
+        if rows := self._rows():
+            losses(self.folder / PICTURE, rows, self.title)

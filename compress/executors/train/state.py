@@ -1,0 +1,88 @@
+"""State: what a training run needs to go on, in one safetensors file.
+
+Parameters in fp32 and AdamW's two moments, by the names that weights have on disk, and the number of steps done. Nothing
+else is needed: the order of samples and the learning rate are functions of the step, and no dropout draws numbers. The file
+is replaced by one rename, so there is always a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.context import Context
+from compress.errors import MachineError
+
+_KEY = "training"
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded over processes, on every one of them, in ordinary memory."""
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach().cpu()
+
+
+def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole value on the device of a tensor, and sharded as that is."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return value.to(tensor.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: torch.Tensor = distribute_tensor(value.to(mesh.device_type), mesh, tensor.placements)  # type: ignore[attr-defined]
+    return sharded
+
+
+def save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ctx: Context) -> None:
+    """Writes the state after `step` steps; every process must call it. Raises MachineError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        moments = optimizer.state.get(parameter, {})
+        parts = {"value": parameter, "mean": moments.get("exp_avg"), "square": moments.get("exp_avg_sq")}
+        for word, part in parts.items():
+            if part is not None and (found := whole(part)) is not None and ctx.is_main:
+                tensors[f"{word}:{name}"] = found.contiguous()
+    if not ctx.is_main:
+        return
+    new = path.with_name(f"{path.name}.new")
+    try:
+        # One key of metadata, for safetensors keeps no order among several.
+        save_file(tensors, new, {_KEY: json.dumps({"step": step})})
+        descriptor = os.open(new, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        do = "free some space and run the same command again: it goes on from the state before"
+        raise MachineError(str(path), "a place to write", str(error), do) from None
+
+
+def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Puts a state back; returns how many steps were done, 0 where there is none."""
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        step = int(json.loads((file.metadata() or {})[_KEY])["step"])
+        held: set[str] = set(file.keys())
+        for name, parameter in parameters.items():
+            with torch.no_grad():
+                parameter.copy_(like(file.get_tensor(f"value:{name}"), parameter))
+            if f"mean:{name}" in held:
+                moments: dict[str, Any] = {"step": torch.tensor(float(step))}
+                for key, word in (("exp_avg", "mean"), ("exp_avg_sq", "square")):
+                    moments[key] = like(file.get_tensor(f"{word}:{name}"), parameter).clone()
+                optimizer.state[parameter] = moments
+    return step

@@ -1,0 +1,4 @@
+"""Layerwise: forward passes with one block in memory.
+
+Imports errors, spec, device, numerics, checkpoint, importers, corpus, architecture, contract, kernels.
+"""

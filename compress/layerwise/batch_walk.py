@@ -1,0 +1,63 @@
+"""Traveller: one batch of a sweep: where it is, and what it holds there."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.architecture.experts import Routed
+from compress.layerwise.batches import Batch
+from compress.layerwise.hidden_state_offload import Parking
+from compress.layerwise.stepwise import Call, Journey, Key, Roads, Visit
+
+
+class Traveller:
+    """Goes from block to block with `go_on`; inside a block it waits where `until` sends it."""
+
+    def __init__(self, batch: Batch, roads: Roads, parking: Parking) -> None:
+        self.batch, self._roads, self._parking = batch, roads, parking
+        self._journey = Journey(roads.skeleton, batch.inputs)
+        self.call: Call | None = None
+        self._visit: Visit | None = None
+
+    def set_out(self) -> None:
+        """Goes to the first block."""
+        self._arrive(self._journey.advance())
+
+    def go_on(self) -> None:
+        """Ends the block and goes to the next one; `call` is None where there is none."""
+        output = self._inside().finish()
+        # Nothing may hold the old hidden states any longer.
+        self.call = self._visit = None
+        self._arrive(self._journey.advance(output))
+
+    def until(self, key: Key) -> torch.Tensor | Routed:
+        """What the reader `key` is about to read. Raises LookupError if this batch never gets there."""
+        return self._inside().until(key)
+
+    def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
+        """Everything that is read in this block, in order."""
+        return self._inside().survey()
+
+    def step_back(self) -> None:
+        """Gives up what it holds inside the block; it starts at the beginning when it is asked again."""
+        if self._visit is not None and self.call is not None:
+            self._visit.drop()
+            self._parking.park(self, self.call, unchanged=True)
+
+    def leave(self) -> None:
+        """Ends the journey where it is."""
+        if self._visit is not None:
+            self._visit.drop()
+        self.call = self._visit = None
+        self._journey.leave()
+
+    def _arrive(self, call: Call | None) -> None:
+        self.call = call
+        if call is not None:
+            self._visit = self._roads.visit(call)
+            self._parking.park(self, call)
+
+    def _inside(self) -> Visit:
+        assert self._visit is not None
+        self._parking.fetch(self)
+        return self._visit

@@ -1,0 +1,167 @@
+"""Meaning: a checkpoint in any state, seen as the dense weights it means.
+
+Dense, masked, canonical codes, or packed, by us or by another tool: `logical` names the same weights, and `dense` reads
+one of them. Codes are expanded by QTensor.dequantize, the one meaning they have, and rounded to the dtype of the weight
+they were made from, as readers do.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.architecture import weight_map
+from compress.checkpoint.reader import CANONICAL, NATIVE, Checkpoint, Logical, torch_dtype
+from compress.errors import InputError
+from compress.importers import Foreign, method_of, open_foreign
+from compress.numerics import qtensor
+from compress.spec.weight_state import State, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.contract.format import Format
+    from compress.numerics.qtensor import QTensor
+
+
+class Meaning:
+    """Raises InputError for a packed checkpoint that cannot be read.
+
+    Some readers multiply by what codes mean as it is: `rounded` is False for what they compute, fp32 whatever is stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rounded: bool = True) -> None:
+        self.checkpoint, self.rounded = checkpoint, rounded
+        manifest, method = checkpoint.manifest, method_of(checkpoint)
+        self.format: Format | None = None
+        self.foreign: Foreign | None = None
+        self._told = manifest is not None and manifest.format not in ("canonical", "tokens") and method == manifest.format
+        if self._told or method == NATIVE:
+            from compress.kernels.dispatch import load_format
+
+            self.format = load_format(str(method))().reading(checkpoint)
+        if self.format is not None and self.format.expands:
+            self.format, self.foreign = None, open_foreign(checkpoint)
+        elif self.format is None and method is not None and not (manifest is not None and method == CANONICAL):
+            self.foreign = open_foreign(checkpoint)
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights lie as a reader wants them, and not in the canonical form."""
+        return self.format is not None or self.foreign is not None
+
+    @cached_property
+    def weights(self) -> dict[str, tuple[Weight, State]]:
+        """Every weight whose bytes are packed, or codes: its shape as passes see it, and its state."""
+        if self.foreign is not None:
+            return {
+                p.name: (
+                    Weight(p.name, p.dtype, p.shape, transposed=p.transposed, module=p.name.rpartition(".")[0]),
+                    State(p.scheme),
+                )
+                for p in self.foreign.weights.values()
+                if p.scheme is not None
+            }
+        if self.format is not None and not self._told:
+            return self._checked(self.format.described(self.checkpoint))
+        known = {
+            name: (Weight(name, r.dtype, r.shape, transposed=r.transposed, module=name.rpartition(".")[0]), self._states[name])
+            for name, r in (self.checkpoint.manifest.weights if self.checkpoint.manifest else {}).items()
+        }
+        plain = self.format.plain if self.format else lambda _, state: state.scheme is None
+        there = self.checkpoint.refs
+        return self._checked({name: told for name, told in known.items() if name not in there or not plain(*told)})
+
+    def _checked(self, weights: dict[str, tuple[Weight, State]]) -> dict[str, tuple[Weight, State]]:
+        """The same, if the tensors are there that such weights have."""
+        if self.format is None:
+            return weights
+        for spec, state in [(spec, told[1]) for told in weights.values() for spec in self.format.specs(*told)]:
+            ref = self.checkpoint.refs.get(spec.name)
+            if ref is None or (ref.dtype, ref.shape) != (spec.dtype, spec.shape):
+                got = f"{ref.dtype} {list(ref.shape)}" if ref else "no such tensor"
+                expected = f"{spec.dtype} {list(spec.shape)} of {state}"
+                raise InputError(f"'{spec.name}' in {self.checkpoint.path}", expected, got, "make the artifact anew")
+        return weights
+
+    @cached_property
+    def _states(self) -> dict[str, State]:
+        """What our manifest says of weights."""
+        manifest = self.checkpoint.manifest
+        return {name: State.parse(record.state) for name, record in manifest.weights.items()} if manifest else {}
+
+    @cached_property
+    def logical(self) -> dict[str, Logical]:
+        """Every weight by its source name, in whatever form its bytes are, in stored order."""
+        if not self.packed:
+            return self.checkpoint.logical
+        if self.foreign is not None:
+            owners = {part: packed.name for packed in self.foreign.weights.values() for part in packed.parts}
+            # What a format has besides, such as scales of activations, is no weight.
+            dropped = self.foreign.parts - owners.keys()
+        else:
+            owners, dropped = {spec.name: name for name in self.weights for spec in self.specs(name)}, frozenset()
+        found: dict[str, Logical] = {}
+        for ref in self.checkpoint.refs.values():
+            name = owners.get(ref.name, ref.name)
+            if name in self.weights:
+                weight, state = self.weights[name]
+                found[name] = Logical(weight.dtype, weight.shape, state, weight.transposed)
+            elif self.foreign is not None and name in self.foreign.weights:
+                packed = self.foreign.weights[name]
+                found[name] = Logical(packed.dtype, packed.shape, State(), False)
+            elif name not in dropped:
+                found[name] = Logical(ref.dtype, ref.shape, self._states.get(name, State()), False)
+        return found
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight lies otherwise than as a plain tensor."""
+        return name in self.weights or (self.foreign is not None and name in self.foreign.weights)
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        """The tensors on disk that hold a weight that is packed or in codes."""
+        weight, state = self.weights[name]
+        return self.format.specs(weight, state) if self.format else qtensor.specs(weight, state)
+
+    def qtensor(self, name: str) -> QTensor | None:
+        """The codes of a weight, None where it has none."""
+        if name not in self.weights or self.weights[name][1].scheme is None:
+            return None
+        if self.foreign is not None:
+            found = self.foreign.weights[name].read(self.checkpoint.read)
+            assert not isinstance(found, torch.Tensor)
+            return found
+        found = self._decoded(name)
+        assert not isinstance(found, torch.Tensor)
+        return found
+
+    def _decoded(self, name: str) -> QTensor | torch.Tensor:
+        weight, state = self.weights[name]
+        parts = {spec.name: self.checkpoint.read(spec.name) for spec in self.specs(name)}
+        return self.format.decode(weight, state, parts) if self.format else qtensor.decode(weight, state, parts)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """The weight in its stored shape and dtype."""
+        q = self.qtensor(name)
+        if q is None:
+            if self.foreign is not None and name in self.foreign.weights:
+                found = self.foreign.weights[name].read(self.checkpoint.read)
+                assert isinstance(found, torch.Tensor)
+                return found.to(torch_dtype(self.foreign.weights[name].dtype)) if self.rounded else found
+            if name not in self.weights:
+                return self.checkpoint.read(name)
+            values = self._decoded(name)
+            assert isinstance(values, torch.Tensor)
+            return qtensor.as_matrix(self.weights[name][0], values).contiguous()
+        weight, _ = self.weights[name]
+        return qtensor.as_matrix(weight, q.dequantize()).to(self.dtype_of(weight)).contiguous()
+
+    def dtype_of(self, weight: Weight) -> torch.dtype:
+        """What a weight in codes is rounded to when it is expanded."""
+        return torch_dtype(weight.dtype) if self.rounded else torch.float32
+
+    def resolve(self, model: nn.Module) -> weight_map.Model:
+        """The place of every weight in `model`. Raises InputError with everything that does not fit."""
+        return weight_map.place(self.checkpoint, self.logical, model, allow_dtype_mismatch=True)

@@ -1,0 +1,86 @@
+"""Windows: an evaluation text as token ids, cut into windows of one length.
+
+A file's documents are encoded one by one, without special tokens, and joined in order with nothing between them. Windows do
+not overlap; what is left at the end is not used.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.corpus.documents import file_at, kind_word, not_text, open_documents
+from compress.corpus.encoder import Encoder
+from compress.corpus.spec import CorpusSpec, kind_of
+from compress.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.checkpoint.reader import Checkpoint
+
+FIELD = "text"
+_DOCUMENTS = 16
+_TOKENIZERS = ("tokenizer", "vocab", "spiece", "tekken")
+
+
+def check_data(data: str, length: int, limit: int | None = None) -> CorpusSpec:
+    """What can be said of a text before any model is opened. Raises InputError for a file that is not there, UsageError."""
+    spec = CorpusSpec((data,), field=FIELD, length=length, join="none", bos="never")
+    if kind_of(data) not in ("lines", "text"):
+        raise UsageError("data", "a .jsonl file with a field 'text', or a .txt", f"'{data}'", "convert it to one of them")
+    if limit is not None and limit < length:
+        raise UsageError("tokens", f"at least a window of {length}", f"{limit}", "raise tokens or lower length")
+    file_at(data)
+    return spec
+
+
+def token_windows(
+    tokenizer_folder: Path, data: Path | str, length: int, limit: int | None = None, trusted: bool = False
+) -> torch.Tensor:
+    """Token ids [windows, length] of the first `limit` tokens of a text, or of all. Raises InputError if it is too short."""
+    import torch
+
+    spec = check_data(str(data), length, limit)
+    tokenizer = Encoder(spec, tokenizer_folder, trusted).tokenizer
+    ids: list[int] = []
+    with ExitStack() as stack:
+        documents = open_documents(str(data), spec.field, spec.split, False, stack)
+        rest = documents.read(range(documents.count))
+        while (limit is None or len(ids) < limit) and (batch := list(islice(rest, _DOCUMENTS))):
+            for number, text in batch:
+                if not isinstance(text, str):
+                    raise not_text(documents.where(number), spec.field, kind_word(text))
+                if any("\ud800" <= c <= "\udfff" for c in text):
+                    do = "repair the text or take it out"
+                    raise InputError(documents.where(number), "a text of whole characters", "half of a surrogate pair", do)
+            for found in tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]:
+                ids += found
+    wanted = limit or length
+    if len(ids) < wanted:
+        do = "give a longer text, or lower " + ("tokens" if limit and len(ids) >= length else "length")
+        raise InputError(str(data), f"at least {wanted:,} tokens", f"{len(ids):,} tokens", do)
+    count = min(len(ids), limit or len(ids)) // length
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What a tokenizer is made from: where it is the same, nothing needs to be made."""
+    return {f: (checkpoint.path / f).read_bytes() for f in checkpoint.side_files if f.startswith(_TOKENIZERS)}
+
+
+def tokenizer_folder(source: Checkpoint | None, artifact: Checkpoint) -> Path:
+    """Where to take the tokenizer from: the source, if it has one. Raises InputError if the artifact has another one."""
+    owners = [c for c in (source, artifact) if c is not None and any(file.startswith(_TOKENIZERS) for file in c.side_files)]
+    if len(owners) == 2 and _tokenizer_files(owners[0]) != _tokenizer_files(owners[1]):
+        from compress.layerwise.logits import label_of
+
+        spec = CorpusSpec(("-",), join="none", bos="never")
+        ours, theirs = (Encoder(spec, owner.path, owner.trusted).tokenizer.get_vocab() for owner in reversed(owners))
+        if ours != theirs:
+            expected = f"the tokenizer of {label_of(owners[0])}, of {len(theirs):,} tokens"
+            got = f"one of {len(ours):,}" + (", some of them others" if len(ours) == len(theirs) else "")
+            raise InputError(label_of(artifact), expected, got, "measure it against the model that it was made from")
+    return (owners or [source or artifact])[0].path

@@ -1,0 +1,164 @@
+"""Forward: logits of a checkpoint in any state, with one block in memory.
+
+A group of batches moves through the model together: each block is loaded once for all of them, then released, and only
+their hidden states stay. Logits are made one batch at a time, when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.writer import trim_memory
+from compress.device import CPU
+from compress.errors import InputError
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.meta_model import Skeleton
+from compress.layerwise.stepwise import Call, Journey, Roads
+
+_TOGETHER_BYTES = 256 << 20
+"""Weights of a block, in fp32, that are read side by side; those of a larger one are read one after the other."""
+
+
+class Forward:
+    """A language model in fp32, on a device. Raises InputError for one without logits at every token.
+
+    Without `rounded`, codes mean what they are, not rounded to the dtype that they were made from.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU) -> None:
+        self.label = label_of(checkpoint)
+        try:
+            self.skeleton = Skeleton(Meaning(checkpoint, rounded), torch.float32, device)
+        except InputError as error:
+            # Two models are read side by side: a message about a tensor must say whose.
+            raise InputError(
+                p if p.where.startswith(self.label) else replace(p, where=f"{self.label}: {p.where}") for p in error.problems
+            ) from None
+        self.model: Any = self.skeleton.module
+        config, kind = self.model.config, type(self.model).__name__
+        if self.model.main_input_name != "input_ids":
+            got = f"{kind}, which reads {self.model.main_input_name}"
+            raise InputError(self.label, "a model that reads token ids", got, "measure a language model")
+        if self.model.get_output_embeddings() is None:
+            do = "name the language model's class in config.json's architectures"
+            raise InputError(self.label, "a model with logits for every token", f"{kind}, which has no such head", do)
+        self.vocabulary: int = config.get_text_config().vocab_size
+        self.encoder_decoder = bool(config.is_encoder_decoder)
+        self.causal = self.encoder_decoder or not is_masked(kind)
+
+    def positions(self) -> int | None:
+        """How long an input may be, None where nothing says."""
+        limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        # Where padding has a position, those before it are never used.
+        limits += [
+            part.num_embeddings - part.padding_idx - 1
+            for path, part in self.model.named_modules()
+            if isinstance(part, nn.Embedding) and path.endswith("position_embeddings") and part.padding_idx is not None
+        ]
+        return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+    def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's arguments for windows [batch, length], where it computes."""
+        ids = ids.to(self.skeleton.device)
+        if not self.encoder_decoder:
+            return {"input_ids": ids}
+        half = ids.shape[1] // 2
+        return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}
+
+    def held_bytes(self, ids: torch.Tensor) -> int:
+        """Memory that a batch holds between blocks: what a block is called with, and what comes out of it."""
+        journey = Journey(self.skeleton, self.inputs(ids))
+        with Roads(self.skeleton):
+            call = journey.advance()
+            held = 0 if call is None else 2 * _nbytes(call)
+            journey.leave()
+        self.skeleton.release_visitors()
+        return held
+
+    def logits(
+        self, windows: list[torch.Tensor], passed: Callable[[], None] = lambda: None, team: Executor | None = None
+    ) -> Generator[torch.Tensor]:
+        """Logits of each batch of `windows`, in order; `passed` is called after each block. Close it to release the head.
+
+        A `team` reads a block's weights side by side, and takes batches through it side by side.
+        """
+        spread = map if team is None else team.map
+        journeys = [Journey(self.skeleton, self.inputs(ids)) for ids in windows]
+        waiting: list[tuple[Any, ...]] = [()] * len(journeys)
+        try:
+            with Roads(self.skeleton) as roads:
+                while (call := journeys[0].advance(*waiting[0])) is not None:
+                    calls = [call, *(other for j, w in zip(journeys[1:], waiting[1:]) if (other := j.advance(*w)))]
+                    assert [other.block for other in calls] == [call.block] * len(journeys)
+                    self.skeleton.release_visitors()
+                    nbytes = sum(4 * p.numel() for p in self.skeleton.module_at(call.block.path).parameters())
+                    self.skeleton.load(call.block.path, spread if nbytes <= _TOGETHER_BYTES else map)
+                    waiting = [(output,) for output in spread(partial(_finish, roads), calls)]
+                    self.skeleton.release(call.block.path)
+                    # What a block leaves behind would else add up, block after block.
+                    trim_memory()
+                    del calls
+                    passed()
+                yield self._output(journeys[0])
+                for number in range(1, len(journeys)):
+                    end = journeys[number].advance(*waiting[number])
+                    assert end is None
+                    waiting[number] = ()
+                    yield self._output(journeys[number])
+        finally:
+            for journey in journeys:
+                journey.leave()
+            self.skeleton.release_visitors()
+
+    def _output(self, journey: Journey) -> torch.Tensor:
+        logits = getattr(journey.output, "logits", None)
+        journey.output = None
+        ids = journey.inputs["decoder_input_ids" if self.encoder_decoder else "input_ids"]
+        if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
+            got = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else "none"
+            raise InputError(self.label, f"logits for every token, {list(ids.shape)}", got, "measure a language model")
+        return logits
+
+
+@torch.no_grad()
+def _finish(roads: Roads, call: Call) -> Any:
+    """A block's output; whether gradients are kept is said anew in every thread."""
+    return roads.visit(call).finish()
+
+
+def label_of(checkpoint: Checkpoint) -> str:
+    """What messages call a checkpoint: its Hub id, or its directory."""
+    return checkpoint.name if checkpoint.origin else str(checkpoint.path)
+
+
+def is_masked(kind: str) -> bool:
+    """Whether a class of transformers predicts each token from both sides of it."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _nbytes(call: Call) -> int:
+    """Memory of the tensors among a block's arguments, each counted once."""
+    found: dict[int, int] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, tuple | list):
+            for part in value:
+                collect(part)
+        elif isinstance(value, dict):
+            collect(list(value.values()))
+
+    collect([call.args, call.kwargs])
+    return sum(found.values())

@@ -1,0 +1,150 @@
+"""Model: a runnable model from a checkpoint in any state; codes stay codes.
+
+A module whose weight is one tensor in codes expands them whenever it is used (QLinear), to the same values that a reader
+would have; what transformers fuses or splits while it loads is expanded once. It is loaded block by block, so that no more
+than one block is dense at a time. Everything else is transformers' own model: `generate` works as it always does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from compress.architecture import weight_map
+from compress.architecture.qlinear import QLinear, with_codes
+from compress.checkpoint.reader import Checkpoint
+from compress.device import CPU, moved
+from compress.errors import InputError
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.meta_model import Skeleton
+from compress.numerics.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True, device: torch.device = CPU) -> PreTrainedModel:
+    """A model in eval mode, computing in `dtype` on `device`. Raises InputError for a packed checkpoint that cannot be read.
+
+    Without `rounded`, codes in an fp32 model mean what they are, not rounded to the dtype that they were made from.
+    """
+    model: PreTrainedModel = filled(checkpoint, dtype, rounded, device).module
+    generation_config(model, checkpoint)
+    return model
+
+
+def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Gives a model what its directory says of generation. Raises InputError for what is no config."""
+    if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        except Exception as error:  # transformers validates with exceptions of many kinds
+            got = str(error).strip().partition("\n")[0]
+            raise InputError(str(checkpoint.path / "generation_config.json"), "a valid config of generation", got) from None
+
+
+def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: torch.device = CPU) -> Skeleton:
+    """A skeleton with everything in its place for good."""
+    skeleton = Skeleton(Meaning(checkpoint, rounded), getattr(torch, dtype), device)
+    _Loader(skeleton).load()
+    _as_transformers_has_it(skeleton)
+    return skeleton
+
+
+class _Loader:
+    """Fills a skeleton for good."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        self.skeleton, self.meaning = skeleton, skeleton.meaning
+        self.kinds = (nn.Linear, nn.Embedding, Conv1D)
+        groups = {group.parameter: group for group in skeleton.mapping.groups(self.meaning.logical)}
+        self.names = {p: group.sources[0] for p, group in groups.items() if not group.patterns}
+        self.placed: set[str] = set()
+        self.ties = ties(skeleton.module, groups)
+
+    def load(self) -> None:
+        """Everything, a block at a time."""
+        paths = [*(block.path for block in self.skeleton.blocks), *self.skeleton.lazy]
+        parts = {path: self.skeleton.module_at(path) for path in paths}
+        inside = tuple(f"{path}." for path in paths)
+        self.encode([name for name in self.names if not name.startswith(inside)])
+        for path in paths:
+            self.skeleton.load(path)
+            self.encode([name for name in self.names if name.startswith(f"{path}.")])
+        for path in self.skeleton.lazy:
+            # They are loaded now, and stay.
+            parts[path]._forward_pre_hooks.clear()
+        for alias, owner in self.ties.items():
+            self.tie(alias, owner)
+        inputs = {name for name, (_, state) in self.meaning.weights.items() if state.scheme is not None and state.scheme.inputs}
+        if lost := sorted(inputs - self.placed):
+            raise InputError(
+                lost[0], "a module of its own, whose activations can be rounded", f"{len(lost)} weights that transformers fuses",
+                "unpack with to=dense: the weights alone",
+            )  # fmt: skip
+
+    def encode(self, parameters: list[str]) -> None:
+        """Puts codes in the place of those parameters that are made of nothing else."""
+        for parameter in parameters:
+            name = self.names[parameter]
+            path, _, attribute = parameter.rpartition(".")
+            module = self.skeleton.module_at(path)
+            if name not in self.meaning.weights or attribute != "weight" or not isinstance(module, self.kinds):
+                continue
+            weight, _ = self.meaning.weights[name]
+            if (q := self.meaning.qtensor(name)) is None:
+                continue
+            self.placed.add(name)
+            self.place(module, moved(q, self.skeleton.device), self.meaning.dtype_of(weight))
+
+    def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
+        """Codes instead of the dense weight, which tells the dtype that this module computes in."""
+        dense = module._parameters["weight"]
+        assert dense is not None
+        if dense.dtype == torch.float32 or not q.scheme.integer:
+            # Exact, and transformers takes the dtype of the first parameter for the one of the model.
+            q = q.plain()
+        with_codes(module, q, stored, dense.dtype)
+
+    def tie(self, alias: str, owner: str) -> None:
+        """Makes two parameters one, in whatever form it is."""
+        (path, _, attribute), (other, _, other_attribute) = alias.rpartition("."), owner.rpartition(".")
+        module, held = self.skeleton.module_at(path), self.skeleton.module_at(other)
+        if other_attribute in held._parameters:
+            module._parameters[attribute] = held._parameters[other_attribute]
+        elif attribute == "weight" and isinstance(module, self.kinds):
+            assert isinstance(held, QLinear)
+            self.place(module, held.quantized(), held.stored_dtype)
+            if "scale" in held._parameters:
+                module._parameters["scale"] = held.scale
+
+
+def _as_transformers_has_it(skeleton: Skeleton) -> None:
+    """Gives back what a skeleton has set aside for its passes: the cache, and how experts are computed."""
+    fresh = weight_map.meta_model(skeleton.meaning.checkpoint)
+    for ours, theirs in zip(skeleton.module.modules(), fresh.modules(), strict=True):
+        config: Any = getattr(ours, "config", None)
+        for name in ("use_cache", "_experts_implementation"):
+            if hasattr(config, name):
+                setattr(config, name, getattr(theirs.config, name))
+
+
+def ties(model: nn.Module, owned: Container[str]) -> dict[str, str]:
+    """Tied parameters without tensors of their own -> the one that has them; `owned` are those that have some."""
+    clusters: dict[str, list[str]] = defaultdict(list)
+    for alias, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        clusters[kept] += [alias] if clusters[kept] else [kept, alias]
+    found: dict[str, str] = {}
+    for members in clusters.values():
+        # Two that have tensors of their own stay two, whatever the config says of them.
+        if owners := [name for name in members if name in owned]:
+            found.update((name, owners[0]) for name in members if name not in owned)
+    return found

@@ -1,0 +1,178 @@
+"""Journey: the forward of one batch, paused at blocks and at inputs of weights.
+
+transformers' own forward runs from end to end in a greenlet, so everything between blocks (masks, rotary positions,
+encoder to decoder, position biases handed on) is its own code, whatever the family. At a block it pauses with the
+block's arguments; whoever drives runs the block, in a greenlet of its own (a Visit), and hands back the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from compress.architecture.experts import Routed
+from compress.layerwise.meta_model import Block, Skeleton
+
+Key = tuple[str, str]
+"""A reader of activations: (path of a module, which of its inputs; empty for a linear)."""
+
+
+class Call(NamedTuple):
+    """A block with the arguments that the model calls it with."""
+
+    block: Block
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Journey(greenlet):  # type: ignore[misc]
+    """One batch on its way through the model. `inputs` are the model's keyword arguments."""
+
+    def __init__(self, skeleton: Skeleton, inputs: dict[str, torch.Tensor]) -> None:
+        super().__init__(lambda: skeleton.module(**inputs))
+        self.inputs = inputs
+        self.output: Any = None
+
+    def advance(self, *output: Any) -> Call | None:
+        """Goes on, with the output of the block it is at, to the next block; None at the end, where `output` is set."""
+        reached = self.switch(*output)
+        if isinstance(reached, Call):
+            return reached
+        self.output = reached
+        return None
+
+    def leave(self) -> None:
+        """Ends it where it is."""
+        if not self.dead:
+            self.throw(GreenletExit)
+
+
+class Roads:
+    """Pauses a skeleton's blocks for Journeys, and its readers for Visits, while it is entered."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._forwards: dict[str, Callable[..., Any]] = {}
+
+    def __enter__(self) -> Roads:
+        for block in self.skeleton.blocks:
+            module = self.skeleton.module_at(block.path)
+            self._forwards[block.path] = module.forward
+            module.forward = _paused(block, module.forward)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for block in self.skeleton.blocks:
+            vars(self.skeleton.module_at(block.path)).pop("forward", None)
+
+    def visit(self, call: Call) -> Visit:
+        """The forward of one block on one batch, not begun yet."""
+        return Visit(self._forwards[call.block.path], call)
+
+    def watch(self, readers: dict[str, bool]) -> Callable[[], None]:
+        """Makes modules tell the Visit that runs them what they read; True for experts. Returns what undoes it."""
+        undo: list[Callable[[], None]] = []
+        for path, routed in readers.items():
+            module: Any = self.skeleton.module_at(path)
+            if routed:
+                module.listener = _listener(path)
+                undo.append(partial(delattr, module, "listener"))
+            else:
+                hook = module.register_forward_pre_hook(_teller(path), with_kwargs=True)
+                undo.append(hook.remove)
+
+        def forget() -> None:
+            for end in undo:
+                end()
+
+        return forget
+
+
+def _paused(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def pause(*args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        if isinstance(current, Journey):
+            return current.parent.switch(Call(block, args, kwargs))
+        return forward(*args, **kwargs)
+
+    return pause
+
+
+def _listener(path: str) -> Callable[[str, Routed], None]:
+    return lambda which, inputs: _tell((path, which), inputs)
+
+
+def _teller(path: str) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _tell((path, ""), args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+def _tell(key: Key, inputs: torch.Tensor | Routed) -> None:
+    current = getcurrent()
+    if isinstance(current, _Run):
+        current.reached(key, inputs)
+
+
+class Visit:
+    """A block's forward on one batch. It stops at the reader it is sent to; dropped, it starts again when needed."""
+
+    def __init__(self, forward: Callable[..., Any], call: Call) -> None:
+        self._forward, self._call = forward, call
+        self._run: _Run | None = None
+
+    def until(self, key: Key) -> torch.Tensor | Routed:
+        """What the reader `key` is about to read. Raises LookupError if this batch never gets there."""
+        run = self._run = self._run or _Run(self._forward, self._call)
+        if run.at != key:
+            run.goal = key
+            run.switch()
+        if run.inputs is None:
+            self._run = None
+            raise LookupError(key)
+        return run.inputs
+
+    def finish(self) -> Any:
+        """The block's output."""
+        run = self._run or _Run(self._forward, self._call)
+        run.goal = None
+        self._run = None
+        return run.switch()
+
+    def drop(self) -> None:
+        """Forgets how far it came, and the activations that it holds."""
+        if self._run is not None:
+            self._run.throw(GreenletExit)
+            self._run = None
+
+    def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
+        """Everything that is read, in order, with nothing changed on the way."""
+        run = _Run(self._forward, self._call)
+        run.seen = []
+        run.switch()
+        return run.seen
+
+
+class _Run(greenlet):  # type: ignore[misc]
+    """The greenlet of a Visit."""
+
+    def __init__(self, forward: Callable[..., Any], call: Call) -> None:
+        super().__init__(lambda: forward(*call.args, **call.kwargs))
+        self.goal: Key | None = None
+        self.at: Key | None = None
+        self.inputs: torch.Tensor | Routed | None = None
+        self.seen: list[tuple[Key, Any]] | None = None
+
+    def reached(self, key: Key, inputs: torch.Tensor | Routed) -> None:
+        """Called by the modules that this run passes."""
+        if self.seen is not None:
+            self.seen.append((key, inputs))
+        elif key == self.goal:
+            self.at, self.inputs = key, inputs
+            self.parent.switch()
+            self.at = self.inputs = None

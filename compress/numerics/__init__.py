@@ -1,0 +1,4 @@
+"""Numerics: pure tensor functions: grids, bit streams, solvers, codes.
+
+Imports spec.
+"""

@@ -1,0 +1,389 @@
+"""GPTQ: rounds columns in turn, each making up for the errors before it.
+
+Legend: W [rows, n] weights, Q what their codes mean, D = W - Q; H [n, n] mean outer product of the inputs, lambda its
+damping, F and R its factor (see hessian.py); s scale, z zero point, c = code - z, so that q = s c.
+Loss: trace(D H D^T), the mean square by which the layer's outputs change, summed over outputs.
+
+First pass (Frantar et al., 2210.17323). In its turn column k is rounded not from w_k but from its target
+    t_k = w_k + sum_(j<k) d_j F_jk,    and    trace(D (H + lambda I) D^T) = sum_k R_kk^2 |t_k - q_k|^2
+whatever the codes. Scales are fitted to a group's targets when its first column is reached or, where columns are not
+taken as stored (or `refit` is off), to the weights before anything is rounded.
+
+Sweeps (coordinate descent; never raise the damped loss). With everything else as it is, the best value of column k is
+    t_k = q_k + (D (H + lambda I))_k / (H_kk + lambda),
+the first pass's form with other coefficients, so both share `_round`. A group's scale is first moved to the best for its
+codes, s += <c, D H> / <c, c H>, which costs little because D H is at hand.
+
+On a grid of floats c is a value of the grid, the one nearest to t / s, and scales are fitted to the weights before anything
+is rounded and never moved, for they may be bound to each other. All else is the same, the identity above included.
+
+Everything is done on W^T, where a column is contiguous. What earlier blocks of columns add to a block's targets is one
+matrix product, and inside a block the same is done by halves. Along the outputs, as a Conv1D is grouped, each column has
+scales of its own over groups of rows; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from compress.numerics.fit import Clip, fit
+from compress.numerics.floats import decode, encode
+from compress.numerics.hessian import Factor
+from compress.numerics.rounding import fit_all, largest
+from compress.numerics.scales import divisor, steps
+from compress.spec.scheme import Scheme
+
+Along = Literal["inputs", "outputs"]
+
+_BLOCK = 128
+"""Columns whose targets come from one matrix product."""
+_LEAF = 16
+"""Columns below which a block is no longer halved."""
+_ROWS = 4096
+"""Rows worked on at a time: enough for matrix products, few enough for a leaf's errors to stay in a core's cache."""
+_WHOLE = 512
+"""Groups up to this size are swept as one block, so that their scale can move too."""
+
+
+class Solved(NamedTuple):
+    """codes uint8 [rows, n], scale as stored, zero uint8 or None, the same as of a QTensor; along outputs codes [n, rows]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    losses: torch.Tensor
+    """D H D^T of each row, H undamped; columns whose input was always zero do not count."""
+    norms: torch.Tensor
+    """W H W^T of each row."""
+    errors: torch.Tensor
+    """|W - Q|^2 of each row."""
+    identity: float
+    """sum_k R_kk^2 |t_k - q_k|^2 of the first pass: its trace(D (H + lambda I) D^T)."""
+    tensor_scale: torch.Tensor | None = None
+
+    @property
+    def loss(self) -> float:
+        """trace(D H D^T)."""
+        return float(self.losses.double().sum())
+
+    @property
+    def norm(self) -> float:
+        """trace(W H W^T)."""
+        return float(self.norms.double().sum())
+
+
+@dataclass
+class _Rows:
+    """Some rows at work, transposed: [n, 1, rows], or along the outputs [n, groups, group] with zeros at the end."""
+
+    d: torch.Tensor
+    """W, and W - Q in the place of each column that has been rounded."""
+    codes: torch.Tensor
+    """uint8, d's shape."""
+    scale: torch.Tensor
+    """[groups, 1, rows], or along the outputs [n, groups, 1]."""
+    zero: torch.Tensor
+    """Like scale; the middle code if symmetric."""
+    keep: torch.Tensor | None
+    """uint8, 1 where a weight may differ from zero."""
+
+    @property
+    def flat(self) -> torch.Tensor:
+        return self.d.view(len(self.d), -1)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is the same for all rows."""
+
+    factor: Factor
+    h: torch.Tensor
+    scheme: Scheme
+    dtype: torch.dtype
+    clip: Clip
+    signed: bool
+    least_zero: int
+    along: Along
+    group: int
+    """Columns (along the outputs: rows) that share a scale."""
+    fixed: torch.Tensor | None
+    """Scales of a grid of floats, for every row: [rows, groups], or along the outputs [n, groups]."""
+
+    @property
+    def dim(self) -> int:
+        """The dimension of `_Rows.d` that a group runs along."""
+        return 0 if self.along == "inputs" else 2
+
+    def owners(self, columns: torch.Tensor) -> torch.Tensor:
+        """Which entry of `_Rows.scale` each of `columns` has."""
+        return columns // self.group if self.along == "inputs" else columns
+
+    def fit(self, x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if keep is not None:
+            x = x * keep
+        h = weight if self.along == "inputs" else None
+        return fit(x, h, self.dim, self.scheme, self.dtype, self.clip, self.signed, self.least_zero)
+
+
+def solve(
+    w: torch.Tensor,
+    factor: Factor,
+    hessian: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    *,
+    clip: Clip = "mse",
+    signed: bool = True,
+    least_zero: int = 0,
+    sweeps: int = 1,
+    refit: bool = True,
+    mask: torch.Tensor | None = None,
+    along: Along = "inputs",
+    peak: float | None = None,
+) -> Solved:
+    """Codes for `w` [rows, n] whose inputs have the mean outer product `hessian` [n, n], factored in `factor`.
+
+    Rows do not influence each other: weights that read the same inputs may be stacked. `mask` is False where a weight
+    must stay zero. Plain GPTQ is clip="none", signed=False, sweeps=0. `peak` is the largest magnitude among all that share the
+    scale of the matrix, if more than `w` do. Scales of floats are never `signed`, nor moved by sweeps.
+    """
+    rows, n = w.shape
+    inputs = along == "inputs"
+    length = n if inputs else rows
+    fixed = scale = tensor_scale = None
+    if not scheme.integer:
+        # As it is stored, and without the columns that will be zero.
+        stored = w.masked_fill(factor.dead, 0) if inputs else w.masked_fill(factor.dead, 0).T
+        peak = largest(stored) if peak is None else peak
+        scale = fit_all(stored, scheme, scale_dtype, clip, peak, hessian.diagonal() if inputs else None)
+        tensor_scale = divisor(peak, scheme, w.device)
+        each = steps(scale, tensor_scale).to(factor.feedback.dtype)
+        fixed = each.repeat_interleave(scheme.rows_per_scale(len(stored)), dim=0)[: len(stored)]
+    task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, least_zero, along, scheme.group or length, fixed)
+    codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8, device=w.device)
+    scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype, device=w.device) if scale is None else scale
+    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
+    losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype, device=w.device)
+    identity = 0.0
+    step = _ROWS if inputs else max(1, _ROWS // task.group) * task.group
+    for start in range(0, rows, step):
+        rs = slice(start, min(rows, start + step))
+        part = _begin(w[rs], None if mask is None else mask[rs], task, rs)
+        norms[rs] = _energies(part.flat, hessian)[: rs.stop - start]
+        damped = _first_pass(part, task, refit)
+        identity += float(damped.sum())
+        for _ in range(sweeps):
+            damped -= _sweep(part, task)
+        moved = part.flat.square().sum(0)
+        losses[rs] = (damped - factor.ridge * moved)[: rs.stop - start]
+        errors[rs] = moved[: rs.stop - start] + w[rs][:, factor.dead].square().sum(1)
+        found = part.codes.view(n, -1)[:, : rs.stop - start]
+        if inputs:
+            codes[rs] = found.T
+        else:
+            codes[:, rs] = found
+        at = rs if inputs else (slice(None), slice(start // task.group, start // task.group + part.scale.shape[1]))
+        for whole, own in ((None if task.fixed is not None else scale, part.scale), (zero, part.zero)):
+            if whole is not None:
+                whole[at] = own.squeeze(1).T if inputs else own.squeeze(2)
+    return Solved(codes, scale, zero, losses, norms, errors, identity, tensor_scale)
+
+
+def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -> _Rows:
+    rows, n = w.shape
+    inputs = task.along == "inputs"
+    width = rows if inputs else -(-rows // task.group) * task.group
+    shape = (n, 1, width) if inputs else (n, width // task.group, task.group)
+    d = torch.zeros(n, width, dtype=task.factor.feedback.dtype, device=w.device)
+    d[:, :rows] = w.T
+    d[task.factor.dead] = 0
+    keep = None
+    if mask is not None:
+        keep = torch.ones(n, width, dtype=torch.uint8, device=w.device)
+        keep[:, :rows] = mask.T
+        keep = keep.view(shape)
+    scales = (-(-n // task.group), 1, width) if inputs else (n, width // task.group, 1)
+    s = torch.ones(scales, dtype=d.dtype, device=w.device)
+    if task.fixed is not None:
+        first = rs.start // task.group
+        s = (task.fixed[rs].T if inputs else task.fixed[:, first : first + scales[1]]).contiguous().view(scales)
+    codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
+    return _Rows(d.view(shape), codes, s, torch.full_like(s, task.scheme.middle), keep)
+
+
+def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """V^T H V of each column of V [n, rows]. H is symmetric: its tiles below the diagonal are counted twice instead."""
+    total = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
+    for start in range(0, len(h), 512):
+        ks = slice(start, min(len(h), start + 512))
+        product = (h[ks, :start] @ v[:start]).mul_(2).addmm_(h[ks, ks], v[ks])
+        total += product.mul_(v[ks]).sum(0)
+    return total
+
+
+def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
+    """Rounds every column once; the damped loss of each row."""
+    n, order = len(part.d), task.factor.order
+    columns = torch.arange(n, device=part.d.device) if order is None else order
+    fixed = not refit or order is not None or task.fixed is not None
+    if fixed and task.fixed is None:
+        _fit_all(part, task)
+    if order is not None:
+        _permute(part, order)
+    # Scales that are fitted on the way need the targets of all their columns at once.
+    size = task.group if task.along == "inputs" and not fixed else _BLOCK
+    f, pivots, flat = task.factor.feedback, task.factor.pivots, part.flat
+    damped = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
+    for start in range(0, n, size):
+        ks = slice(start, min(n, start + size))
+        target = part.d[ks].clone()
+        target.view(len(target), -1).addmm_(f[:start, ks].T, flat[:start])
+        if not fixed:
+            own = slice(start // size, start // size + 1) if task.along == "inputs" else ks
+            keep = None if part.keep is None else part.keep[ks]
+            aims = target if start == 0 else _aims(target, part.d[ks], f[ks, ks])
+            part.scale[own], part.zero[own] = task.fit(aims, pivots[ks], keep)
+        for inner in range(start, ks.stop, _BLOCK):
+            here = slice(inner, min(ks.stop, inner + _BLOCK))
+            t = target[inner - start : here.stop - start]
+            t.view(len(t), -1).addmm_(f[start:inner, here].T, flat[start:inner])
+            owners = task.owners(columns[here])
+            _, residual = _round(t, part.d[here], f[here, here], part, here, owners, task.scheme)
+            damped += pivots[here] @ residual.square_().flatten(1)
+    if order is not None:
+        _permute(part, order.argsort())
+    return damped
+
+
+def _aims(target: torch.Tensor, w: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """The best real values of a block, [columns, a, b], given the columns before it: where their targets will be.
+
+    `target` counts only what earlier blocks add. If every column met its target, d = w - aim would add to the next, so
+    aim_k = target_k + sum_(j<k) (w_j - aim_j) F_jk, a triangular system in aim - w.
+    """
+    n = len(w)
+    moved = (target - w).view(n, -1)
+    steps: torch.Tensor = torch.linalg.solve_triangular(f.T, moved, upper=False, unitriangular=True)
+    return steps.view(w.shape).add_(w)
+
+
+def _fit_all(part: _Rows, task: _Task) -> None:
+    """Scales of all groups from the weights as they are."""
+    n = len(part.d)
+    size = task.group if task.along == "inputs" else _BLOCK
+    for start in range(0, n, size):
+        ks = slice(start, min(n, start + size))
+        to = slice(start // size, start // size + 1) if task.along == "inputs" else ks
+        keep = None if part.keep is None else part.keep[ks]
+        part.scale[to], part.zero[to] = task.fit(part.d[ks], task.h.diagonal()[ks], keep)
+
+
+def _permute(part: _Rows, order: torch.Tensor) -> None:
+    """Columns in another order, in place and a few rows at a time, so that no second copy of W is held."""
+    for tensor in (part.d, part.codes, part.keep):
+        if tensor is not None:
+            for piece in tensor.view(len(order), -1).split(256, dim=1):
+                piece.copy_(piece[order])
+
+
+def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
+    """Moves scales and codes of each block to the best, all others fixed; by how much each row's damped loss has fallen."""
+    n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
+    rescale = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
+    size = task.group if rescale else _BLOCK
+    fallen = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
+    for start in range(0, n, size):
+        ks = slice(start, min(n, start + size))
+        owners = task.owners(torch.arange(start, ks.stop, device=flat.device))
+        square = h[ks, ks].clone()
+        square.diagonal().add_(ridge).masked_fill_(task.factor.dead[ks], 1)
+        slope = (h[ks] @ flat).add_(flat[ks], alpha=ridge)
+        codes = part.codes[ks]
+        c = codes.to(flat.dtype).sub_(part.zero[owners]) if task.fixed is None else decode(codes, task.scheme, flat.dtype)
+        if rescale:
+            fallen += _rescale(part, task.dtype, start // task.group, c.flatten(1), flat[ks], slope, square)
+        pivots = square.diagonal().clone()
+        # c becomes q, and after rounding what q has lost, which is what d has gained.
+        moved = c.mul_(part.scale[owners])
+        target = slope.div_(pivots[:, None]).view(c.shape).add_(moved)
+        _, residual = _round(target, moved, square.div_(pivots), part, ks, owners, task.scheme)
+        part.d[ks] += moved
+        # |t - q_old|^2 - |t - q_new|^2, with t - q_old = residual - moved
+        change = residual.mul_(-2).add_(moved).mul_(moved)
+        fallen += pivots @ change.flatten(1)
+    return fallen
+
+
+def _rescale(
+    part: _Rows, dtype: torch.dtype, owner: int, c: torch.Tensor, d: torch.Tensor, slope: torch.Tensor, square: torch.Tensor
+) -> torch.Tensor:
+    """The best scale of one group [columns, rows] for its codes; updates d and slope = H d; the fall of each row's loss."""
+    ch = square @ c
+    along, curve = (c * slope).sum(0), (c * ch).sum(0)
+    s = part.scale[owner, 0]
+    moved = (s + along / curve.clamp(min=1e-30)).to(dtype).to(s.dtype)
+    step = moved - s
+    fall = step * (2 * along - step * curve)
+    # Rounding to the stored dtype may undo the gain; a scale must not become zero or change its sign.
+    better = (fall > 0) & (moved * s > 0) & moved.isfinite()
+    step = torch.where(better, step, 0)
+    s += step
+    d.addcmul_(c, step, value=-1)
+    slope.addcmul_(ch, step, value=-1)
+    return fall.mul_(better)
+
+
+def _round(
+    target: torch.Tensor, base: torch.Tensor, f: torch.Tensor, part: _Rows, ks: slice, owners: torch.Tensor, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds columns `ks` in turn, each adding (base - q) f to the targets after it; stores the codes.
+
+    target and base [columns, a, b]; base becomes base - q, and target, also returned with c, the final t - q.
+    """
+    n, top = len(target), scheme.levels - 1
+    s, z = part.scale[owners], part.zero[owners]
+    lows, highs = (-z).unbind(0), (top - z).unbind(0)
+    keeps = None if part.keep is None else part.keep[ks].to(target.dtype).unbind(0)
+    c = torch.empty_like(target)
+    flat_target, flat_base = target.view(n, -1), base.view(n, -1)
+    # Views are made once: at six calls a column the making of views would be half the time.
+    rows, targets, bases, cs, scales = (x.unbind(0) for x in (flat_target, target, base, c, s))
+    coefficients = f.T.contiguous()
+
+    for start, middle, end in _turns(0, n):
+        if middle > start:
+            flat_target[middle:end].addmm_(coefficients[middle:end, start:middle], flat_base[start:middle])
+            continue
+        earlier = flat_base[start:end].T
+        for k in range(start, end):
+            if k > start:
+                rows[k].addmv_(earlier[:, : k - start], coefficients[k, start:k])
+            q = torch.div(targets[k], scales[k], out=cs[k])
+            if not scheme.integer:
+                q.copy_(decode(encode(q, scheme), scheme, q.dtype))
+            elif scheme.symmetric:
+                q.round_().clamp_(-scheme.middle, top - scheme.middle)
+            else:
+                torch.clamp(q.round_(), lows[k], highs[k], out=q)
+            if keeps is not None:
+                q.mul_(keeps[k])
+            bases[k].addcmul_(q, scales[k], value=-1)
+    # By way of int16, because torch converts floats to uint8 four times slower. Adding zero makes +0 of a masked -0.
+    part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.integer else encode(c if keeps is None else c + 0, scheme)
+    return c, target.addcmul_(c, s, value=-1)
+
+
+def _turns(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The order of work inside a block, (start, middle, end): what columns up to `middle` add to those after it is due where
+    middle > start, else columns `start` to `end` are rounded one by one."""
+    if end - start <= _LEAF:
+        yield start, start, end
+        return
+    middle = (start + end) // 2
+    yield from _turns(start, middle)
+    yield start, middle, end
+    yield from _turns(middle, end)

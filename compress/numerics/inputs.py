@@ -1,0 +1,38 @@
+"""Activations rounded as a model runs: one scale per token, found on the way.
+
+Legend: x [..., width]; p its largest magnitude over the width, or over each 128 of it for `fp8-block`; s = p / 127.5 for
+int8, -128 .. 127, and p / 448 for FP8 E4M3. All of it is done in x's own dtype, as compressed-tensors does, whose values
+these are.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compress.spec.scheme import BLOCK, Scheme
+
+
+def rounded_inputs(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """What a weight of this scheme reads in the place of `x`, of the same shape and dtype."""
+    if scheme.scales == "block":
+        return _rounded(x.unflatten(-1, (-1, BLOCK)), scheme.inputs).flatten(-2)
+    return _rounded(x, scheme.inputs)
+
+
+def in_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., width] as q s, with q in E4M3 and s [..., 1] in x's dtype. In bf16, q s rounded is this q and s again."""
+    s = _scale(x, 448.0)
+    return (x / s).clamp(-448, 448).to(torch.float8_e4m3fn), s
+
+
+def _rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "int8":
+        s = _scale(x, 127.5)
+        return (x / s).clamp(-128, 127).round() * s
+    q, s = in_fp8(x)
+    return q.to(x.dtype) * s
+
+
+def _scale(x: torch.Tensor, top: float) -> torch.Tensor:
+    s = x.abs().amax(-1, keepdim=True) / top
+    return torch.where(s == 0, torch.finfo(x.dtype).eps, s)

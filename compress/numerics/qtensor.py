@@ -1,0 +1,196 @@
+"""QTensor: the one canonical quantized form, and how it lies on disk.
+
+`codes` uint8 [experts?, rows, columns] in 0 .. levels - 1: integers less their zero, places in a table, or the bytes of
+FP8. `scale` [experts?, rows, groups] in the dense weight's dtype, `zero` uint8 [experts?, rows, groups] (None when
+symmetric: the zero of integers is then the middle code). Floats have scales of other shapes and dtypes too: FP8 fp32,
+[experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
+`tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; a reciprocal would not come back).
+Rows are outputs and columns inputs, fused experts stored [in, out] included: y = x @ dequantize(q).T + b. A
+Conv1D alone keeps its stored [in, out], y = x @ dequantize(q) + b, because the readers that know it group it so.
+
+Two things may stand beside codes. Outliers replace what the codes at their places mean: values in the weight's dtype, by
+rows. Then low-rank factors are added to everything: bf16, or int8 with an fp32 scale for each rank.
+
+On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.tensor_scale`, and
+beside them `NAME.outlier_values` [experts?, n], `.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets`
+int32 [experts?, rows + 1]; `NAME.left` [experts?, rows, rank], `.right` [experts?, rank, columns], and `.rank_scale`
+[experts?, rank].
+`dequantize` defines the meaning; every quantizer returns a QTensor, every packer takes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from compress.spec.corrections import SHORT
+from compress.spec.scheme import FP8
+from compress.spec.weight_state import State, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.numerics.lowrank import Factors
+    from compress.numerics.outliers import Sparse
+    from compress.spec.scheme import Scheme
+
+
+_CODES = ("codes", "scale", "zero", "tensor_scale")
+_OUTLIERS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_offsets": "offsets"}
+_LOWRANK = {"left": "left", "right": "right", "rank_scale": "scale"}
+"""Parts on disk, and what Sparse and Factors call them."""
+PARTS = (*_CODES, *_OUTLIERS, *_LOWRANK)
+"""What follows a weight's name on disk."""
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes with their scales, and what stands beside them; see the module's caption for shapes."""
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    tensor_scale: torch.Tensor | None = None
+    outliers: Sparse | None = None
+    lowrank: Factors | None = None
+
+    def steps(self) -> torch.Tensor:
+        """What the scales mean, fp32 in the shape of `scale`."""
+        from compress.numerics.scales import steps
+
+        return steps(self.scale, self.tensor_scale)
+
+    def plain(self) -> QTensor:
+        """The same weight with fp32 scales that stand for themselves."""
+        return replace(self, scale=self.steps(), tensor_scale=None)
+
+    def nonzero(self) -> torch.Tensor:
+        """Which entries mean anything but zero, bool [experts?, rows, columns]; all that factors are added to may."""
+        found = self._coded()
+        if self.outliers is not None:
+            found = self.outliers.put(found)
+        return found if self.lowrank is None else found.fill_(True)
+
+    def _coded(self) -> torch.Tensor:
+        """Which codes mean anything but zero."""
+        if not self.scheme.integer:
+            from compress.numerics.floats import decode
+
+            return decode(self.codes, self.scheme) != 0
+        if self.zero is None:
+            return self.codes != self.scheme.middle
+        group = self.scheme.group or self.codes.shape[-1]
+        spread = self.zero.repeat_interleave(group, dim=-1)[..., : self.codes.shape[-1]]
+        return self.codes != spread
+
+    def dequantize(self) -> torch.Tensor:
+        """fp32 weights [experts?, rows, columns]."""
+        dense = self.base()
+        return dense if self.lowrank is None else dense.add_(self.lowrank.product())
+
+    def base(self) -> torch.Tensor:
+        """The same without low-rank factors."""
+        dense = self.values()
+        return dense if self.outliers is None else self.outliers.put(dense)
+
+    def values(self) -> torch.Tensor:
+        """What the codes alone mean."""
+        if self.scheme.integer:
+            from compress.numerics.grid import dequantize
+
+            return dequantize(self.codes, self.scale, self.zero, self.scheme)
+        from compress.numerics.floats import decode
+        from compress.numerics.scales import spread
+
+        return decode(self.codes, self.scheme).mul_(spread(self.steps(), self.scheme, *self.codes.shape[-2:]))
+
+
+def as_matrix(weight: Weight, stored: torch.Tensor) -> torch.Tensor:
+    """A stored tensor seen as [experts?, rows, columns]; the function is its own inverse."""
+    return stored.transpose(-1, -2) if weight.transposed and weight.experts is not None else stored
+
+
+def along_inputs(weight: Weight, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix [experts?, rows, columns] with its inputs last; its own inverse. Only a Conv1D has them elsewhere."""
+    return matrix.transpose(-1, -2) if weight.transposed and weight.experts is None else matrix
+
+
+def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """safetensors dtype and shape of codes (as a byte stream), scale and, where there are any, all other parts."""
+    scheme = state.scheme
+    assert scheme is not None
+    stream_bytes = math.ceil(weight.columns * scheme.bits / 32) * 4
+    lead = () if weight.experts is None else (weight.experts,)
+    scales = (*lead, *scheme.grid_shape(weight.rows, weight.columns))
+    stored = {"e8m0": "U8", "e4m3": "F8_E4M3"}.get(scheme.scales, "F32" if scheme.grid in FP8 else weight.dtype)
+    found = {"codes": ("U8", (*lead, weight.rows, stream_bytes)), "scale": (stored, scales)}
+    if not scheme.symmetric:
+        found["zero"] = ("U8", scales)
+    if scheme.scales == "e4m3":
+        found["tensor_scale"] = ("F32", lead)
+    if state.outliers is not None:
+        entries = (*lead, state.outliers.count(weight.rows, weight.columns))
+        found["outlier_values"] = (weight.dtype, entries)
+        found["outlier_columns"] = ("U16" if weight.columns <= SHORT else "I32", entries)
+        found["outlier_offsets"] = ("I32", (*lead, weight.rows + 1))
+    if state.lowrank is not None:
+        kind = "I8" if state.lowrank.int8 else "BF16"
+        found["left"] = (kind, (*lead, weight.rows, state.lowrank.rank))
+        found["right"] = (kind, (*lead, state.lowrank.rank, weight.columns))
+        if state.lowrank.int8:
+            found["rank_scale"] = ("F32", (*lead, state.lowrank.rank))
+    return found
+
+
+def specs(weight: Weight, state: State) -> list[TensorSpec]:
+    """The tensors that hold `weight` in a canonical checkpoint."""
+    if state.scheme is None:
+        return [TensorSpec(weight.name, weight.dtype, weight.shape)]
+    return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in part_specs(weight, state).items()]
+
+
+def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
+    """Canonical tensors by name on disk, in the order of `specs`."""
+    from compress.numerics import bitstream
+
+    parts = {"codes": bitstream.pack(q.codes, q.scheme.bits), "scale": q.scale, "zero": q.zero, **parts_beside(q)}
+    return {f"{weight.name}.{part}": tensor.contiguous() for part, tensor in parts.items() if tensor is not None}
+
+
+def stored(weight: Weight, value: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a canonical checkpoint that hold codes, or a matrix [experts?, rows, columns]; by name on disk."""
+    return encode(weight, value) if isinstance(value, QTensor) else {weight.name: as_matrix(weight, value)}
+
+
+def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
+    """The inverse of `encode`; `tensors` by name on disk."""
+    from compress.numerics import bitstream
+
+    assert state.scheme is not None
+    parts = {part: tensors[f"{weight.name}.{part}"] for part in PARTS if f"{weight.name}.{part}" in tensors}
+    codes = bitstream.unpack(parts["codes"], state.scheme.bits, weight.columns)
+    return with_beside(state, codes, parts["scale"], parts.get("zero"), parts)
+
+
+def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
+    """What there is besides codes, scale and zero, by its names on disk."""
+    parts: dict[str, torch.Tensor | None] = {"tensor_scale": q.tensor_scale}
+    for whole, words in ((q.outliers, _OUTLIERS), (q.lowrank, _LOWRANK)):
+        parts |= {part: getattr(whole, word) for part, word in words.items() if whole is not None}
+    return parts
+
+
+def with_beside(
+    state: State, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, parts: Mapping[str, torch.Tensor]
+) -> QTensor:  # fmt: skip
+    """Codes with what stands beside them in `parts`, which may hold more."""
+    from compress.numerics.lowrank import Factors
+    from compress.numerics.outliers import Sparse
+
+    assert state.scheme is not None
+    outliers = Sparse(**{word: parts[part] for part, word in _OUTLIERS.items()}) if state.outliers else None
+    lowrank = Factors(**{word: parts.get(part) for part, word in _LOWRANK.items()}) if state.lowrank else None  # type: ignore[arg-type]
+    return QTensor(state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank)

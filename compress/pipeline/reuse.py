@@ -1,0 +1,153 @@
+"""Reuse: steps that another run has solved, found by their ids.
+
+A step's id says all that its bytes come from, so a step of that id is the one that is wanted, whatever came after it there. It is
+taken into the steps of this run, its shards as hard links where they are read-only and the file system has links, and into OUT
+as a copy. Steps that are published never change, so the other run's lock is not asked for: what vanishes or is damaged
+meanwhile shows in the digests, which are read from what was taken before it is put in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.checkpoint.manifest import FILE, Manifest
+from compress.checkpoint.reader import INDEXES, README, open_checkpoint
+from compress.checkpoint.writer import fsync
+from compress.context import Context
+from compress.contract.allocation_pass import decides
+from compress.contract.step_plan import Plan, StepPlan
+from compress.errors import InputError, MachineError, UsageError
+from compress.pipeline.output_paths import stem, steps_folder
+from compress.pipeline.step import check_bytes, check_tokens
+
+IdOf = Callable[[StepPlan, str], str]
+"""The id of a step that reads the checkpoint of a fingerprint."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was not run, and the directory that it was there in."""
+
+    number: int
+    name: str
+    where: Path
+
+    @property
+    def folder(self) -> Path:
+        """The steps folder that it is from, or the output that it was."""
+        return self.where.parent if self.where.parent.name.endswith(".steps") else self.where
+
+
+def searched(given: Sequence[Path]) -> list[Path]:
+    """The directories that `--steps` names: a steps folder, or an output and its steps. Raises UsageError."""
+    found = []
+    for path in given:
+        path = Path(os.path.abspath(path))
+        if not path.is_dir() and not steps_folder(path).is_dir():
+            raise UsageError(f"--steps {path}", "the OUT of another run, or its OUT.steps", "no such directory")
+        found += [folder for folder in (path, steps_folder(path)) if folder.is_dir()]
+    return found
+
+
+def solved(plan: Plan, folders: Sequence[Path], id_of: IdOf, fingerprint: str) -> Iterator[tuple[StepPlan, str, Path]]:
+    """The steps of a plan that lie in `folders`, their ids and where, up to the first that is not there and that others read."""
+    for step in plan.steps:
+        identity = id_of(step, fingerprint)
+        found = _find(step, identity, folders)
+        if found is not None:
+            yield step, identity, found[0]
+        elif not step.inherits:
+            return
+        if found is not None and not step.inherits:
+            fingerprint = found[1].fingerprint
+
+
+def take_steps(plan: Plan, out: Path, given: Sequence[Path], id_of: IdOf, fingerprint: str, ctx: Context) -> list[Taken]:
+    """Puts what `given` directories, as `searched` finds them, have solved where this run looks for it; says what that was."""
+    own, taken = steps_folder(out), []
+    for step, identity, found in solved(plan, [own, *given], id_of, fingerprint):
+        last = step is plan.steps[-1]
+        if found.parent == own and not last:
+            continue
+        place = out if last else own / stem(step.number, step.name, identity)
+        if (last and not _same_layout(step, found)) or not _take(step, found, place, own, ctx):
+            break
+        taken.append(Taken(step.number, step.name, found))
+    return taken
+
+
+def _find(step: StepPlan, identity: str, folders: Sequence[Path]) -> tuple[Path, Manifest] | None:
+    """The directory of a step, and its manifest."""
+    for folder in folders:
+        for place in (folder, *sorted(folder.glob(f"*-{step.name}-{identity[:8]}"))):
+            try:
+                manifest = Manifest.read(place)
+            except InputError:
+                continue
+            # Tokens by themselves are another thing than the same step where it was the last, and has the weights too.
+            if manifest is not None and manifest.lineage[-1].id == identity and step.inherits == (manifest.format == "tokens"):
+                return place, manifest
+    return None
+
+
+def _same_layout(step: StepPlan, found: Path) -> bool:
+    """Whether a canonical step lies in the shards that OUT is to have; a packed one is made anew, which takes no time."""
+    if step.format is not None or decides(step.pass_):
+        return False
+    return all((found / s.file).is_file() and (found / s.file).stat().st_size == s.nbytes for s in step.shards)
+
+
+def _take(step: StepPlan, found: Path, place: Path, own: Path, ctx: Context) -> bool:
+    """Puts a step at `place`. False where it is damaged, or gone."""
+    draft = own / f"{place.name}.taken"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        for name in _files(step, found):
+            (draft / name).parent.mkdir(exist_ok=True)
+            _put(found / name, draft / name, link=place.parent == own)
+        check_tokens(draft) if step.inherits else check_bytes(draft, ctx)
+        os.rename(draft, place)
+        fsync(place.parent)
+    except (InputError, FileNotFoundError) as error:
+        ctx.tell("damaged", where=str(found), reason=str(error))
+        shutil.rmtree(draft, ignore_errors=True)
+        return False
+    except OSError as error:
+        do = "free some space, or leave --steps out to make the step anew"
+        raise MachineError(str(draft), "a place for a step", error.strerror or str(error), do) from None
+    # What a run that was interrupted had of it.
+    shutil.rmtree(own / f"{place.name}.tmp", ignore_errors=True)
+    ctx.tell("taken", step=step.name, where=str(found))
+    return True
+
+
+def _files(step: StepPlan, found: Path) -> list[str]:
+    """The files that a step is made of; whatever else lies there stays."""
+    manifest = Manifest.read(found)
+    assert manifest is not None
+    names = {FILE, *manifest.files, *([README] if (found / README).is_file() else [])}
+    if not step.inherits:
+        checkpoint = open_checkpoint(found)
+        names |= {ref.file for ref in checkpoint.refs.values()} | {name for name in INDEXES if (found / name).is_file()}
+    return sorted(names)
+
+
+def _put(source: Path, target: Path, link: bool) -> None:
+    """Links a file that nothing writes to, or copies it."""
+    read_only = not source.stat().st_mode & 0o222
+    if link and read_only:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            # Another disk, or a file system without links.
+            pass
+    shutil.copyfile(source, target)
+    if link and read_only:
+        target.chmod(0o444)
+    fsync(target)

@@ -1,0 +1,79 @@
+"""Artifact: a packed directory as a model that runs, with no dense copy.
+
+transformers builds the model and loads what is dense; hf.py hooks in before and after. Before, modules whose tensors on disk
+are packed become shells without a weight (kernels/native/modules.py); afterwards they get their parts, each in the form that
+its backend wants. A stacked parameter of experts is told apart into the matrices on disk that make it up, by running
+transformers' own conversion on their row numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from compress.architecture.model_class import model_class
+from compress.checkpoint.reader import CANONICAL, NATIVE, open_checkpoint
+from compress.errors import UsageError
+from compress.importers import method_of
+from compress.kernels.native.modules import PackedWeight
+from compress.layerwise.dense_view import Meaning
+from compress.layerwise.model import generation_config
+from compress.runtime.fill import packable, refuse_other
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOG = logging.getLogger("compress")
+
+
+def load(
+    path: str | Path, dtype: str = "auto", backend: str | None = None, device: Any = "cpu", repack: bool = False
+) -> PreTrainedModel:
+    """The model of an artifact in the native format, ready to run, in `dtype` (auto: that of config.json).
+
+    `backend` runs all weights; without it each has the fastest that takes it. `device` is one, or a device_map of accelerate.
+    With `repack`, a checkpoint in codes of our own or of another tool (GPTQ, AWQ, compressed-tensors, ...) is packed while it
+    is read, weight by weight; what cannot be stays dense, and is counted in the log.
+
+    Raises InputError for a directory that is no such artifact, UsageError for a backend that refuses.
+    """
+    from compress import hf  # noqa: F401  (registers the quantizer)
+
+    checkpoint = open_checkpoint(Path(path))
+    told: dict[str, Any] = {"backend": backend}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device, "local_files_only": True}
+    source: str | Path | None = path
+    cls, config = model_class(checkpoint)
+    if repack and method_of(checkpoint) != NATIVE:
+        if isinstance(device, dict) and "disk" in device.values():
+            do = "make an artifact with pack(format=native), which is read from disk as it is"
+            raise UsageError("device", "memory for what is packed while it is read", "parts of the model on disk", do)
+        meaning = Meaning(checkpoint, rounded=False)
+        kept, notes = packable(meaning)
+        for note in notes:
+            _LOG.warning("%s: %d weights, such as %s: %s", note.what, note.count, (*note.names, "none")[0], note.reason)
+        dense = {name: meaning.dense(name) for name in meaning.logical if name not in kept}
+        told |= {"quant_method": CANONICAL, "source": str(path)}
+        source, options = None, {**options, "state_dict": dense}
+    else:
+        refuse_other(checkpoint, "repack=True")
+        told |= checkpoint.config["quantization_config"]
+    config.quantization_config = told
+    loader: Any = cls
+    model: PreTrainedModel = loader.from_pretrained(source, config=config, **options)
+    if source is None:
+        generation_config(model, checkpoint)
+    return model
+
+
+def backends(model: nn.Module) -> Counter[str]:
+    """How many weights on disk each backend runs."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            found[module.backend] += module.sources
+    return found

@@ -1,0 +1,62 @@
+"""Beside: what stands beside the codes of a weight, and its text form.
+
+Grammar (parses and prints back to the same text):
+
+    outliers = 0 < number < 1             this share of a matrix's entries is kept as it is, instead of its codes: `0.005`
+    lowrank  = "r" rank [ "-int8" ]       a product of two factors is added to all entries; bf16, or int8: `r8-int8`
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from compress.errors import UsageError
+from compress.spec.text_form import TextForm
+
+SHORT = 1 << 16
+"""Up to so many columns the index of an outlier is two bytes."""
+
+
+@dataclass(frozen=True)
+class Outliers(TextForm):
+    """`share` of the entries of each matrix, the largest ones."""
+
+    share: float
+
+    @classmethod
+    def parse(cls, text: str | float | Outliers) -> Outliers:
+        """Reads the text form. Raises UsageError."""
+        if isinstance(text, Outliers):
+            return text
+        if re.fullmatch(r"0?\.\d+|\d(\.\d+)?e-\d+", str(text)) and 0 < float(text) < 1:
+            return cls(float(text))
+        raise UsageError(f"outliers '{text}'", "a share of the entries between 0 and 1 such as 0.005", f"'{text}'")
+
+    def __str__(self) -> str:
+        return repr(self.share)
+
+    def count(self, rows: int, columns: int) -> int:
+        """How many entries of a matrix are kept."""
+        return round(self.share * rows * columns)
+
+
+@dataclass(frozen=True)
+class Lowrank(TextForm):
+    """Factors [rows, rank] and [rank, columns]; int8 ones share a scale for each rank."""
+
+    rank: int
+    int8: bool = False
+
+    @classmethod
+    def parse(cls, text: str | Lowrank) -> Lowrank:
+        """Reads the text form. Raises UsageError."""
+        if isinstance(text, Lowrank):
+            return text
+        match = re.fullmatch(r"r(?P<rank>[1-9]\d{0,5})(?P<int8>-int8)?", text, re.ASCII)
+        if match is None:
+            raise UsageError(f"lowrank '{text}'", "a rank such as r8, or r8-int8", f"'{text}'")
+        return cls(int(match["rank"]), match["int8"] is not None)
+
+    def __str__(self) -> str:
+        return f"r{self.rank}{'-int8' if self.int8 else ''}"

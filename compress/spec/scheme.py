@@ -1,0 +1,195 @@
+"""Scheme: what a weight's numbers mean, and its text form.
+
+Grammar (parses and prints back to the same text; names that other tools have, such as W4A16, stand in presets.py):
+
+    scheme  = integer | float [ "-afp8" ]
+    integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" ] [ "-afp8" ]
+    float   = "fp8" [ "-e5m2" ] [ "-tensor" | "-block" ]     E4M3 or E5M2, one scale per output channel, for the
+                                                             whole matrix, or per block of 128 rows and columns
+            | "nf" (2 | 3 | 4) [ "g" group ]                 quantiles of a Gaussian (QLoRA, LoftQ), scale = absmax
+            | ("fp4" | "e3m0") [ "g" group ] [ rule ]        E2M1 (largest 6) or powers of two (largest 16)
+            | "mxfp4" [ "-floor" | "-even" | "-mse" ]        E2M1, an E8M0 scale (a power of two) per 32
+            | "nvfp4" [ "-4over6" ]                          E2M1, an E4M3 scale per 16 and an fp32 one per matrix
+    rule    = ( "-m1" | "-m2" ) [ "-ceil" ]                  scales of a row a power of two apart (ZeroQuant-FP)
+    bits    = 2 | 3 | 4 | 8                                  integer codes
+    group   = columns that share one scale; without it one scale per output channel
+
+`w4a16g128` is symmetric 4-bit with groups of 128 along the input dimension, `w3a16g64-asym` has an integer zero point
+per group, `w8a16` is per channel. Activations stay in 16 bits, but are rounded to int8 (`w8a8`, `w4a8g128`) or, with
+`-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a scale per token that is found as the model runs; with
+`fp8-block-afp8` there is one per token and 128 inputs, as the readers of such blocks have it.
+
+Scales that are powers of two: `-m1` makes all of them so, `-m2` divides the row's largest scale by powers of two, so that
+E2M1 times the power is an E4M3 number. Both take the nearest power, or, as the paper, the next one with `-ceil`: then
+-m1 never clips, and -m2 may by up to 2x. For mxfp4 the power is the least that clips nothing (`-rceil`, which need
+not be said), OCP's `-floor`, `-even`, which first rounds the largest value to the element's mantissa, or, by
+`-mse`, the one of least error.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import UsageError
+from compress.spec.presets import PRESETS, near, preset
+from compress.spec.text_form import TextForm
+
+BITS = (2, 3, 4, 8)
+FP8 = ("e4m3", "e5m2")
+"""Grids whose codes are the bytes of FP8."""
+BLOCK = 128
+"""Rows and columns of a block of `fp8-block`."""
+_GROUP = r"(?:g(?P<group>\d{1,7}))?"
+_FP8_INPUTS = r"(?P<afp8>-afp8)?"
+_INTEGER = re.compile(rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<asym>-asym)?{_FP8_INPUTS}", re.ASCII)
+_FLOATS = tuple(
+    re.compile(text + _FP8_INPUTS, re.ASCII)
+    for text in (
+        r"(?P<grid>fp8)(?P<rule>-e5m2)?(?:-(?P<scales>tensor|block))?",
+        rf"(?P<grid>nf[234]){_GROUP}",
+        rf"(?P<grid>fp4|e3m0){_GROUP}(?P<rule>-m[12](?:-ceil)?)?",
+        r"(?P<grid>mxfp4)(?P<rule>-floor|-rceil|-even|-mse)?",
+        r"(?P<grid>nvfp4)(?P<rule>-4over6)?",
+    )
+)
+_FIXED = {"mxfp4": (32, "e8m0"), "nvfp4": (16, "e4m3")}
+"""Group and scales of the formats that leave no choice."""
+
+
+@dataclass(frozen=True)
+class Scheme(TextForm):
+    """Weight codes of `bits` bits: `group` columns per scale (None: one per output channel)."""
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+    """Whether there is no zero point; floats have none."""
+    grid: str = "int"
+    """What a code means before it is scaled: int, nf, e2m1, e3m0, e4m3 or e5m2."""
+    scales: str = "row"
+    """row: in the weight's dtype, per row and group; tensor, block: one for each; e8m0; e4m3: also one for the matrix."""
+    rule: str = ""
+    """How scales are chosen where the grid alone does not say it: m1, m2-ceil, floor, even, mse, 4over6."""
+    inputs: str = ""
+    """What activations are rounded to as the model runs: nothing, int8 or fp8."""
+
+    @classmethod
+    def parse(cls, text: str | Scheme) -> Scheme:
+        """Reads the text form, or the name of a preset. Raises UsageError that names the part which is wrong."""
+        if isinstance(text, Scheme):
+            return text
+        known = isinstance(text, str)
+        found = _integer(text, match) if known and (match := _INTEGER.fullmatch(text)) else None
+        for pattern in _FLOATS if known and found is None else ():
+            found = found or (_float(match) if (match := pattern.fullmatch(text)) else None)
+        if found is None and known and (named := preset(text)):
+            return cls.parse(named)
+        if found is None:
+            guess = _guess(text) if known else ""
+            expected = "a scheme such as w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4 or nvfp4"
+            meant = f" (did you mean '{guess}'?)" if guess else f", or {near(str(text))}"
+            raise UsageError(
+                f"scheme '{text}'", expected + meant, "text outside the grammar, w<bits>a16[g<group>][-asym] for integers"
+            )
+        if found.group is not None and found.group < 8:
+            raise UsageError(f"scheme '{text}'", "a group of at least 8 columns", f"g{found.group}")
+        return found
+
+    def __str__(self) -> str:
+        group = f"g{self.group}" if self.group and self.scales == "row" else ""
+        fp8 = "-afp8" if self.inputs == "fp8" else ""
+        rule = f"-{self.rule}" if self.rule else ""
+        if self.integer:
+            return f"w{self.bits}a{8 if self.inputs else 16}{group}{'' if self.symmetric else '-asym'}{fp8}"
+        if self.grid == "nf":
+            return f"nf{self.bits}{group}{fp8}"
+        if self.bits == 8:
+            return f"fp8{'-e5m2' if self.grid == 'e5m2' else ''}{'' if self.scales == 'row' else f'-{self.scales}'}{fp8}"
+        name = {"row": "fp4", "e8m0": "mxfp4", "e4m3": "nvfp4"}[self.scales] if self.grid == "e2m1" else self.grid
+        return f"{name}{group}{rule}{fp8}"
+
+    @property
+    def integer(self) -> bool:
+        return self.grid == "int"
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are: codes are stored unsigned, 0 .. levels - 1."""
+        return 1 << self.bits
+
+    @property
+    def middle(self) -> int:
+        """The code that means zero in a symmetric scheme of integers."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def powers(self) -> bool:
+        """Whether scales are bound to others or to powers of two, so that none can be moved by itself."""
+        return bool(self.rule) or self.scales in ("e8m0", "e4m3")
+
+    def groups(self, columns: int) -> int:
+        """Scales per output row for a weight with `columns` inputs (a ragged last group counts)."""
+        return 1 if self.group is None else -(-columns // self.group)
+
+    def rows_per_scale(self, rows: int) -> int:
+        """Rows that share a scale."""
+        return {"tensor": max(1, rows), "block": BLOCK}.get(self.scales, 1)
+
+    def grid_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape of the scales of a matrix."""
+        return -(-rows // self.rows_per_scale(rows)), self.groups(columns)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|8)a(16|8)")
+        patterns = (re.sub(r"\?P<\w+>", "", text) for text in (exact, *(pattern.pattern for pattern in _FLOATS)))
+        return {
+            "type": "string",
+            "pattern": f"^({'|'.join([*patterns, *PRESETS])})$",
+            "examples": ["w4a16g128", "nf4g64", "nvfp4"],
+        }
+
+
+def _guess(text: str) -> str:
+    """The scheme that a text nearly spells, but for case, what parts are joined by, or activations left out."""
+    plain = re.sub(r"[-_ ]+", "", text.lower())
+    match = re.fullmatch(r"w(\d)(?:a(\d+))?(?:g(\d+))?(asym|sym)?", plain, re.ASCII)
+    if match:
+        plain = f"w{match[1]}a{match[2] or 16}{f'g{match[3]}' if match[3] else ''}{'-asym' if match[4] == 'asym' else ''}"
+    # One scale per output channel is seldom what is meant by bits alone; presets say it better.
+    guesses = {text.lower().replace("_", "-"), plain} if not match or match[3] else {text.lower()}
+    for guess in sorted(guesses - {text}):
+        if any(pattern.fullmatch(guess) for pattern in (_INTEGER, *_FLOATS)):
+            with suppress(UsageError):
+                return str(Scheme.parse(guess))
+    return ""
+
+
+def _integer(text: str, match: re.Match[str]) -> Scheme:
+    bits, activation = int(match["bits"]), match["act"]
+    if bits not in BITS:
+        raise UsageError(f"scheme '{text}'", f"bits among {', '.join(map(str, BITS))}", f"{bits} bits")
+    if activation not in ("16", "8") or (match["afp8"] and activation == "16"):
+        expected = "a8 where activations are FP8" if match["afp8"] else "a16 or a8 (activations in 16 or 8 bits)"
+        raise UsageError(f"scheme '{text}'", expected, f"a{activation}")
+    inputs = "fp8" if match["afp8"] else "int8" if activation == "8" else ""
+    return Scheme(bits, int(match["group"]) if match["group"] else None, match["asym"] is None, inputs=inputs)
+
+
+def _float(match: re.Match[str]) -> Scheme:
+    parts = match.groupdict()
+    grid, rule = parts["grid"], (parts.get("rule") or "").removeprefix("-").removeprefix("rceil")
+    group = int(parts["group"]) if parts.get("group") else None
+    inputs = "fp8" if parts["afp8"] else ""
+    if grid in _FIXED:
+        group, scales = _FIXED[grid]
+        return Scheme(4, group, True, "e2m1", scales, rule, inputs)
+    if grid == "fp8":
+        scales = parts["scales"] or "row"
+        return Scheme(8, BLOCK if scales == "block" else None, True, rule or "e4m3", scales, "", inputs)
+    if grid.startswith("nf"):
+        return Scheme(int(grid[2]), group, True, "nf", "row", "", inputs)
+    return Scheme(4, group, True, "e2m1" if grid == "fp4" else "e3m0", "row", rule, inputs)

@@ -1,0 +1,171 @@
+"""Facts: what is true of each weight, before and after every pass.
+
+A Weight is one tensor of the source, by its name on disk, with its place in the model.
+A State is what holds for it: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are masked too, or have outliers
+or low-rank factors beside them. Replaying states over a recipe is a type check that costs no bytes: a pass says what a
+weight becomes, or refuses it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.scheme import Scheme
+from compress.spec.sparsity import Sparsity
+
+Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "other"]
+MATRICES: frozenset[str] = frozenset({"linear", "expert", "embedding", "head"})
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+FLOATS: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: name on disk, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the source checkpoint and its place in the model.
+
+    `shape` is the stored one: `[out, in]`, or `[in, out]` when `transposed` (Conv1D, GPT-OSS), with
+    the experts in front when they are fused. `module` is the path in transformers' model, which
+    differs from the name on disk where transformers renames or fuses on load.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind = "other"
+    module: str = ""
+    attribute: str = "weight"
+    """The parameter's name in its module; fused experts have several."""
+    module_class: str = ""
+    stack: str = ""
+    block: int | None = None
+    transposed: bool = False
+    converted: bool = False
+    """Whether transformers fuses, splits or permutes this tensor while it loads."""
+    unclear: str = ""
+    """Why a matrix cannot be read as one (an orientation that nothing tells), or empty."""
+    unlearned: str = ""
+    """Why no gradient of a loss on texts reaches it, or empty."""
+    peak: float | None = None
+    """The largest magnitude among it and what readers fuse it with, where a driver has measured that; see peers.py."""
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the quantized form: outputs. A Conv1D keeps its stored order, as its only reader does."""
+        return self.shape[0] if len(self.shape) == 2 else self.out_features
+
+    @property
+    def columns(self) -> int:
+        """Columns of the quantized form, along which groups run: inputs, outputs for a Conv1D."""
+        return self.shape[1] if len(self.shape) == 2 else self.in_features
+
+    @property
+    def experts(self) -> int | None:
+        """Leading dimension of fused experts, None for a plain matrix."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+_STATE = re.compile(
+    r"dense|masked\((?P<alone>[^()]+)\)|codes\((?P<scheme>[^()]+)\)(?:\+masked\((?P<sparsity>[^()]+)\))?"
+    r"(?:\+outliers\((?P<outliers>[^()]+)\))?(?:\+lowrank\((?P<lowrank>[^()]+)\))?"
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """What holds for one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`,
+    `codes(w2a16g64-asym)+outliers(0.005)+lowrank(r8)`.
+
+    Without a scheme the weight is stored as a plain tensor. Parses and prints back.
+    """
+
+    scheme: Scheme | None = None
+    sparsity: Sparsity | None = None
+    outliers: Outliers | None = None
+    lowrank: Lowrank | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> State:
+        match = _STATE.fullmatch(text)
+        if match is None:
+            raise ValueError(f"unknown state '{text}'")
+        sparsity = match["sparsity"] or match["alone"]
+        return cls(
+            Scheme.parse(match["scheme"]) if match["scheme"] else None,
+            Sparsity.parse(sparsity) if sparsity else None,
+            Outliers.parse(match["outliers"]) if match["outliers"] else None,
+            Lowrank.parse(match["lowrank"]) if match["lowrank"] else None,
+        )
+
+    def __str__(self) -> str:
+        words = {"codes": self.scheme, "masked": self.sparsity, "outliers": self.outliers, "lowrank": self.lowrank}
+        return "+".join(f"{word}({part})" for word, part in words.items() if part is not None) or "dense"
+
+
+DENSE = State()
+
+
+@dataclass(frozen=True)
+class Note:
+    """A counted line of the manifest: something a reader of the result must know of.
+
+    `what` is a short stable word (`untouched`, `skipped`, `ragged`, ...), `reason` says why in words.
+    """
+
+    what: str
+    reason: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+def counted(what: str, reasons: Mapping[str, str]) -> list[Note]:
+    """A counted line for each reason, from names and their reasons."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [Note(what, reason, tuple(names)) for reason, names in by_reason.items()]
+
+
+def blocks(weights: Iterable[Weight]) -> int:
+    """How many blocks weights lie in."""
+    return len({(weight.stack, weight.block) for weight in weights})

@@ -1,5 +1,0 @@
-"""Train: the driver of gradient training, for students in any state."""
-
-from compress.train.loop import train
-
-__all__ = ["train"]
