@@ -66,9 +66,9 @@ def plan_of(
         do = "save_pretrained it, and give the directory"
         raise UsageError("source", "a directory, a Hub id or a Checkpoint, whose headers are read", type(source).__name__, do)
     checkpoint = source if isinstance(source, Checkpoint) else open_headers(source)
-    model, meaning = enter(found, checkpoint, options.allow_dtype_mismatch)
+    model, dense_view = enter(found, checkpoint, options.allow_dtype_mismatch)
     return make_plan(
-        found, checkpoint, model, ctx.threads, options.allow_skips, None, options.shard_bytes, ctx.dtype, meaning
+        found, checkpoint, model, ctx.threads, options.allow_skips, None, options.shard_bytes, ctx.dtype, dense_view
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The error tree, and the exit status of each branch.
+"""Errors: the tree of exceptions, and the exit status of each branch.
 
 CompressError                      1   anything else that is ours to say
 ├── UsageError                     2   an option, a selector or a name is wrong

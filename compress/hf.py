@@ -1,4 +1,4 @@
-"""Registers the native format with transformers.
+"""HF: registers the native format with transformers.
 
 After `import compress.hf`, AutoModelForCausalLM.from_pretrained(ARTIFACT) loads it.
 """
@@ -17,7 +17,7 @@ from compress.checkpoint.reader import CANONICAL, Checkpoint, open_checkpoint
 from compress.errors import InputError, UsageError
 from compress.kernels.native.modules import Shell
 from compress.kernels.native.packed import PARTS
-from compress.runtime.fill import Filling
+from compress.runtime.fill import PackedWeights
 
 _PACKED = re.compile(r"\.packed_weights?\.")
 
@@ -45,7 +45,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads what is packed beside what transformers loads by itself."""
 
     requires_calibration = True
-    filling: Filling
+    filling: PackedWeights
     checkpoint: Checkpoint
     packed: list[str]
     """The tensors on disk that packed weights are made of."""
@@ -67,7 +67,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
             raise InputError("from_pretrained", "the directory of an artifact, or its Hub id", "a state dict", "leave it out")
         self.checkpoint = open_checkpoint(Path(source))
         dtype = options.get("dtype") or model.dtype
-        self.filling = Filling(model, self.checkpoint, dtype, self.quantization_config.backend)
+        self.filling = PackedWeights(model, self.checkpoint, dtype, self.quantization_config.backend)
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.({'|'.join(PARTS)})$"}
 

@@ -1,4 +1,4 @@
-"""Picture: a run as SVG: losses, stages by size and KL, bits by block.
+"""Plots of a run as SVG: losses, stages by size and KL, bits by block.
 
 The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw;
 nothing of a user's settings of it is read, and none of them is changed.

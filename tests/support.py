@@ -23,7 +23,7 @@ from compress.errors import InputError
 from compress.evaluate.perplexity_kl import compare
 from compress.kernels.dispatch import load_backend
 from compress.kernels.native.packed import Packed, pack
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.eval_windows import token_windows
 from compress.numerics import qtensor
 from compress.numerics.grid import round_to_nearest
@@ -214,5 +214,5 @@ def each_is_refused(
             digests = {n: d for n, d in manifest.digests.items() if n in left}
             (out / "manifest.json").write_text(manifest.model_copy(update={"digests": digests}).sealed().to_text())
         with pytest.raises(InputError) as error:
-            Meaning(open_checkpoint(out)).dense(name)
+            DenseView(open_checkpoint(out)).dense(name)
         assert name in str(error.value), case

@@ -19,7 +19,7 @@ from compress.context import Context
 from compress.errors import CompressError, FormatError, InputError, UsageError
 from compress.evaluate.verify import read_with, verify_bytes
 from compress.kernels.native.modules import DenseWeight, PackedWeight
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.runtime import artifact
 from families import build as build_family
@@ -53,11 +53,11 @@ def bytes_of(model: torch.nn.Module) -> int:
 )
 def test_it_computes_what_it_means(name: str, recipe: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", f"{recipe} | {NATIVE}")
-    meaning = logits(build(open_checkpoint(tmp_path / "out"), rounded=False))
+    dense_view = logits(build(open_checkpoint(tmp_path / "out"), rounded=False))
     model = compress.load(tmp_path / "out", "float32")
     # Experts that lie transposed are multiplied so by the dense model, which rounds otherwise.
-    torch.testing.assert_close(logits(model), meaning, rtol=0, atol=5e-6 if name == "gpt_oss" else 0)
-    codes = Meaning(open_checkpoint(tmp_path / "out")).weights
+    torch.testing.assert_close(logits(model), dense_view, rtol=0, atol=5e-6 if name == "gpt_oss" else 0)
+    codes = DenseView(open_checkpoint(tmp_path / "out")).weights
     assert sum(artifact.backends(model).values()) == len(codes)
     assert not [n for n, p in model.named_parameters() if p.is_meta]
 
@@ -127,8 +127,8 @@ def test_trained_models(name: str, scheme: str, tmp_path: Path) -> None:
         pytest.skip("no trained models beside this checkout")
     run(SHARED / "models" / name, tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | {NATIVE}")
     same_text(tmp_path / "out", tmp_path / "dense", torch.tensor([[1, 300, 40]]))
-    model, meaning = compress.load(tmp_path / "out", "bfloat16"), build(open_checkpoint(tmp_path / "out"), rounded=False)
-    found, wanted = logits(model), logits(meaning)
+    model, dense_view = compress.load(tmp_path / "out", "bfloat16"), build(open_checkpoint(tmp_path / "out"), rounded=False)
+    found, wanted = logits(model), logits(dense_view)
     assert (found - wanted).norm() < 2e-2 * wanted.norm()
 
 

@@ -27,7 +27,7 @@ from compress.contract.discover import load_pass, pass_files
 from compress.contract.pass_base import Pass, Solution
 from compress.errors import MachineError, UsageError
 from compress.executors import sweep
-from compress.layerwise.meta_model import Skeleton
+from compress.layerwise.meta_model import MetaModel
 from compress.numerics.lowrank import Factors
 from compress.numerics.qtensor import QTensor
 from compress.spec.scheme import Scheme
@@ -49,25 +49,25 @@ RECIPES = {
     "llm_mq": "quantize.llm_mq(bits=3, schemes=[w2a16g32, w3a16g32, w4a16g32], outliers=0.01, method=rtn, clip=none)",
 }
 ONCE_A_WEIGHT = {
-    "gptq.solve", "gptq._stack", "wanda.solve", "lorc.solve", "fold.put", "smoothing.cost", "llm_mq._felt",
-    "masks._bin", "masks.keep_above", "masks.holds", "outliers.gather", "watch.watch", "watch.<genexpr>",
-    "rounding.largest", "scales.divisor", "grid.round_to_nearest", "reverse._take", "device.moved",
+    "gptq.solve", "gptq._stack", "wanda.solve", "lorc.solve", "smooth.put", "smoothing.cost", "llm_mq._felt",
+    "masks._bin", "masks.keep_above", "masks.holds", "outliers.gather", "anomalies.watch", "anomalies.<genexpr>",
+    "rounding.largest", "scales.divisor", "grid.round_to_nearest", "gradients._take", "device.moved",
 }  # fmt: skip
 """Functions that may wait for numbers of a weight: its errors, its outliers, its solution on its way to the writer."""
 ONCE_A_STATISTIC = {"hessian.factor", "norms.rms", "smoothing._finite"}
-ONCE_A_BATCH = {"find_packed_sequence_indices", "warn_if_padding_and_no_attention_mask", "route.finish", "reverse.run"}
+ONCE_A_BATCH = {"find_packed_sequence_indices", "warn_if_padding_and_no_attention_mask", "backward_batch.finish", "gradients.run"}
 """transformers asks the ids whether there is padding; the loss is a number."""
 SENT = {
-    "skeleton._initialise",
-    "skeleton._read",
-    "skeleton.stored",
+    "meta_model._initialise",
+    "meta_model._read",
+    "meta_model.stored",
     "sweep.matrix",
     "device.moved",
     "floats._tables",
     "scales.divisor",
 }
 """What loads: weights, batches, tables of grids."""
-PARKED = {"parking._to_host", "parking.fetch", "shelf.put", "shelf.get"}
+PARKED = {"hidden_state_offload._to_host", "hidden_state_offload.fetch", "spill.put", "spill.get"}
 
 
 def calibrated(recipe: str) -> str:
@@ -99,9 +99,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever something is loaded, all that is in memory lies on the device, and no other block is in memory."""
-    load = Skeleton.load
+    load = MetaModel.load
 
-    def checked(self: Skeleton, path: str) -> None:
+    def checked(self: MetaModel, path: str) -> None:
         load(self, path)
         blocks = [block.path for block in self.blocks]
         inside = tuple(f"{block}." for block in blocks if path in blocks)
@@ -110,7 +110,7 @@ def belongs(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert tensor.device == self.device, name
                 assert not (isinstance(tensor, torch.nn.Parameter) and name.startswith(inside)) or name.startswith(path), name
 
-    monkeypatch.setattr(Skeleton, "load", checked)
+    monkeypatch.setattr(MetaModel, "load", checked)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -142,21 +142,23 @@ def test_states_are_parked_in_the_hosts_memory_and_then_in_files(
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
     monkeypatch.setattr("compress.checkpoint.spill._SMALLEST", 1)
     monkeypatch.setattr(hidden_state_offload, "_SMALLEST", 1)
-    made, written = hidden_state_offload.Parking.__init__, []
-    write = hidden_state_offload.Parking._write
+    made, written = hidden_state_offload.HiddenStateOffload.__init__, []
+    write = hidden_state_offload.HiddenStateOffload._write
 
     def init(self: Any, *arguments: Any) -> None:
         made(self, *arguments)
         self.budget, self.host_budget = 0, hosted
 
-    monkeypatch.setattr(hidden_state_offload.Parking, "__init__", init)
+    monkeypatch.setattr(hidden_state_offload.HiddenStateOffload, "__init__", init)
     monkeypatch.setattr(
-        hidden_state_offload.Parking, "_write", lambda self, *rest: [written.append(self.device), write(self, *rest)][1]
+        hidden_state_offload.HiddenStateOffload,
+        "_write",
+        lambda self, *rest: [written.append(self.device), write(self, *rest)][1],
     )
     rehearsal = rehearse(small, tmp_path, calibrated(RECIPES[recipe]))
     assert (GPU in written) == (not hosted)
     assert sites(rehearsal.reads) <= ONCE_A_WEIGHT | ONCE_A_STATISTIC | ONCE_A_BATCH | PARKED
-    assert "parking._to_host" in sites(rehearsal.reads)
+    assert "offload._to_host" in sites(rehearsal.reads)
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return lambda name: folder / name if (folder / name).exists() else build(name, folder)
 
 
-def meaning(result: Result, target: Path) -> Path:
+def dense_view(result: Result, target: Path) -> Path:
     """The dense checkpoint that the last step before pack means."""
     step = result.plan.steps[-2]
     canonical = next(steps_folder(result.out).glob(f"{step.number}-{step.name}-*"))
@@ -47,7 +47,7 @@ def meaning(result: Result, target: Path) -> Path:
 def check_reader(model: Path, recipe: str, folder: Path) -> Result:
     """Runs `recipe`; transformers' logits of the artifact must be those of its meaning, and not those of the source."""
     result = run(model, folder / "out", recipe)
-    got, meant = logits(load(result.out)), logits(load(meaning(result, folder / "meaning")))
+    got, meant = logits(load(result.out)), logits(load(dense_view(result, folder / "dense_view")))
     assert torch.equal(got, meant), f"off by {(got - meant).abs().max()}"
     assert not torch.equal(got, logits(load(model)))
     return result
@@ -108,7 +108,7 @@ def test_fused_experts_become_canonical_but_are_not_packed(name: str, source: So
     assert result.manifest.coverage == {"targeted": count, "transformed": count, "skipped": 0}
     assert all(record.error and record.error < 0.2 for record in result.manifest.weights.values())
     meant, model = (
-        load_file(folder / "model.safetensors") for folder in (dense_meaning(result.out, tmp_path / "meaning"), source(name))
+        load_file(folder / "model.safetensors") for folder in (dense_meaning(result.out, tmp_path / "dense_view"), source(name))
     )
     for weight in result.manifest.weights:
         assert 0 < (meant[weight] - model[weight]).float().norm() / model[weight].float().norm() < 0.2

@@ -22,7 +22,7 @@ from compress.layerwise import eval_windows as windows_module
 from compress.layerwise import logits as forward
 from compress.layerwise.eval_windows import check_data, token_windows, tokenizer_folder
 from compress.layerwise.logits import Forward, _finish
-from compress.layerwise.stepwise import Call, Roads
+from compress.layerwise.stepwise import Call, ForwardHooks
 from compress.threads import compute_threads
 from families import build
 from support import SHARED, dense_meaning, load, run, step_of, tiny_llama
@@ -67,7 +67,7 @@ def oracle(source: Path, artifact: Path, windows: torch.Tensor) -> dict[str, flo
 
 def test_numbers_are_those_of_whole_models(demo_model: Path, artifact: Path, windows: torch.Tensor, tmp_path: Path) -> None:
     found = compare(open_checkpoint(demo_model), open_checkpoint(artifact), windows)
-    meant = dense_meaning(step_of(artifact, "quantize.rtn"), tmp_path / "meaning")
+    meant = dense_meaning(step_of(artifact, "quantize.rtn"), tmp_path / "dense_view")
     for name, number in oracle(demo_model, meant, windows).items():
         estimate = getattr(found, name.removesuffix("_error"))
         got = estimate.error if name.endswith("_error") else estimate.value
@@ -130,11 +130,11 @@ def test_windows_go_side_by_side_on_the_cores_there_are(
         whole = compare(*sides, windows)
     seen: list[tuple[int, int]] = []
 
-    def finish(roads: Roads, call: Call) -> Any:
+    def finish(hooks: ForwardHooks, call: Call) -> Any:
         seen.append((get_ident(), torch.get_num_threads()))
         assert len(call.args[0]) <= windows_in_one
         time.sleep(0.01)  # so that one worker does not do it all
-        return _finish(roads, call)
+        return _finish(hooks, call)
 
     monkeypatch.setattr(forward, "_finish", finish)
     with compute_threads(threads):

@@ -49,7 +49,7 @@ def nbytes(model: nn.Module) -> int:
 def test_canonical_codes_mean_what_they_say(name: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", "quantize.rtn(scheme=w4a16g32)")
     ours = build(open_checkpoint(tmp_path / "out"))
-    meant = load(dense_meaning(tmp_path / "out", tmp_path / "meaning"), dtype=torch.float32)
+    meant = load(dense_meaning(tmp_path / "out", tmp_path / "dense_view"), dtype=torch.float32)
     assert torch.equal(logits(ours), logits(meant))
     assert not [key for key, value in ours.state_dict().items() if value.is_meta]
     found = coded(ours)
@@ -69,7 +69,7 @@ def test_canonical_codes_mean_what_they_say(name: str, source: Source, tmp_path:
 def test_embeddings_and_tied_heads_in_codes(name: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", RAGGED)
     ours = build(open_checkpoint(tmp_path / "out"))
-    meant = load(dense_meaning(tmp_path / "out", tmp_path / "meaning"), dtype=torch.float32)
+    meant = load(dense_meaning(tmp_path / "out", tmp_path / "dense_view"), dtype=torch.float32)
     assert torch.equal(logits(ours), logits(meant))
     embedding, head = ours.get_input_embeddings(), ours.get_output_embeddings()
     if name == "whisper":
@@ -101,7 +101,7 @@ def test_packed_codes_mean_the_same(name: str, source: Source, tmp_path: Path) -
     run(source(name), tmp_path / "out", recipe)
     canonical = step_of(tmp_path / "out", "quantize.rtn")
     ours, other = build(open_checkpoint(tmp_path / "out")), build(open_checkpoint(canonical))
-    assert torch.equal(logits(ours), logits(load(dense_meaning(canonical, tmp_path / "meaning"), dtype=torch.float32)))
+    assert torch.equal(logits(ours), logits(load(dense_meaning(canonical, tmp_path / "dense_view"), dtype=torch.float32)))
     assert list(coded(ours)) == list(coded(other))
     assert nbytes(ours) == nbytes(other)
 
@@ -131,7 +131,7 @@ def test_dense_and_masked_models(recipe: str, tiny: Path, tmp_path: Path) -> Non
 def test_it_generates_as_transformers_does_with_a_cache(name: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", "quantize.rtn(scheme=w4a16g32)")
     ours = build(open_checkpoint(tmp_path / "out"))
-    meant = load(dense_meaning(tmp_path / "out", tmp_path / "meaning"), dtype=torch.float32)
+    meant = load(dense_meaning(tmp_path / "out", tmp_path / "dense_view"), dtype=torch.float32)
     ids = torch.arange(3, 13)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
     got, wanted = ours.generate(ids, **options), meant.generate(ids, **options)

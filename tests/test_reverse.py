@@ -18,10 +18,10 @@ from compress.checkpoint import spill
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
 from compress.errors import CoverageError, InputError, MachineError
-from compress.executors.gradients import Reverse
+from compress.executors.gradients import GradientSweep
 from compress.layerwise.batches import Batch, cut
-from compress.layerwise.dense_view import Meaning
-from compress.layerwise.meta_model import Skeleton
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.meta_model import MetaModel
 from compress.spec.weight_state import Weight
 from families import FAMILIES, build
 from support import load, ready_inputs, tiny_llama
@@ -32,29 +32,29 @@ DEEP = ("llama", "t5", "deepseek_v3", "gpt_oss", "olmo_hybrid")
 """Where blocks are called with other things besides, or differ."""
 
 
-def prepared(source: Path, data: Path, per_batch: int = 2) -> tuple[Skeleton, list[Batch], list[Weight]]:
-    """A skeleton, batches of `per_batch` samples, and every matrix of the model that texts reach."""
-    skeleton = Skeleton(Meaning(open_checkpoint(source)), torch.float32)
+def prepared(source: Path, data: Path, per_batch: int = 2) -> tuple[MetaModel, list[Batch], list[Weight]]:
+    """A meta model, batches of `per_batch` samples, and every matrix of the model that texts reach."""
+    meta_model = MetaModel(DenseView(open_checkpoint(source)), torch.float32)
     tensors = load_file(data)
     count = len(next(iter(tensors.values())))
     batches = [
         batch
         for at in range(0, count, per_batch)
-        for batch in cut({name: t[at : at + per_batch] for name, t in tensors.items()}, skeleton.module, 0, 1, torch.float32)
+        for batch in cut({name: t[at : at + per_batch] for name, t in tensors.items()}, meta_model.module, 0, 1, torch.float32)
     ]
     weights = [
-        w for w in skeleton.model.weights if w.kind in KINDS and not w.unlearned and w.name not in skeleton.model.duplicates
+        w for w in meta_model.model.weights if w.kind in KINDS and not w.unlearned and w.name not in meta_model.model.duplicates
     ]
-    return skeleton, batches, weights
+    return meta_model, batches, weights
 
 
-def gradients(skeleton: Skeleton, batches: list[Batch], weights: list[Weight], folder: Path) -> tuple[float, dict[str, Any]]:
+def gradients(meta_model: MetaModel, batches: list[Batch], weights: list[Weight], folder: Path) -> tuple[float, dict[str, Any]]:
     found: dict[str, torch.Tensor] = {}
-    loss = Reverse(skeleton, weights, folder, Context()).run(batches, lambda w, g: found.update({w.name: g.clone()}))
+    loss = GradientSweep(meta_model, weights, folder, Context()).run(batches, lambda w, g: found.update({w.name: g.clone()}))
     return loss, found
 
 
-def by_autograd(source: Path, skeleton: Skeleton, batches: list[Batch], weights: list[Weight]) -> tuple[float, dict[str, Any]]:
+def by_autograd(source: Path, meta_model: MetaModel, batches: list[Batch], weights: list[Weight]) -> tuple[float, dict[str, Any]]:
     """The whole model at once. A conversion only moves numbers, so places say where each gradient belongs."""
     model, total = load(source, dtype=torch.float32), sum(int(batch.scored.sum()) for batch in batches)
     loss = 0.0
@@ -65,12 +65,12 @@ def by_autograd(source: Path, skeleton: Skeleton, batches: list[Batch], weights:
         loss += part.item()
     parameters, found = dict(model.named_parameters()), {}
     for weight in weights:
-        for path in (path for path in skeleton.made_of(weight.name) if path in parameters):
-            group, grad = skeleton.group_of(path), parameters[path].grad
+        for path in (path for path in meta_model.made_of(weight.name) if path in parameters):
+            group, grad = meta_model.group_of(path), parameters[path].grad
             if group.patterns:
-                sources = {name: torch.zeros(skeleton.meaning.logical[name].shape) for name in group.sources}
+                sources = {name: torch.zeros(meta_model.dense_view.logical[name].shape) for name in group.sources}
                 places = torch.arange(sources[weight.name].numel()).reshape(sources[weight.name].shape) + 1.0
-                where = skeleton.mapping.convert(group, {**sources, weight.name: places}.__getitem__)[path].flatten()
+                where = meta_model.mapping.convert(group, {**sources, weight.name: places}.__getitem__)[path].flatten()
                 mine = torch.zeros(places.numel())
                 mine[where[where > 0].long() - 1] = grad.flatten()[where > 0]
                 grad = mine
@@ -84,9 +84,9 @@ def test_gradients_are_those_of_plain_autograd(name: str, every: int, tmp_path: 
     monkeypatch.setattr(gradients, "stride", lambda blocks, nbytes: every)
     monkeypatch.setattr(spill, "_SMALLEST", 0)
     source = build(name, tmp_path)
-    skeleton, batches, weights = prepared(source, inputs_for(name, tmp_path))
-    loss, found = gradients(skeleton, batches, weights, tmp_path / "scratch")
-    wanted_loss, wanted = by_autograd(source, skeleton, batches, weights)
+    meta_model, batches, weights = prepared(source, inputs_for(name, tmp_path))
+    loss, found = gradients(meta_model, batches, weights, tmp_path / "scratch")
+    wanted_loss, wanted = by_autograd(source, meta_model, batches, weights)
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
     assert found.keys() == wanted.keys() == {weight.name for weight in weights}
     assert len(found) > FAMILIES[name].linears
@@ -97,17 +97,17 @@ def test_gradients_are_those_of_plain_autograd(name: str, every: int, tmp_path: 
 
 def test_padding_and_texts_side_by_side_do_not_count(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "model")
-    skeleton, _, weights = prepared(source, ready_inputs())
+    meta_model, _, weights = prepared(source, ready_inputs())
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
-    whole = cut({"input_ids": torch.cat([ids[:1], ids[1:]], 1)}, skeleton.module, 0, 1, torch.float32)
+    whole = cut({"input_ids": torch.cat([ids[:1], ids[1:]], 1)}, meta_model.module, 0, 1, torch.float32)
     places = torch.arange(12).repeat(2)[None]
-    (packed,) = cut({"input_ids": whole[0].ids, "position_ids": places}, skeleton.module, 0, 1, torch.float32)
+    (packed,) = cut({"input_ids": whole[0].ids, "position_ids": places}, meta_model.module, 0, 1, torch.float32)
     assert int(packed.scored.sum()) == 22 == int(whole[0].scored.sum()) - 1
     padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.int64)], 1)
     mask = (torch.arange(16) < 12).repeat(2, 1)
-    (short,) = cut({"input_ids": ids}, skeleton.module, 0, 1, torch.float32)
-    (long,) = cut({"input_ids": padded, "attention_mask": mask}, skeleton.module, 0, 1, torch.float32)
-    results = [gradients(skeleton, [batch], weights, tmp_path / "scratch") for batch in (short, long, packed)]
+    (short,) = cut({"input_ids": ids}, meta_model.module, 0, 1, torch.float32)
+    (long,) = cut({"input_ids": padded, "attention_mask": mask}, meta_model.module, 0, 1, torch.float32)
+    results = [gradients(meta_model, [batch], weights, tmp_path / "scratch") for batch in (short, long, packed)]
     for loss, found in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for key, grad in found.items():
@@ -117,7 +117,7 @@ def test_padding_and_texts_side_by_side_do_not_count(tmp_path: Path) -> None:
 def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of twelve, forward and backward; with what every third was called with on disk."""
     source = tiny_llama(tmp_path / "model", num_hidden_layers=12)
-    skeleton, batches, weights = prepared(source, ready_inputs())
+    meta_model, batches, weights = prepared(source, ready_inputs())
     monkeypatch.setattr(gradients, "stride", lambda blocks, nbytes: 3)
     most, loads = 0, []
 
@@ -125,22 +125,22 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
         nonlocal most
         load_(path)
         loads.append(path)
-        layers = skeleton.module.model.layers
+        layers = meta_model.module.model.layers
         most = max(most, sum(not p.is_meta for layer in layers for p in layer.parameters()))
 
-    load_ = skeleton.load
-    monkeypatch.setattr(skeleton, "load", watched)
-    _, found = gradients(skeleton, batches, weights, tmp_path / "scratch")
+    load_ = meta_model.load
+    monkeypatch.setattr(meta_model, "load", watched)
+    _, found = gradients(meta_model, batches, weights, tmp_path / "scratch")
     assert len(found) == len(weights)
     assert most == 9
     blocks = [path for path in loads if ".layers." in path]
     assert len(blocks) == 12 + 4 * 2 + 12
-    assert all(p.is_meta for layer in skeleton.module.model.layers for p in layer.parameters())
+    assert all(p.is_meta for layer in meta_model.module.model.layers for p in layer.parameters())
 
 
 def test_what_blocks_share_in_other_ways_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton, batches, weights = prepared(tiny_llama(tmp_path / "model"), ready_inputs())
-    layers, shared = skeleton.module.model.layers, {}
+    meta_model, batches, weights = prepared(tiny_llama(tmp_path / "model"), ready_inputs())
+    layers, shared = meta_model.module.model.layers, {}
     inner = type(layers[0]).forward
 
     def leaves_something(self: Any, hidden: torch.Tensor, *args: Any, shared: dict[str, Any], **kwargs: Any) -> torch.Tensor:
@@ -151,10 +151,10 @@ def test_what_blocks_share_in_other_ways_is_refused_by_name(tmp_path: Path, monk
         layer.forward = lambda hidden, layer=layer, **kwargs: leaves_something(
             layer, hidden, shared=kwargs.pop("shared"), **kwargs
         )
-    outer = skeleton.module.model.forward
-    skeleton.module.model.forward = lambda **kwargs: outer(**kwargs, shared=shared)
+    outer = meta_model.module.model.forward
+    meta_model.module.model.forward = lambda **kwargs: outer(**kwargs, shared=shared)
     with pytest.raises(CoverageError, match=r"model\.layers\.0\n.*\n.*dict or list"):
-        gradients(skeleton, batches, weights, tmp_path / "scratch")
+        gradients(meta_model, batches, weights, tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
 
 
@@ -170,26 +170,26 @@ def test_a_cache_that_blocks_share_is_refused(tmp_path: Path) -> None:
     }  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gemma4_text", **sizes))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    skeleton, batches, weights = prepared(tmp_path / "model", ready_inputs())
+    meta_model, batches, weights = prepared(tmp_path / "model", ready_inputs())
     with pytest.raises(CoverageError, match=r"layers\.\d.*\n.*hands on what it returns.*\n.*Dict"):
-        gradients(skeleton, batches, weights, tmp_path / "scratch")
+        gradients(meta_model, batches, weights, tmp_path / "scratch")
 
 
 def test_what_gives_no_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton, batches, weights = prepared(tiny_llama(tmp_path / "model"), ready_inputs())
-    one = cut({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, skeleton.module, 0, 1, torch.float32)
+    meta_model, batches, weights = prepared(tiny_llama(tmp_path / "model"), ready_inputs())
+    one = cut({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, meta_model.module, 0, 1, torch.float32)
     with pytest.raises(InputError, match="a token to predict"):
-        gradients(skeleton, one, weights, tmp_path / "scratch")
-    monkeypatch.setattr(type(skeleton.module.model.norm), "forward", lambda self, hidden: hidden * torch.inf)
+        gradients(meta_model, one, weights, tmp_path / "scratch")
+    monkeypatch.setattr(type(meta_model.module.model.norm), "forward", lambda self, hidden: hidden * torch.inf)
     with pytest.raises(InputError, match="a finite number"):
-        gradients(skeleton, batches, weights, tmp_path / "scratch")
-    monkeypatch.setattr(type(skeleton.module.model.norm), "forward", lambda self, hidden: hidden * 0)
+        gradients(meta_model, batches, weights, tmp_path / "scratch")
+    monkeypatch.setattr(type(meta_model.module.model.norm), "forward", lambda self, hidden: hidden * 0)
     with pytest.raises(CoverageError, match="a gradient of zeros"):
-        gradients(skeleton, batches, [w for w in weights if w.block == 1], tmp_path / "scratch")
+        gradients(meta_model, batches, [w for w in weights if w.block == 1], tmp_path / "scratch")
 
 
 def test_the_shelf_keeps_what_it_was_given(tmp_path: Path) -> None:
-    there = spill.Shelf(tmp_path / "shelf")
+    there = spill.Spill(tmp_path / "shelf")
     tensors = {
         "large": torch.randn(64, 512).T, "small": torch.randn(3), "mask": torch.rand(512, 512) > 0.5,
         "half": torch.randn(256, 256).bfloat16(), "wide": torch.ones(1).expand(70_000), "ids": torch.arange(20_000),

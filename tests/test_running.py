@@ -24,7 +24,7 @@ from compress.hf import CompressConfig, CompressQuantizer
 from compress.kernels.dispatch import Backend
 from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Stack
 from compress.kernels.native.packed import Packed, pack
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.numerics.rounding import nearest
 from compress.runtime import artifact, fuse_experts
@@ -153,11 +153,11 @@ def test_experts_of_several_kinds_in_any_order(order: tuple[int, ...]) -> None:
     module.fill_experts("w", weights, places, False, torch.device("cpu"))
     x = torch.randn(12, 128, requires_grad=True)
     offsets = torch.tensor([0, 2, 5, 5, 9, 12], dtype=torch.int32)
-    meaning = torch.stack([dense[kind][e] for e, kind in enumerate(kinds)])
-    found, wanted = module.product("w", x, offsets), slowly(x, meaning, offsets)
+    dense_view = torch.stack([dense[kind][e] for e, kind in enumerate(kinds)])
+    found, wanted = module.product("w", x, offsets), slowly(x, dense_view, offsets)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, wanted)), rtol=1e-4, atol=1e-4)
-    assert torch.equal(module.expanded("w"), meaning)
+    assert torch.equal(module.expanded("w"), dense_view)
 
 
 def test_a_projection_is_one_product(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_other_artifacts_are_packed_while_they_load(name: str, recipe: str, sour
     run(source(name), tmp_path / "out", recipe)
     model = compress.load(tmp_path / "out", "float32", repack=True)
     torch.testing.assert_close(logits(model), meant(tmp_path / "out"), rtol=0, atol=5e-6 if name == "gpt_oss" else 0)
-    assert sum(artifact.backends(model).values()) == len(Meaning(open_checkpoint(tmp_path / "out")).weights)
+    assert sum(artifact.backends(model).values()) == len(DenseView(open_checkpoint(tmp_path / "out")).weights)
     if "compressed-tensors" in recipe and "fp4" not in recipe:
         torch.testing.assert_close(logits(load_dense(tmp_path / "out", dtype=torch.float32)), logits(model), rtol=0, atol=1e-5)
     with pytest.raises(UsageError, match="packed while they were read"):
@@ -319,7 +319,7 @@ def test_devices_are_dealt_out_by_packed_sizes(packed: Any) -> None:
 
     for name in ("tied", "mixtral"):
         model: Any = meta_model(open_checkpoint(packed(name)))
-        artifact.Filling(model, open_checkpoint(packed(name)), torch.float32)
+        artifact.PackedWeights(model, open_checkpoint(packed(name)), torch.float32)
         sizes, _ = compute_module_sizes(model, CompressQuantizer(CompressConfig()))
         loaded = compress.load(packed(name), "float32")
         for path in ("", "model.layers.0", "model.layers.1.mlp"):
@@ -372,7 +372,7 @@ def test_it_is_saved_bit_for_bit(name: str, dtype: str, packed: Any, tmp_path: P
     first, again = open_checkpoint(directory), open_checkpoint(tmp_path / "again")
     assert first.config["quantization_config"] == again.config["quantization_config"]
     assert set(first.refs) == set(again.refs)
-    for tensor in Meaning(first).weights:
+    for tensor in DenseView(first).weights:
         assert all(torch.equal(first.read(n).view(torch.uint8), again.read(n).view(torch.uint8)) for n in first.refs if n.startswith(f"{tensor}."))  # fmt: skip
     assert torch.equal(logits(compress.load(tmp_path / "again", dtype)), logits(model))
 

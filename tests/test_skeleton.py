@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from compress.checkpoint.reader import open_checkpoint
-from compress.layerwise.dense_view import Meaning
-from compress.layerwise.meta_model import Skeleton
-from compress.layerwise.stepwise import Journey, Roads
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.meta_model import MetaModel
+from compress.layerwise.stepwise import ForwardHooks, StepwiseForward
 from families import FAMILIES, build
 from support import load, logits
 
@@ -27,29 +27,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 class Walker(SimpleNamespace):
-    """A model as `support.logits` calls it, made of a skeleton. `held` is the bytes of parameters seen at each block."""
+    """A model as `support.logits` calls it, made of a meta model. `held` is the bytes of parameters seen at each block."""
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
-        skeleton: Skeleton = self.skeleton
+        meta_model: MetaModel = self.meta_model
         self.passed, self.held = [], []
-        with torch.no_grad(), Roads(skeleton) as roads:
-            journey = Journey(skeleton, inputs)
-            call = journey.advance()
+        with torch.no_grad(), ForwardHooks(meta_model) as hooks:
+            forward = StepwiseForward(meta_model, inputs)
+            call = forward.advance()
             while call is not None:
                 self.passed.append(call.block.path)
-                skeleton.release_visitors()
-                skeleton.load(call.block.path)
-                out = roads.visit(call).finish()
-                self.held.append(resident(skeleton.module))
-                skeleton.release(call.block.path)
-                assert all(p.is_meta for p in skeleton.module_at(call.block.path).parameters())
-                call = journey.advance(out)
-            return journey.output
+                meta_model.release_visitors()
+                meta_model.load(call.block.path)
+                out = hooks.visit(call).finish()
+                self.held.append(resident(meta_model.module))
+                meta_model.release(call.block.path)
+                assert all(p.is_meta for p in meta_model.module_at(call.block.path).parameters())
+                call = forward.advance(out)
+            return forward.output
 
 
 def walker(directory: Path, dtype: torch.dtype) -> Walker:
-    skeleton = Skeleton(Meaning(open_checkpoint(directory)), dtype)
-    return Walker(skeleton=skeleton, config=skeleton.module.config, dtype=dtype)
+    meta_model = MetaModel(DenseView(open_checkpoint(directory)), dtype)
+    return Walker(meta_model=meta_model, config=meta_model.module.config, dtype=dtype)
 
 
 def resident(model: torch.nn.Module) -> int:
@@ -66,33 +66,33 @@ def test_logits_are_those_of_the_whole_model(name: str, dtype: torch.dtype, sour
     wanted = logits(whole)
     assert torch.equal(got, wanted), f"off by {(got - wanted).abs().max()}"
     # llava's text needs no vision tower.
-    passed = [b.path for b in ours.skeleton.blocks if not b.stack.startswith("tower:vision")]
+    passed = [b.path for b in ours.meta_model.blocks if not b.stack.startswith("tower:vision")]
     assert sorted(ours.passed) == sorted(passed)
     size = {path: sum(p.nbytes for p in whole.get_submodule(path).parameters()) for path in ours.passed}
-    rest = resident(walker(source(name), dtype).skeleton.module)
+    rest = resident(walker(source(name), dtype).meta_model.module)
     for path, held in zip(ours.passed, ours.held, strict=True):
         assert held <= rest + size[path] + 64, "one block at a time, and neither embeddings nor head with it"
 
 
 def test_embeddings_and_head_are_gone_between_calls(tiny: Path) -> None:
-    skeleton = Skeleton(Meaning(open_checkpoint(tiny)), torch.float32)
-    assert sorted(skeleton.lazy) == ["lm_head", "model.embed_tokens"]
-    embedding = skeleton.module.get_input_embeddings()
+    meta_model = MetaModel(DenseView(open_checkpoint(tiny)), torch.float32)
+    assert sorted(meta_model.lazy) == ["lm_head", "model.embed_tokens"]
+    embedding = meta_model.module.get_input_embeddings()
     assert embedding.weight.shape == (128, 64)
     assert embedding.weight.untyped_storage().nbytes() == 4
     found = embedding(torch.tensor([5]))
-    assert torch.equal(found[0], skeleton.meaning.dense("model.embed_tokens.weight")[5].float())
-    skeleton.release_visitors()
+    assert torch.equal(found[0], meta_model.dense_view.dense("model.embed_tokens.weight")[5].float())
+    meta_model.release_visitors()
     assert bool(embedding.weight.isnan().all())
 
 
 def test_a_weight_that_was_replaced_is_used_and_then_forgotten(tiny: Path) -> None:
-    skeleton = Skeleton(Meaning(open_checkpoint(tiny)), torch.float32)
+    meta_model = MetaModel(DenseView(open_checkpoint(tiny)), torch.float32)
     path, name = "model.layers.0", "model.layers.0.self_attn.q_proj.weight"
-    skeleton.load(path)
-    before = skeleton.module.get_parameter(name).clone()
-    skeleton.replace({name: torch.zeros(before.shape, dtype=torch.bfloat16)})
-    assert not bool(skeleton.module.get_parameter(name).any())
-    skeleton.release(path)
-    skeleton.load(path)
-    assert torch.equal(skeleton.module.get_parameter(name), before)
+    meta_model.load(path)
+    before = meta_model.module.get_parameter(name).clone()
+    meta_model.replace({name: torch.zeros(before.shape, dtype=torch.bfloat16)})
+    assert not bool(meta_model.module.get_parameter(name).any())
+    meta_model.release(path)
+    meta_model.load(path)
+    assert torch.equal(meta_model.module.get_parameter(name), before)

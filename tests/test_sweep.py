@@ -20,7 +20,7 @@ from compress.context import Context
 from compress.contract.discover import load_pass
 from compress.errors import CoverageError, RecipeError
 from compress.executors import sweep
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics.masks import keep_best
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
@@ -155,12 +155,12 @@ def test_patterns_hold_and_stay_through_gptq(sparsity: str, made: Any, tmp_path:
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | prune.wanda(sparsity={sparsity}) | quantize.gptq(scheme=w4a16g32)"
     result = do(made("llama"), tmp_path / "out", recipe)
     assert {r.state for r in result.manifest.weights.values()} == {f"codes(w4a16g32)+masked({Sparsity.parse(sparsity)})"}
-    meaning, pruned = (
-        Meaning(open_checkpoint(tmp_path / "out")),
-        Meaning(open_checkpoint(step_of(tmp_path / "out", "prune.wanda"))),
+    dense_view, pruned = (
+        DenseView(open_checkpoint(tmp_path / "out")),
+        DenseView(open_checkpoint(step_of(tmp_path / "out", "prune.wanda"))),
     )
     for name in result.manifest.weights:
-        before, after = pruned.dense(name), meaning.dense(name)
+        before, after = pruned.dense(name), dense_view.dense(name)
         assert not bool(after[before == 0].any())
         if ":" in sparsity:
             kept, of = map(int, sparsity.split(":"))
@@ -330,7 +330,7 @@ def test_towers_are_not_fed(made: Any, tmp_path: Path) -> None:
 
 
 def test_a_weight_that_no_batch_reaches_is_an_error(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.layerwise.stepwise.Roads.watch", lambda self, readers: lambda: None)
+    monkeypatch.setattr("compress.layerwise.stepwise.ForwardHooks.watch", lambda self, readers: lambda: None)
     with pytest.raises(CoverageError, match="nothing observed"):
         do(made("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
 

@@ -1,4 +1,4 @@
-"""Spaces: which weights read and write an activation, by family.
+"""Families: which weights read and write an activation, by model family.
 
 Who reads an activation shows as a model runs; who writes it, and through what, does not. This table names, for families whose
 code was read, the spaces whose channels can be rescaled without a trace: each channel divided by a number where it is written,

@@ -1,8 +1,8 @@
-"""Mapping: which tensors on disk become which parameters, as transformers does.
+"""HF mapping: which tensors on disk become which parameters of transformers.
 
 transformers renames, fuses, splits and transposes tensors while it loads. A Group is the smallest set of tensors
 that it handles together; most have one source and one parameter. The same code serves names (without data) and
-skeletons (with it).
+meta model (with it).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Classes: the class of transformers that a checkpoint's config.json means.
+"""Model class: the class of transformers that a config.json means.
 
 A config names an architecture, and chooses among the classes that transformers lists for its model_type. No other word in it
 chooses code: what says how to run a model is left out, and classes of its own are loaded only where it is trusted.

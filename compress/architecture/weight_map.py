@@ -1,4 +1,4 @@
-"""Names: where each tensor on disk lands, by transformers' own mapping.
+"""Weight map: the weight that each tensor on disk is, and its module.
 
 transformers renames, fuses and splits tensors while it loads. That mapping is run here on tensors without data:
 each tensor on disk finds its module, and with it its kind (linear, expert, embedding, head, router, norm), its

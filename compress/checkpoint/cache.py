@@ -1,4 +1,4 @@
-"""Where what can be made anew is kept: COMPRESS_CACHE, or a folder of the user's."""
+"""Cache: the folder for what can be made anew, COMPRESS_CACHE or the user's."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Manifest(_Model):
     weights: dict[str, WeightRecord]
     notes: tuple[NoteRecord, ...] = ()
     digests: dict[str, str] = Field(description="sha256 of each stored tensor's bytes")
-    files: dict[str, str] = Field(description="sha256 of every other file; see intake.text_digest")
+    files: dict[str, str] = Field(description="sha256 of every other file; see scan.text_digest")
     measured: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("files")

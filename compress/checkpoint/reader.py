@@ -1,4 +1,4 @@
-"""Checkpoint: an immutable directory, opened by its headers.
+"""Reader: a checkpoint directory that does not change, opened by its headers.
 
 Opening checks everything that headers can tell: the index against the files, every file against its header,
 no path out of the directory, no pickle, a readable `config.json`. Reads use pread, never mmap: with

@@ -1,4 +1,4 @@
-"""Trust: the Python that a checkpoint brings, run only where the user says so.
+"""Remote code: Python that a checkpoint brings, run only if the user says so.
 
 `auto_map`, in config.json and tokenizer_config.json, names classes in .py files beside them. transformers' own machinery
 loads them, from the checkpoint's own files and no other repository's, for a checkpoint that was opened as trusted.

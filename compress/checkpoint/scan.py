@@ -1,4 +1,4 @@
-"""Intake: one read of the whole source; its identity, no NaN, no Inf.
+"""Scan: one read of the whole source, for its digests and for NaN and Inf.
 
 Gives the sha256 of every tensor and side file. Steps are named after this content, so the same input is
 recognised whatever its path or sharding; and a tensor that is carried along unchanged needs no second hash.
@@ -21,7 +21,7 @@ from compress.threads import workers
 
 
 @dataclass(frozen=True)
-class Intake:
+class SourceScan:
     """What a checkpoint is: digests by tensor and by side file, and the fingerprint over both."""
 
     digests: dict[str, str]
@@ -32,7 +32,7 @@ class Intake:
     """sha256 of the Python files that may be run."""
 
 
-def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False) -> Intake:
+def scan_source(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False) -> SourceScan:
     """Reads every byte once. Raises InputError for NaN or Inf, or where a manifest's digest does not match."""
     names = list(checkpoint.refs)
     for file in {ref.file for ref in checkpoint.refs.values()}:
@@ -71,9 +71,9 @@ def take_in(checkpoint: Checkpoint, ctx: Context, allow_nonfinite: bool = False)
             if not path.is_file() or digest not in (file_digest(path), _placeless(path, name)):
                 got = "other bytes" if path.is_file() else "no such file"
                 raise InputError(str(path), "the bytes that manifest.json names", got, "make the checkpoint anew")
-        return Intake(digests, dict(manifest.files), manifest.fingerprint, nonfinite, code_of(checkpoint))
+        return SourceScan(digests, dict(manifest.files), manifest.fingerprint, nonfinite, code_of(checkpoint))
     files = {name: file_digest(checkpoint.path / name) for name in ("config.json", *checkpoint.side_files)}
-    return Intake(digests, files, content_fingerprint(digests, files), nonfinite, code_of(checkpoint))
+    return SourceScan(digests, files, content_fingerprint(digests, files), nonfinite, code_of(checkpoint))
 
 
 def file_digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Shelf: tensors set aside in files under a name, small ones in memory."""
+"""Spill: tensors set aside in a file under a name, small ones in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SMALLEST = 1 << 16
 """Bytes below which a tensor is not worth a file."""
 
 
-class Shelf:
+class Spill:
     """Everything lies under `folder`, which is its own: emptied when it is made, gone when it is closed."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The typer app: verbs, and a command per pass made from its fields.
+"""App: the typer app, with a command per pass made from its fields.
 
 Only the passes that the command line names are imported; `compress --help` reads captions as text.
 """

@@ -1,4 +1,4 @@
-"""Options that verbs share: one flag, one spelling, one help text."""
+"""Options: what several commands share: one flag, one spelling, one help text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command per pass: its fields are the flags, their descriptions the help."""
+"""Passes: a command per pass; its fields are flags, their descriptions the help."""
 
 from __future__ import annotations
 

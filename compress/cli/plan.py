@@ -63,10 +63,12 @@ def verb(
     console.presets(found)
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
-    model_, meaning = enter(found, checkpoint, allow_dtype_mismatch)
+    model_, dense_view = enter(found, checkpoint, allow_dtype_mismatch)
     skips = tuple(allow_skips or ())
     dtype = str(computing("auto", checkpoint.config, where)).removeprefix("torch.")
-    plan = make_plan(found, checkpoint, model_, threads or available(), skips, shard_bytes=limit, dtype=dtype, meaning=meaning)
+    plan = make_plan(
+        found, checkpoint, model_, threads or available(), skips, shard_bytes=limit, dtype=dtype, dense_view=dense_view
+    )
     there_bytes = machine_bytes()
     if json_:
         print(
@@ -122,10 +124,10 @@ def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Probl
         for step in plan.steps:
             console.fact(f"step {step.number}", str(step.pass_.line()))
     head: tuple[str, ...] = ("step", "pass", "weights", "bits/weight", "over all", "bytes on disk")
-    meaning = _COLUMNS
+    dense_view = _COLUMNS
     if details:
-        head, meaning = (*head, "tensor bytes"), f"{meaning}; tensor bytes: of what is on disk"
-    console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], meaning)
+        head, dense_view = (*head, "tensor bytes"), f"{dense_view}; tensor bytes: of what is on disk"
+    console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], dense_view)
     for step in plan.steps:
         for note in step.notes:
             if details or step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):

@@ -72,8 +72,8 @@ def tables(manifest: Manifest, layers: bool, details: bool) -> None:
             print()
         console.table((state, *shown), [(label, *_cells(shape, records, shown)) for (label, shape), records in rows.items()])
     if groups:
-        meaning = "bits: of each entry, scales and padding included; weight error: |W-W'|/|W|, least-largest"
-        console.fact("columns", meaning + ("; output error: the same of W x on the calibration tokens" if outputs else ""))
+        dense_view = "bits: of each entry, scales and padding included; weight error: |W-W'|/|W|, least-largest"
+        console.fact("columns", dense_view + ("; output error: the same of W x on the calibration tokens" if outputs else ""))
 
 
 def _cells(shape: str, records: list[WeightRecord], columns: list[str]) -> list[str]:

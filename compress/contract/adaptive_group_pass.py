@@ -1,4 +1,4 @@
-"""Granular: quantizers that may choose the group for each matrix (FineQuant).
+"""Adaptive group pass: a quantizer that can choose a group for each matrix.
 
 Kim et al., 2308.09723: begin with one scale per row, halve the groups as long as ranges shrink. The printed rule goes on
 while for any group new/old > alpha, which for ranges of magnitudes is always so (one half keeps the largest weight and has
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.allocation_pass import DecidingPass, Offer, Rest
+from compress.contract.allocation_pass import AllocationPass, Offer, Rest
 from compress.contract.base_passes import QuantizingPass
 from compress.contract.fused_groups import together
 from compress.spec.recipe import Line
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class GranularPass(QuantizingPass, DecidingPass):
+class AdaptiveGroupPass(QuantizingPass, AllocationPass):
     """Makes codes in groups that are given, or that each matrix chooses by its own values."""
 
     gradients: ClassVar[bool] = False
@@ -65,7 +65,7 @@ class GranularPass(QuantizingPass, DecidingPass):
         return None
 
     def becomes(self, weight: Weight, state: State) -> State:
-        return DecidingPass.becomes(self, weight, state) if self.decides else super().becomes(weight, state)
+        return AllocationPass.becomes(self, weight, state) if self.decides else super().becomes(weight, state)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
         return [] if self.decides else super().notes(weights, states)

@@ -1,4 +1,4 @@
-"""Deciding: the shape of a pass that chooses what each weight becomes.
+"""Allocation pass: chooses what each weight becomes, within a budget.
 
 It decides by gradients, or by the weights alone, before bytes are laid out; a pass of another shape, or that it has itself,
 then does what was decided, and writes it.
@@ -49,7 +49,7 @@ class Rest:
     """Headers, index and config.json of the whole checkpoint, at most."""
 
 
-class DecidingPass(TargetedPass):
+class AllocationPass(TargetedPass):
     """Chooses what each weight becomes; driven by `decide`, and then by the driver of its `work`."""
 
     gradients: ClassVar[bool] = True
@@ -93,9 +93,9 @@ class DecidingPass(TargetedPass):
         raise TypeError(f"{type(self).__name__} leaves it to nobody")
 
 
-def decides(pass_: Pass) -> TypeGuard[DecidingPass]:
+def decides(pass_: Pass) -> TypeGuard[AllocationPass]:
     """Whether what weights become shows only once the pass has decided."""
-    return isinstance(pass_, DecidingPass) and pass_.decides
+    return isinstance(pass_, AllocationPass) and pass_.decides
 
 
 def rows_of(table: Path) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ def read_table(table: Path) -> dict[str, State]:
 
 def offers_of(step: StepPlan, weights: Sequence[Weight]) -> tuple[list[Offer], Rest]:
     """What a step has to decide on, and what there is besides."""
-    assert isinstance(step.pass_, DecidingPass)
+    assert isinstance(step.pass_, AllocationPass)
     touched = set(step.transformed)
     others = [weight for weight in weights if weight.name not in touched]
     nbytes = sum(spec.nbytes for weight in others for spec in step.specs(weight))

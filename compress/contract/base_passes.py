@@ -1,4 +1,4 @@
-"""Kinds: what quantizers, pruners and training passes share: options, refusals."""
+"""Base passes: options and refusals that quantizers, pruners, trainers share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import FLOATS, MATRICES, Note, State, Weight, counted
 
 if TYPE_CHECKING:
-    from compress.contract.training_options import Schooling
+    from compress.contract.training_options import TrainingOptions
     from compress.corpus import CorpusSpec
 
 _SMALLEST_GROUP = 16
@@ -182,7 +182,7 @@ class TextPass(Pass):
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | float) else value
 
-    def told(self) -> Self:
+    def redacted(self) -> Self:
         """Files by their names: their content counts, as tokens, and a path is nobody's business."""
         names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
         return self.model_copy(update={"data": names})
@@ -243,10 +243,10 @@ class TrainingPass(TextPass, TrainPass):
         self.sound(self.texts)
         return self
 
-    def told(self) -> Self:
+    def redacted(self) -> Self:
         """A teacher by its last part as well, for its content has a digest."""
-        told, teacher = super().told(), self.teacher_model()
-        return told.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else told
+        named, teacher = super().redacted(), self.teacher_model()
+        return named.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else named
 
     def texts(self) -> CorpusSpec | None:
         if not self.data:
@@ -256,10 +256,10 @@ class TrainingPass(TextPass, TrainPass):
         words = ("data", "weights", "field", "split", "samples", "length", "packing", "chat")
         return CorpusSpec(**{word: getattr(self, word) for word in words})
 
-    def schooling(self) -> Schooling:
-        from compress.contract.training_options import Schooling
+    def training_options(self) -> TrainingOptions:
+        from compress.contract.training_options import TrainingOptions
 
-        return Schooling(
+        return TrainingOptions(
             self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, self.schedule, self.warmup, self.final,
             self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Peers: weights that readers fuse, and the largest magnitude among them.
+"""Fused groups: weights that readers fuse, and the largest magnitude in each.
 
 vLLM and SGLang make one matrix of q/k/v and of gate/up and take one scale for it. Schemes with a scale for a whole matrix
 (`nvfp4`, `fp8-tensor`) therefore choose it for all of them: a driver measures their largest magnitude when the first one's

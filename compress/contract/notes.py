@@ -1,4 +1,4 @@
-"""Tally: counted lines, of a plan and of its problems."""
+"""Notes: the counted lines of a plan and of its problems."""
 
 from __future__ import annotations
 

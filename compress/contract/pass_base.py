@@ -1,4 +1,4 @@
-"""The contract: Context, Pass and its shapes, Format.
+"""Pass base: what a pass answers, and the shapes that it can have.
 
     DataPass     texts become calibration tokens             driver: the pipeline
     TensorPass   data-free, weight by weight                 driver: stream
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.reader import Checkpoint
     from compress.contract.format import Format
-    from compress.contract.training_options import Schooling
+    from compress.contract.training_options import TrainingOptions
     from compress.corpus import Corpus, CorpusSpec
     from compress.numerics.qtensor import QTensor
 
@@ -52,7 +52,7 @@ class Pass(BaseModel):
         options = self.model_dump(mode="json", exclude_defaults=True)
         return Line(self.pass_name(), {key: _value(value) for key, value in options.items()})
 
-    def told(self) -> Self:
+    def redacted(self) -> Self:
         """This pass as a manifest tells of it, without the folders of the machine that it ran on."""
         return self
 
@@ -156,7 +156,7 @@ class Statistic(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class MatrixTask:
     """One matrix to solve: a weight, or one expert of a fused one. `value` [out, in] in the stored dtype."""
 
     weight: Weight
@@ -168,7 +168,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Solution:
-    """The new value of a Job, a tensor [out, in] or codes [rows, columns], with squared norms of what it cost."""
+    """The new value of a matrix, a tensor [out, in] or codes [rows, columns], with squared norms of what it cost."""
 
     value: torch.Tensor | QTensor
     lost: float
@@ -196,7 +196,7 @@ class LinearPass(TargetedPass):
         """What all weights that read the same inputs share; computed once."""
         return statistic
 
-    def solve(self, jobs: Sequence[Job], prepared: Any) -> list[Solution]:
+    def solve(self, tasks: Sequence[MatrixTask], prepared: Any) -> list[Solution]:
         """The new values of weights that read the same inputs."""
         raise TypeError(f"{type(self).__name__} solves nothing")
 
@@ -211,7 +211,7 @@ def sweeps(pass_: Pass) -> TypeGuard[LinearPass]:
 
 
 class CompensatingPass(TargetedPass):
-    """Makes up for what rounding has lost, with the dense weights at hand that the codes were made from; see ancestor.py.
+    """Makes up for what rounding has lost, with the dense weights at hand that the codes were made from; see dense_parent.py.
 
     Lifted by `stream`, or by `sweep` where it is a LinearPass that observes.
     """
@@ -224,13 +224,13 @@ class CompensatingPass(TargetedPass):
         """The codes with what stands beside them, and the relative error; `dense` as [experts?, rows, columns]."""
         raise TypeError(f"{type(self).__name__} makes up for nothing")
 
-    def told(self) -> Self:
+    def redacted(self) -> Self:
         """A checkpoint by its last part: its content is in the lineage, and a path is nobody's business."""
         return self.model_copy(update={"dense": self.dense.rstrip("/").rpartition("/")[2]})
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingBatch:
     """A few samples of training: the model's arguments, and which of its outputs count."""
 
     inputs: dict[str, torch.Tensor]
@@ -247,14 +247,14 @@ class TrainPass(TargetedPass):
         """What to train on; None for the calibration tokens that travel with the checkpoint."""
         return None
 
-    def schooling(self) -> Schooling:
+    def training_options(self) -> TrainingOptions:
         """How to train."""
         raise TypeError(f"{type(self).__name__} does not train")
 
     def teacher_model(self) -> str | None:
-        """The model that teaches: a directory, a Hub id, or empty for the dense ancestor; None where there is none."""
+        """The model that teaches: a directory, a Hub id, or empty for the dense parent; None where there is none."""
         return None
 
-    def loss(self, lesson: Lesson, student: Any, teacher: Any) -> torch.Tensor:
-        """The sum over the lesson's scored tokens, fp32; both are called like models of transformers."""
+    def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
+        """The sum over the batch's scored tokens, fp32; both are called like models of transformers."""
         raise TypeError(f"{type(self).__name__} has no loss")

@@ -1,4 +1,4 @@
-"""Balancing: the shape of a pass that rescales activations, keeping the function.
+"""Smoothing pass: rescales activations and keeps the function of the model.
 
 Activation by activation, from what flows through it; its driver is fold.
 """
@@ -25,7 +25,7 @@ class Matrix(NamedTuple):
     value: torch.Tensor
 
 
-class SpacePass(LinearPass):
+class SmoothingPass(LinearPass):
     """Divides the channels of spaces by numbers of its own where they are written, and multiplies them where they are read."""
 
     def layout(self, weights: Sequence[Weight], family: str, config: dict[str, Any]) -> Layout:

@@ -1,4 +1,4 @@
-"""Schedule: how a training pass trains, and the learning rate of every step."""
+"""Training options: how a pass trains, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Curve = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True)
-class Schooling:
+class TrainingOptions:
     """The settings of a training run; samples are counted over all processes."""
 
     epochs: int = 1

@@ -1,4 +1,4 @@
-"""Train the tiny Llama that ships with the package, and cut its texts.
+"""Make model: trains the tiny Llama that ships, and cuts its texts.
 
 All text is the running CPython's own (PSF-2.0): its ``*.py`` library and the reference
 topics that ``pydoc`` carries. No network, no GPU; about 20 minutes on two idle cores.

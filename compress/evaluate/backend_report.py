@@ -1,4 +1,4 @@
-"""Doctor: what this machine runs packed weights with, and why not faster.
+"""Backend report: what runs packed weights on this machine, and why not faster.
 
 Every answer is a backend's own: those that are passed over say why, and nothing here knows what any of them can do.
 """
@@ -27,7 +27,7 @@ from compress.kernels.dispatch import Work, ask
 from compress.kernels.native.layout import Native
 from compress.pipeline.build_manifest import isa
 from compress.pipeline.memory_check import machine_bytes
-from compress.runtime.fill import Filling, refuse_other
+from compress.runtime.fill import PackedWeights, refuse_other
 from compress.runtime.fuse_experts import stacks
 from compress.spec.weight_state import State, Weight
 
@@ -100,7 +100,7 @@ def artifact_uses(checkpoint: Checkpoint, device: str, dtype: str | None = None)
     refuse_other(checkpoint)
     model: Any = meta_model(checkpoint)
     chosen = torch_dtype(DTYPES[dtype]) if dtype else model.config.dtype or torch.float32
-    filling = Filling(model, checkpoint, chosen)
+    filling = PackedWeights(model, checkpoint, chosen)
     found: Counter[Work] = Counter()
 
     def work(name: str) -> Work:

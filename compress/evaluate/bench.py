@@ -193,9 +193,9 @@ def _forget_peak() -> None:
 def check(checkpoint: Checkpoint, subject: Subject, ids: torch.Tensor) -> float:
     """|packed - meant| / |meant| of logits on some of the ids. Raises FormatError where it is more than rounding."""
     some = ids[:1, :_CHECKED]
-    meaning = Forward(checkpoint, rounded=False).logits([some])
-    meant = next(meaning).float()
-    meaning.close()
+    dense_view = Forward(checkpoint, rounded=False).logits([some])
+    meant = next(dense_view).float()
+    dense_view.close()
     found = subject.model(input_ids=some.to(subject.model.device), use_cache=False).logits.float().cpu()
     difference, allowed = float((found - meant).norm() / meant.norm()), ALLOWED[dtype_name(subject.model)]
     # Written so that a difference that is no number is refused as well.

@@ -1,4 +1,4 @@
-"""Difference: how far the weights of two checkpoints are apart, in any state.
+"""Diff: how far the weights of two checkpoints are apart, in any state.
 
 A weight's error is |A - B| / |A| in the Frobenius norm, of what each side means: codes are expanded. One weight of each side
 is in memory at a time, and sums are in fp64.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.errors import InputError
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.logits import label_of
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def difference(
     a: Checkpoint, b: Checkpoint, progress: Callable[[float], None] = lambda share: None, device: torch.device | str = "cpu"
 ) -> Difference:
     """Compares every weight of two checkpoints, by name. Raises InputError for one that another tool has quantized."""
-    sides = (Meaning(a), Meaning(b))
+    sides = (DenseView(a), DenseView(b))
     logical = (sides[0].logical, sides[1].logical)
     shared = [name for name in logical[0] if name in logical[1]]
     if not shared:

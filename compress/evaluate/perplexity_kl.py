@@ -1,4 +1,4 @@
-"""Measure: perplexity, and the KL of an artifact to its source; the protocol.
+"""Perplexity and KL of an artifact to its source, with the protocol.
 
 Windows of `length` tokens without overlap, no BOS added, the first token of a window not scored, fp32. An encoder-decoder
 reads the first half of a window and is scored on the second; a masked language model is compared at every token and has no
@@ -132,7 +132,7 @@ class _Share:
 
     def __init__(self, progress: Callable[[float], None], start: float, part: float, sides: list[Forward]) -> None:
         self.progress, self.start = progress, start
-        self.each = part / max(1, sum(len(side.skeleton.blocks) for side in sides))
+        self.each = part / max(1, sum(len(side.meta_model.blocks) for side in sides))
 
     def step(self) -> None:
         self.start += self.each

@@ -16,11 +16,11 @@ import torch
 
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import ADAPTER, Checkpoint, read_json
-from compress.checkpoint.scan import take_in
+from compress.checkpoint.scan import scan_source
 from compress.context import Context
 from compress.errors import FormatError, Problem
 from compress.importers import METHODS, method_of, open_foreign
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics.divergence import Divergence, divergence
 from compress.numerics.qtensor import QTensor, along_inputs
 
@@ -72,39 +72,39 @@ class Reading:
 
 def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
     """Reads every byte and decodes every weight. Raises InputError or FormatError for what is not as it should be."""
-    take_in(checkpoint, ctx)
-    meaning = Meaning(checkpoint)
+    scan_source(checkpoint, ctx)
+    dense_view = DenseView(checkpoint)
     # What config.json alone says: a reader has no manifest.
-    told = open_foreign(checkpoint).weights if meaning.format is not None and method_of(checkpoint) in METHODS else {}
+    told = open_foreign(checkpoint).weights if dense_view.format is not None and method_of(checkpoint) in METHODS else {}
     problems = []
-    for number, name in enumerate(meaning.logical, 1):
-        if problem := _wrong(meaning, name, told):
+    for number, name in enumerate(dense_view.logical, 1):
+        if problem := _wrong(dense_view, name, told):
             problems.append(problem)
-        ctx.tell("progress", step="verify", phase="decode", done=number, total=len(meaning.logical), unit="weights")
-    described = meaning.format.described(checkpoint) if meaning.format is not None else {}
-    for name in sorted(described.keys() | meaning.weights.keys()) if described else ():
-        if described.get(name) != meaning.weights.get(name):
+        ctx.tell("progress", step="verify", phase="decode", done=number, total=len(dense_view.logical), unit="weights")
+    described = dense_view.format.described(checkpoint) if dense_view.format is not None else {}
+    for name in sorted(described.keys() | dense_view.weights.keys()) if described else ():
+        if described.get(name) != dense_view.weights.get(name):
             expected, got = "the same by config.json as by manifest.json", "another state, shape or dtype"
             problems.append(Problem(f"'{name}'", expected, got, "make the artifact anew"))
     if problems:
         raise FormatError(problems[:20])
-    foreign = meaning.foreign
+    foreign = dense_view.foreign
     corrected = tuple((note.reason, note.count) for note in (foreign.notes if foreign is not None else ()))
-    decoded = len(meaning.weights) if foreign is None else len(foreign.weights)
+    decoded = len(dense_view.weights) if foreign is None else len(foreign.weights)
     return Bytes(len(checkpoint.refs), checkpoint.manifest is not None, decoded, corrected)
 
 
-def _wrong(meaning: Meaning, name: str, told: dict[str, Packed]) -> Problem | None:
+def _wrong(dense_view: DenseView, name: str, told: dict[str, Packed]) -> Problem | None:
     """What is wrong with one weight."""
     from compress.numerics import masks
 
     where, do = f"'{name}'", "make the artifact anew"
-    q = meaning.qtensor(name)
+    q = dense_view.qtensor(name)
     if q is None:
-        value = meaning.dense(name) if meaning.is_packed(name) else None
+        value = dense_view.dense(name) if dense_view.is_packed(name) else None
         finite = value is None or bool(torch.isfinite(value.float()).all())
         return None if finite else Problem(where, "finite weights", "NaN or Inf", do)
-    weight, state = meaning.weights[name]
+    weight, state = dense_view.weights[name]
     top = q.scheme.levels
     plain = q.scheme.integer and q.outliers is None and q.lowrank is None
     finite = bool(torch.isfinite(q.steps() if plain else q.dequantize()).all())
@@ -118,7 +118,7 @@ def _wrong(meaning: Meaning, name: str, told: dict[str, Packed]) -> Problem | No
         said = told[name].scheme
         if q.scheme.inputs != (said.inputs if said is not None else ""):
             return Problem(where, f"activations as in {q.scheme}, as manifest.json says", f"{said} by config.json", do)
-        other = told[name].read(meaning.checkpoint.read)
+        other = told[name].read(dense_view.checkpoint.read)
         value = other.dequantize() if isinstance(other, QTensor) else other.float()
         if not torch.equal(value, q.dequantize().to(value.dtype)):
             return Problem(where, "the same weight by config.json as by manifest.json", "another one", do)

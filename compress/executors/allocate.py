@@ -1,4 +1,4 @@
-"""Decide: what each weight becomes, before its bytes are laid out.
+"""Allocate: what each weight becomes, before its bytes are laid out.
 
 What was decided stands in a table beside the step's directory as soon as it is known, so that a crash while weights are
 written does not cost another sweep; in the end the table and its picture lie in the directory that was made.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import ALLOCATION, Checkpoint
 from compress.context import Context
-from compress.contract.allocation_pass import DecidingPass, Offer, offers_of, read_table, rows_of
+from compress.contract.allocation_pass import AllocationPass, Offer, offers_of, read_table, rows_of
 from compress.errors import InputError
 from compress.numerics import qtensor
 from compress.spec.weight_state import State, Weight
@@ -36,7 +36,7 @@ def decide(
 ) -> dict[str, State]:
     """What every weight of a step becomes: by its own table, if a run has left one, by that it was given, or anew."""
     pass_ = step.pass_
-    assert isinstance(pass_, DecidingPass)
+    assert isinstance(pass_, AllocationPass)
     offers, rest = offers_of(step, weights)
     if not ctx.broadcast(table.is_file()):
         found = pass_.known([offer.weight for offer in offers])
@@ -56,42 +56,42 @@ def decide(
 
 
 def sense(
-    pass_: DecidingPass, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path, ctx: Context
+    pass_: AllocationPass, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path, ctx: Context
 ) -> list[Offer]:
     """The offers with what each would cost; hidden states that have to wait do so in `folder`."""
     assert tokens is not None
     from compress.corpus import Corpus
     from compress.device import device_of
-    from compress.executors.gradients import Reverse
+    from compress.executors.gradients import GradientSweep
     from compress.layerwise.batches import cut
-    from compress.layerwise.dense_view import Meaning
+    from compress.layerwise.dense_view import DenseView
     from compress.layerwise.logits import is_masked, label_of
     from compress.layerwise.memory_estimate import batch_tokens, computing
-    from compress.layerwise.meta_model import Skeleton
+    from compress.layerwise.meta_model import MetaModel
 
     device = device_of(ctx)
-    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config, device), device)
-    kind = type(skeleton.module).__name__
-    if skeleton.module.get_output_embeddings() is None or is_masked(kind):
+    meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config, device), device)
+    kind = type(meta_model.module).__name__
+    if meta_model.module.get_output_embeddings() is None or is_masked(kind):
         do = "use a pass that needs no gradients, or give a table that was made elsewhere"
         raise InputError(label_of(source), "a language model that predicts the next token", kind, do)
     wanted = {offer.weight.name: offer for offer in offers}
     costs: dict[str, tuple[float, ...]] = {}
 
     def take(weight: Weight, gradient: torch.Tensor) -> None:
-        value = qtensor.as_matrix(weight, skeleton.stored(weight.name))
+        value = qtensor.as_matrix(weight, meta_model.stored(weight.name))
         costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
     most = batch_tokens(source.config)
-    # Reverse knows of no step.
+    # GradientSweep knows of no step.
     named = replace(ctx, events=lambda event: ctx.events({**event, "step": pass_.pass_name()}))
-    batches = cut(Corpus.load(tokens).tensors, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, device, most)
-    loss = Reverse(skeleton, [offer.weight for offer in offers], folder, named).run(batches, take)
+    batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
+    loss = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named).run(batches, take)
     ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
 
 
-def look(pass_: DecidingPass, offer: Offer, source: Checkpoint) -> Offer:
+def look(pass_: AllocationPass, offer: Offer, source: Checkpoint) -> Offer:
     """An offer with what the pass asks of its weight."""
     return replace(offer, costs=pass_.look(offer, qtensor.as_matrix(offer.weight, source.read(offer.weight.name))))
 

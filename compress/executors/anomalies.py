@@ -1,4 +1,4 @@
-"""Watch: what is odd in a weight that a pass has made; counted with its name.
+"""Anomalies: what is odd in a weight that a pass has made, counted by name.
 
     large error    |W - W'| is more than half of |W|
     zero rows      an output whose every weight has become zero, and was not

@@ -1,4 +1,4 @@
-"""Route: one batch of a reverse sweep: calls of blocks, gradients on their way.
+"""Backward batch: one batch of a gradient sweep, and gradients on their way.
 
 Blocks run without a graph. Autograd records only what transformers' own code does between them (most often nothing): a
 block's outputs enter that graph through a Gate, which in the backward pass sets their gradients aside for the block, and
@@ -18,12 +18,12 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from compress.checkpoint.spill import Shelf
+from compress.checkpoint.spill import Spill
 from compress.errors import CoverageError, InputError
 from compress.layerwise.batches import Batch
-from compress.layerwise.hidden_state_offload import Parking
-from compress.layerwise.meta_model import Block, Skeleton
-from compress.layerwise.stepwise import Call, Journey, Roads
+from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.meta_model import Block, MetaModel
+from compress.layerwise.stepwise import Call, ForwardHooks, StepwiseForward
 
 _LOGITS = 1 << 22
 """Logits whose gradient is computed at a time."""
@@ -36,7 +36,7 @@ class _Output(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Stands for a tensor on the shelf."""
+    """Stands for a tensor in the spill file."""
 
     key: Any
 
@@ -65,13 +65,15 @@ class _Gate(torch.autograd.Function):
         return None, None, None
 
 
-class Route:
+class BackwardBatch:
     """One batch: the blocks that it has passed, and the gradients that wait for them."""
 
-    def __init__(self, number: int, batch: Batch, skeleton: Skeleton, roads: Roads, parking: Parking, shelf: Shelf) -> None:
+    def __init__(
+        self, number: int, batch: Batch, meta_model: MetaModel, hooks: ForwardHooks, offload: HiddenStateOffload, spill: Spill
+    ) -> None:
         self.number, self.batch = number, batch
-        self.roads, self.parking, self.shelf = roads, parking, shelf
-        self.journey = Journey(skeleton, batch.inputs)
+        self.hooks, self.offload, self.spill = hooks, offload, spill
+        self.journey = StepwiseForward(meta_model, batch.inputs)
         self.call: Call | None = None
         self.stops: list[_Stop] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -84,12 +86,12 @@ class Route:
         """Goes on to the next block; `call` is None at the end."""
         self.call = self.journey.advance(*output)
         if self.call is not None:
-            self.parking.park(self, self.call)
+            self.offload.park(self, self.call)
 
     def first_run(self, keep: bool) -> Any:
         """The output of the block it is at, on its way into the graph; `keep` sets the arguments aside."""
         assert self.call is not None
-        self.parking.fetch(self)
+        self.offload.fetch(self)
         leaves, spec = tree_flatten((self.call.args, self.call.kwargs))
         stop = _Stop(spec, [self._noted(leaf, place, keep) for place, leaf in enumerate(leaves)])
         for place, leaf in enumerate(leaves):
@@ -109,7 +111,7 @@ class Route:
         block = self.call.block
         args, kwargs = tree_unflatten(leaves, spec)
         with torch.no_grad():
-            output = self.roads.visit(Call(block, args, kwargs)).finish()
+            output = self.hooks.visit(Call(block, args, kwargs)).finish()
         after, _ = tree_flatten((args, kwargs))
         names = [type(leaf).__name__ for leaf in after if not isinstance(leaf, torch.Tensor) and _holds(leaf)]
         if names or len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
@@ -122,10 +124,10 @@ class Route:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         key = ("grad", self.number, step, number)
-        return _Gate.apply(self._anchor, value, lambda grad: self.shelf.add(key, grad))  # type: ignore[no-untyped-call]
+        return _Gate.apply(self._anchor, value, lambda grad: self.spill.add(key, grad))  # type: ignore[no-untyped-call]
 
     def _noted(self, leaf: Any, place: int, keep: bool) -> Any:
-        """What stands for an argument: an output of the block before, a name on the shelf, or itself."""
+        """What stands for an argument: an output of the block before, a name in the spill file, or itself."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if not keep and (same := [n for n, output in enumerate(self._outputs) if output is leaf]):
@@ -136,9 +138,9 @@ class Route:
         return known[1]
 
     def _set_aside(self, step: int, place: int, tensor: torch.Tensor) -> _Kept:
-        """Puts an argument on the shelf until the backward pass has been at `step`, where it is used first."""
+        """Puts an argument in the spill file until the backward pass has been at `step`, where it is used first."""
         key = ("input", self.number, step, place)
-        self.shelf.put(key, tensor)
+        self.spill.put(key, tensor)
         self._used_first.setdefault(step, []).append(key)
         return _Kept(key)
 
@@ -171,11 +173,11 @@ class Route:
     def run_again(self, block: Block, step: int, leaves: list[Any]) -> list[Any]:
         """The block's outputs, flat."""
         args, kwargs = tree_unflatten(leaves, self.stops[step].spec)
-        return list(tree_flatten(self.roads.visit(Call(block, args, kwargs)).finish())[0])
+        return list(tree_flatten(self.hooks.visit(Call(block, args, kwargs)).finish())[0])
 
     def arguments(self, step: int) -> list[Any]:
         """What the block was called with at `step`."""
-        return [self.shelf.get(leaf.key) if isinstance(leaf, _Kept) else leaf for leaf in self.stops[step].leaves]
+        return [self.spill.get(leaf.key) if isinstance(leaf, _Kept) else leaf for leaf in self.stops[step].leaves]
 
     def carry(self, block: Block, step: int) -> None:
         """Computes again what the block after the one at `step` was called with."""
@@ -189,7 +191,7 @@ class Route:
         """Adds this batch's share to the gradients of the block's weights, and sends those of its inputs on their way."""
         stop, leaves = self.stops[step], self.arguments(step)
         for key in self._used_first.pop(step, ()):
-            self.shelf.drop(key)
+            self.spill.drop(key)
         self._flush(step + 1)
         for place in stop.edges:
             leaves[place] = leaves[place].detach().requires_grad_()
@@ -198,23 +200,23 @@ class Route:
         ends, grads = [], []
         for number, output in enumerate(outputs):
             key = ("grad", self.number, step, number)
-            if key in self.shelf:
+            if key in self.spill:
                 if output.requires_grad:
                     ends.append(output)
-                    grads.append(self.shelf.get(key))
-                self.shelf.drop(key)
+                    grads.append(self.spill.get(key))
+                self.spill.drop(key)
         del outputs
         torch.autograd.backward(ends, grads)
         for place, edge in stop.edges.items():
             if leaves[place].grad is not None:
-                self.shelf.add(("edge", self.number, edge.node, edge.output_nr), leaves[place].grad)
+                self.spill.add(("edge", self.number, edge.node, edge.output_nr), leaves[place].grad)
 
     def _flush(self, step: int) -> None:
         """Sends gradients through the graph from what was first read at `step`; all of its readers have been there."""
-        edges = [edge for edge, first in self._first.items() if first == step and ("edge", self.number, *edge) in self.shelf]
-        grads = [self.shelf.get(("edge", self.number, *edge)) for edge in edges]
+        edges = [edge for edge, first in self._first.items() if first == step and ("edge", self.number, *edge) in self.spill]
+        grads = [self.spill.get(("edge", self.number, *edge)) for edge in edges]
         for edge in edges:
-            self.shelf.drop(("edge", self.number, *edge))
+            self.spill.drop(("edge", self.number, *edge))
         # Parts of the graph may be shared with what was first read at another step.
         torch.autograd.backward([GradientEdge(*edge) for edge in edges], grads, retain_graph=True)
 

@@ -1,4 +1,4 @@
-"""Ancestor: the dense weights that codes were made from.
+"""Dense parent: the dense weights that codes were made from.
 
 Of a weight that this run has quantized, what the step read that did so: pruned and trained as it was then. Of one that came
 in codes already, the checkpoint that the pass names, or else the model of the Hub that the manifest tells of; either has to
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.scan import take_in
+from compress.checkpoint.scan import scan_source
 from compress.checkpoint.source import open_source
 from compress.context import Context
 from compress.contract.notes import changed_by
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Ancestor:
+class DenseParent:
     """Gives the dense weights of a step. `past` are the checkpoints that all steps up to it read, in order."""
 
     def __init__(self, step: StepPlan, plan: Plan, past: Sequence[Checkpoint], outside: Teacher | None) -> None:
@@ -50,7 +50,7 @@ def _last_dense(name: str, step: StepPlan, plan: Plan) -> int | None:
     return next((number for number in reversed(before) if plan.steps[number].before[name].scheme is None), None)
 
 
-def open_dense(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Context) -> Teacher | None:
+def open_dense_parent(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Context) -> Teacher | None:
     """The dense model below a source in codes, None where the run has quantized all weights itself. Raises CompressError."""
     assert isinstance(step.pass_, CompensatingPass)
     lost = [name for name in step.transformed if _last_dense(name, step, plan) is None]
@@ -68,7 +68,7 @@ def open_dense(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Context) -> 
         name = f"{origin.name}@{origin.commit}"
     found = open_source(name)
     quiet = replace(ctx, events=lambda event: None)
-    fingerprint: str = ctx.broadcast(take_in(found, quiet).fingerprint if ctx.is_main else None)
+    fingerprint: str = ctx.broadcast(scan_source(found, quiet).fingerprint if ctx.is_main else None)
     if manifest is not None and fingerprint not in {manifest.source.fingerprint, *(line.parent for line in manifest.lineage)}:
         raise InputError(where, "a checkpoint that the lineage of the codes names", f"{found.name}, another one")
     for weight in lost:

@@ -1,7 +1,7 @@
-"""Reverse: gradients of a language model's loss, with one block in memory.
+"""Gradients of a language model's loss, with one block in memory.
 
 The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
-skeleton's dtype, what they add to the gradient of a weight is added up in fp32.
+meta model's dtype, what they add to the gradient of a weight is added up in fp32.
 Forward, every batch goes from block to block (route.py). Backward, blocks come in the reverse order; each is loaded, runs
 every batch again with a graph, and is released. What it was called with is on disk for every few blocks (footprint's
 `stride`); for those between it is computed again from there.
@@ -17,33 +17,33 @@ from typing import Any
 
 import torch
 
-from compress.checkpoint.spill import Shelf
+from compress.checkpoint.spill import Spill
 from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.errors import CoverageError, InputError
-from compress.executors.backward_batch import Route
+from compress.executors.backward_batch import BackwardBatch
 from compress.executors.train.student import Conversion
 from compress.layerwise.batches import Batch
-from compress.layerwise.hidden_state_offload import Parking
+from compress.layerwise.hidden_state_offload import HiddenStateOffload
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, stride
-from compress.layerwise.meta_model import Block, Skeleton
-from compress.layerwise.stepwise import Roads
+from compress.layerwise.meta_model import Block, MetaModel
+from compress.layerwise.stepwise import ForwardHooks
 from compress.spec.weight_state import Weight
 
 Take = Callable[[Weight, torch.Tensor], None]
 """Receives the gradient of a weight, fp32 in its stored shape."""
 
 
-class Reverse:
+class GradientSweep:
     """Gradients of `weights`; what has to be set aside lies in `folder`."""
 
-    def __init__(self, skeleton: Skeleton, weights: list[Weight], folder: Path, ctx: Context) -> None:
-        self.skeleton, self.weights, self.folder, self.ctx = skeleton, weights, folder, ctx
-        inside = tuple(f"{block.path}." for block in skeleton.blocks)
+    def __init__(self, meta_model: MetaModel, weights: list[Weight], folder: Path, ctx: Context) -> None:
+        self.meta_model, self.weights, self.folder, self.ctx = meta_model, weights, folder, ctx
+        inside = tuple(f"{block.path}." for block in meta_model.blocks)
         self._outside = [weight for weight in weights if not weight.module.startswith(inside)]
         self._sizes = {
-            block.path: sum(w.nbytes for w in skeleton.model.weights if w.module.startswith(f"{block.path}."))
-            for block in skeleton.blocks
+            block.path: sum(w.nbytes for w in meta_model.model.weights if w.module.startswith(f"{block.path}."))
+            for block in meta_model.blocks
         }
         self._sums: dict[str, torch.Tensor] = {}
         self._lent: list[torch.nn.Parameter] = []
@@ -54,32 +54,32 @@ class Reverse:
         total = self._sum(sum(int(batch.scored.sum()) for batch in batches))
         if not total:
             raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
-        shelf = Shelf(self.folder / str(self.ctx.rank))
-        parking = Parking(self.folder, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
+        spill = Spill(self.folder / str(self.ctx.rank))
+        offload = HiddenStateOffload(self.folder, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
         undo = self._lend()
         try:
-            with Roads(self.skeleton) as roads:
-                routes = [Route(n, batch, self.skeleton, roads, parking, shelf) for n, batch in enumerate(batches)]
+            with ForwardHooks(self.meta_model) as roads:
+                routes = [BackwardBatch(n, batch, self.meta_model, roads, offload, spill) for n, batch in enumerate(batches)]
                 blocks, every, loss = self._forward(routes, 1 / total)
                 self._backward(routes, blocks, every, take)
             self._take(self._outside, sorted(self._paths), take)
         finally:
             undo()
-            self.skeleton.release_visitors()
-            parking.clear()
-            shelf.close()
+            self.meta_model.release_visitors()
+            offload.clear()
+            spill.close()
             with suppress(OSError):
                 self.folder.rmdir()
         return self._sum(loss) / total
 
-    def _forward(self, routes: list[Route], weight: float) -> tuple[list[Block], int, float]:
+    def _forward(self, routes: list[BackwardBatch], weight: float) -> tuple[list[Block], int, float]:
         """The blocks in the order of a forward, every how many of them are kept, and this process's sum of losses."""
         blocks: list[Block] = []
         loss = 0.0
         with torch.enable_grad():
             for route in routes:
                 route.advance()
-            every = stride(len(self.skeleton.blocks), sum(route.state_bytes for route in routes))
+            every = stride(len(self.meta_model.blocks), sum(route.state_bytes for route in routes))
             while (call := routes[0].call) is not None:
                 if call.block in blocks:
                     expected, got = "each block once in a forward", "a block that runs again"
@@ -102,7 +102,7 @@ class Reverse:
             raise InputError("the loss on the calibration tokens", "a finite number", f"{loss}", "look at the source")
         return blocks, every, loss
 
-    def _backward(self, routes: list[Route], blocks: list[Block], every: int, take: Take) -> None:
+    def _backward(self, routes: list[BackwardBatch], blocks: list[Block], every: int, take: Take) -> None:
         self._tell("backward", [])
         for start in range((len(blocks) - 1) // every * every, -1, -every):
             stop = min(len(blocks), start + every)
@@ -117,11 +117,11 @@ class Reverse:
         for route in routes:
             route.leave()
 
-    def _one_block(self, routes: list[Route], block: Block, step: int, take: Take) -> None:
+    def _one_block(self, routes: list[BackwardBatch], block: Block, step: int, take: Take) -> None:
         mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
-        parameters = {path for weight in mine for path in self.skeleton.made_of(weight.name)}
+        parameters = {path for weight in mine for path in self.meta_model.made_of(weight.name)}
         for path in parameters:
-            self._ask(path, self.skeleton.module.get_parameter(path))
+            self._ask(path, self.meta_model.module.get_parameter(path))
         for route in routes:
             route.go_back(block, step)
         self._take(mine, sorted(parameters), take)
@@ -141,15 +141,15 @@ class Reverse:
     def _take(self, weights: list[Weight], paths: list[str], take: Take) -> None:
         """Hands over the gradients of `weights`, which these parameters are made of."""
         grads: dict[str, torch.Tensor] = {}
-        logical, kept = self.skeleton.meaning.logical, self.skeleton.model.duplicates
+        logical, kept = self.meta_model.dense_view.logical, self.meta_model.model.duplicates
         for path in paths:
-            group = self.skeleton.group_of(path)
+            group = self.meta_model.group_of(path)
             grad = self._sums.pop(path, None)
             if grad is None:
-                grad = torch.zeros_like(self.skeleton.module.get_parameter(path), dtype=torch.float32, requires_grad=False)
+                grad = torch.zeros_like(self.meta_model.module.get_parameter(path), dtype=torch.float32, requires_grad=False)
             self.ctx.add_up(grad)
             shapes = [logical[source].shape for source in group.sources]
-            parts = Conversion(self.skeleton.mapping, group, shapes).back(path, grad) if group.patterns else [grad]
+            parts = Conversion(self.meta_model.mapping, group, shapes).back(path, grad) if group.patterns else [grad]
             for source, part in zip(group.sources, parts, strict=True):
                 name = kept.get(source, source)
                 grads[name] = grads[name].add_(part) if name in grads else part
@@ -172,7 +172,7 @@ class Reverse:
                     self._ask(path, parameter)
                     self._lent.append(parameter)
 
-            hooks.append(self.skeleton.module_at(owner).register_forward_pre_hook(hook))
+            hooks.append(self.meta_model.module_at(owner).register_forward_pre_hook(hook))
 
         def undo() -> None:
             for handle in hooks:
@@ -184,15 +184,15 @@ class Reverse:
 
     def _made_of(self, weight: Weight) -> list[str]:
         """The parameters that a weight becomes, those of its copies on disk included."""
-        copies = [alias for alias, kept in self.skeleton.model.duplicates.items() if kept == weight.name]
-        return [path for name in (weight.name, *copies) for path in self.skeleton.made_of(name)]
+        copies = [alias for alias, kept in self.meta_model.model.duplicates.items() if kept == weight.name]
+        return [path for name in (weight.name, *copies) for path in self.meta_model.made_of(name)]
 
     @contextmanager
     def _loaded(self, block: Block) -> Iterator[None]:
-        self.skeleton.release_visitors()
-        self.skeleton.load(block.path)
+        self.meta_model.release_visitors()
+        self.meta_model.load(block.path)
         yield
-        self.skeleton.release(block.path)
+        self.meta_model.release(block.path)
         trim_memory()
 
     def _tell(self, direction: str, done: list[Block]) -> None:

@@ -1,4 +1,4 @@
-"""Fold: lifts a SpacePass to directories; rescales what writes and what reads.
+"""Smooth: lifts a smoothing pass to directories: rescales writers and readers.
 
 A sweep in which nothing changes on the way, for the function is kept: what every space of a block holds is observed, the
 pass names its numbers, and the weights of the block are written once, with all their rows and columns rescaled in fp32.
@@ -16,27 +16,27 @@ import torch
 from compress.architecture.experts import MIDDLE
 from compress.architecture.families import Space
 from compress.checkpoint.reader import torch_dtype
-from compress.contract.smoothing_pass import Matrix, SpacePass
+from compress.contract.smoothing_pass import Matrix, SmoothingPass
 from compress.errors import CoverageError, InputError
 from compress.executors.sweep import Sweep, read_alike
-from compress.layerwise.batch_walk import Traveller
+from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.stepwise import Key
 from compress.numerics.qtensor import as_matrix
 from compress.numerics.smoothing import Extents
 from compress.spec.weight_state import Weight
 
 
-class Folding(Sweep):
+class SmoothingSweep(Sweep):
     """Rescales the spaces of every block."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        assert isinstance(self.pass_, SpacePass)
-        self.balancing, model = self.pass_, self.skeleton.model
-        found = self.balancing.layout(model.weights, model.family, self.skeleton.meaning.checkpoint.config)
+        assert isinstance(self.pass_, SmoothingPass)
+        self.balancing, model = self.pass_, self.meta_model.model
+        found = self.balancing.layout(model.weights, model.family, self.meta_model.dense_view.checkpoint.config)
         self.layout = found.within(set(self.step.transformed))
 
-    def block(self, path: str, weights: list[Weight], scout: Traveller) -> int:
+    def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
         if all(self.writer.is_done(weight.name) for weight in weights):
             return len(weights)
         self.rows: dict[str, torch.Tensor] = {}
@@ -47,9 +47,9 @@ class Folding(Sweep):
         for space in self.layout.spaces:
             if space.block == path:
                 spaces[_key(space)].append(space)
-        inside = [weight for weight in self.skeleton.model.weights if weight.module.startswith(f"{path}.")]
+        inside = [weight for weight in self.meta_model.model.weights if weight.module.startswith(f"{path}.")]
         readers = (weight for weight in inside if weight.kind in ("linear", "router") and weight.attribute == "weight")
-        forget = self.roads.watch({weight.module: False for weight in readers} | {key[0]: True for key in spaces if key[1]})
+        forget = self.hooks.watch({weight.module: False for weight in readers} | {key[0]: True for key in spaces if key[1]})
         with self.spent("forward"):
             alike = read_alike(scout.survey(), path)
         for group in alike:
@@ -82,7 +82,7 @@ class Folding(Sweep):
         if isinstance(statistic, Extents) and self.ctx.world_size > 1:
             own = statistic.peaks.cpu()
             for rank in range(self.ctx.world_size):
-                statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.skeleton.device))
+                statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.meta_model.device))
 
     def rescale(self, space: Space, statistic: Any) -> None:
         """Notes by what the rows and columns of a space's weights are divided and multiplied."""
@@ -105,7 +105,7 @@ class Folding(Sweep):
 
     def divided(self, space: Space, s: torch.Tensor) -> torch.Tensor:
         """Divides a norm; returns by what it really was divided, once its weight is stored."""
-        stored = self.skeleton.stored(space.writer.name)
+        stored = self.meta_model.stored(space.writer.name)
         plus = 1.0 if space.how == "norm+1" else 0.0
         before = stored.float() + plus
         new = (before / s - plus).to(stored.dtype)
@@ -130,7 +130,7 @@ class Folding(Sweep):
 
     def current(self, weight: Weight) -> torch.Tensor:
         """A weight [experts?, out, in], or a bias [out], in fp32, with what it has been rescaled by so far."""
-        value = _oriented(weight, self.skeleton.stored(weight.name)).float()
+        value = _oriented(weight, self.meta_model.stored(weight.name)).float()
         if (rows := self.rows.get(weight.name)) is not None:
             value = value / (rows if value.dim() == 1 else rows[:, None])
         return value * self.columns[weight.name] if weight.name in self.columns else value

@@ -18,7 +18,7 @@ from compress.contract.fused_groups import Peaks
 from compress.contract.pass_base import CompensatingPass, TensorPass
 from compress.contract.step_plan import StepPlan
 from compress.executors.anomalies import watch
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.memory_estimate import MAX_WORKERS
 from compress.numerics import qtensor
 from compress.spec.sparsity import Sparsity
@@ -26,16 +26,16 @@ from compress.spec.weight_state import Weight
 from compress.threads import workers
 
 if TYPE_CHECKING:
-    from compress.executors.dense_parent import Ancestor
+    from compress.executors.dense_parent import DenseParent
 
 
 def stream(
     step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], writer: Writer, ctx: Context,
-    meaning: Meaning | None = None, ancestor: Ancestor | None = None,
+    dense_view: DenseView | None = None, dense_parent: DenseParent | None = None,
 ) -> None:  # fmt: skip
     """Writes every weight that the journal does not have yet.
 
-    `digests` are those of `source`'s tensors; `meaning` is what they mean where they are packed, `ancestor` what a pass
+    `digests` are those of `source`'s tensors; `dense_view` is what they mean where they are packed, `dense_parent` what a pass
     that compensates asks for.
     """
     mine = share(weights, ctx.rank, ctx.world_size)
@@ -51,7 +51,7 @@ def stream(
         started, kept = time.perf_counter(), writer.is_done(weight.name)
         if not kept:
             weight = peaks.of(weight) if step.before[weight.name] != step.after[weight.name] else weight
-            moved = _move(step, source, weight, weight.name in touched, digests, writer, meaning, ancestor)
+            moved = _move(step, source, weight, weight.name in touched, digests, writer, dense_view, dense_parent)
             writer.record(weight.name, *moved)
         with lock:
             done[0] += weight.nbytes
@@ -81,7 +81,7 @@ def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
 
 def _move(
     step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer,
-    meaning: Meaning | None, ancestor: Ancestor | None,
+    dense_view: DenseView | None, dense_parent: DenseParent | None,
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """Writes one weight; returns the digests of what was written and what the journal says of it besides."""
     before, after = step.before[weight.name], step.after[weight.name]
@@ -101,9 +101,9 @@ def _move(
         if written.keys() == set(wanted):
             return written, {}
     value: Any
-    if meaning is not None:
-        q = meaning.qtensor(weight.name)
-        value = qtensor.as_matrix(weight, meaning.dense(weight.name)) if q is None else q
+    if dense_view is not None:
+        q = dense_view.qtensor(weight.name)
+        value = qtensor.as_matrix(weight, dense_view.dense(weight.name)) if q is None else q
     else:
         value = {name: source.read(name) for name in names}
         value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
@@ -111,8 +111,8 @@ def _move(
     result: Any
     error: float | None
     if isinstance(step.pass_, CompensatingPass):
-        assert ancestor is not None
-        result, error = step.pass_.compensate(weight, value, after, ancestor.read(weight))
+        assert dense_parent is not None
+        result, error = step.pass_.compensate(weight, value, after, dense_parent.read(weight))
         facts["output_error"] = None
     else:
         assert isinstance(step.pass_, TensorPass)

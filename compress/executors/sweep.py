@@ -24,26 +24,26 @@ from compress.checkpoint.reader import Checkpoint, torch_dtype
 from compress.checkpoint.writer import Writer, trim_memory
 from compress.context import Context
 from compress.contract.fused_groups import Peaks
-from compress.contract.pass_base import Job, LinearPass, Solution
+from compress.contract.pass_base import LinearPass, MatrixTask, Solution
 from compress.contract.step_plan import StepPlan
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
 from compress.executors.anomalies import watch
 from compress.executors.stream import check_mask, stream
-from compress.layerwise.batch_walk import Traveller
+from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch, cut
-from compress.layerwise.dense_view import Meaning
-from compress.layerwise.hidden_state_offload import Parking
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.hidden_state_offload import HiddenStateOffload
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
-from compress.layerwise.meta_model import Skeleton
-from compress.layerwise.stepwise import Key, Roads
+from compress.layerwise.meta_model import MetaModel
+from compress.layerwise.stepwise import ForwardHooks, Key
 from compress.numerics import qtensor
 from compress.numerics.inputs import rounded_inputs
 from compress.numerics.rounding import stacked, unstacked
 from compress.spec.weight_state import State, Weight, blocks
 
 if TYPE_CHECKING:
-    from compress.executors.dense_parent import Ancestor
+    from compress.executors.dense_parent import DenseParent
 
 _STACKED_ROWS = 4096
 
@@ -53,19 +53,19 @@ Part = tuple[Weight, int | None]
 
 def sweep(
     step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: dict[str, torch.Tensor],
-    writer: Writer, ctx: Context, driver: type[Sweep] | None = None, ancestor: Ancestor | None = None,
+    writer: Writer, ctx: Context, driver: type[Sweep] | None = None, dense_parent: DenseParent | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on.
 
-    `ancestor` is what a pass that compensates asks for: its jobs are dense weights, and the codes that they have become.
+    `dense_parent` is what a pass that compensates asks for: its tasks are dense weights, and the codes that they have become.
     """
     touched = set(step.transformed)
     stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
-    skeleton = Skeleton(Meaning(source), computing(ctx.dtype, source.config), device_of(ctx))
-    batches = cut(corpus, skeleton.module, ctx.rank, ctx.world_size, skeleton.dtype, skeleton.device)
-    with torch.no_grad(), Roads(skeleton) as roads:
-        run = (driver or Sweep)(step, skeleton, roads, batches, writer, ctx)
-        run.ancestor = ancestor
+    meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config), device_of(ctx))
+    batches = cut(corpus, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, meta_model.device)
+    with torch.no_grad(), ForwardHooks(meta_model) as hooks:
+        run = (driver or Sweep)(step, meta_model, hooks, batches, writer, ctx)
+        run.dense_parent = dense_parent
         run.all_blocks([weight for weight in weights if weight.name in touched])
     trim_memory()
     return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
@@ -75,12 +75,12 @@ class Sweep:
     """One sweep over the blocks; `block` is what it does with each."""
 
     def __init__(
-        self, step: StepPlan, skeleton: Skeleton, roads: Roads, batches: list[Batch], writer: Writer, ctx: Context
+        self, step: StepPlan, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch], writer: Writer, ctx: Context
     ) -> None:
         assert isinstance(step.pass_, LinearPass)
-        self.step, self.pass_, self.skeleton, self.roads = step, step.pass_, skeleton, roads
+        self.step, self.pass_, self.meta_model, self.hooks = step, step.pass_, meta_model, hooks
         self.batches, self.writer, self.ctx = batches, writer, ctx
-        self.ancestor: Ancestor | None = None
+        self.dense_parent: DenseParent | None = None
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -91,17 +91,17 @@ class Sweep:
 
     def all_blocks(self, weights: list[Weight]) -> None:
         """Every block that has to be passed, until no weight is left."""
-        self.peaks = Peaks(weights, self.step.after, self.skeleton.meaning.dense)
+        self.peaks = Peaks(weights, self.step.after, self.meta_model.dense_view.dense)
         remaining = {weight.name: weight for weight in weights}
         total = sum(weight.nbytes for weight in weights)
-        parking = Parking(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.skeleton.device)
-        parking.clear()
+        offload = HiddenStateOffload(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
+        offload.clear()
         # A single sample goes ahead and finds out what reads what.
-        scout = Traveller(self.batches[0].first(), self.roads, parking)
-        self.travellers = [Traveller(batch, self.roads, parking) for batch in self.batches]
-        for traveller in (scout, *self.travellers):
+        scout = BatchWalk(self.batches[0].first(), self.hooks, offload)
+        self.walks = [BatchWalk(batch, self.hooks, offload) for batch in self.batches]
+        for walk in (scout, *self.walks):
             with self.spent("forward"):
-                traveller.set_out()
+                walk.set_out()
         seen: set[str] = set()
         while remaining and scout.call is not None:
             block = scout.call.block
@@ -110,9 +110,9 @@ class Sweep:
                     block.path, "each block once in a forward", "a block that runs again", "use a pass without data"
                 )
             seen.add(block.path)
-            self.skeleton.release_visitors()
+            self.meta_model.release_visitors()
             with self.spent("load"):
-                self.skeleton.load(block.path)
+                self.meta_model.load(block.path)
             mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
             kept = self.block(block.path, mine, scout) if mine else 0
             for weight in mine:
@@ -124,24 +124,24 @@ class Sweep:
             )  # fmt: skip
             if not remaining:
                 break
-            for traveller in (scout, *self.travellers):
+            for walk in (scout, *self.walks):
                 with self.spent("forward"):
-                    traveller.go_on()
-            self.skeleton.release(block.path)
+                    walk.go_on()
+            self.meta_model.release(block.path)
             trim_memory()
-        for traveller in (scout, *self.travellers):
-            traveller.leave()
-        parking.clear()
+        for walk in (scout, *self.walks):
+            walk.leave()
+        offload.clear()
         if remaining:
             raise CoverageError(
                 ", ".join(list(remaining)[:3]), "weights that the model's forward reads", "no batch that reached them",
                 "skip them, or calibrate on inputs that do",
             )  # fmt: skip
 
-    def block(self, path: str, weights: list[Weight], scout: Traveller) -> int:
+    def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
         """Solves the weights of one block, inputs by inputs; returns how many an earlier run had solved."""
         readers = {weight.name: self.readers(weight) for weight in weights}
-        forget = self.roads.watch({key: bool(which) for keys in readers.values() for key, which in keys})
+        forget = self.hooks.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
             spaces = read_alike(scout.survey(), path)
         held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
@@ -171,7 +171,7 @@ class Sweep:
         """Who reads what a weight is calibrated on: its modules, or the experts that it belongs to."""
         if weight.kind == "expert" and weight.attribute != "weight":
             return {(weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT)}
-        return {(path, "") for path in self.skeleton.readers(weight.name)}
+        return {(path, "") for path in self.meta_model.readers(weight.name)}
 
     def linears(self, key: Key, weights: list[Weight]) -> None:
         """Weights that read one tensor: one statistic, then all of them."""
@@ -182,7 +182,7 @@ class Sweep:
 
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of what a weight reads."""
-        statistic = made_on(self.skeleton.device, self.pass_.statistic, weight.in_features)
+        statistic = made_on(self.meta_model.device, self.pass_.statistic, weight.in_features)
         for x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
@@ -210,7 +210,7 @@ class Sweep:
         at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
         for start in range(0, len(experts), at_once):
             some = experts[start : start + at_once]
-            statistics = {expert: made_on(self.skeleton.device, self.pass_.statistic, width) for expert in some}
+            statistics = {expert: made_on(self.meta_model.device, self.pass_.statistic, width) for expert in some}
             for routed, valid in self.inputs(key):
                 assert isinstance(routed, Routed)
                 with self.spent("statistics"):
@@ -227,21 +227,21 @@ class Sweep:
         Batches stay where they are, so that a block is run once; those whose activations exceed the budget start again.
         """
         held = 0
-        for traveller in self.travellers:
+        for walk in self.walks:
             started = time.perf_counter()
             try:
-                x = traveller.until(key)
+                x = walk.until(key)
             except LookupError:
                 continue
             finally:
                 self.seconds["forward"] += time.perf_counter() - started
-            assert traveller.call is not None
+            assert walk.call is not None
             read = x if isinstance(x, torch.Tensor) else x.rows
-            held += traveller.batch.held_bytes(read)
-            yield x, traveller.batch.valid(read if isinstance(x, torch.Tensor) else None, traveller.call)
+            held += walk.batch.held_bytes(read)
+            yield x, walk.batch.valid(read if isinstance(x, torch.Tensor) else None, walk.call)
             if held > HELD_BYTES:
                 del x, read
-                traveller.step_back()
+                walk.step_back()
 
     def add_up(self, statistic: Any) -> None:
         """Sums a statistic over processes."""
@@ -265,14 +265,14 @@ class Sweep:
                 if expert not in ready:
                     ready[expert] = self.prepare(stack[0][0], statistics[expert])
             with self.spent("solve"):
-                jobs = [self.job(weight, which) for weight, which in stack]
-                for (weight, which), solution in zip(stack, self.pass_.solve(jobs, ready[expert]), strict=True):
+                tasks = [self.task(weight, which) for weight, which in stack]
+                for (weight, which), solution in zip(stack, self.pass_.solve(tasks, ready[expert]), strict=True):
                     mine[weight.name, which] = solution
         if self.ctx.world_size == 1:
             return mine
         found: dict[tuple[str, int | None], Solution] = {}
         for rank in range(self.ctx.world_size):
-            found.update(moved(self.ctx.broadcast(moved(mine, CPU), rank), self.skeleton.device))
+            found.update(moved(self.ctx.broadcast(moved(mine, CPU), rank), self.meta_model.device))
         return found
 
     def prepare(self, weight: Weight, statistic: Any) -> Any:
@@ -283,24 +283,24 @@ class Sweep:
             where = f"what '{weight.name}' reads"
             raise InputError(where, "finite activations", str(error), "try --dtype float32, or look at the source") from None
 
-    def job(self, weight: Weight, expert: int | None) -> Job:
+    def task(self, weight: Weight, expert: int | None) -> MatrixTask:
         """One matrix of a weight, and what it has become where a pass compensates."""
         after = self.step.after[weight.name]
-        if self.ancestor is None:
-            return Job(self.peaks.of(weight), after, self.matrix(weight, expert))
-        dense, q = self.ancestor.read(weight), self.skeleton.meaning.qtensor(weight.name)
+        if self.dense_parent is None:
+            return MatrixTask(self.peaks.of(weight), after, self.matrix(weight, expert))
+        dense, q = self.dense_parent.read(weight), self.meta_model.dense_view.qtensor(weight.name)
         assert q is not None
         if weight.experts is not None:
             assert expert is not None
             dense, q = dense[expert], unstacked(q)[expert]
-        return Job(weight, after, *moved((qtensor.along_inputs(weight, dense), q), self.skeleton.device))
+        return MatrixTask(weight, after, *moved((qtensor.along_inputs(weight, dense), q), self.meta_model.device))
 
     def matrix(self, weight: Weight, expert: int | None) -> torch.Tensor:
         """One matrix [out, in] of a weight, as it is stored, on the device."""
-        stored = self.skeleton.meaning.dense(weight.name)
+        stored = self.meta_model.dense_view.dense(weight.name)
         if weight.experts is not None:
             stored = stored[expert]
-        return (stored.T if weight.transposed else stored).to(self.skeleton.device)
+        return (stored.T if weight.transposed else stored).to(self.meta_model.device)
 
     def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> None:
         """Writes a solved weight, journals it, and puts it in its place in the block."""
@@ -311,7 +311,7 @@ class Sweep:
             check_mask(weight, after.sparsity, value)
         facts = _facts(ordered)
         notes = [s.note for s in ordered if s.note is not None]
-        notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.skeleton.stored(weight.name)))
+        notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.meta_model.stored(weight.name)))
         with self.spent("write"):
             # Every process has every solution; one of them writes it.
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
@@ -324,15 +324,15 @@ class Sweep:
         """The block goes on with what a solved weight will read as the model runs."""
         scheme = self.step.after[weight.name].scheme
         if scheme is not None and scheme.inputs:
-            for path in self.skeleton.readers(weight.name):
-                module = self.skeleton.module_at(path)
+            for path in self.meta_model.readers(weight.name):
+                module = self.meta_model.module_at(path)
                 module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], scheme), *inputs[1:]))
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """The block goes on with what the weights have become."""
         if weights:
             with self.spent("load"):
-                self.skeleton.replace(weights)
+                self.meta_model.replace(weights)
 
     def read_back(self, weight: Weight) -> torch.Tensor:
         """A weight that an earlier run has solved."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.remote_code import tell_code
-from compress.checkpoint.scan import Intake, take_in
+from compress.checkpoint.scan import SourceScan, scan_source
 from compress.checkpoint.source import open_headers, open_source
 from compress.context import Context
 from compress.contract.notes import trained_by
@@ -27,14 +27,14 @@ class Teacher:
     fingerprint: str
 
 
-def open_teacher(pass_: TrainPass, source: Checkpoint, intake: Intake, ctx: Context) -> Teacher | None:
+def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
     """The teacher of a pass in a run over `source`. Raises CompressError for one that cannot teach its model."""
     name = _name(pass_, source)
     if name is None:
         return None
     if not name:
-        return Teacher(source, intake.fingerprint)
-    # An ancestor is named by a manifest, not by the user, who has not said to trust it.
+        return Teacher(source, scan.fingerprint)
+    # A dense parent is named by a manifest, not by the user, who has not said to trust it.
     teacher = open_source(name, source.trusted and bool(pass_.teacher_model()))
     tell_code(teacher, ctx)
     from compress.layerwise.eval_windows import tokenizer_folder
@@ -42,7 +42,7 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, intake: Intake, ctx: Cont
     tokenizer_folder(teacher, source)  # raises where tokens mean something else
     quiet = replace(ctx, events=lambda event: None)
     # One process reads every byte, and tells the others.
-    return Teacher(teacher, ctx.broadcast(take_in(teacher, quiet).fingerprint if ctx.is_main else None))
+    return Teacher(teacher, ctx.broadcast(scan_source(teacher, quiet).fingerprint if ctx.is_main else None))
 
 
 def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
@@ -60,12 +60,12 @@ def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
     manifest = source.manifest
     if name or name is None or manifest is None or not is_changed(source):
         return name
-    ancestor = manifest.source
-    if ancestor.commit:
-        return f"{ancestor.name}@{ancestor.commit}"
-    expected = f"teacher: the dense model it was made from, {ancestor.name}"
+    dense_parent = manifest.source
+    if dense_parent.commit:
+        return f"{dense_parent.name}@{dense_parent.commit}"
+    expected = f"teacher: the dense model it was made from, {dense_parent.name}"
     got = "its name only, for a manifest tells no directories"
-    raise InputError(str(source.path), expected, got, f"set teacher to the directory of {ancestor.name}")
+    raise InputError(str(source.path), expected, got, f"set teacher to the directory of {dense_parent.name}")
 
 
 def is_changed(checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""Traveller: one batch of a sweep: where it is, and what it holds there."""
+"""Batch walk: where one batch of a sweep is, and what it holds there."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 
 from compress.architecture.experts import Routed
 from compress.layerwise.batches import Batch
-from compress.layerwise.hidden_state_offload import Parking
-from compress.layerwise.stepwise import Call, Journey, Key, Roads, Visit
+from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.stepwise import Call, ForwardHooks, Key, StepwiseForward, Visit
 
 
-class Traveller:
+class BatchWalk:
     """Goes from block to block with `go_on`; inside a block it waits where `until` sends it."""
 
-    def __init__(self, batch: Batch, roads: Roads, parking: Parking) -> None:
-        self.batch, self._roads, self._parking = batch, roads, parking
-        self._journey = Journey(roads.skeleton, batch.inputs)
+    def __init__(self, batch: Batch, hooks: ForwardHooks, offload: HiddenStateOffload) -> None:
+        self.batch, self._roads, self._parking = batch, hooks, offload
+        self._journey = StepwiseForward(hooks.meta_model, batch.inputs)
         self.call: Call | None = None
         self._visit: Visit | None = None
 
@@ -45,7 +45,7 @@ class Traveller:
             self._parking.park(self, self.call, unchanged=True)
 
     def leave(self) -> None:
-        """Ends the journey where it is."""
+        """Ends the forward where it is."""
         if self._visit is not None:
             self._visit.drop()
         self.call = self._visit = None

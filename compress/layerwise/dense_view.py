@@ -1,4 +1,4 @@
-"""Meaning: a checkpoint in any state, seen as the dense weights it means.
+"""Dense view: a checkpoint in any state, seen as the dense weights it means.
 
 Dense, masked, canonical codes, or packed, by us or by another tool: `logical` names the same weights, and `dense` reads
 one of them. Codes are expanded by QTensor.dequantize, the one meaning they have, and rounded to the dtype of the weight
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 
-class Meaning:
+class DenseView:
     """Raises InputError for a packed checkpoint that cannot be read.
 
     Some readers multiply by what codes mean as it is: `rounded` is False for what they compute, fp32 whatever is stored.

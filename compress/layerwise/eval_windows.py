@@ -1,4 +1,4 @@
-"""Windows: an evaluation text as token ids, cut into windows of one length.
+"""Eval windows: an evaluation text as token ids, in windows of one length.
 
 A file's documents are encoded one by one, without special tokens, and joined in order with nothing between them. Windows do
 not overlap; what is left at the end is not used.

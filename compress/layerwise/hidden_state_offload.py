@@ -1,4 +1,4 @@
-"""Parking: hidden states beyond a budget wait for their next block elsewhere.
+"""Hidden state offload: those beyond a budget wait in host memory or a file.
 
 A batch that waits at a block is held by the frames of transformers' own forward, which cannot be asked to let go. So
 the storage under its tensors is emptied in place and filled again before the block needs it: whoever holds
@@ -23,7 +23,7 @@ _SMALLEST = 1 << 16
 """Bytes below which a tensor is not worth a write."""
 
 
-class Parking:
+class HiddenStateOffload:
     """One file per batch under `folder`, written anew at every block; `budget_bytes` of states stay where they are."""
 
     def __init__(self, folder: Path, rank: int, budget_bytes: int, device: torch.device = CPU) -> None:

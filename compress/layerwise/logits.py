@@ -1,4 +1,4 @@
-"""Forward: logits of a checkpoint in any state, with one block in memory.
+"""Logits of a checkpoint in any state, with one block in memory.
 
 A group of batches moves through the model together: each block is loaded once for all of them, then released, and only
 their hidden states stay. Logits are made one batch at a time, when they are asked for.
@@ -19,9 +19,9 @@ from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import trim_memory
 from compress.device import CPU
 from compress.errors import InputError
-from compress.layerwise.dense_view import Meaning
-from compress.layerwise.meta_model import Skeleton
-from compress.layerwise.stepwise import Call, Journey, Roads
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.meta_model import MetaModel
+from compress.layerwise.stepwise import Call, ForwardHooks, StepwiseForward
 
 _TOGETHER_BYTES = 256 << 20
 """Weights of a block, in fp32, that are read side by side; those of a larger one are read one after the other."""
@@ -36,13 +36,13 @@ class Forward:
     def __init__(self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU) -> None:
         self.label = label_of(checkpoint)
         try:
-            self.skeleton = Skeleton(Meaning(checkpoint, rounded), torch.float32, device)
+            self.meta_model = MetaModel(DenseView(checkpoint, rounded), torch.float32, device)
         except InputError as error:
             # Two models are read side by side: a message about a tensor must say whose.
             raise InputError(
                 p if p.where.startswith(self.label) else replace(p, where=f"{self.label}: {p.where}") for p in error.problems
             ) from None
-        self.model: Any = self.skeleton.module
+        self.model: Any = self.meta_model.module
         config, kind = self.model.config, type(self.model).__name__
         if self.model.main_input_name != "input_ids":
             got = f"{kind}, which reads {self.model.main_input_name}"
@@ -67,7 +67,7 @@ class Forward:
 
     def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The model's arguments for windows [batch, length], where it computes."""
-        ids = ids.to(self.skeleton.device)
+        ids = ids.to(self.meta_model.device)
         if not self.encoder_decoder:
             return {"input_ids": ids}
         half = ids.shape[1] // 2
@@ -75,12 +75,12 @@ class Forward:
 
     def held_bytes(self, ids: torch.Tensor) -> int:
         """Memory that a batch holds between blocks: what a block is called with, and what comes out of it."""
-        journey = Journey(self.skeleton, self.inputs(ids))
-        with Roads(self.skeleton):
-            call = journey.advance()
+        forward = StepwiseForward(self.meta_model, self.inputs(ids))
+        with ForwardHooks(self.meta_model):
+            call = forward.advance()
             held = 0 if call is None else 2 * _nbytes(call)
-            journey.leave()
-        self.skeleton.release_visitors()
+            forward.leave()
+        self.meta_model.release_visitors()
         return held
 
     def logits(
@@ -91,18 +91,18 @@ class Forward:
         A `team` reads a block's weights side by side, and takes batches through it side by side.
         """
         spread = map if team is None else team.map
-        journeys = [Journey(self.skeleton, self.inputs(ids)) for ids in windows]
+        journeys = [StepwiseForward(self.meta_model, self.inputs(ids)) for ids in windows]
         waiting: list[tuple[Any, ...]] = [()] * len(journeys)
         try:
-            with Roads(self.skeleton) as roads:
+            with ForwardHooks(self.meta_model) as hooks:
                 while (call := journeys[0].advance(*waiting[0])) is not None:
                     calls = [call, *(other for j, w in zip(journeys[1:], waiting[1:]) if (other := j.advance(*w)))]
                     assert [other.block for other in calls] == [call.block] * len(journeys)
-                    self.skeleton.release_visitors()
-                    nbytes = sum(4 * p.numel() for p in self.skeleton.module_at(call.block.path).parameters())
-                    self.skeleton.load(call.block.path, spread if nbytes <= _TOGETHER_BYTES else map)
-                    waiting = [(output,) for output in spread(partial(_finish, roads), calls)]
-                    self.skeleton.release(call.block.path)
+                    self.meta_model.release_visitors()
+                    nbytes = sum(4 * p.numel() for p in self.meta_model.module_at(call.block.path).parameters())
+                    self.meta_model.load(call.block.path, spread if nbytes <= _TOGETHER_BYTES else map)
+                    waiting = [(output,) for output in spread(partial(_finish, hooks), calls)]
+                    self.meta_model.release(call.block.path)
                     # What a block leaves behind would else add up, block after block.
                     trim_memory()
                     del calls
@@ -114,14 +114,14 @@ class Forward:
                     waiting[number] = ()
                     yield self._output(journeys[number])
         finally:
-            for journey in journeys:
-                journey.leave()
-            self.skeleton.release_visitors()
+            for forward in journeys:
+                forward.leave()
+            self.meta_model.release_visitors()
 
-    def _output(self, journey: Journey) -> torch.Tensor:
-        logits = getattr(journey.output, "logits", None)
-        journey.output = None
-        ids = journey.inputs["decoder_input_ids" if self.encoder_decoder else "input_ids"]
+    def _output(self, forward: StepwiseForward) -> torch.Tensor:
+        logits = getattr(forward.output, "logits", None)
+        forward.output = None
+        ids = forward.inputs["decoder_input_ids" if self.encoder_decoder else "input_ids"]
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
             got = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else "none"
             raise InputError(self.label, f"logits for every token, {list(ids.shape)}", got, "measure a language model")
@@ -129,9 +129,9 @@ class Forward:
 
 
 @torch.no_grad()
-def _finish(roads: Roads, call: Call) -> Any:
+def _finish(hooks: ForwardHooks, call: Call) -> Any:
     """A block's output; whether gradients are kept is said anew in every thread."""
-    return roads.visit(call).finish()
+    return hooks.visit(call).finish()
 
 
 def label_of(checkpoint: Checkpoint) -> str:

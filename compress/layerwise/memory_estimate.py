@@ -1,4 +1,4 @@
-"""Footprint: the memory that a sweep or a training run needs, and its dtype."""
+"""Memory estimate: what a sweep or a training run needs, and its dtype."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def train_bytes(
     fp32 weights, gradients and two moments; codes with what they expand to; the teacher; what the backward pass needs of
     the forward; the logits.
     """
-    how = pass_.schooling()
+    how = pass_.training_options()
     tokens = how.micro_batch * sample
     model = expanded = activations = 0
     blocks = len({(w.stack, w.block) for w in weights if w.block is not None}) or 1

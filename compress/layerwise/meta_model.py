@@ -1,4 +1,4 @@
-"""Skeleton: a model on the meta device whose parts are loaded and released.
+"""Meta model: a model on the meta device; parts are loaded and released.
 
 A block, the embedding or the head is in memory while it works, the small rest (norms, positions, projections
 between towers) all the time. Parameters come through transformers' own mapping from a checkpoint in any state;
@@ -21,7 +21,7 @@ from compress.architecture import weight_map
 from compress.architecture.experts import IMPLEMENTATION, register
 from compress.architecture.hf_mapping import Group, Mapping
 from compress.device import CPU
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Block:
     path: str
 
 
-class Skeleton:
+class MetaModel:
     """`module` is transformers' model in eval mode, computing in `dtype` on `device`; nothing of its blocks is loaded yet."""
 
-    def __init__(self, meaning: Meaning, dtype: torch.dtype, device: torch.device = CPU) -> None:
-        self.meaning, self.dtype, self.device = meaning, dtype, device
+    def __init__(self, dense_view: DenseView, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.dense_view, self.dtype, self.device = dense_view, dtype, device
         with _default_dtype(dtype):
-            self.module: Any = weight_map.meta_model(meaning.checkpoint)
-        self.model = meaning.resolve(self.module)
+            self.module: Any = weight_map.meta_model(dense_view.checkpoint)
+        self.model = dense_view.resolve(self.module)
         self.mapping = Mapping(self.module)
         self._groups, self._aliases = self._by_parameter()
         self._overrides: dict[str, torch.Tensor] = {}
@@ -65,10 +65,10 @@ class Skeleton:
         """(parameter -> the tensors that make it up, tied parameter without tensors -> the one that has them)."""
 
         def empty(name: str) -> torch.Tensor:
-            return torch.empty(self.meaning.logical[name].shape, device="meta")
+            return torch.empty(self.dense_view.logical[name].shape, device="meta")
 
         groups: dict[str, Group] = {}
-        for group in self.mapping.groups(self.meaning.logical):
+        for group in self.mapping.groups(self.dense_view.logical):
             groups.update(dict.fromkeys(self.mapping.convert(group, empty), group))
         tied = dict(getattr(self.module, "all_tied_weights_keys", {}) or {})
         pairs = [*tied.items(), *((kept, alias) for alias, kept in tied.items())]
@@ -164,7 +164,7 @@ class Skeleton:
                 self._set(name, value.contiguous())
 
     def _read(self, name: str, parameter: str) -> torch.Tensor:
-        value = (self._overrides[name] if name in self._overrides else self.meaning.dense(name)).to(self.device)
+        value = (self._overrides[name] if name in self._overrides else self.dense_view.dense(name)).to(self.device)
         if not value.is_floating_point():
             return value
         fp32 = any(pattern.search(parameter) for pattern in self._keep_fp32)
@@ -180,7 +180,7 @@ class Skeleton:
 
     def stored(self, name: str) -> torch.Tensor:
         """A weight in its stored shape and dtype, on the device."""
-        return self.meaning.dense(name).to(self.device)
+        return self.dense_view.dense(name).to(self.device)
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """Puts new values, in stored shape and dtype, in the place of weights of the block that is loaded."""

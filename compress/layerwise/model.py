@@ -19,8 +19,8 @@ from compress.architecture.qlinear import QLinear, with_codes
 from compress.checkpoint.reader import Checkpoint
 from compress.device import CPU, moved
 from compress.errors import InputError
-from compress.layerwise.dense_view import Meaning
-from compress.layerwise.meta_model import Skeleton
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.meta_model import MetaModel
 from compress.numerics.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -49,42 +49,44 @@ def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             raise InputError(str(checkpoint.path / "generation_config.json"), "a valid config of generation", got) from None
 
 
-def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: torch.device = CPU) -> Skeleton:
-    """A skeleton with everything in its place for good."""
-    skeleton = Skeleton(Meaning(checkpoint, rounded), getattr(torch, dtype), device)
-    _Loader(skeleton).load()
-    _as_transformers_has_it(skeleton)
-    return skeleton
+def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: torch.device = CPU) -> MetaModel:
+    """A meta model with everything in its place for good."""
+    meta_model = MetaModel(DenseView(checkpoint, rounded), getattr(torch, dtype), device)
+    _Loader(meta_model).load()
+    _as_transformers_has_it(meta_model)
+    return meta_model
 
 
 class _Loader:
-    """Fills a skeleton for good."""
+    """Fills a meta model for good."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, meta_model: MetaModel) -> None:
         from transformers.pytorch_utils import Conv1D
 
-        self.skeleton, self.meaning = skeleton, skeleton.meaning
+        self.meta_model, self.dense_view = meta_model, meta_model.dense_view
         self.kinds = (nn.Linear, nn.Embedding, Conv1D)
-        groups = {group.parameter: group for group in skeleton.mapping.groups(self.meaning.logical)}
+        groups = {group.parameter: group for group in meta_model.mapping.groups(self.dense_view.logical)}
         self.names = {p: group.sources[0] for p, group in groups.items() if not group.patterns}
         self.placed: set[str] = set()
-        self.ties = ties(skeleton.module, groups)
+        self.ties = ties(meta_model.module, groups)
 
     def load(self) -> None:
         """Everything, a block at a time."""
-        paths = [*(block.path for block in self.skeleton.blocks), *self.skeleton.lazy]
-        parts = {path: self.skeleton.module_at(path) for path in paths}
+        paths = [*(block.path for block in self.meta_model.blocks), *self.meta_model.lazy]
+        parts = {path: self.meta_model.module_at(path) for path in paths}
         inside = tuple(f"{path}." for path in paths)
         self.encode([name for name in self.names if not name.startswith(inside)])
         for path in paths:
-            self.skeleton.load(path)
+            self.meta_model.load(path)
             self.encode([name for name in self.names if name.startswith(f"{path}.")])
-        for path in self.skeleton.lazy:
+        for path in self.meta_model.lazy:
             # They are loaded now, and stay.
             parts[path]._forward_pre_hooks.clear()
         for alias, owner in self.ties.items():
             self.tie(alias, owner)
-        inputs = {name for name, (_, state) in self.meaning.weights.items() if state.scheme is not None and state.scheme.inputs}
+        inputs = {
+            name for name, (_, state) in self.dense_view.weights.items() if state.scheme is not None and state.scheme.inputs
+        }
         if lost := sorted(inputs - self.placed):
             raise InputError(
                 lost[0], "a module of its own, whose activations can be rounded", f"{len(lost)} weights that transformers fuses",
@@ -96,14 +98,14 @@ class _Loader:
         for parameter in parameters:
             name = self.names[parameter]
             path, _, attribute = parameter.rpartition(".")
-            module = self.skeleton.module_at(path)
-            if name not in self.meaning.weights or attribute != "weight" or not isinstance(module, self.kinds):
+            module = self.meta_model.module_at(path)
+            if name not in self.dense_view.weights or attribute != "weight" or not isinstance(module, self.kinds):
                 continue
-            weight, _ = self.meaning.weights[name]
-            if (q := self.meaning.qtensor(name)) is None:
+            weight, _ = self.dense_view.weights[name]
+            if (q := self.dense_view.qtensor(name)) is None:
                 continue
             self.placed.add(name)
-            self.place(module, moved(q, self.skeleton.device), self.meaning.dtype_of(weight))
+            self.place(module, moved(q, self.meta_model.device), self.dense_view.dtype_of(weight))
 
     def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
         """Codes instead of the dense weight, which tells the dtype that this module computes in."""
@@ -117,7 +119,7 @@ class _Loader:
     def tie(self, alias: str, owner: str) -> None:
         """Makes two parameters one, in whatever form it is."""
         (path, _, attribute), (other, _, other_attribute) = alias.rpartition("."), owner.rpartition(".")
-        module, held = self.skeleton.module_at(path), self.skeleton.module_at(other)
+        module, held = self.meta_model.module_at(path), self.meta_model.module_at(other)
         if other_attribute in held._parameters:
             module._parameters[attribute] = held._parameters[other_attribute]
         elif attribute == "weight" and isinstance(module, self.kinds):
@@ -127,10 +129,10 @@ class _Loader:
                 module._parameters["scale"] = held.scale
 
 
-def _as_transformers_has_it(skeleton: Skeleton) -> None:
-    """Gives back what a skeleton has set aside for its passes: the cache, and how experts are computed."""
-    fresh = weight_map.meta_model(skeleton.meaning.checkpoint)
-    for ours, theirs in zip(skeleton.module.modules(), fresh.modules(), strict=True):
+def _as_transformers_has_it(meta_model: MetaModel) -> None:
+    """Gives back what a meta model has set aside for its passes: the cache, and how experts are computed."""
+    fresh = weight_map.meta_model(meta_model.dense_view.checkpoint)
+    for ours, theirs in zip(meta_model.module.modules(), fresh.modules(), strict=True):
         config: Any = getattr(ours, "config", None)
         for name in ("use_cache", "_experts_implementation"):
             if hasattr(config, name):

@@ -1,4 +1,4 @@
-"""Journey: the forward of one batch, paused at blocks and at inputs of weights.
+"""Stepwise: a forward of one batch, paused at blocks and inputs of weights.
 
 transformers' own forward runs from end to end in a greenlet, so everything between blocks (masks, rotary positions,
 encoder to decoder, position biases handed on) is its own code, whatever the family. At a block it pauses with the
@@ -15,7 +15,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from compress.architecture.experts import Routed
-from compress.layerwise.meta_model import Block, Skeleton
+from compress.layerwise.meta_model import Block, MetaModel
 
 Key = tuple[str, str]
 """A reader of activations: (path of a module, which of its inputs; empty for a linear)."""
@@ -29,11 +29,11 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class Journey(greenlet):  # type: ignore[misc]
+class StepwiseForward(greenlet):  # type: ignore[misc]
     """One batch on its way through the model. `inputs` are the model's keyword arguments."""
 
-    def __init__(self, skeleton: Skeleton, inputs: dict[str, torch.Tensor]) -> None:
-        super().__init__(lambda: skeleton.module(**inputs))
+    def __init__(self, meta_model: MetaModel, inputs: dict[str, torch.Tensor]) -> None:
+        super().__init__(lambda: meta_model.module(**inputs))
         self.inputs = inputs
         self.output: Any = None
 
@@ -51,23 +51,23 @@ class Journey(greenlet):  # type: ignore[misc]
             self.throw(GreenletExit)
 
 
-class Roads:
-    """Pauses a skeleton's blocks for Journeys, and its readers for Visits, while it is entered."""
+class ForwardHooks:
+    """Pauses a meta model's blocks for Journeys, and its readers for Visits, while it is entered."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
+    def __init__(self, meta_model: MetaModel) -> None:
+        self.meta_model = meta_model
         self._forwards: dict[str, Callable[..., Any]] = {}
 
-    def __enter__(self) -> Roads:
-        for block in self.skeleton.blocks:
-            module = self.skeleton.module_at(block.path)
+    def __enter__(self) -> ForwardHooks:
+        for block in self.meta_model.blocks:
+            module = self.meta_model.module_at(block.path)
             self._forwards[block.path] = module.forward
             module.forward = _paused(block, module.forward)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for block in self.skeleton.blocks:
-            vars(self.skeleton.module_at(block.path)).pop("forward", None)
+        for block in self.meta_model.blocks:
+            vars(self.meta_model.module_at(block.path)).pop("forward", None)
 
     def visit(self, call: Call) -> Visit:
         """The forward of one block on one batch, not begun yet."""
@@ -77,7 +77,7 @@ class Roads:
         """Makes modules tell the Visit that runs them what they read; True for experts. Returns what undoes it."""
         undo: list[Callable[[], None]] = []
         for path, routed in readers.items():
-            module: Any = self.skeleton.module_at(path)
+            module: Any = self.meta_model.module_at(path)
             if routed:
                 module.listener = _listener(path)
                 undo.append(partial(delattr, module, "listener"))
@@ -95,7 +95,7 @@ class Roads:
 def _paused(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
     def pause(*args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
-        if isinstance(current, Journey):
+        if isinstance(current, StepwiseForward):
             return current.parent.switch(Call(block, args, kwargs))
         return forward(*args, **kwargs)
 

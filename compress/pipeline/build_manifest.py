@@ -1,4 +1,4 @@
-"""Account: what a step has done, as the manifest of what it made."""
+"""Build manifest: what a step has done, as the manifest of what it made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress import __version__
 from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.remote_code import NOTE, code_notes
-from compress.checkpoint.scan import Intake
+from compress.checkpoint.scan import SourceScan
 from compress.context import Context
 from compress.contract.step_plan import StepPlan
 from compress.device import device_of, name_of, peak_of
@@ -29,7 +29,7 @@ LASTING = (
 
 def account(
     step: StepPlan, weights: list[Weight], source: Checkpoint, before: Manifest | None, lineage: tuple[Step, ...],
-    intake: Intake, teacher: Checkpoint | None, entries: dict[str, dict[str, Any]], files: dict[str, str],
+    scan: SourceScan, teacher: Checkpoint | None, entries: dict[str, dict[str, Any]], files: dict[str, str],
     measured: dict[str, Any], ctx: Context,
 ) -> Manifest:  # fmt: skip
     """The manifest of a step that read `source`, whose manifest is `before`; `entries` are the journal's, by weight."""
@@ -53,11 +53,11 @@ def account(
     digests = {name: digest for w in weights for name, digest in entries[w.name]["digests"].items()}
     origin = Source(
         name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
-        datasets=tuple(source.origin.get("datasets", ())), fingerprint=intake.fingerprint,
+        datasets=tuple(source.origin.get("datasets", ())), fingerprint=scan.fingerprint,
     )  # fmt: skip
     notes = [*step.notes, *(Note(what, reason, tuple(names)) for (what, reason), names in happened.items())]
-    if intake.nonfinite and before is None:
-        notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", intake.nonfinite))
+    if scan.nonfinite and before is None:
+        notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", scan.nonfinite))
     kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
     said = {(note.what, note.reason, note.names) for note in kept}
     notes += code_notes(source, "model") + (code_notes(teacher, "teacher") if teacher else [])

@@ -6,19 +6,19 @@ from compress.architecture import weight_map
 from compress.checkpoint.reader import Checkpoint
 from compress.contract.pass_base import WeightPass
 from compress.errors import RecipeError
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe import Recipe
 
 
-def enter(recipe: Recipe, source: Checkpoint, allow_dtype_mismatch: bool = False) -> tuple[weight_map.Model, Meaning | None]:
+def enter(recipe: Recipe, source: Checkpoint, allow_dtype_mismatch: bool = False) -> tuple[weight_map.Model, DenseView | None]:
     """The model, and what its stored tensors mean where they are packed. Raises CompressError."""
     first = resolve(recipe)[0]
     if not (isinstance(first, WeightPass) and first.unpacks):
         return weight_map.resolve(source, allow_dtype_mismatch), None
-    meaning = Meaning(source)
-    if not meaning.packed:
+    dense_view = DenseView(source)
+    if not dense_view.packed:
         where = f"{recipe.lines[0].where or 1}: {first.pass_name()}"
         raise RecipeError(where, "a packed artifact", "a checkpoint with nothing to unpack", "leave this line out")
     # A packed file's dtypes are its format's, so config.json's says nothing of them.
-    return meaning.resolve(weight_map.meta_model(source)), meaning
+    return dense_view.resolve(weight_map.meta_model(source)), dense_view

@@ -1,4 +1,4 @@
-"""Gate: how much of what went wrong a run puts up with (`--fail-on`).
+"""Fail on: `--fail-on`, the share of weights that may end otherwise than asked.
 
     fallbacks>1%     matrices that were rounded to nearest instead, as a share of those that the checkpoint's passes worked on
     clamped>0        or as a number; further words: skips, unrouted, damped, ragged, zero-rows, nonfinite

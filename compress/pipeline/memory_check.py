@@ -1,4 +1,4 @@
-"""Memory: what this machine has; a plan that needs more is refused.
+"""Memory check: what this machine has; a plan that needs more is refused.
 
 Counted is all that this process may ever have: the machine's memory or, where it is smaller, the limit of a cgroup that it is
 in (containers, batch systems). Not what is free just now, which other programs change while a run goes on: one that fits could

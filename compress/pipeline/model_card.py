@@ -1,4 +1,4 @@
-"""Card: the README.md of what a step made; that of the source is kept beside it."""
+"""Model card: the README.md of an artifact; the source's is kept beside it."""
 
 from __future__ import annotations
 

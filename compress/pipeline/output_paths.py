@@ -1,4 +1,4 @@
-"""Places: where a run writes, whether it may and can, and what is kept there.
+"""Output paths: where a run writes, whether it may, and what is kept there.
 
 OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
 OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock. Shards may be hard links to those

@@ -21,11 +21,11 @@ from compress.contract.allocation_pass import decides, offers_of
 from compress.contract.format import Format, Verdict
 from compress.contract.notes import changed_by, folded, shared_notes, untouched
 from compress.contract.pass_base import DataPass, TrainPass, WeightPass, sweeps
-from compress.contract.smoothing_pass import SpacePass
+from compress.contract.smoothing_pass import SmoothingPass
 from compress.contract.step_plan import Plan, StepPlan, layout_specs
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.executors.teacher import teacher_weights
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.memory_estimate import DEVICE_BYTES, MAX_WORKERS, computing, reverse_bytes, sweep_bytes, train_bytes
 from compress.numerics import qtensor
 from compress.pipeline.plan_checks import refuse_unread, refuse_zeros
@@ -49,17 +49,17 @@ def make_plan(
     dropped: frozenset[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     dtype: str = "auto",
-    meaning: Meaning | None = None,
+    dense_view: DenseView | None = None,
     decided: Mapping[int, Mapping[str, State]] | None = None,
 ) -> Plan:
-    """Replays facts over all lines; `meaning` is that of a packed source, `decided` the states that steps have decided on.
+    """Replays facts over all lines; `dense_view` is that of a packed source, `decided` the states that steps have decided on.
 
     Raises RecipeError, CoverageError or FormatError with everything that is wrong.
     """
     passes = resolve(recipe)
     dropped = frozenset(model.duplicates) if dropped is None else dropped
     weights = [weight for weight in model.weights if weight.name not in dropped]
-    logical = checkpoint.logical if meaning is None else meaning.logical
+    logical = checkpoint.logical if dense_view is None else dense_view.logical
     states = {name: entry.state for name, entry in logical.items() if name not in dropped}
     skips = [compiled(text, f"--allow-skips '{text}'") for text in allow_skips]
     skipped: set[str] = set()
@@ -92,7 +92,7 @@ def make_plan(
         if isinstance(pass_, WeightPass) and pass_.unpacks and number > 1:
             raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
         found = (decided or {}).get(number)
-        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(changed), meaning, found)
+        run = _Run(checkpoint, written, shard_bytes, threads, tokens, length, dtype, frozenset(changed), dense_view, found)
         step, wrong, states = _step(number, pass_, fmt, weights, states, skips, shared, run)
         if wrong and kind is None:
             kind = FormatError if fmt is not None else CoverageError
@@ -130,7 +130,7 @@ class _Run:
     dtype: str
     changed: frozenset[str]
     """Weights that an earlier step has trained or smoothed."""
-    meaning: Meaning | None
+    dense_view: DenseView | None
     """Of a packed source."""
     decided: Mapping[str, State] | None
     """What this step has decided."""
@@ -169,11 +169,11 @@ def _step(
 ) -> tuple[StepPlan | None, list[tuple[str, str, str]], dict[str, State]]:  # fmt: skip
     """One step, or the (weight, reason, what to do) of everything that stands in its way; and the states after it."""
     layout = None
-    if isinstance(pass_, SpacePass):
+    if isinstance(pass_, SmoothingPass):
         layout = pass_.layout(weights, run.model.family, run.checkpoint.config)
     chosen = pass_.chosen(weights) if layout is None else layout.weights
-    if pass_.unpacks and run.meaning is not None:
-        chosen = [weight for weight in chosen if run.meaning.is_packed(weight.name)]
+    if pass_.unpacks and run.dense_view is not None:
+        chosen = [weight for weight in chosen if run.dense_view.is_packed(weight.name)]
     plain: dict[str, str] = {}
     if fmt is not None:
         plain = {weight.name: reason for weight in chosen if (reason := fmt.plain(weight, before[weight.name]))}
@@ -209,8 +209,8 @@ def _step(
     notes += counted("plain", {name: reason for name, reason in plain.items() if before[name].sparsity is not None})
     lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]
     notes += counted("dropped", dict.fromkeys(lost, "rounding of activations: the weights go on alone"))
-    if pass_.unpacks and run.meaning is not None and run.meaning.foreign is not None:
-        notes += run.meaning.foreign.notes
+    if pass_.unpacks and run.dense_view is not None and run.dense_view.foreign is not None:
+        notes += run.dense_view.foreign.notes
     if decides(pass_):
         kind = "decided" if decided else "undecided"
         notes += counted(kind, {w.name: str(after[w.name]) if decided else _UNDECIDED for w in touched})

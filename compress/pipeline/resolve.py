@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.contract.allocation_pass import DecidingPass, decides
+from compress.contract.allocation_pass import AllocationPass, decides
 from compress.contract.discover import load_pass
 from compress.contract.pass_base import Pass, TrainPass, sweeps
 from compress.errors import Problem, RecipeError, Unsound, UsageError, did_you_mean
@@ -70,7 +70,7 @@ def resolve(recipe: Recipe) -> list[Pass]:
 @lru_cache
 def worker_of(pass_: Pass) -> Pass:
     """The pass that does the work: itself, or the one that it leaves it to."""
-    line = pass_.work() if isinstance(pass_, DecidingPass) else None
+    line = pass_.work() if isinstance(pass_, AllocationPass) else None
     if line is None:
         return pass_
     found, problems = resolve_line(line)

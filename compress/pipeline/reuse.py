@@ -29,7 +29,7 @@ IdOf = Callable[[StepPlan, str], str]
 
 
 @dataclass(frozen=True)
-class Taken:
+class ReusedStep:
     """A step that was not run, and the directory that it was there in."""
 
     number: int
@@ -66,7 +66,7 @@ def solved(plan: Plan, folders: Sequence[Path], id_of: IdOf, fingerprint: str) -
             fingerprint = found[1].fingerprint
 
 
-def take_steps(plan: Plan, out: Path, given: Sequence[Path], id_of: IdOf, fingerprint: str, ctx: Context) -> list[Taken]:
+def take_steps(plan: Plan, out: Path, given: Sequence[Path], id_of: IdOf, fingerprint: str, ctx: Context) -> list[ReusedStep]:
     """Puts what `given` directories, as `searched` finds them, have solved where this run looks for it; says what that was."""
     own, taken = steps_folder(out), []
     for step, identity, found in solved(plan, [own, *given], id_of, fingerprint):
@@ -76,7 +76,7 @@ def take_steps(plan: Plan, out: Path, given: Sequence[Path], id_of: IdOf, finger
         place = out if last else own / stem(step.number, step.name, identity)
         if (last and not _same_layout(step, found)) or not _take(step, found, place, own, ctx):
             break
-        taken.append(Taken(step.number, step.name, found))
+        taken.append(ReusedStep(step.number, step.name, found))
     return taken
 
 

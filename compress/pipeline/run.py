@@ -1,4 +1,4 @@
-"""Pipeline: check, skip what is done, run, verify, publish by one rename.
+"""Run: checks, skips what is done, runs, verifies, publishes by one rename.
 
 A step's id is hash(parent's content, pass with all options and its revision, seed, what else it reads). Running the same
 recipe again finds the same ids: a finished step is skipped, an interrupted one goes on at the tensor it was at.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.manifest import Manifest, Step, hash_json
 from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open_checkpoint
 from compress.checkpoint.remote_code import tell_code
-from compress.checkpoint.scan import Intake, same_bytes, take_in
+from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
 from compress.context import Context
 from compress.contract.allocation_pass import decides
 from compress.contract.pass_base import CompensatingPass, DataPass, Pass, TrainPass, sweeps
@@ -23,7 +23,7 @@ from compress.contract.step_plan import Plan, StepPlan
 from compress.device import device_of
 from compress.errors import InputError, Problem
 from compress.executors.allocate import decide
-from compress.executors.dense_parent import open_dense
+from compress.executors.dense_parent import open_dense_parent
 from compress.executors.teacher import Teacher, open_teacher
 from compress.layerwise.memory_estimate import computing
 from compress.pipeline.entry import enter
@@ -32,8 +32,8 @@ from compress.pipeline.memory_check import check_memory
 from compress.pipeline.output_paths import based, check_disk, empty, locked, placed, stem, steps_folder
 from compress.pipeline.plan import SHARD_BYTES, make_plan
 from compress.pipeline.resolve import reads_tokens, worker_of
-from compress.pipeline.reuse import IdOf, Taken, searched, solved, take_steps
-from compress.pipeline.step import Course, check_bytes, kept, run_step
+from compress.pipeline.reuse import IdOf, ReusedStep, searched, solved, take_steps
+from compress.pipeline.step import RunState, check_bytes, kept, run_step
 from compress.spec.recipe import Recipe
 from compress.spec.weight_state import State
 from compress.threads import compute_threads
@@ -70,7 +70,7 @@ class Result:
     seconds: float
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Seconds of each step that was run, by its name, and for sweeps what they were spent on."""
-    taken: tuple[Taken, ...] = ()
+    taken: tuple[ReusedStep, ...] = ()
     """The steps that were there already, here or where another run had them."""
 
 
@@ -83,10 +83,10 @@ class OtherResultError(InputError):
         super().__init__(str(out), "what this recipe makes of this source", got, f"choose another OUT{there}; or remove it")
 
 
-def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
+def refuse_nonfinite(plan: Plan, scan: SourceScan) -> None:
     """NaN and Inf may be carried along, never computed with: one would spoil every weight that shares its scale."""
     touched = {name for step in plan.steps if step.format is None for name in step.transformed}
-    if spoiled := sorted(touched & set(intake.nonfinite)):
+    if spoiled := sorted(touched & set(scan.nonfinite)):
         raise InputError(
             [Problem(f"'{name}'", "finite numbers in a weight that is to be transformed", "NaN or Inf", "put it under skip")
              for name in spoiled[:20]]
@@ -95,7 +95,7 @@ def refuse_nonfinite(plan: Plan, intake: Intake) -> None:
 
 def step_id(parent: str, pass_: Pass, seed: int, inputs: dict[str, str]) -> str:
     """The identity of one step; `parent` is the fingerprint of the checkpoint it reads, `inputs` are what else it reads."""
-    return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.told().identity()})
+    return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.redacted().identity()})
 
 
 def inputs_of(pass_: Pass, tokens: str, dtype: str, teacher: str, code: dict[str, str]) -> dict[str, str]:
@@ -134,14 +134,14 @@ def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, opti
     out = placed(out, source)
     ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
     tell_code(source, ctx)
-    model, meaning = enter(recipe, source, options.allow_dtype_mismatch)
+    model, dense_view = enter(recipe, source, options.allow_dtype_mismatch)
 
     # config.json may tie what a checkpoint holds twice; only what is equal is written once.
     dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
 
     def layout(decided: dict[int, dict[str, State]] | None = None) -> Plan:
         made = make_plan(
-            recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, meaning, decided
+            recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, dense_view, decided
         )
         last = made.steps[-1]
         return replace(made, steps=[*made.steps[:-1], replace(last, texts=based(last.texts, out))])
@@ -152,34 +152,34 @@ def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, opti
     if not options.allow_overcommit:
         check_memory(plan, device_of(ctx))
     with locked(out, ctx), compute_threads(ctx.threads):
-        intake = ctx.broadcast(take_in(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
-        refuse_nonfinite(plan, intake)
+        scan = ctx.broadcast(scan_source(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
+        refuse_nonfinite(plan, scan)
         corpora = _gather(plan, source, ctx) if ctx.is_main else {}
         digests = ctx.broadcast({number: corpus.digest for number, corpus in corpora.items()})
         teachers = {
-            step.number: found for step in plan.steps if (found := _model_beside(step, plan, source, intake, ctx)) is not None
+            step.number: found for step in plan.steps if (found := _model_beside(step, plan, source, scan, ctx)) is not None
         }  # fmt: skip
         taught = {number: teacher.fingerprint for number, teacher in teachers.items()}
         read, dtype = _tokens_read(plan, digests), str(computing(ctx.dtype, source.config))
 
         def inputs_to(step: StepPlan) -> dict[str, str]:
-            return inputs_of(step.pass_, read[step.number], dtype, taught.get(step.number, ""), intake.code)
+            return inputs_of(step.pass_, read[step.number], dtype, taught.get(step.number, ""), scan.code)
 
         def id_of(step: StepPlan, parent: str) -> str:
             return step_id(parent, step.pass_, ctx.seed, inputs_to(step))
 
-        existing = ctx.broadcast(_existing(out, intake, plan, digests, taught, id_of, ctx) if ctx.is_main else None)
+        existing = ctx.broadcast(_existing(out, scan, plan, digests, taught, id_of, ctx) if ctx.is_main else None)
         if existing is not None:
             hold(gates, existing)
             plan = layout({step.number: states for step in plan.steps if (states := _decided(step, existing))})
             _end(out, options, ctx)
             return Result(out, plan, existing, False, time.perf_counter() - started)
-        taken = ctx.broadcast(take_steps(plan, out, given, id_of, intake.fingerprint, ctx) if ctx.is_main else None)
+        taken = ctx.broadcast(take_steps(plan, out, given, id_of, scan.fingerprint, ctx) if ctx.is_main else None)
         if ctx.is_main:
             check_disk(plan, out)
         ctx.tell("plan", steps=[step.name for step in plan.steps], bytes=plan.steps[-1].payload_bytes)
         manifest = source.manifest
-        now = Course(source, intake.digests, intake.fingerprint, manifest.lineage if manifest else (), manifest)
+        now = RunState(source, scan.digests, scan.fingerprint, manifest.lineage if manifest else (), manifest)
         now.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
         measured: dict[str, dict[str, Any]] = {}
         decided: dict[int, dict[str, State]] = {}
@@ -191,7 +191,7 @@ def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, opti
             there = any(step.number == one.number for one in taken)
             done = there or ctx.broadcast(kept(place, step, ctx) if ctx.is_main else None)
             if done and not there:
-                taken.append(Taken(step.number, step.name, place))
+                taken.append(ReusedStep(step.number, step.name, place))
             now.past.append(now.source)
             if decides(step.pass_):
                 # What it decides is the layout of its own bytes, and what the steps after it start from.
@@ -202,11 +202,11 @@ def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, opti
                 step = plan.steps[number]
             if not done:
                 line = Step(
-                    id=identity, parent=now.fingerprint, text=str(step.pass_.told().line()), revision=step.pass_.revision,
-                    options=step.pass_.told().model_dump(mode="json"), inputs=inputs_to(step),
+                    id=identity, parent=now.fingerprint, text=str(step.pass_.redacted().line()), revision=step.pass_.revision,
+                    options=step.pass_.redacted().model_dump(mode="json"), inputs=inputs_to(step),
                 )  # fmt: skip
                 corpus, teacher = corpora.get(step.number), teachers.get(step.number)
-                made = run_step(step, plan, now, line, place, intake, corpus, teacher, gates, ctx)
+                made = run_step(step, plan, now, line, place, scan, corpus, teacher, gates, ctx)
                 measured[step.name] = made
                 ctx.tell("step", name=step.name, where=str(place), **made)
             ctx.barrier()
@@ -258,7 +258,7 @@ def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
     return found
 
 
-def _go_on(now: Course, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
+def _go_on(now: RunState, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
     """Moves the course to what a step has made. Raises InputError where that is something else."""
     manifest = Manifest.read(place)
     if manifest is None or manifest.lineage[-1].id != identity:
@@ -272,15 +272,15 @@ def _go_on(now: Course, step: StepPlan, place: Path, source: Checkpoint, identit
     now.manifest, now.digests, now.fingerprint = manifest, manifest.digests, manifest.fingerprint
 
 
-def _model_beside(step: StepPlan, plan: Plan, source: Checkpoint, intake: Intake, ctx: Context) -> Teacher | None:
+def _model_beside(step: StepPlan, plan: Plan, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
     """The other model that a step reads: what teaches it, or the dense one below a source in codes."""
     if isinstance(step.pass_, TrainPass):
-        return open_teacher(step.pass_, source, intake, ctx)
-    return open_dense(step, plan, source, ctx) if isinstance(step.pass_, CompensatingPass) else None
+        return open_teacher(step.pass_, source, scan, ctx)
+    return open_dense_parent(step, plan, source, ctx) if isinstance(step.pass_, CompensatingPass) else None
 
 
 def _existing(
-    out: Path, intake: Intake, plan: Plan, corpora: dict[int, str], teachers: dict[int, str], id_of: IdOf, ctx: Context
+    out: Path, scan: SourceScan, plan: Plan, corpora: dict[int, str], teachers: dict[int, str], id_of: IdOf, ctx: Context
 ) -> Manifest | None:
     """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
     if not out.exists():
@@ -291,16 +291,16 @@ def _existing(
         got = "a directory that compress did not make" if out.is_dir() else "a file"
         raise InputError(str(out), "no such directory yet, or one that this recipe made", got, do)
     made_here = list(manifest.lineage)[-len(plan.passes) :]
-    same = len(made_here) == len(plan.passes) and made_here[0].parent == intake.fingerprint
+    same = len(made_here) == len(plan.passes) and made_here[0].parent == scan.fingerprint
     read = _tokens_read(plan, corpora)
     for line, step in zip(made_here, plan.steps, strict=False):
         dtype, taught = line.inputs.get("dtype", ""), teachers.get(step.number, "")
-        inputs = inputs_of(step.pass_, read[step.number], dtype, taught, intake.code)
+        inputs = inputs_of(step.pass_, read[step.number], dtype, taught, scan.code)
         same = same and line.id == step_id(line.parent, step.pass_, ctx.seed, inputs)
     if same:
         check_bytes(out, ctx)
         return manifest
     text = " | ".join(step.text for step in manifest.lineage)
-    there = len(list(solved(plan, [steps_folder(out), out], id_of, intake.fingerprint)))
+    there = len(list(solved(plan, [steps_folder(out), out], id_of, scan.fingerprint)))
     fmt = plan.steps[-1].format
     raise OtherResultError(out, f"another result: {text}", there, len(plan.steps), fmt.name if fmt is not None else "")

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.manifest import FILE, Manifest, Step
 from compress.checkpoint.reader import ALLOCATION, CALIBRATION, KEPT, README, TRAINING, Checkpoint, open_checkpoint
-from compress.checkpoint.scan import Intake, file_digest, take_in, text_digest
+from compress.checkpoint.scan import SourceScan, file_digest, scan_source, text_digest
 from compress.checkpoint.writer import Writer
 from compress.context import Context
 from compress.contract.allocation_pass import decides
 from compress.contract.pass_base import CompensatingPass, DataPass, TrainPass, WeightPass, sweeps
-from compress.contract.smoothing_pass import SpacePass
+from compress.contract.smoothing_pass import SmoothingPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import InputError, MachineError
 from compress.executors.allocate import record
-from compress.executors.dense_parent import Ancestor
+from compress.executors.dense_parent import DenseParent
 from compress.executors.stream import stream
 from compress.executors.teacher import Teacher
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.pipeline.build_manifest import account
 from compress.pipeline.fail_on import Gate, hold
 from compress.pipeline.model_card import card, carried, licence_of
@@ -44,7 +44,7 @@ def check_bytes(place: Path, ctx: Context) -> None:
     """Reads a checkpoint of ours. Raises InputError where a byte is not what its manifest says."""
     checkpoint = open_checkpoint(place)
     try:
-        take_in(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
+        scan_source(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
     finally:
         checkpoint.close()
 
@@ -70,7 +70,7 @@ def kept(place: Path, step: StepPlan, ctx: Context) -> bool:
 
 
 @dataclass
-class Course:
+class RunState:
     """How far a run has come: the checkpoint that the next step reads, and its calibration tokens."""
 
     source: Checkpoint
@@ -84,7 +84,7 @@ class Course:
 
 
 def run_step(
-    step: StepPlan, plan: Plan, now: Course, line: Step, place: Path, intake: Intake, corpus: Corpus | None,
+    step: StepPlan, plan: Plan, now: RunState, line: Step, place: Path, scan: SourceScan, corpus: Corpus | None,
     teacher: Teacher | None, gates: Sequence[Gate], ctx: Context,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs one step into its .tmp and publishes it at `place`. Returns seconds, also by what they were spent on."""
@@ -106,21 +106,21 @@ def run_step(
     worker = worker_of(step.pass_)
     assert isinstance(worker, WeightPass | DataPass)
     doing = replace(step, pass_=worker)
-    ancestor = Ancestor(step, plan, now.past, teacher) if isinstance(step.pass_, CompensatingPass) else None
+    dense_parent = DenseParent(step, plan, now.past, teacher) if isinstance(step.pass_, CompensatingPass) else None
     if sweeps(doing.pass_):
         from compress.corpus import Corpus
-        from compress.executors.smooth import Folding
+        from compress.executors.smooth import SmoothingSweep
         from compress.executors.sweep import sweep
 
         assert now.tokens is not None
-        tokens, driver = Corpus.load(now.tokens).tensors, Folding if isinstance(doing.pass_, SpacePass) else None
-        spent = sweep(doing, now.source, weights, now.digests, tokens, writer, ctx, driver, ancestor)
+        tokens, driver = Corpus.load(now.tokens).tensors, SmoothingSweep if isinstance(doing.pass_, SmoothingPass) else None
+        spent = sweep(doing, now.source, weights, now.digests, tokens, writer, ctx, driver, dense_parent)
     elif isinstance(step.pass_, TrainPass):
         spent = _train(step, now, weights, corpus, teacher, writer, ctx)
     else:
-        stream(doing, now.source, weights, now.digests, writer, ctx, _meaning(step, now.source), ancestor)
+        stream(doing, now.source, weights, now.digests, writer, ctx, _meaning(step, now.source), dense_parent)
     if decides(step.pass_) and ctx.is_main:
-        record(writer.path.with_suffix(f".{ALLOCATION[0]}"), writer.path, str(step.pass_.told().line()))
+        record(writer.path.with_suffix(f".{ALLOCATION[0]}"), writer.path, str(step.pass_.redacted().line()))
     writer.detach()
     ctx.barrier()
     measured: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3), **({"spent": spent} if spent else {})}
@@ -143,7 +143,7 @@ def run_step(
         files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
         taught_by = None if teacher is None else teacher.checkpoint
         manifest = account(
-            step, weights, now.source, now.manifest, (*now.lineage, line), intake, taught_by, entries, files, measured, ctx
+            step, weights, now.source, now.manifest, (*now.lineage, line), scan, taught_by, entries, files, measured, ctx
         )
         hold(gates, manifest)
         if not step.inherits:
@@ -175,13 +175,13 @@ def _only_to_rename(writer: Writer, step: StepPlan, line: Step, ctx: Context) ->
     return manifest is not None and manifest.lineage[-1].id == line.id and kept(writer.path, step, ctx)
 
 
-def _meaning(step: StepPlan, source: Checkpoint) -> Meaning | None:
+def _meaning(step: StepPlan, source: Checkpoint) -> DenseView | None:
     """What a packed source means to the pass that unpacks it."""
-    return Meaning(source) if isinstance(step.pass_, WeightPass) and step.pass_.unpacks else None
+    return DenseView(source) if isinstance(step.pass_, WeightPass) and step.pass_.unpacks else None
 
 
 def _train(
-    step: StepPlan, now: Course, weights: list[Weight], corpus: Corpus | None, teacher: Teacher | None, writer: Writer,
+    step: StepPlan, now: RunState, weights: list[Weight], corpus: Corpus | None, teacher: Teacher | None, writer: Writer,
     ctx: Context,
 ) -> dict[str, float]:  # fmt: skip
     """Runs a training pass; only rank 0 has drawn its tokens, which the others read from where it leaves them."""

@@ -20,7 +20,7 @@ from compress.checkpoint.reader import CANONICAL, NATIVE, open_checkpoint
 from compress.errors import UsageError
 from compress.importers import method_of
 from compress.kernels.native.modules import PackedWeight
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import generation_config
 from compress.runtime.fill import packable, refuse_other
 
@@ -52,11 +52,11 @@ def load(
         if isinstance(device, dict) and "disk" in device.values():
             do = "make an artifact with pack(format=native), which is read from disk as it is"
             raise UsageError("device", "memory for what is packed while it is read", "parts of the model on disk", do)
-        meaning = Meaning(checkpoint, rounded=False)
-        kept, notes = packable(meaning)
+        dense_view = DenseView(checkpoint, rounded=False)
+        kept, notes = packable(dense_view)
         for note in notes:
             _LOG.warning("%s: %d weights, such as %s: %s", note.what, note.count, (*note.names, "none")[0], note.reason)
-        dense = {name: meaning.dense(name) for name in meaning.logical if name not in kept}
+        dense = {name: dense_view.dense(name) for name in dense_view.logical if name not in kept}
         told |= {"quant_method": CANONICAL, "source": str(path)}
         source, options = None, {**options, "state_dict": dense}
     else:

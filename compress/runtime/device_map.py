@@ -1,4 +1,4 @@
-"""Devices: where packed weights are used and kept, and how they get there.
+"""Device map: where packed weights are used and kept, and how they get there.
 
 accelerate deals modules out and moves what it finds in them. Packed weights come later, so they are put where their modules
 were sent; what is used on one device and kept on another, or on disk, is fetched by accelerate's own hook.

@@ -21,7 +21,7 @@ from compress.kernels.native.layout import Native
 from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Stack, hollow, hollow_experts
 from compress.kernels.native.narrow import whole
 from compress.kernels.native.packed import Packed, pack
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import ties
 from compress.numerics.qtensor import as_matrix
 from compress.runtime.device_map import Where, offloaded, where
@@ -35,22 +35,22 @@ _MATRIX = 1 << 40
 """More rows than a matrix has: they are numbered from a multiple of it."""
 
 
-def packable(meaning: Meaning) -> tuple[dict[str, tuple[Weight, State]], list[Note]]:
+def packable(dense_view: DenseView) -> tuple[dict[str, tuple[Weight, State]], list[Note]]:
     """The weights in codes that the native format holds, and why others stay dense. Raises InputError where there are none."""
-    if isinstance(meaning.format, Native):
-        return meaning.weights, []
-    placed = {weight.name: weight for weight in meaning.resolve(meta_model(meaning.checkpoint)).weights}
+    if isinstance(dense_view.format, Native):
+        return dense_view.weights, []
+    placed = {weight.name: weight for weight in dense_view.resolve(meta_model(dense_view.checkpoint)).weights}
     found, refused = {}, {}
-    for name, (weight, state) in meaning.weights.items():
+    for name, (weight, state) in dense_view.weights.items():
         try:
             Native().refuse(placed[name], state)
             found[name] = weight, state
         except Refusal as refusal:
             refused[name] = refusal.reason
-    notes = [*(meaning.foreign.notes if meaning.foreign else ()), *counted("dense", refused)]
+    notes = [*(dense_view.foreign.notes if dense_view.foreign else ()), *counted("dense", refused)]
     if not found:
         got = next(iter(refused.values()), "none")
-        raise InputError(str(meaning.checkpoint.path), "weights in codes that can be packed", got, "load it with transformers")
+        raise InputError(str(dense_view.checkpoint.path), "weights in codes that can be packed", got, "load it with transformers")
     return found, notes
 
 
@@ -63,7 +63,7 @@ def refuse_other(checkpoint: Checkpoint, repack: str = "") -> None:
         raise InputError(str(checkpoint.path), "an artifact in the native format", got, do)
 
 
-class Filling:
+class PackedWeights:
     """What of a model on the meta device comes packed from a checkpoint, and how it gets there."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, backend: str | None = None) -> None:
@@ -72,12 +72,12 @@ class Filling:
         self.dtype, self.backend = dtype, backend
         # transformers calls from within a context where tensors come into being on no device.
         with torch.device("cpu"):
-            self.meaning = Meaning(checkpoint, rounded=False)
-            self.weights, _ = packable(self.meaning)
-        self.native = isinstance(self.meaning.format, Native)
+            self.dense_view = DenseView(checkpoint, rounded=False)
+            self.weights, _ = packable(self.dense_view)
+        self.native = isinstance(self.dense_view.format, Native)
         self._last: tuple[str, Packed] | None = None
         self.mapping = Mapping(model)
-        groups = {group.parameter: group for group in self.mapping.groups(self.meaning.logical)}
+        groups = {group.parameter: group for group in self.mapping.groups(self.dense_view.logical)}
         packed = {p: group for p, group in groups.items() if not self.weights.keys().isdisjoint(group.sources)}
         self.linears = {p: group for p, group in packed.items() if self._alone(group)}
         self.experts = {p: group for p, group in packed.items() if p not in self.linears}
@@ -129,7 +129,7 @@ class Filling:
     def _weight(self, name: str) -> Weight:
         if name in self.weights:
             return self.weights[name][0]
-        logical = self.meaning.logical[name]
+        logical = self.dense_view.logical[name]
         return Weight(name, logical.dtype, logical.shape, transposed=logical.transposed)
 
     def _wrong(self, group: Group) -> InputError:
@@ -161,7 +161,7 @@ class Filling:
         """What a weight takes in memory, packed."""
         if name not in self.weights:
             return self._weight(name).numel * self.dtype.itemsize
-        fmt = self.meaning.format if self.native else Native()
+        fmt = self.dense_view.format if self.native else Native()
         assert isinstance(fmt, Native)
         return fmt.memory_bytes(*self.weights[name])
 
@@ -178,7 +178,7 @@ class Filling:
     def tensors(self) -> list[str]:
         """Those on disk that packed parameters are made of, the few that are not packed among them."""
         sources = [source for group in (*self.linears.values(), *self.experts.values()) for source in group.sources]
-        packed = {name: [spec.name for spec in self.meaning.specs(name)] for name in sources if name in self.weights}
+        packed = {name: [spec.name for spec in self.dense_view.specs(name)] for name in sources if name in self.weights}
         return [tensor for name in sources for tensor in packed.get(name, [name])]
 
     def fill(self) -> None:
@@ -214,7 +214,7 @@ class Filling:
         weight = self._weight(name)
         if name not in self.weights:
             return Kind(None, weight.rows, weight.columns)
-        native = self.meaning.specs(name) if self.native else []
+        native = self.dense_view.specs(name) if self.native else []
         parts = (weight.dtype, *((spec.dtype, spec.shape[weight.experts is not None :]) for spec in native))
         return Kind(self.weights[name][1], weight.rows, weight.columns, parts)
 
@@ -239,7 +239,7 @@ class Filling:
 
     def _dense(self, name: str, index: int | None) -> torch.Tensor:
         """A matrix that is not packed."""
-        dense = as_matrix(self._weight(name), self.meaning.dense(name)).to(self.dtype)
+        dense = as_matrix(self._weight(name), self.dense_view.dense(name)).to(self.dtype)
         return dense if index is None else dense[index]
 
     def _matrix(self, name: str, index: int | None, place: Where) -> Packed:
@@ -247,14 +247,14 @@ class Filling:
         weight, state = self.weights[name]
         if not self.native:
             if self._last is None or self._last[0] != name:
-                q = self.meaning.qtensor(name)
+                q = self.dense_view.qtensor(name)
                 assert q is not None
                 self._last = name, Packed(state, weight.rows, weight.columns, pack(q))
             packed = self._last[1] if index is None else self._last[1].expert(index)
             return replace(packed, parts={part: tensor.to(place.first) for part, tensor in packed.parts.items()})
         parts = {}
-        for spec in self.meaning.specs(name):
-            read = self.meaning.checkpoint.read
+        for spec in self.dense_view.specs(name):
+            read = self.dense_view.checkpoint.read
             part = read(spec.name) if index is None else read(spec.name, index, index + 1)[0]
             parts[spec.name.rpartition(".")[2]] = part
         if state.scheme is not None:

@@ -1,4 +1,4 @@
-"""Stacking: which matrices of experts become one, or one stack.
+"""Fuse experts: which matrices of experts become one, or one stack.
 
 Experts may lie on disk each by itself, and in states of their own. Those that are alike are stacked; the parts of an expert
 that stand one below the other, as gate and up do, become one matrix where tiles can be put together.

@@ -1,4 +1,4 @@
-"""Beside: what stands beside the codes of a weight, and its text form.
+"""Corrections: outliers and low-rank factors, which stand beside codes.
 
 Grammar (parses and prints back to the same text):
 

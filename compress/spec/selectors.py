@@ -1,4 +1,4 @@
-"""Targets: which weights a pass works on: class word, regex or name.
+"""Selectors: which weights a pass works on: class word, regex or name.
 
 A selector is one of
     linear          every linear of the blocks, experts included (the default)

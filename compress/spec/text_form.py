@@ -1,4 +1,4 @@
-"""TextForm: a word with a text form, as a field that recipes and flags can set."""
+"""Text form: a word that recipes and flags can set as a field."""
 
 from __future__ import annotations
 

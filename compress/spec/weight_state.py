@@ -1,4 +1,4 @@
-"""Facts: what is true of each weight, before and after every pass.
+"""Weight state: what is true of each weight, before and after every pass.
 
 A Weight is one tensor of the source, by its name on disk, with its place in the model.
 A State is what holds for it: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are masked too, or have outliers

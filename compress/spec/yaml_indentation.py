@@ -1,4 +1,4 @@
-"""Indentation: lines that are no YAML where they stand, and where they fit.
+"""YAML indentation: lines that are no YAML where they stand, and where they fit.
 
 A line is moved to where a line above it stands, the likeliest first, and the parser judges: it must come further than before.
 So one slip is told with the line as it should be, and what is wrong below it is found as well.

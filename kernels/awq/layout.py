@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
 from compress.kernels.gptq.layout import (
+    dense_views,
     disk_path,
     flip,
     gathered,
     in_half,
-    meanings,
     refuse_place,
     refuse_size,
     rounded_scales,
@@ -65,7 +65,7 @@ class Awq(Format):
         if len({scheme.group for scheme in schemes}) > 1:
             reason = f"the readers take one group size for all weights; here: {', '.join(sorted(map(str, schemes)))}"
             return [(weight.name, reason, "quantize all with one group, or pack as gptq") for weight in quantized]
-        meant = meanings(model.weights, states)
+        meant = dense_views(model.weights, states)
         codes = [path for path, scheme in meant.items() if scheme]
         hidden = {path for path, scheme in meant.items() if not scheme and any(path in other for other in codes)}
         reason = "readers find dense layers by a part of the path, and would take a quantized layer for this one"
@@ -115,7 +115,7 @@ class Awq(Format):
         return QTensor(state.scheme, _values(tensors[f"{path}.qweight"]), scale, zero)
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
-        meant = meanings(model.weights, states)
+        meant = dense_views(model.weights, states)
         dense = suffixes([path for path, s in gathered(meant).items() if not s], [path for path, s in meant.items() if s])
         heads = sorted({weight.module for weight in model.weights if weight.kind == "head"})
         group = next(state.scheme.group for state in states.values() if state.scheme)

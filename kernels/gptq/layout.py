@@ -118,7 +118,7 @@ class Gptq(Format):
         return QTensor(state.scheme, codes, scale, zero)
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
-        meant = meanings(model.weights, states)
+        meant = dense_views(model.weights, states)
         quantized = [path for path, scheme in meant.items() if scheme is not None]
         dense = [path for path, scheme in meant.items() if scheme is None]
         counted = Counter(state.scheme for state in states.values() if state.scheme)
@@ -217,7 +217,7 @@ def in_half(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
     return half
 
 
-def meanings(weights: Iterable[Weight], states: dict[str, State]) -> dict[str, Scheme | None]:
+def dense_views(weights: Iterable[Weight], states: dict[str, State]) -> dict[str, Scheme | None]:
     """What every linear of the blocks is, by each path that a reader may know it by: its name on disk, its module."""
     found: dict[str, Scheme | None] = {}
     for weight in weights:
@@ -346,7 +346,7 @@ def _transformers(mixed: bool, experts: bool, odd: list[str], open_: str) -> Ver
 def _server(reader: str, weights: Sequence[Weight], states: dict[str, State], schemes: set[Scheme]) -> Verdict:
     wrong = sorted(str(s) for s in schemes if s.bits not in (4, 8) or not s.symmetric)
     odd = sorted(str(s) for s in schemes if s.group not in (None, 32, 64, 128))
-    split = sorted(path for path, parts in _together(meanings(weights, states)).items() if len(parts) > 1)
+    split = sorted(path for path, parts in _together(dense_views(weights, states)).items() if len(parts) > 1)
     if wrong:
         loads = "no" if reader == "vllm" or any(s.bits == 3 for s in schemes) else "unknown"
         return Verdict(reader, loads, f"its kernels take symmetric 4 and 8 bits, not {', '.join(wrong)}")

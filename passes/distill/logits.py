@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from compress.contract.base_passes import TrainingPass
-from compress.contract.pass_base import Lesson
+from compress.contract.pass_base import TrainingBatch
 
 if TYPE_CHECKING:
     import torch
@@ -55,17 +55,17 @@ class Logits(TrainingPass):
 
         return Divergence(self.divergence, self.temperature, self.mix, self.top_k)
 
-    def loss(self, lesson: Lesson, student: Any, teacher: Any) -> torch.Tensor:
+    def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
         import torch
 
         from compress.numerics.divergence import loss_sum
 
         def rows(model: Any) -> torch.Tensor:
-            logits: torch.Tensor = model(**lesson.inputs, use_cache=False).logits
-            return logits.flatten(0, 1).index_select(0, lesson.positions)
+            logits: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+            return logits.flatten(0, 1).index_select(0, batch.positions)
 
         taught = None
         if self.kl:
             with torch.no_grad():
                 taught = rows(teacher)
-        return loss_sum(taught, rows(student), lesson.labels, self._how() if self.kl else None, self.kl, self.ce)
+        return loss_sum(taught, rows(student), batch.labels, self._how() if self.kl else None, self.kl, self.ce)

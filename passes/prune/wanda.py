@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from compress.contract.base_passes import PruningPass
-from compress.contract.pass_base import Job, LinearPass, Solution, Statistic
+from compress.contract.pass_base import LinearPass, MatrixTask, Solution, Statistic
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
@@ -36,20 +36,20 @@ class Wanda(PruningPass, LinearPass):
         """Root mean square of each input; None for an expert that no token was sent to."""
         return statistic.rms() if statistic.tokens else None
 
-    def solve(self, jobs: Sequence[Job], prepared: torch.Tensor | None) -> list[Solution]:
+    def solve(self, tasks: Sequence[MatrixTask], prepared: torch.Tensor | None) -> list[Solution]:
         from compress.numerics.masks import keep_best
 
         note = ("unrouted", "no calibration token: pruned by magnitude") if prepared is None else None
         solutions = []
-        for job in jobs:
-            magnitudes = job.value.float().abs()
+        for task in tasks:
+            magnitudes = task.value.float().abs()
             scores = magnitudes if prepared is None else magnitudes * prepared
             keep = keep_best(scores, self.sparsity, per_row=self.scope == "row")
             # The inputs' cross terms are not known here, so the outputs' error is that of inputs that do not correlate.
             lost, norm, out_lost, out_norm = (
                 float(values.square().sum()) for values in (magnitudes * ~keep, magnitudes, scores * ~keep, scores)
             )
-            solutions.append(Solution(job.value.masked_fill(~keep, 0), lost, norm, out_lost, out_norm, note))
+            solutions.append(Solution(task.value.masked_fill(~keep, 0), lost, norm, out_lost, out_norm, note))
         return solutions
 
     def workspace_bytes(self, weight: Weight) -> int:

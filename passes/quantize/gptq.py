@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field
 
 from compress.contract.base_passes import QuantizingPass
-from compress.contract.pass_base import Job, LinearPass, Solution, Statistic
+from compress.contract.pass_base import LinearPass, MatrixTask, Solution, Statistic
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
@@ -74,57 +74,57 @@ class Gptq(QuantizingPass, LinearPass):
         raised = ("damping", f"a Hessian that needed more damping than {self.damping:g}")
         return Prepared(hessian, found, raised if found.damping > self.damping else None)
 
-    def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
-        stacks: dict[Any, list[Job]] = {}
-        for number, job in enumerate(jobs):
+    def solve(self, tasks: Sequence[MatrixTask], prepared: Prepared) -> list[Solution]:
+        stacks: dict[Any, list[MatrixTask]] = {}
+        for number, task in enumerate(tasks):
             # A Conv1D has scales along its outputs, and some schemes scales of many rows: none of these are cut out of a stack.
-            shared = job.after.scheme is not None and job.after.scheme.scales in ("tensor", "block", "e4m3")
-            alone = number if shared or _along(job) == "outputs" else None
-            stacks.setdefault((job.after, job.value.dtype, alone), []).append(job)
-        found = {id(job): solution for stack in stacks.values() for job, solution in self._stack(stack, prepared)}
-        return [found[id(job)] for job in jobs]
+            shared = task.after.scheme is not None and task.after.scheme.scales in ("tensor", "block", "e4m3")
+            alone = number if shared or _along(task) == "outputs" else None
+            stacks.setdefault((task.after, task.value.dtype, alone), []).append(task)
+        found = {id(task): solution for stack in stacks.values() for task, solution in self._stack(stack, prepared)}
+        return [found[id(task)] for task in tasks]
 
-    def _stack(self, jobs: list[Job], prepared: Prepared) -> Iterator[tuple[Job, Solution]]:
-        """Solutions of jobs with one scheme and dtype, whose rows are rounded together."""
+    def _stack(self, tasks: list[MatrixTask], prepared: Prepared) -> Iterator[tuple[MatrixTask, Solution]]:
+        """Solutions of tasks with one scheme and dtype, whose rows are rounded together."""
         import torch
 
         from compress.numerics.gptq import solve
         from compress.numerics.outliers import split
         from compress.numerics.qtensor import QTensor, along_inputs
 
-        scheme, dtype = jobs[0].after.scheme, jobs[0].value.dtype
+        scheme, dtype = tasks[0].after.scheme, tasks[0].value.dtype
         assert scheme is not None
-        w = torch.cat([job.value for job in jobs]).float()
-        mask = w != 0 if jobs[0].after.sparsity is not None else None
+        w = torch.cat([task.value for task in tasks]).float()
+        mask = w != 0 if tasks[0].after.sparsity is not None else None
         rest, kept = w, []
-        if (outliers := jobs[0].after.outliers) is not None:
+        if (outliers := tasks[0].after.outliers) is not None:
             # Where an outlier is, the rest is zero and its code has to be, so that nothing is lost there.
-            splits = [split(along_inputs(job.weight, job.value), outliers) for job in jobs]
+            splits = [split(along_inputs(task.weight, task.value), outliers) for task in tasks]
             kept = [part.sparse for part in splits]
-            out = torch.cat([along_inputs(job.weight, part.mask) for job, part in zip(jobs, splits, strict=True)])
+            out = torch.cat([along_inputs(task.weight, part.mask) for task, part in zip(tasks, splits, strict=True)])
             rest, mask = w.masked_fill(out, 0), ~out if mask is None else mask & ~out
         found = solve(
             rest, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed,
             least_zero=self.least_zero, sweeps=self.sweeps,
-            mask=mask, along=_along(jobs[0]), peak=jobs[0].weight.peak,
+            mask=mask, along=_along(tasks[0]), peak=tasks[0].weight.peak,
         )  # fmt: skip
         norms = ((w @ prepared.hessian) * w).sum(1) if kept else found.norms
         start = 0
-        for number, job in enumerate(jobs):
-            rows = slice(start, start + len(job.value))
+        for number, task in enumerate(tasks):
+            rows = slice(start, start + len(task.value))
             q = QTensor(scheme, found.codes, found.scale, found.zero, found.tensor_scale)
-            if len(jobs) > 1:
+            if len(tasks) > 1:
                 q = QTensor(scheme, q.codes[rows], q.scale[rows], None if q.zero is None else q.zero[rows])
             q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
             outputs = float(found.losses[rows].sum()), float(norms[rows].sum())
-            yield job, Solution(q, *weights, *outputs, prepared.note)
+            yield task, Solution(q, *weights, *outputs, prepared.note)
             start = rows.stop
 
     def workspace_bytes(self, weight: Weight) -> int:
         return 16 * weight.out_features * weight.in_features  # fp32 weights, errors, what codes mean, and a product
 
 
-def _along(job: Job) -> Literal["inputs", "outputs"]:
+def _along(task: MatrixTask) -> Literal["inputs", "outputs"]:
     """What the groups of a matrix run along."""
-    return "outputs" if job.weight.transposed and job.weight.experts is None else "inputs"
+    return "outputs" if task.weight.transposed and task.weight.experts is None else "inputs"

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.contract.allocation_pass import DecidingPass, Offer, Rest, read_table
+from compress.contract.allocation_pass import AllocationPass, Offer, Rest, read_table
 from compress.contract.base_passes import QuantizingPass
 from compress.contract.fused_groups import together
 from compress.errors import InputError, Refusal, UsageError
@@ -46,7 +46,7 @@ _BAND = 1 << 22
 """Elements of a matrix that are worked on at a time."""
 
 
-class LlmMq(DecidingPass):
+class LlmMq(AllocationPass):
     """Gives each weight one of several schemes, by what it costs in loss."""
 
     schemes: tuple[Scheme, ...] = Field(
@@ -97,7 +97,7 @@ class LlmMq(DecidingPass):
                 raise ValueError(f"size: {error.problems[0].expected}") from None
         return self
 
-    def told(self) -> Self:
+    def redacted(self) -> Self:
         """A table by its name: its content has a digest, and a path is nobody's business."""
         return self.model_copy(update={"reuse": PurePath(self.reuse).name})
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from compress.contract.base_passes import FactoringPass, refuse_no_matrix
-from compress.contract.pass_base import CompensatingPass, Job, LinearPass, Solution, Statistic
+from compress.contract.pass_base import CompensatingPass, LinearPass, MatrixTask, Solution, Statistic
 from compress.errors import Refusal
 from compress.spec.weight_state import State, Weight
 
@@ -97,20 +97,20 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
         raised = ("damping", f"a Hessian that needed more damping than {self.damping:g}")
         return Prepared(hessian, found.feedback * found.pivots.sqrt(), raised if found.damping > self.damping else None)
 
-    def solve(self, jobs: Sequence[Job], prepared: Prepared) -> list[Solution]:
+    def solve(self, tasks: Sequence[MatrixTask], prepared: Prepared) -> list[Solution]:
         from compress.numerics.lowrank import best_for, stored
         from compress.numerics.qtensor import along_inputs
 
         solutions = []
-        for job in jobs:
-            assert job.codes is not None
-            assert job.after.lowrank is not None
-            w, turned = job.value.float(), job.weight.transposed and job.weight.experts is None
-            error = w - along_inputs(job.weight, job.codes.base())
-            made = stored(*best_for(error, job.after.lowrank.rank, prepared.root), job.after.lowrank)
+        for task in tasks:
+            assert task.codes is not None
+            assert task.after.lowrank is not None
+            w, turned = task.value.float(), task.weight.transposed and task.weight.experts is None
+            error = w - along_inputs(task.weight, task.codes.base())
+            made = stored(*best_for(error, task.after.lowrank.rank, prepared.root), task.after.lowrank)
             left = error - made.product()
             lost, norm = (float(((x @ prepared.hessian) * x).sum()) for x in (left, w))
-            q = replace(job.codes, lowrank=made.turned() if turned else made)
+            q = replace(task.codes, lowrank=made.turned() if turned else made)
             solutions.append(Solution(q, float(left.square().sum()), float(w.square().sum()), lost, norm, prepared.note))
         return solutions
 

@@ -18,14 +18,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.adaptive_group_pass import GranularPass
+from compress.contract.adaptive_group_pass import AdaptiveGroupPass
 from compress.errors import InputError, UsageError
 from compress.spec.recipe import Line
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import Note, State, Weight, counted
 
 
-class Moqe(GranularPass):
+class Moqe(AdaptiveGroupPass):
     """Rounds the weights of routed experts to few bits."""
 
     scheme: Scheme = Field(

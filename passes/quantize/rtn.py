@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.adaptive_group_pass import GranularPass
+from compress.contract.adaptive_group_pass import AdaptiveGroupPass
 from compress.contract.pass_base import TensorPass
 from compress.spec.weight_state import State, Weight
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 
-class Rtn(GranularPass, TensorPass):
+class Rtn(AdaptiveGroupPass, TensorPass):
     """Rounds weights to the nearest code."""
 
     clip: Literal["none", "mse"] = Field(

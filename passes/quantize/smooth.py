@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from compress.architecture.families import Space
 from compress.contract.base_passes import QuantizingPass
 from compress.contract.pass_base import Statistic
-from compress.contract.smoothing_pass import Matrix, SpacePass
+from compress.contract.smoothing_pass import Matrix, SmoothingPass
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import MATRICES, State, Weight
 
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
     hessian: torch.Tensor | None
 
 
-class Smooth(SpacePass):
+class Smooth(SmoothingPass):
     """Makes weights easier to round, and changes nothing else."""
 
     method: Literal["awq", "smoothquant"] = Field(

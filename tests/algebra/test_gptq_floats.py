@@ -30,7 +30,7 @@ def problem(rows: int = 144, n: int = 160, dtype: torch.dtype = torch.float64) -
     return w.to(dtype), (x.T @ x / 600).to(dtype)
 
 
-def meaning(found: Solved, scheme: Scheme, along: Along) -> torch.Tensor:
+def dense_view(found: Solved, scheme: Scheme, along: Along) -> torch.Tensor:
     """Q [rows, n]."""
     q = QTensor(scheme, found.codes, found.scale, found.zero, found.tensor_scale).dequantize().double()
     return q if along == "inputs" else q.T
@@ -54,7 +54,7 @@ def test_losses_are_exact(text: str, along: Along, order: Any) -> None:
     damped = h + f.ridge * torch.eye(len(h))
     for options in (PLAIN, {"sweeps": 0}, {"sweeps": 2}):
         found = solve(w, f, h, scheme, torch.float32, along=along, **options)
-        q = meaning(found, scheme, along)
+        q = dense_view(found, scheme, along)
         if not options.get("sweeps"):
             assert found.identity == pytest.approx(loss(w, q, damped), rel=1e-5)
         assert found.loss == pytest.approx(loss(w, q, h), rel=1e-5)
@@ -94,7 +94,7 @@ def test_masked_weights_and_dead_inputs_are_zero(text: str, along: Along) -> Non
     h[:, [5, 77]] = 0
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     found = solve(w * mask, factor(h, 0.01, "activation"), h, scheme, torch.bfloat16, mask=mask, along=along)
-    q = meaning(found, scheme, along)
+    q = dense_view(found, scheme, along)
     assert not bool(q[~mask].any())
     assert not bool(q[:, [5, 77]].any())
     assert bool(q[mask].any())

@@ -29,7 +29,7 @@ from compress.errors import CompressError, CoverageError, FormatError
 from compress.evaluate import readers
 from compress.evaluate.verify import read_with, verify_bytes
 from compress.kernels.dispatch import formats
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.pipeline import output_paths
 from compress.pipeline.run import Result, run_recipe
 from compress.spec.recipe import parse_one_liner
@@ -120,8 +120,8 @@ def go(source: Checkpoint, out: Path, recipe: str) -> Result:
 
 def round_trip(artifact: Checkpoint, canonical: Checkpoint, pack: str, scratch: Path) -> str:
     """Raises ValueError where unpack gives other numbers than were packed, or packing again gives other bytes."""
-    before = Meaning(canonical)
-    after = Meaning(open_checkpoint(go(artifact, scratch / "unpacked", "unpack").out))
+    before = DenseView(canonical)
+    after = DenseView(open_checkpoint(go(artifact, scratch / "unpacked", "unpack").out))
     if set(before.weights) != set(after.weights) or list(before.logical) != list(after.logical):
         raise ValueError("unpack gives other weights than were packed")
     # Where the manifest counts scales that were rounded to fp16, those are what comes back.

@@ -45,7 +45,7 @@ def gptq(
     }
 
 
-def meaning(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, index: list[int]) -> torch.Tensor:
+def dense_view(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, index: list[int]) -> torch.Tensor:
     """Element by element, in fp16 as AutoGPTQ does."""
     rows, columns = codes.shape
     weight = torch.empty(rows, columns, dtype=torch.float16)
@@ -70,7 +70,7 @@ def test_gptq(store: Any, dense: Any, bits: int, offset: int, symmetric: bool, g
     size = f"g{group}" if group > 0 else ""
     assert str(packed.scheme) == f"w{bits}a16{size}{'' if symmetric else '-asym'}"
     assert (packed.dtype, packed.note, foreign.notes) == ("F16", "", ())
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, index))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, index))
     assert torch.equal(packed.read(checkpoint.read).codes, made[0].to(torch.uint8))
     assert foreign.parts == {f"{NAME}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
     assert method_of(checkpoint) == foreign.method == "gptq"
@@ -89,7 +89,7 @@ def test_a_wrong_label_is_read_by_its_zeros(store: Any, dense: Any, bits: int, o
     assert packed.scheme.symmetric
     assert "label" in packed.note
     assert foreign.notes[0].names == (f"{NAME}.weight",)
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, index))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, index))
 
 
 def test_the_words_of_a_wrong_label_are_the_known_ones(store: Any) -> None:
@@ -106,7 +106,7 @@ def test_the_zeros_decide_symmetry(store: Any, dense: Any) -> None:
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
     assert str(packed.scheme) == "w4a16g16-asym"
     assert "sym" in packed.note
-    assert torch.equal(dense(checkpoint, packed), meaning(*odd, index))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*odd, index))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -117,7 +117,7 @@ def test_a_v1_zero_of_all_ones_reads_as_zero(store: Any, dense: Any, bits: int) 
     checkpoint = store(gptq(codes, zeros, scales, bits, index, 1), {**GPTQ, "bits": bits, "sym": False})
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
     assert "all ones" in packed.note
-    assert torch.equal(dense(checkpoint, packed), meaning(codes, zeros, scales, index))
+    assert torch.equal(dense(checkpoint, packed), dense_view(codes, zeros, scales, index))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -128,14 +128,14 @@ def test_inputs_out_of_order(store: Any, dense: Any, symmetric: bool) -> None:
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
     assert packed.scheme is None
     assert "order" in packed.note
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, shuffled))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, shuffled))
     # Whole groups that changed places keep their codes.
     moved = [(2, 0, 3, 1)[k // 16] for k in range(64)]
     checkpoint = store(gptq(*made, 4, moved, 1), {**GPTQ, "desc_act": True, "sym": symmetric})
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
     assert packed.scheme is not None
     assert packed.note == ""
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, moved))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, moved))
 
 
 def test_a_g_idx_that_was_never_filled(store: Any, dense: Any) -> None:
@@ -143,7 +143,7 @@ def test_a_g_idx_that_was_never_filled(store: Any, dense: Any) -> None:
     checkpoint = store(gptq(*made, 4, [0] * 64, 1), GPTQ)
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
     assert "g_idx" in packed.note
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, [k // 16 for k in range(64)]))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, [k // 16 for k in range(64)]))
 
 
 def test_dynamic_overrides_by_the_first_regex_from_the_start(store: Any, dense: Any) -> None:
@@ -153,7 +153,7 @@ def test_dynamic_overrides_by_the_first_regex_from_the_start(store: Any, dense: 
     checkpoint = store(gptq(*made, 8, index, 1), {**GPTQ, "dynamic": dynamic})
     packed = open_foreign(checkpoint).weights[f"{NAME}.weight"]
     assert str(packed.scheme) == "w8a16g32-asym"
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, index))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, index))
     with pytest.raises(InputError, match="dynamic"):
         open_foreign(store(gptq(*made, 8, index, 1), {**GPTQ, "dynamic": {"-:.*up_proj": {}}}))
     with pytest.raises(InputError, match="regexes"):
@@ -196,7 +196,7 @@ def test_a_conv1d_lies_the_other_way(store: Any, dense: Any) -> None:
         checkpoint = store(moved, layout, model_type="gpt2")
         packed = open_foreign(checkpoint).weights["model.layers.0.mlp.c_fc.weight"]
         assert packed.scheme is None
-        assert torch.equal(dense(checkpoint, packed), meaning(*made, index).T)
+        assert torch.equal(dense(checkpoint, packed), dense_view(*made, index).T)
 
 
 def awq(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -225,7 +225,7 @@ def test_awq(store: Any, dense: Any, symmetric: bool, group: int) -> None:
     foreign = open_foreign(checkpoint)
     packed = foreign.weights[f"{NAME}.weight"]
     assert str(packed.scheme) == f"w4a16{'g16' if group > 0 else ''}{'' if symmetric else '-asym'}"
-    assert torch.equal(dense(checkpoint, packed), meaning(*made, [k // width for k in range(64)]))
+    assert torch.equal(dense(checkpoint, packed), dense_view(*made, [k // width for k in range(64)]))
     assert foreign.parts == {f"{NAME}.{part}" for part in ("qweight", "qzeros", "scales")}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compress.architecture.weight_map import meta_model, place
 from compress.checkpoint.reader import Checkpoint, Logical, open_checkpoint
 from compress.importers import Foreign, open_foreign
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.spec.weight_state import State
 from families import build
 from support import run, step_of
@@ -90,7 +90,7 @@ def test_llama_in_what_we_pack_ourselves(tiny: Path, tmp_path: Path, dense: Any,
     options = "(dequantize=true)" if scheme.endswith("asym") else ""
     run(tiny, tmp_path / "out", f"quantize.rtn(scheme={scheme}) | pack{options}")
     checkpoint = open_checkpoint(tmp_path / "out")
-    canonical = Meaning(open_checkpoint(step_of(tmp_path / "out", "quantize.rtn")))
+    canonical = DenseView(open_checkpoint(step_of(tmp_path / "out", "quantize.rtn")))
     foreign = open_foreign(checkpoint)
     assert set(foreign.weights) == set(canonical.weights)
     for name, packed in foreign.weights.items():

@@ -18,7 +18,7 @@ from compress.evaluate.verify import verify_bytes
 from compress.kernels.dispatch import load_format
 from compress.kernels.native import narrow
 from compress.kernels.native.packed import pack
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics import qtensor
 from compress.numerics.rounding import nearest
 from compress.spec.scheme import Scheme
@@ -72,7 +72,7 @@ def test_a_stranger_reads_it_with_the_page_alone(scheme: str, tmp_path: Path) ->
     found = reader["integers"](
         reader["entry_of"](config, name), plain["tiles"], plain["scale"], plain.get("zero"), rest=plain.get("rest")
     )
-    assert torch.equal(torch.from_numpy(found), Meaning(artifact, rounded=False).dense(name))
+    assert torch.equal(torch.from_numpy(found), DenseView(artifact, rounded=False).dense(name))
 
 
 def test_it_runs_as_an_artifact_of_the_first_version_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

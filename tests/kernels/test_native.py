@@ -18,7 +18,7 @@ from compress.kernels.dispatch import BACKENDS, Work, choose, load_backend, load
 from compress.kernels.native import int4pack, tiles
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed, pack
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics import lowrank, outliers, qtensor
 from compress.numerics.qtensor import QTensor
 from compress.numerics.rounding import nearest
@@ -73,7 +73,7 @@ def test_a_stranger_reads_an_artifact_with_the_page_alone(scheme: str, tmp_path:
     run(tiny_llama(tmp_path / "model"), tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | pack(format=native)")
     artifact, reader = open_checkpoint(tmp_path / "out"), page()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    meaning = Meaning(artifact, rounded=False)
+    dense_view = DenseView(artifact, rounded=False)
     for name in [f"model.layers.1.{part}.weight" for part in ("self_attn.k_proj", "mlp.down_proj")]:
         parts = {
             part: artifact.read(f"{name}.{part}")
@@ -83,7 +83,7 @@ def test_a_stranger_reads_an_artifact_with_the_page_alone(scheme: str, tmp_path:
         zero, rest = (parts[part].numpy() if part in parts else None for part in ("zero", "rest"))
         entry, tiled, scale = reader["entry_of"](config, name), parts["tiles"].numpy(), parts["scale"].float().numpy()
         found = reader["integers"](entry, tiled, scale, zero, rest=rest)
-        assert torch.equal(torch.from_numpy(found), meaning.dense(name))
+        assert torch.equal(torch.from_numpy(found), dense_view.dense(name))
 
 
 @pytest.mark.parametrize("text", [t for t in SCHEMES if "fp8" not in t and t != "nvfp4"])

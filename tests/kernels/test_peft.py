@@ -17,7 +17,7 @@ from compress.checkpoint.source import open_source
 from compress.context import Context
 from compress.errors import CompressError, FormatError
 from compress.evaluate.verify import read_with, verify_bytes
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.numerics import qtensor
 from families import build as build_family
@@ -53,12 +53,12 @@ def test_peft_computes_what_we_mean(name: str, recipe: str, source: Source, tmp_
     torch.testing.assert_close(logits(model), logits(ours), rtol=0, atol=1e-5)
     # Layer by layer: W - W' in PEFT is what the step before has reported.
     last = "quantize.lorc" if recipe == "lorc" else "quantize.loftq"
-    meaning = Meaning(open_checkpoint(step_of(tmp_path / "out", last)))
+    dense_view = DenseView(open_checkpoint(step_of(tmp_path / "out", last)))
     dense = open_checkpoint(source(name))
     merged = model.merge_and_unload()
     factored = 0
-    for key, (weight, state) in meaning.weights.items():
-        q = meaning.qtensor(key)
+    for key, (weight, state) in dense_view.weights.items():
+        q = dense_view.qtensor(key)
         assert q is not None
         module = merged.get_submodule(next(w.module for w in result.plan.weights if w.name == key))
         # The base is rounded to bf16, factors are not.
@@ -112,7 +112,7 @@ def test_it_is_read_by_its_reader_and_a_damaged_one_is_told(source: Source, tmp_
 
 def test_the_base_alone_is_what_transformers_reads(source: Source, tmp_path: Path) -> None:
     run(source("llama"), tmp_path / "out", f"{RECIPES['loftq']} | pack(format=peft)")
-    step = Meaning(open_checkpoint(step_of(tmp_path / "out", "quantize.loftq")))
+    step = DenseView(open_checkpoint(step_of(tmp_path / "out", "quantize.loftq")))
     base = load_file(tmp_path / "out" / "model.safetensors")
     for name, (weight, _) in step.weights.items():
         q = step.qtensor(name)

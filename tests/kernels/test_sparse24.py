@@ -26,7 +26,7 @@ from compress.kernels.native import layout, semi_structured, sparse, tiles
 from compress.kernels.native.fused import scales
 from compress.kernels.native.modules import PackedWeight
 from compress.kernels.native.packed import Packed, groups_of, pack
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.numerics import masks, qtensor
 from compress.numerics.qtensor import QTensor
@@ -258,22 +258,22 @@ def test_an_artifact_means_and_takes_what_was_planned(recipe: str, bits: float |
     step, stored = result.plan.steps[-1], open_checkpoint(out)
     assert step.payload_bytes == stored.nbytes
     assert step.disk_bytes == sum((out / file).stat().st_size for file in ("model.safetensors", "config.json"))
-    meaning = logits(build(stored, rounded=False))
+    dense_view = logits(build(stored, rounded=False))
     model = compress.load(out, "float32")
-    assert torch.equal(logits(model), meaning)
+    assert torch.equal(logits(model), dense_view)
     half = logits(compress.load(out, "bfloat16"))
-    assert (half - meaning).norm() < 2e-2 * meaning.norm()
+    assert (half - dense_view).norm() < 2e-2 * dense_view.norm()
     assert verify_bytes(stored, Context()).decoded == len(result.manifest.weights) == 14
     # Without its manifest, by what config.json says; and back to what it was packed from.
     (out / "manifest.json").unlink()
-    assert torch.equal(logits(build(open_checkpoint(out), rounded=False)), meaning)
+    assert torch.equal(logits(build(open_checkpoint(out), rounded=False)), dense_view)
     run(out, tmp_path / "back", f"unpack | {NATIVE}")
     assert open_checkpoint(tmp_path / "back").config == stored.config
     for name in stored.refs:
         assert torch.equal(open_checkpoint(tmp_path / "back").read(name), stored.read(name))
     run(out, tmp_path / "dense", "unpack(to=dense)")
     if bits == 9:
-        assert torch.equal(logits(build(open_checkpoint(tmp_path / "dense"), rounded=False)), meaning)
+        assert torch.equal(logits(build(open_checkpoint(tmp_path / "dense"), rounded=False)), dense_view)
 
 
 @pytest.mark.parametrize("name", ["tied", "mixtral", "gpt_oss", "deepseek_v3", "llama4", "granitemoe", "t5", "falcon", "gpt2"])
@@ -288,7 +288,7 @@ def test_families(name: str, then: str, tmp_path: Path, monkeypatch: pytest.Monk
         return
     result = run(source, tmp_path / "out", recipe)
     stored = open_checkpoint(tmp_path / "out")
-    model, weights = compress.load(tmp_path / "out", "float32"), Meaning(stored).weights
+    model, weights = compress.load(tmp_path / "out", "float32"), DenseView(stored).weights
     torch.testing.assert_close(logits(model), logits(build(stored, rounded=False)), rtol=0, atol=1e-5)
     assert sum(artifact.backends(model).values()) == len(weights)
     # What is not halved is counted.
@@ -301,7 +301,7 @@ def test_a_stranger_reads_half_of_a_weight_with_the_page_alone(tmp_path: Path) -
     recipe = f"{MASKED} | quantize.rtn(scheme=w4a16g32, targets=[mlp]) | {NATIVE}"
     run(tiny_llama(tmp_path / "model", **{**SIZES, "intermediate_size": 480}), tmp_path / "out", recipe)
     stored, reader = open_checkpoint(tmp_path / "out"), page()
-    meaning = Meaning(stored, rounded=False)
+    dense_view = DenseView(stored, rounded=False)
     for name in [f"model.layers.1.{part}.weight" for part in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")]:
         entry = reader["entry_of"](stored.config, name)
         tiles, indices = (stored.read(f"{name}.{part}") for part in ("tiles", "indices"))
@@ -310,7 +310,7 @@ def test_a_stranger_reads_half_of_a_weight_with_the_page_alone(tmp_path: Path) -
         else:
             scale = stored.read(f"{name}.scale").float().numpy()
             found = reader["integers"](entry, tiles.numpy(), scale, None, indices.numpy())
-        assert torch.equal(torch.from_numpy(found), meaning.dense(name).float())
+        assert torch.equal(torch.from_numpy(found), dense_view.dense(name).float())
 
 
 def test_artifacts_with_all_of_their_zeros_are_read_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

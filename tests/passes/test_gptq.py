@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from compress.checkpoint.reader import open_checkpoint
 from compress.errors import InputError
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from families import build
 from support import CALIBRATE, TEXT, dense_meaning, kl, load, logits, ready_inputs, run, step_of, tiny_llama
 
@@ -35,7 +35,7 @@ def test_every_option_earns_its_place(demo_model: Path, tmp_path: Path) -> None:
 
 def test_recorded_errors_are_those_of_what_is_on_disk(demo_model: Path, tmp_path: Path) -> None:
     run(demo_model, tmp_path / "out", f"{CALIBRATE} | quantize.gptq(scheme=w3a16g32)")
-    source, out = Meaning(open_checkpoint(demo_model)), Meaning(open_checkpoint(tmp_path / "out"))
+    source, out = DenseView(open_checkpoint(demo_model)), DenseView(open_checkpoint(tmp_path / "out"))
     assert out.checkpoint.manifest is not None
     for name, record in out.checkpoint.manifest.weights.items():
         w, q = source.dense(name).float(), out.qtensor(name)

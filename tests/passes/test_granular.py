@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import open_checkpoint
-from compress.contract.adaptive_group_pass import GranularPass
+from compress.contract.adaptive_group_pass import AdaptiveGroupPass
 from compress.contract.allocation_pass import Offer, Rest
 from compress.errors import RecipeError
 from compress.pipeline.plan import make_plan
@@ -25,14 +25,14 @@ from support import linear, load, run, tiny_llama
 REST = Rest(0, 0, 0)
 
 
-def adaptive(**options: Any) -> GranularPass:
+def adaptive(**options: Any) -> AdaptiveGroupPass:
     text = ", ".join(f"{name}={value}" for name, value in {"scheme": "w4a16g16", **options}.items())
     (pass_,) = resolve_recipe(parse_one_liner(f"quantize.rtn(granularity=adaptive, {text})"))
-    assert isinstance(pass_, GranularPass)
+    assert isinstance(pass_, AdaptiveGroupPass)
     return pass_
 
 
-def chosen(pass_: GranularPass, weights: dict[Weight, torch.Tensor]) -> list[int | None]:
+def chosen(pass_: AdaptiveGroupPass, weights: dict[Weight, torch.Tensor]) -> list[int | None]:
     """The groups that a pass gives weights."""
     offers = [Offer(weight, pass_.offers(weight, State())) for weight in weights]
     seen = [Offer(o.weight, o.states, pass_.look(o, value)) for o, value in zip(offers, weights.values(), strict=True)]

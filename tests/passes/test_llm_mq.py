@@ -23,7 +23,7 @@ from compress.contract.discover import load_pass
 from compress.errors import CoverageError, InputError, RecipeError, UsageError
 from compress.evaluate.perplexity_kl import compare
 from compress.executors import gradients
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.eval_windows import token_windows
 from compress.numerics.rounding import nearest
 from compress.pipeline import plan
@@ -165,7 +165,7 @@ def test_a_table_is_reused_and_planned_exactly(tiny: Path, tmp_path: Path) -> No
     assert {n: str(s) for n, s in planned.after.items() if s.scheme} == {
         n: r["state"] for n, r in rows(tmp_path / "first").items()
     }
-    one, two = (Meaning(open_checkpoint(tmp_path / name)) for name in ("first", "second"))
+    one, two = (DenseView(open_checkpoint(tmp_path / name)) for name in ("first", "second"))
     assert all(torch.equal(one.dense(name), two.dense(name)) for name in one.logical)
     assert str(tmp_path) not in result.manifest.to_text()
     assert read_table(tmp_path / "second" / "allocation.jsonl") == read_table(table)
@@ -194,12 +194,12 @@ def test_outliers_stand_beside_two_bits_only_and_cost_nothing(method: str, tiny:
     two = {name for name, row in table.items() if row["state"].startswith("codes(w2")}
     assert two == {name for name, row in table.items() if "outliers(0.01)" in row["state"]}
     assert 0 < len(two) < len(table)
-    meaning, small = Meaning(open_checkpoint(tmp_path / "out")), f"codes({SCHEMES[0]})"
+    dense_view, small = DenseView(open_checkpoint(tmp_path / "out")), f"codes({SCHEMES[0]})"
     for name, row in table.items():
         assert row["costs"][f"{small}+outliers(0.01)"] < without[name]["costs"][small]
         assert row["costs"][f"codes({SCHEMES[1]})"] == without[name]["costs"][f"codes({SCHEMES[1]})"]
     for name in two:
-        w, got = source.read(name), meaning.dense(name)
+        w, got = source.read(name), dense_view.dense(name)
         # Of equal magnitudes at the edge, any may be kept.
         least = w.flatten().abs().topk(round(0.01 * w.numel())).values[-1]
         assert torch.equal(got[w.abs() > least], w[w.abs() > least])
@@ -227,7 +227,7 @@ def test_a_crash_while_weights_are_written_costs_no_second_sweep(
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(gradients.Reverse, "run", lambda *_: pytest.fail("gradients were computed again"))
+    monkeypatch.setattr(gradients.GradientSweep, "run", lambda *_: pytest.fail("gradients were computed again"))
     recorded = []
     monkeypatch.setattr(Writer, "record", lambda self, weight, *rest: [recorded.append(weight), record(self, weight, *rest)][1])
     run(tiny, tmp_path / "out", recipe)

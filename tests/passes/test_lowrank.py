@@ -1,4 +1,4 @@
-"""LoRC and LoftQ as passes: the dense ancestor, budgets, every layout of a weight, and what is refused."""
+"""LoRC and LoftQ as passes: the dense parent, budgets, every layout of a weight, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CompressError, CoverageError, InputError, RecipeError, UsageError
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.numerics import qtensor
 from families import build as build_family
@@ -29,10 +29,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def errors(dense: Path, out: Path) -> dict[str, float]:
     """|W - W'| of every weight in codes, by what both directories mean."""
-    source, meaning = open_checkpoint(dense), Meaning(open_checkpoint(out))
+    source, dense_view = open_checkpoint(dense), DenseView(open_checkpoint(out))
     found = {}
-    for name, (weight, _) in meaning.weights.items():
-        q = meaning.qtensor(name)
+    for name, (weight, _) in dense_view.weights.items():
+        q = dense_view.qtensor(name)
         assert q is not None
         found[name] = float((source.read(name).float() - qtensor.as_matrix(weight, q.dequantize())).norm())
     return found
@@ -43,7 +43,7 @@ def errors(dense: Path, out: Path) -> dict[str, float]:
 def test_lorc_takes_the_tail_of_what_any_quantizer_lost(quantizer: str, tiny: Path, tmp_path: Path) -> None:
     result = run(tiny, tmp_path / "out", f"{CALIBRATE} | quantize.{quantizer} | quantize.lorc(rank=6)")
     source, name = open_checkpoint(tiny), f"quantize.{quantizer.partition('(')[0]}"
-    step = Meaning(open_checkpoint(step_of(tmp_path / "out", name)))
+    step = DenseView(open_checkpoint(step_of(tmp_path / "out", name)))
     after = errors(tiny, tmp_path / "out")
     for name in step.weights:
         q = step.qtensor(name)
@@ -67,7 +67,7 @@ def test_every_layout_of_a_weight_can_have_factors(name: str, weighted: bool, so
     if not weighted:
         assert all(after[n] < before[n] for n in before)
     ours = logits(build(open_checkpoint(tmp_path / "out")))
-    meant = logits(load(dense_meaning(tmp_path / "out", tmp_path / "meaning"), dtype=torch.float32))
+    meant = logits(load(dense_meaning(tmp_path / "out", tmp_path / "dense_view"), dtype=torch.float32))
     torch.testing.assert_close(ours, meant, rtol=0, atol=2e-6)
 
 
@@ -185,11 +185,11 @@ def test_skipped_weights_are_allowed_one_by_one(tiny: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 def test_outliers_are_the_largest_weights_bit_by_bit(name: str, quantizer: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", f"{CALIBRATE} | quantize.{quantizer}(scheme=w2a16g16-asym, outliers=0.02)")
-    meaning, dense = Meaning(open_checkpoint(tmp_path / "out")), open_checkpoint(source(name))
+    dense_view, dense = DenseView(open_checkpoint(tmp_path / "out")), open_checkpoint(source(name))
     plain = run(source(name), tmp_path / "plain", f"{CALIBRATE} | quantize.{quantizer}(scheme=w2a16g16-asym)").manifest.weights
     held = open_checkpoint(tmp_path / "out").manifest.weights  # type: ignore[union-attr]
-    for key, (weight, _) in meaning.weights.items():
-        q, w = meaning.qtensor(key), qtensor.as_matrix(weight, dense.read(key))
+    for key, (weight, _) in dense_view.weights.items():
+        q, w = dense_view.qtensor(key), qtensor.as_matrix(weight, dense.read(key))
         assert q is not None
         assert q.outliers is not None
         size = weight.rows * weight.columns

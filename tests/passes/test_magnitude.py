@@ -11,7 +11,7 @@ from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CoverageError
 from compress.executors import stream
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics.masks import holds
 from compress.spec.sparsity import Sparsity
 from support import load, logits, run, step_of
@@ -45,10 +45,10 @@ def test_quantizing_keeps_the_zeros(scheme: str, tiny: Path, tmp_path: Path) -> 
     result = run(tiny, tmp_path / "out", f"prune.magnitude(sparsity=2:4) | quantize.rtn(scheme={scheme}) | pack(dequantize=true)")
     assert {record.state for record in result.manifest.weights.values()} == {f"codes({scheme})+masked(2:4)"}
     pruned = open_checkpoint(step_of(tmp_path / "out", "prune.magnitude"))
-    meaning = Meaning(open_checkpoint(tmp_path / "out"))
+    dense_view = DenseView(open_checkpoint(tmp_path / "out"))
     for name in result.manifest.weights:
-        assert bool((meaning.dense(name)[pruned.read(name) == 0] == 0).all())
-        assert holds(meaning.dense(name) != 0, Sparsity.parse("2:4"))
+        assert bool((dense_view.dense(name)[pruned.read(name) == 0] == 0).all())
+        assert holds(dense_view.dense(name) != 0, Sparsity.parse("2:4"))
 
 
 def test_a_pass_that_loses_the_zeros_is_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

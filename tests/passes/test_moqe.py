@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.reader import open_checkpoint
 from compress.errors import InputError, RecipeError, UsageError
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics.rounding import nearest
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe import parse_one_liner
@@ -76,9 +76,9 @@ def test_all_that_is_no_expert_keeps_its_bits(name: str, tmp_path: Path) -> None
     before, after = load_file(source / "model.safetensors"), open_checkpoint(tmp_path / "out")
     for weight in before.keys() - result.manifest.weights.keys():
         assert torch.equal(before[weight], after.read(weight)), weight
-    meaning = Meaning(after)
+    dense_view = DenseView(after)
     for weight in result.manifest.weights:
-        assert not torch.equal(before[weight], meaning.dense(weight))
+        assert not torch.equal(before[weight], dense_view.dense(weight))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -127,10 +127,10 @@ def test_starved_and_unrouted_experts_are_rounded_and_counted(mixtral: Path, tmp
     assert "fewer than 5 calibration tokens" in notes["fallback"].reason
     assert "no calibration token" in notes["unrouted"].reason
     assert len(result.manifest.weights) == 2 * 3 * EXPERTS
-    unrouted, meaning = set(notes["unrouted"].names), Meaning(open_checkpoint(result.out))
-    source = Meaning(open_checkpoint(mixtral))
+    unrouted, dense_view = set(notes["unrouted"].names), DenseView(open_checkpoint(result.out))
+    source = DenseView(open_checkpoint(mixtral))
     for name in result.manifest.weights:
-        found = (meaning.dense(name).float() - source.dense(name).float()).norm() / source.dense(name).float().norm()
+        found = (dense_view.dense(name).float() - source.dense(name).float()).norm() / source.dense(name).float().norm()
         assert found < 0.2
     assert unrouted
     assert unrouted.isdisjoint(notes["fallback"].names)

@@ -18,7 +18,7 @@ from compress.contract.fused_groups import together
 from compress.errors import CompressError, CoverageError, FormatError, InputError
 from compress.evaluate.verify import verify_bytes
 from compress.executors.train.student import Student
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.numerics.inputs import rounded_inputs
 from compress.numerics.qtensor import as_matrix
@@ -43,10 +43,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_rounding_to_nearest_is_reloaded_and_run(models: Any, tmp_path: Path, family: str, scheme: str) -> None:
     source = models(family)
     result = do(source, tmp_path / "out", f"quantize.rtn(scheme={scheme})")
-    dense, meaning = open_checkpoint(source), Meaning(open_checkpoint(tmp_path / "out"))
-    assert len(meaning.weights) == len(result.manifest.weights)
-    for name, (weight, state) in meaning.weights.items():
-        q, w = meaning.qtensor(name), as_matrix(weight, dense.read(name))
+    dense, dense_view = open_checkpoint(source), DenseView(open_checkpoint(tmp_path / "out"))
+    assert len(dense_view.weights) == len(result.manifest.weights)
+    for name, (weight, state) in dense_view.weights.items():
+        q, w = dense_view.qtensor(name), as_matrix(weight, dense.read(name))
         assert q is not None
         assert str(state) == f"codes({scheme})"
         if scheme != "nvfp4":
@@ -166,7 +166,7 @@ def test_fixed_groups_are_not_changed(tmp_path: Path) -> None:
         with pytest.raises(CompressError, match="do not divide 88"):
             do(source, tmp_path / ragged, f"quantize.rtn(scheme=mxfp4, ragged={ragged})")
     do(source, tmp_path / "free", "quantize.rtn(scheme=nf4g64, ragged=channel)")
-    schemes = {str(state.scheme) for _, state in Meaning(open_checkpoint(tmp_path / "free")).weights.values()}
+    schemes = {str(state.scheme) for _, state in DenseView(open_checkpoint(tmp_path / "free")).weights.values()}
     assert schemes == {"nf4g64", "nf4"}
 
 
@@ -175,13 +175,13 @@ def test_what_readers_fuse_shares_the_scale_of_the_matrix(models: Any, tmp_path:
     for scheme in ("nvfp4", "fp8-tensor"):
         begin = f"calibrate(data={ready_inputs()}, samples=6, length=24) | " if pass_ == "gptq" else ""
         do(models("mixtral"), tmp_path / scheme, f"{begin}quantize.{pass_}(scheme={scheme})")
-        meaning, found = Meaning(open_checkpoint(tmp_path / scheme)), dict[str, set[float]]()
-        for name in meaning.weights:
-            q = meaning.qtensor(name)
+        dense_view, found = DenseView(open_checkpoint(tmp_path / scheme)), dict[str, set[float]]()
+        for name in dense_view.weights:
+            q = dense_view.qtensor(name)
             assert q is not None
             found.setdefault(together(name), set()).add(float(q.scale if q.tensor_scale is None else q.tensor_scale))
         assert {len(scales) for scales in found.values()} == {1}
-        assert len(found) < len(meaning.weights)
+        assert len(found) < len(dense_view.weights)
         assert len({scale for scales in found.values() for scale in scales}) > 3
 
 
@@ -202,7 +202,7 @@ def test_gptq_goes_on_with_rounded_activations(models: Any, tmp_path: Path) -> N
     begin = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
     for scheme in ("w4a16g32", "w4a8g32"):
         do(models("llama"), tmp_path / scheme, f"{begin} | quantize.gptq(scheme={scheme})")
-    first, second = (Meaning(open_checkpoint(tmp_path / scheme)) for scheme in ("w4a16g32", "w4a8g32"))
+    first, second = (DenseView(open_checkpoint(tmp_path / scheme)) for scheme in ("w4a16g32", "w4a8g32"))
     for name, same in (("model.layers.0.self_attn.q_proj.weight", True), ("model.layers.1.self_attn.q_proj.weight", False)):
         a, b = first.qtensor(name), second.qtensor(name)
         assert a is not None
@@ -212,12 +212,12 @@ def test_gptq_goes_on_with_rounded_activations(models: Any, tmp_path: Path) -> N
 
 
 def test_scales_that_can_move_are_trained_and_others_refused(models: Any, tmp_path: Path) -> None:
-    lesson = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
+    batch = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
     train = "distill.logits(targets=linear, batch=2, micro_batch=2)"
     for scheme in ("nf4g32", "fp8-block", "fp8-afp8"):
         out = tmp_path / scheme
-        do(models("wide"), out, f"{lesson} | quantize.rtn(scheme={scheme}) | {train}")
-        before, after = (Meaning(open_checkpoint(place)) for place in (step_of(out, "quantize.rtn"), out))
+        do(models("wide"), out, f"{batch} | quantize.rtn(scheme={scheme}) | {train}")
+        before, after = (DenseView(open_checkpoint(place)) for place in (step_of(out, "quantize.rtn"), out))
         for name in before.weights:
             a, b = before.qtensor(name), after.qtensor(name)
             assert a is not None
@@ -228,7 +228,7 @@ def test_scales_that_can_move_are_trained_and_others_refused(models: Any, tmp_pa
         assert sum(moved) > len(moved) // 2
     for scheme in ("mxfp4", "nvfp4", "fp4g32-m1"):
         with pytest.raises(CoverageError, match="none can be moved"):
-            do(models("wide"), tmp_path / scheme, f"{lesson} | quantize.rtn(scheme={scheme}) | {train}")
+            do(models("wide"), tmp_path / scheme, f"{batch} | quantize.rtn(scheme={scheme}) | {train}")
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "fp8-block", "nf4g48", "fp4g48"])
@@ -242,7 +242,7 @@ def test_the_gradient_of_a_scale_is_that_of_what_it_means(models: Any, tmp_path:
     grad = torch.randn(module.codes.shape, generator=torch.Generator().manual_seed(0))
     (module.weight * grad).sum().backward()
     shift = 1e-2
-    q = student.meaning.qtensor(name)
+    q = student.dense_view.qtensor(name)
     assert q is not None
     dense = q.dequantize()
     # Every scale times its gain: the sum over gains is the derivative along all of them.

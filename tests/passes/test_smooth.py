@@ -140,15 +140,15 @@ def test_experts_without_tokens_stay_as_they_are_and_are_counted(tmp_path: Path)
 def test_a_run_that_was_killed_goes_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = f"{TOKENS} | {AWQ}"
     do(tiny, tmp_path / "whole", recipe)
-    put, left = fold.Folding.put, [13]
+    put, left = fold.SmoothingSweep.put, [13]
 
-    def fail(self: fold.Folding, weight: Any) -> None:
+    def fail(self: fold.SmoothingSweep, weight: Any) -> None:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
         put(self, weight)
 
-    monkeypatch.setattr(fold.Folding, "put", fail)
+    monkeypatch.setattr(fold.SmoothingSweep, "put", fail)
     with pytest.raises(KeyboardInterrupt):
         do(tiny, tmp_path / "again", recipe)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CompressError, CoverageError, FormatError, RecipeError
 from compress.evaluate.perplexity_kl import compare
 from compress.kernels.dispatch import formats, load_format
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from compress.numerics import masks
 from compress.numerics.qtensor import along_inputs
 from families import build
@@ -51,9 +51,9 @@ def as_another_tools(artifact: Path, target: Path) -> Path:
 
 def codes(directory: Path) -> dict[str, tuple[torch.Tensor, ...]]:
     """Codes, scale and zero point (spread out where the scheme has but the middle) of every packed weight."""
-    meaning, found = Meaning(open_checkpoint(directory)), {}
-    for name in meaning.weights:
-        q = meaning.qtensor(name)
+    dense_view, found = DenseView(open_checkpoint(directory)), {}
+    for name in dense_view.weights:
+        q = dense_view.qtensor(name)
         assert q is not None
         found[name] = (
             q.codes,
@@ -112,17 +112,17 @@ def test_masks_come_back(tiny: Path, tmp_path: Path, form: str) -> None:
     run(tiny, tmp_path / "artifact", recipe)
     run(tmp_path / "artifact", tmp_path / "unpacked", "unpack")
     assert stored(tmp_path / "unpacked") == stored(step_of(tmp_path / "artifact", "quantize.rtn"))
-    meaning = Meaning(open_checkpoint(tmp_path / "unpacked"))
-    assert len(meaning.weights) == 14
-    for name, (weight, state) in meaning.weights.items():
+    dense_view = DenseView(open_checkpoint(tmp_path / "unpacked"))
+    assert len(dense_view.weights) == 14
+    for name, (weight, state) in dense_view.weights.items():
         assert str(state) == "codes(w4a16g32)+masked(2:4)"
-        q = meaning.qtensor(name)
+        q = dense_view.qtensor(name)
         assert q is not None
         assert state.sparsity is not None
         assert masks.holds(along_inputs(weight, q.nonzero()), state.sparsity), name
     run(tmp_path / "artifact", tmp_path / "dense", "unpack(to=dense)")
     states = {name: str(entry.state) for name, entry in open_checkpoint(tmp_path / "dense").logical.items()}
-    assert {states[name] for name in meaning.weights} == {"masked(2:4)"}
+    assert {states[name] for name in dense_view.weights} == {"masked(2:4)"}
 
 
 @pytest.mark.parametrize("form", CODED)

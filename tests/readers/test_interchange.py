@@ -18,7 +18,7 @@ from compress.evaluate import readers
 from compress.evaluate.perplexity_kl import compare
 from compress.evaluate.readers.environment import clean_variables, ensure
 from compress.evaluate.verify import read_with, verify_bytes
-from compress.layerwise.dense_view import Meaning
+from compress.layerwise.dense_view import DenseView
 from support import dense_meaning, run, step_of, tiny_llama
 
 IDS = torch.randint(0, 128, (3, 24), generator=torch.Generator().manual_seed(5))
@@ -35,9 +35,9 @@ def ours(directory: Path) -> torch.Tensor:
 def packed_by_auto_gptq(canonical: Path, folder: Path, bits: int, group: int) -> Path:
     """The artifact that AutoGPTQ makes of what a canonical checkpoint means, from its scales and zero points."""
     dense, given = dense_meaning(canonical, folder / "old"), {}
-    meaning = Meaning(open_checkpoint(canonical))
-    for name in meaning.weights:
-        q: Any = meaning.qtensor(name)
+    dense_view = DenseView(open_checkpoint(canonical))
+    for name in dense_view.weights:
+        q: Any = dense_view.qtensor(name)
         path = name.removesuffix(".weight")
         given |= {f"{path}.scales": q.scale.float().contiguous(), f"{path}.zeros": q.zero.float().contiguous()}
     save_file(given, folder / "given.safetensors")
@@ -86,7 +86,7 @@ def test_what_auto_gptq_writes_and_what_we_write_are_one(tmp_path: Path, bits: i
         out = tmp_path / f"{place.name}-repacked"
         run(place, out, "unpack | pack(dequantize=true)")
         assert torch.allclose(ours(out), meant, atol=1e-5)
-        codes, repacked = Meaning(open_checkpoint(canonical)), Meaning(open_checkpoint(out))
+        codes, repacked = DenseView(open_checkpoint(canonical)), DenseView(open_checkpoint(out))
         assert set(codes.weights) == set(repacked.weights)
         for name in codes.weights:
             a: Any = codes.qtensor(name)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.contract.pass_base import Lesson
-from compress.contract.training_options import Schooling
+from compress.contract.pass_base import TrainingBatch
+from compress.contract.training_options import TrainingOptions
 from compress.corpus import Corpus
 from compress.errors import InputError
-from compress.executors.train.sample_order import Lessons
+from compress.executors.train.sample_order import SampleOrder
 
 LENGTH = 12
 
@@ -41,8 +41,8 @@ def documents(samples: int = 7) -> Corpus:
     return Corpus({**streams(samples).tensors, "position_ids": torch.stack(places)})
 
 
-def lessons(corpus: Corpus, seed: int = 0, causal: bool = True, **how: Any) -> Lessons:
-    return Lessons(corpus, Schooling(**{"batch": 3, "micro_batch": 2, **how}), seed, causal=causal)
+def lessons(corpus: Corpus, seed: int = 0, causal: bool = True, **how: Any) -> SampleOrder:
+    return SampleOrder(corpus, TrainingOptions(**{"batch": 3, "micro_batch": 2, **how}), seed, causal=causal)
 
 
 @pytest.mark.parametrize("corpus", [streams(), padded(), documents()])
@@ -97,7 +97,7 @@ def oracle(corpus: Corpus, row: int) -> list[tuple[int, int]]:
     return [(here, int(ids[row, after])) for here, after in pairs if texts[here] is not None and texts[here] == texts[after]]
 
 
-def scored(lesson: Lesson) -> list[tuple[int, int]]:
+def scored(lesson: TrainingBatch) -> list[tuple[int, int]]:
     return list(zip(lesson.positions.tolist(), lesson.labels.tolist(), strict=True))
 
 
@@ -211,7 +211,7 @@ CURVES = ["cosine", "linear", "constant"]
 @pytest.mark.parametrize("steps", [1, 2, 10, 101])
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_the_rate_rises_then_falls_and_is_never_above_the_highest(curve: Any, warmup: float, steps: int, final: float) -> None:
-    how = Schooling(curve=curve, warmup=warmup, final=final)
+    how = TrainingOptions(curve=curve, warmup=warmup, final=final)
     rates = [how.rate(step, steps) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates), "no step for nothing"
     top = rates.index(max(rates))
@@ -232,13 +232,13 @@ def test_the_rate_rises_then_falls_and_is_never_above_the_highest(curve: Any, wa
     ],
 )
 def test_ten_steps_with_a_fifth_of_warming_up(curve: Any, wanted: list[float]) -> None:
-    how = Schooling(curve=curve, warmup=0.2)
+    how = TrainingOptions(curve=curve, warmup=0.2)
     assert [how.rate(step, 10) for step in range(10)] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_it_falls_towards_final() -> None:
     for curve in ("cosine", "linear"):
-        how = Schooling(curve=curve, warmup=0.0, final=0.2)
+        how = TrainingOptions(curve=curve, warmup=0.0, final=0.2)
         rates = [how.rate(step, 1000) for step in range(1000)]
         assert 0.2 < rates[-1] < 0.202
         assert how.rate(1000, 1000) == pytest.approx(0.2)

@@ -186,7 +186,7 @@ def test_only_the_first_process_writes_the_record(tmp_path: Path) -> None:
     record.add(step=1, loss=0.5, tokens=10)
     whole = (tmp_path / LINES).read_bytes()
     second: Any = SimpleNamespace(
-        lessons=SimpleNamespace(steps=0), writer=SimpleNamespace(path=tmp_path), parameters={}, optimizer=None, record=record,
+        order=SimpleNamespace(steps=0), writer=SimpleNamespace(path=tmp_path), parameters={}, optimizer=None, record=record,
         ctx=Context(rank=1, world_size=2),
     )  # fmt: skip
     _Run.all_steps(second)
@@ -205,12 +205,12 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         "tied": f"quantize.rtn(scheme=w4a16g32, targets=[linear, embeddings]) | distill.logits(data='{padded}', {how})",
         "mixtral": f"quantize.rtn(scheme=w3a16g32) | distill.logits(data='{data}', {how}, recompute=true)",
     }
-    jobs = []
+    tasks = []
     for name, recipe in recipes.items():
         model = build(name, tmp_path)
         run_recipe(parse_one_liner(recipe), open_checkpoint(model), tmp_path / f"{name}.1", Context(threads=1, dtype="float32"))
-        jobs.append([str(model), str(tmp_path / f"{name}.2"), recipe, 2 if name == "llama" else 0])
-    python(RANKS, tmp_path, json.dumps(jobs), ranks=2)
+        tasks.append([str(model), str(tmp_path / f"{name}.2"), recipe, 2 if name == "llama" else 0])
+    python(RANKS, tmp_path, json.dumps(tasks), ranks=2)
     for name in recipes:
         one, two = rows(tmp_path / f"{name}.1"), rows(tmp_path / f"{name}.2")
         assert len(one) == len(two) == 3

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
-from compress.checkpoint.scan import take_in
+from compress.checkpoint.scan import scan_source
 from compress.context import Context
 from compress.errors import CompressError, InputError, RecipeError, UsageError
 from compress.pipeline.output_paths import steps_folder
@@ -175,7 +175,7 @@ def teacher_digest(result: Result) -> str | None:
 
 
 def identity(folder: Path) -> str:
-    return take_in(open_checkpoint(folder), Context()).fingerprint
+    return scan_source(open_checkpoint(folder), Context()).fingerprint
 
 
 def test_the_teacher_is_what_the_run_reads(tiny: Path, tmp_path: Path) -> None:

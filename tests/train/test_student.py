@@ -127,14 +127,14 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, source: Sourc
 def test_scales_of_codes_get_the_gradient_of_what_they_mean(name: str, source: Source, tmp_path: Path) -> None:
     """Of every family: fused experts, Conv1D, embeddings and the heads that are tied to them in codes."""
     run(source(name), tmp_path / "out", CODES)
-    meaning = dense_meaning(tmp_path / "out", tmp_path / "meaning")
+    dense_view = dense_meaning(tmp_path / "out", tmp_path / "dense_view")
     checkpoint = open_checkpoint(tmp_path / "out")
     student = Student(checkpoint)
-    torch.testing.assert_close(logits(student.module), logits(load(meaning, dtype=torch.float32)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(student.module), logits(load(dense_view, dtype=torch.float32)), rtol=0, atol=1e-6)
     weights = trained(checkpoint)
     student.learn(weights)
     loss(student.module).backward()
-    wanted, held, coded = plain_gradients(meaning, tmp_path), states(checkpoint), 0
+    wanted, held, coded = plain_gradients(dense_view, tmp_path), states(checkpoint), 0
     for weight in weights:
         parameter = student.trainable[weight.name]
         if held[weight.name].scheme is None:

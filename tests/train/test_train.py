@@ -198,9 +198,9 @@ def test_codes_that_are_masked_stay_masked(tiny: Path, tmp_path: Path) -> None:
     recipe = f"prune.magnitude(sparsity=2:4) | quantize.rtn(scheme=w4a16g32) | {DISTILL}, scale_lr=1e-2)"
     result = do(tiny, tmp_path / "out", recipe)
     assert {record.state for record in result.manifest.weights.values()} == {"codes(w4a16g32)+masked(2:4)"}
-    meaning = tensors(dense_meaning(tmp_path / "out", tmp_path / "meaning"))
+    dense_view = tensors(dense_meaning(tmp_path / "out", tmp_path / "dense_view"))
     for name in result.manifest.weights:
-        assert int((meaning[name] != 0).unflatten(-1, (-1, 4)).sum(-1).max()) <= 2
+        assert int((dense_view[name] != 0).unflatten(-1, (-1, 4)).sum(-1).max()) <= 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Train: lifts a TrainPass to directories, on one process or many.
+"""Loop: lifts a training pass to directories, on one process or many.
 
 A step's loss is the sum over its scored tokens divided by their number, over all processes and micro-batches alike, so how
 a step is divided changes nothing but rounding. accelerate wraps the student (DDP, or FSDP2 where it is told so) and moves
@@ -23,7 +23,7 @@ from torch import nn
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import Writer, trim_memory
 from compress.context import Context
-from compress.contract.pass_base import Lesson, TrainPass
+from compress.contract.pass_base import TrainingBatch, TrainPass
 from compress.contract.step_plan import StepPlan
 from compress.corpus import Corpus
 from compress.device import CPU, device_of
@@ -32,7 +32,7 @@ from compress.executors.anomalies import watch
 from compress.executors.stream import check_mask, stream
 from compress.executors.train import state
 from compress.executors.train.record import Record
-from compress.executors.train.sample_order import Lessons
+from compress.executors.train.sample_order import SampleOrder
 from compress.executors.train.student import Student
 from compress.layerwise.logits import is_masked
 from compress.layerwise.memory_estimate import computing
@@ -71,7 +71,7 @@ class _Run:
         assert isinstance(step.pass_, TrainPass)
         started = time.perf_counter()
         self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, weights, writer, ctx
-        self.schooling = step.pass_.schooling()
+        self.training_options = step.pass_.training_options()
         self.dtype = computing(ctx.dtype, source.config)
         # A router may leave out an expert that is a module of its own, and its gradient with it.
         left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in weights)
@@ -82,7 +82,7 @@ class _Run:
         self.student = Student(source)
         self.student.learn(weights)
         masks = self.student.masks(step.after)
-        self.lessons = Lessons(corpus, self.schooling, ctx.seed, causal=_causal(self.student.module, source))
+        self.order = SampleOrder(corpus, self.training_options, ctx.seed, causal=_causal(self.student.module, source))
         self._recompute()
         self.teacher = None if teacher is None else self._placed(build(teacher, str(self.dtype).removeprefix("torch.")))
         self._keeps_texts_apart()
@@ -100,7 +100,7 @@ class _Run:
         for name, parameter in {id(p): (n, p) for n, p in self.student.trainable.items()}.values():
             gain = self.student.is_gain(name)
             kinds["scale" if gain else "matrix" if parameter.dim() > 1 else "other"].append(parameter)
-        s = self.schooling
+        s = self.training_options
         groups = [
             {"params": parameters, "peak": s.scale_lr if kind == "scale" else s.lr, "lr": 0.0,
              "weight_decay": s.weight_decay if kind == "matrix" else 0.0}
@@ -114,7 +114,7 @@ class _Run:
 
     def _recompute(self) -> None:
         """Activation checkpointing, without the training mode that transformers ties it to, which would turn dropout on."""
-        if not self.schooling.recompute:
+        if not self.training_options.recompute:
             return
         model = self.student.module
         if not model.supports_gradient_checkpointing:
@@ -128,7 +128,7 @@ class _Run:
 
     def _keeps_texts_apart(self) -> None:
         """Raises InputError for a family whose attention goes from one text of a row to another."""
-        if (row := self.lessons.joined()) is None:
+        if (row := self.order.joined()) is None:
             return
         model, inputs = self.student.module, row.inputs
         starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
@@ -142,14 +142,14 @@ class _Run:
 
     def all_steps(self) -> None:
         """From the last state to the end."""
-        lessons, path = self.lessons, self.writer.path / STATE
+        order, path = self.order, self.writer.path / STATE
         done = state.load(path, self.parameters, self.optimizer)
         tokens = self.record.back_to(done) if self.ctx.is_main else 0
         began, began_tokens = time.perf_counter(), tokens
-        for number in range(done, lessons.steps):
+        for number in range(done, order.steps):
             started = time.perf_counter()
-            samples = lessons.of_step(number)
-            count = lessons.tokens(samples)
+            samples = order.of_step(number)
+            count = order.tokens(samples)
             loss, norm, rate = self._one_step(number, count)
             tokens += count
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -159,10 +159,10 @@ class _Run:
             self.seconds["steps"] += time.perf_counter() - started
             pace = (tokens - began_tokens) / (time.perf_counter() - began)
             self.ctx.tell(
-                "train", step=self.step.name, phase="train", number=number + 1, steps=lessons.steps, loss=loss,
+                "train", step=self.step.name, phase="train", number=number + 1, steps=order.steps, loss=loss,
                 tokens_per_second=pace,
             )  # fmt: skip
-            if (number + 1) % self.schooling.save_every == 0 or number + 1 == lessons.steps:
+            if (number + 1) % self.training_options.save_every == 0 or number + 1 == order.steps:
                 started = time.perf_counter()
                 if self.ctx.is_main:
                     self.record.keep()
@@ -171,13 +171,13 @@ class _Run:
 
     def _one_step(self, number: int, count: int) -> tuple[float, float, float]:
         """(loss per token, norm of the gradient, learning rate) of one optimizer step over `count` tokens."""
-        ctx, s = self.ctx, self.schooling
+        ctx, s = self.ctx, self.training_options
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
-        for lesson, last in self.lessons.share(number, ctx.rank, ctx.world_size):
+        for batch, last in self.order.share(number, ctx.rank, ctx.world_size):
             # Gradients of processes are averaged, and only with the last micro-batch.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(lesson)
+                loss = self._loss(batch)
                 self.accelerator.backward(loss * (ctx.world_size / max(1, count)))
                 total += loss.detach().double().cpu()
         ctx.add_up(total)
@@ -188,7 +188,7 @@ class _Run:
             elif name in self.masks:
                 parameter.grad.mul_(self.masks[name])
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), s.clip or math.inf)
-        share = s.rate(number, self.lessons.steps)
+        share = s.rate(number, self.order.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         value, size = float(total) / max(1, count), float(norm)
@@ -196,10 +196,10 @@ class _Run:
             self.optimizer.step()
         return value, size, s.lr * share
 
-    def _loss(self, lesson: Lesson) -> torch.Tensor:
+    def _loss(self, batch: TrainingBatch) -> torch.Tensor:
         device = self.accelerator.device
-        inputs = {name: value.to(device) for name, value in lesson.inputs.items()}
-        placed = Lesson(inputs, lesson.positions.to(device), lesson.labels.to(device))
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        placed = TrainingBatch(inputs, batch.positions.to(device), batch.labels.to(device))
         lower = self.dtype is not torch.float32
         with torch.autocast(device.type, self.dtype, enabled=lower):
             return self.pass_.loss(placed, self.model, self.teacher)
@@ -210,8 +210,8 @@ class _Run:
         if self.ctx.is_main:
             from safetensors.torch import save_file
 
-            lesson = self.lessons.lesson(samples)
-            save_file({name: value.contiguous() for name, value in lesson.inputs.items()}, kept)
+            batch = self.order.batch(samples)
+            save_file({name: value.contiguous() for name, value in batch.inputs.items()}, kept)
         self.ctx.barrier()
         raise InputError(
             f"step {number + 1}", "a finite loss and gradient", f"a loss of {loss:g}, a gradient of norm {norm:g}",
@@ -220,7 +220,7 @@ class _Run:
 
     def _before(self, weight: Weight) -> torch.Tensor:
         """What a weight was, [experts?, rows, columns]."""
-        return qtensor.as_matrix(weight, self.student.meaning.dense(weight.name))
+        return qtensor.as_matrix(weight, self.student.dense_view.dense(weight.name))
 
     def write(self) -> None:
         """Every trained weight at its place, and what was recorded."""

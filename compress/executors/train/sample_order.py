@@ -1,4 +1,4 @@
-"""Lessons: which samples each step trains on, and which of their tokens count.
+"""Sample order: the samples of each step, and which of their tokens count.
 
 The order of samples is a function of the seed, the tokens and the epoch, and a step's samples are a range of it. So
 nothing has to be remembered to go on at any step, and every process knows what the others have: how many tokens a
@@ -12,18 +12,18 @@ from functools import cached_property
 
 import torch
 
-from compress.contract.pass_base import Lesson
-from compress.contract.training_options import Schooling
+from compress.contract.pass_base import TrainingBatch
+from compress.contract.training_options import TrainingOptions
 from compress.corpus import Corpus
 from compress.corpus.spec import shuffled
 from compress.errors import InputError
 from compress.layerwise.batches import followed
 
 
-class Lessons:
+class SampleOrder:
     """The samples of a training run. Raises InputError for a corpus that no next token can be predicted in."""
 
-    def __init__(self, corpus: Corpus, schooling: Schooling, seed: int, *, causal: bool) -> None:
+    def __init__(self, corpus: Corpus, training_options: TrainingOptions, seed: int, *, causal: bool) -> None:
         ids = corpus.tensors.get("input_ids")
         if ids is None or corpus.tensors.keys() - {"input_ids", "attention_mask", "position_ids"}:
             got = ", ".join(sorted(corpus.tensors))
@@ -31,9 +31,9 @@ class Lessons:
         self.ids = ids.long()
         self.mask = corpus.tensors.get("attention_mask", torch.ones_like(ids)).bool()
         self.places = corpus.tensors.get("position_ids")
-        self.schooling, self.seed, self.causal = schooling, seed, causal
+        self.training_options, self.seed, self.causal = training_options, seed, causal
         self.digest, self.samples = corpus.digest, corpus.samples
-        self.steps = schooling.steps(self.samples)
+        self.steps = training_options.steps(self.samples)
         self._epochs: dict[int, list[int]] = {}
         if not bool(self.scored.any()):
             raise InputError("training texts", "a token to predict", "none", "give longer texts, or samples of more tokens")
@@ -45,8 +45,8 @@ class Lessons:
 
     def of_step(self, step: int) -> list[int]:
         """The samples of a step."""
-        start = step * self.schooling.batch
-        stop = min(start + self.schooling.batch, self.samples * self.schooling.epochs)
+        start = step * self.training_options.batch
+        stop = min(start + self.training_options.batch, self.samples * self.training_options.epochs)
         return [self._epoch(at // self.samples)[at % self.samples] for at in range(start, stop)]
 
     def _epoch(self, number: int) -> list[int]:
@@ -58,17 +58,17 @@ class Lessons:
         """How many tokens of these samples count."""
         return int(self.scored[samples].sum())
 
-    def share(self, step: int, rank: int, world_size: int) -> Iterator[tuple[Lesson, bool]]:
-        """A process's lessons of a step, and whether it is the last: as many for every process, an empty one if need be."""
-        samples, size = self.of_step(step), self.schooling.micro_batch
+    def share(self, step: int, rank: int, world_size: int) -> Iterator[tuple[TrainingBatch, bool]]:
+        """A process's order of a step, and whether it is the last: as many for every process, an empty one if need be."""
+        samples, size = self.of_step(step), self.training_options.micro_batch
         parts = [samples[at : at + size] for at in range(0, len(samples), size)]
         rounds = -(-len(parts) // world_size)
         for number in range(rounds):
             at = number * world_size + rank
-            lesson = self.lesson(parts[at]) if at < len(parts) else self.empty(samples[0])
-            yield lesson, number == rounds - 1
+            batch = self.batch(parts[at]) if at < len(parts) else self.empty(samples[0])
+            yield batch, number == rounds - 1
 
-    def lesson(self, samples: list[int]) -> Lesson:
+    def batch(self, samples: list[int]) -> TrainingBatch:
         """The model's arguments for some samples."""
         ids, mask, scored = self.ids[samples], self.mask[samples], self.scored[samples]
         inputs = {"input_ids": ids}
@@ -79,16 +79,16 @@ class Lessons:
             inputs["attention_mask"] = mask.long()
         positions = scored.flatten().nonzero()[:, 0]
         following = ids.roll(-1, dims=1) if self.causal else ids
-        return Lesson(inputs, positions, following.flatten()[positions])
+        return TrainingBatch(inputs, positions, following.flatten()[positions])
 
-    def empty(self, sample: int) -> Lesson:
+    def empty(self, sample: int) -> TrainingBatch:
         """One that counts nothing, for a process that has no samples left while others do."""
-        lesson = self.lesson([sample])
-        return Lesson(lesson.inputs, lesson.positions[:0], lesson.labels[:0])
+        batch = self.batch([sample])
+        return TrainingBatch(batch.inputs, batch.positions[:0], batch.labels[:0])
 
-    def joined(self) -> Lesson | None:
+    def joined(self) -> TrainingBatch | None:
         """A sample of several texts, shortest start first; None where there is none. To see that they are kept apart."""
         if self.places is None:
             return None
         several = ((self.places[:, 1:] == 0).any(1)).nonzero()[:, 0]
-        return self.lesson([int(several[0])]) if len(several) else None
+        return self.batch([int(several[0])]) if len(several) else None

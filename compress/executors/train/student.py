@@ -26,7 +26,7 @@ from compress.numerics.lowrank import Factors
 from compress.spec.weight_state import FLOATS, Weight
 
 if TYPE_CHECKING:
-    from compress.layerwise.dense_view import Meaning
+    from compress.layerwise.dense_view import DenseView
 
 _PART = "source"
 """What a fused parameter is made of hangs on its module under this name and a number."""
@@ -44,46 +44,46 @@ class Student:
     """`module` is transformers' model in fp32, in eval mode: without dropout. Raises InputError."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        skeleton = filled(checkpoint, "float32")
-        self.module: Any = skeleton.module
-        self.meaning: Meaning = skeleton.meaning
+        meta_model = filled(checkpoint, "float32")
+        self.module: Any = meta_model.module
+        self.dense_view: DenseView = meta_model.dense_view
         self.leaves: dict[str, Leaf] = {}
-        for group in skeleton.mapping.groups(self.meaning.logical):
+        for group in meta_model.mapping.groups(self.dense_view.logical):
             name, (path, _, attribute) = group.sources[0], group.parameter.rpartition(".")
             owner = self.module.get_submodule(path)
             if isinstance(owner, QLinear) and attribute == "weight":
                 self.leaves[name] = Leaf(path, True)
-            elif not group.patterns and name not in self.meaning.weights:
+            elif not group.patterns and name not in self.dense_view.weights:
                 self.leaves[name] = Leaf(group.parameter, False)
             else:
-                self._fuse(skeleton.mapping, group)
+                self._fuse(meta_model.mapping, group)
         self.checkpoint = checkpoint
         self._learning: dict[str, nn.Parameter] = {}
         self._paths: dict[str, str] = {}
 
     def _fuse(self, mapping: Mapping, group: Group) -> None:
         """Makes properties of the parameters that a group becomes, and leaves of its sources."""
-        made = mapping.convert(group, lambda name: torch.empty(self.meaning.logical[name].shape, device="meta"))
-        if any(self.meaning.logical[name].dtype not in FLOATS for name in group.sources):
+        made = mapping.convert(group, lambda name: torch.empty(self.dense_view.logical[name].shape, device="meta"))
+        if any(self.dense_view.logical[name].dtype not in FLOATS for name in group.sources):
             return
         path = group.parameter.rpartition(".")[0]
         home: nn.Module = self.module.get_submodule(path)
         parts: list[tuple[Any, Weight | None]] = []
         for name in group.sources:
-            part: nn.Module = QLinear() if name in self.meaning.weights else nn.Module()
+            part: nn.Module = QLinear() if name in self.dense_view.weights else nn.Module()
             key = f"{_PART}_{sum(key.startswith(_PART) for key in home._modules)}"
             if isinstance(part, QLinear):
-                weight, _ = self.meaning.weights[name]
-                q = self.meaning.qtensor(name)
+                weight, _ = self.dense_view.weights[name]
+                q = self.dense_view.qtensor(name)
                 assert q is not None
                 with_codes(part, q.plain(), torch_dtype(weight.dtype), torch.float32)
                 self.leaves[name] = Leaf(f"{path}.{key}", True)
             else:
-                part.weight = nn.Parameter(self.meaning.dense(name).float(), requires_grad=False)
+                part.weight = nn.Parameter(self.dense_view.dense(name).float(), requires_grad=False)
                 self.leaves[name] = Leaf(f"{path}.{key}.weight", False)
             home.add_module(key, part)
-            parts.append((part, self.meaning.weights[name][0] if name in self.meaning.weights else None))
-        conversion = Conversion(mapping, group, [tuple(self.meaning.logical[name].shape) for name in group.sources])
+            parts.append((part, self.dense_view.weights[name][0] if name in self.dense_view.weights else None))
+        conversion = Conversion(mapping, group, [tuple(self.dense_view.logical[name].shape) for name in group.sources])
 
         def value(parameter: str) -> torch.Tensor:
             sources = [part.weight if weight is None else qtensor.as_matrix(weight, part.weight) for part, weight in parts]
@@ -151,7 +151,7 @@ class Student:
             # Adding zero makes +0 of -0, which some sparse kernels take for a value.
             return {weight.name: (learned[weight.name].to(stored) + 0).reshape(weight.shape)}
         # Whatever else stands beside the codes, as it is stored.
-        q = self.meaning.qtensor(weight.name)
+        q = self.dense_view.qtensor(weight.name)
         assert q is not None
         if (gain := learned.get(weight.name)) is not None:
             # On the grid of the weight's dtype, whatever it is kept in.
