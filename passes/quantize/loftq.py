@@ -71,4 +71,6 @@ class Loftq(QuantizingPass, FactoringPass, TensorPass):
         return stacked(found) if weight.experts is not None else found[0], (lost / norm) ** 0.5 if norm else 0.0
 
     def workspace_bytes(self, weight: Weight) -> int:
-        return 24 * weight.rows * weight.columns  # fp32: the matrix, what codes mean, what is lost, and its decomposition
+        # fp32: the matrix, what is left of it, what codes mean, what is lost, the factors' product and their difference; that
+        # in fp64, twice; and what the search for ranges works in.
+        return 48 * weight.rows * weight.columns
