@@ -26,7 +26,7 @@ _HOMES = {
     "Recipe": "spec.recipe",
     "Result": "pipeline.run",
     "Scheme": "spec.scheme",
-    "TensorPass": "contract.pass_base",
+    "TensorPass": "contract.shapes",
     "compare": "evaluate.perplexity_kl",
     "load": "runtime.artifact",
     "open_checkpoint": "checkpoint.reader",

@@ -22,7 +22,7 @@ from compress.contract.discover import names_passes
 from compress.contract.step_plan import Plan
 from compress.errors import InputError, MachineError, RecipeError, UsageError
 from compress.pipeline.entry import enter
-from compress.pipeline.plan import make_plan
+from compress.pipeline.plan import PlanOptions, make_plan
 from compress.pipeline.run import Options, Result, run_recipe
 from compress.spec.recipe import Recipe, parse_one_liner
 from compress.spec.recipe_file import read
@@ -67,9 +67,8 @@ def plan_of(
         raise UsageError("source", "a directory, a Hub id or a Checkpoint, whose headers are read", type(source).__name__, do)
     checkpoint = source if isinstance(source, Checkpoint) else open_headers(source)
     model, dense_view = enter(found, checkpoint, options.allow_dtype_mismatch)
-    return make_plan(
-        found, checkpoint, model, ctx.threads, options.allow_skips, None, options.shard_bytes, ctx.dtype, dense_view
-    )  # fmt: skip
+    chosen = PlanOptions(ctx.threads, options.allow_skips, options.shard_bytes, ctx.dtype)
+    return make_plan(found, checkpoint, model, chosen, dense_view=dense_view)
 
 
 def recipe_of(given: Recipe | Given) -> Recipe:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from compress.contract.base_passes import TextPass
-from compress.contract.pass_base import DataPass
+from compress.contract.shapes import DataPass
 from compress.corpus import shipped
 from compress.spec.recipe import Line
 from compress.spec.weight_state import Note
@@ -73,13 +73,13 @@ class Calibrate(TextPass, DataPass):
 
         return CorpusSpec(**{**self.model_dump(), "data": self.data or (str(shipped.path()),)})
 
-    def notes(self) -> list[Note]:
+    def source_notes(self) -> list[Note]:
         return [] if self.data else [Note("default text", shipped.told(), (shipped.path().name,))]
 
     def tokens_at_most(self) -> tuple[int, int]:
         return self.samples * self.length, self.length
 
-    def gather(self, model: Checkpoint, seed: int) -> Corpus:
+    def own_tokens(self, model: Checkpoint, seed: int) -> Corpus:
         from compress.corpus import build_for
 
         return build_for(self.spec(), model, seed)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
 from compress.contract.format import Format
-from compress.contract.pass_base import TensorPass
+from compress.contract.shapes import TensorPass
 from compress.errors import Refusal
 from compress.spec.weight_state import State, Weight
 
@@ -30,6 +30,8 @@ _BESIDE = {
 
 class Pack(TensorPass):
     """Writes the artifact that another reader loads."""
+
+    example: ClassVar[str] = "quantize.rtn(scheme=w4a16g32) | pack"
 
     format: str = Field("compressed-tensors", description="the layout to write; `compress list` shows them")
     dequantize: bool = Field(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.contract.pass_base import TensorPass
+from compress.contract.shapes import TensorPass
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build as commands
 from compress.context import Context
 from compress.contract.discover import load_pass, pass_files
-from compress.contract.pass_base import Pass, Solution
+from compress.contract.pass_base import Pass
+from compress.contract.tasks import Solution
 from compress.errors import MachineError, UsageError
 from compress.executors import sweep
 from compress.layerwise.meta_model import MetaModel

@@ -18,7 +18,7 @@ from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.source import open_headers, open_source
 from compress.errors import CompressError, InputError, MachineError
-from compress.pipeline.plan import make_plan
+from compress.pipeline.plan import PlanOptions, make_plan
 from compress.spec.recipe import parse_one_liner
 from hub_server import SIGNATURE, Hub, serve
 from support import run, tiny_llama, tree
@@ -154,7 +154,7 @@ def test_headers_are_those_of_the_source_and_nothing_else_is_read(hub: Hub, tmp_
     payloads = {shard: min(r.offset for r in headers.refs.values() if r.file == shard) for shard in shard_names(headers)}
     assert {r.path.rpartition("/")[2]: 0 for r in shards}.keys() == payloads.keys()
     assert all(int(r.range.rpartition("-")[2]) < payloads[Path(r.path).name] for r in shards)
-    plan = make_plan(parse_one_liner(RECIPE), headers, resolve(headers), 2)
+    plan = make_plan(parse_one_liner(RECIPE), headers, resolve(headers), PlanOptions(2))
     assert plan.steps[-1].payload_bytes > 0
 
     source = open_source(NAME)

@@ -54,9 +54,10 @@ def verb(
 
     def load() -> Any:
         from compress.runtime import artifact
+        from compress.runtime.fill import refuse_other
 
         if not repack:
-            artifact.refuse_other(checkpoint, "--repack")
+            refuse_other(checkpoint, "--repack")
         return artifact.load(checkpoint.path, dtype, backend, str(where), repack)
 
     with compute_threads(threads):

@@ -55,7 +55,7 @@ def verb(
     from compress.layerwise.memory_estimate import computing
     from compress.pipeline.entry import enter
     from compress.pipeline.memory_check import lacking, lacking_there, machine_bytes
-    from compress.pipeline.plan import make_plan
+    from compress.pipeline.plan import PlanOptions, make_plan
     from compress.pipeline.resolve import resolve as resolve_recipe
 
     resolve_recipe(found)
@@ -66,9 +66,8 @@ def verb(
     model_, dense_view = enter(found, checkpoint, allow_dtype_mismatch)
     skips = tuple(allow_skips or ())
     dtype = str(computing("auto", checkpoint.config, where)).removeprefix("torch.")
-    plan = make_plan(
-        found, checkpoint, model_, threads or available(), skips, shard_bytes=limit, dtype=dtype, dense_view=dense_view
-    )
+    options = PlanOptions(threads or available(), skips, limit, dtype)
+    plan = make_plan(found, checkpoint, model_, options, dense_view=dense_view)
     there_bytes = machine_bytes()
     if json_:
         print(

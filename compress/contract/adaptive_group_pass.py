@@ -17,20 +17,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.allocation_pass import AllocationPass, Offer, Rest
+from compress.contract.allocator import Allocator, Offer, Rest
 from compress.contract.base_passes import QuantizingPass
 from compress.contract.fused_groups import together
-from compress.spec.recipe import Line
 from compress.spec.weight_state import Note, State, Weight
 
 if TYPE_CHECKING:
     import torch
 
 
-class AdaptiveGroupPass(QuantizingPass, AllocationPass):
+class AdaptiveGroupPass(QuantizingPass):
     """Makes codes in groups that are given, or that each matrix chooses by its own values."""
-
-    gradients: ClassVar[bool] = False
 
     granularity: Literal["fixed", "adaptive"] = Field(
         "fixed", description="the scheme's group everywhere; or for each matrix its own: one scale per row, halved down to that"
@@ -47,7 +44,7 @@ class AdaptiveGroupPass(QuantizingPass, AllocationPass):
 
     @model_validator(mode="after")
     def _adaptive(self) -> Self:
-        if not self.decides:
+        if self.granularity == "fixed":
             fields = type(self).model_fields
             if given := [name for name in ("alpha", "rule", "share") if getattr(self, name) != fields[name].default]:
                 raise ValueError(f"{', '.join(given)}: only with granularity=adaptive")
@@ -57,47 +54,53 @@ class AdaptiveGroupPass(QuantizingPass, AllocationPass):
             raise ValueError("ragged: only with granularity=fixed, for adaptive groups divide the columns")
         return self
 
-    @property
-    def decides(self) -> bool:
-        return self.granularity == "adaptive"
-
-    def work(self) -> Line | None:
-        return None
+    def allocator(self) -> Allocator | None:
+        return AdaptiveGroups(self) if self.granularity == "adaptive" else None
 
     def becomes(self, weight: Weight, state: State) -> State:
-        return AllocationPass.becomes(self, weight, state) if self.decides else super().becomes(weight, state)
+        allocator = self.allocator()
+        return super().becomes(weight, state) if allocator is None else allocator.largest(weight, state)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        return [] if self.decides else super().notes(weights, states)
+        return super().notes(weights, states) if self.granularity == "fixed" else []
+
+
+class AdaptiveGroups(Allocator):
+    """Chooses the group of each matrix by the ranges of its groups."""
+
+    gradients: ClassVar[bool] = False
+
+    def __init__(self, pass_: AdaptiveGroupPass) -> None:
+        self.pass_ = pass_
+        assert pass_.scheme.group is not None
+        self.least = pass_.scheme.group
+        """Columns of the smallest group."""
 
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
         """One scale per row, its halvings, and last the scheme's group, for those that have to be alike and halve otherwise."""
         from compress.numerics.granularity import widths
 
-        whole = replace(self.scheme, group=None)
-        state = QuantizingPass.becomes(self.model_copy(update={"scheme": whole}), weight, state)
-        least = self.scheme.group
-        assert least is not None
-        finer = widths(weight.columns, least)[1:]
-        if weight.columns % least == 0 and least < weight.columns and least not in finer:
-            finer.append(least)
+        whole = replace(self.pass_.scheme, group=None)
+        state = self.pass_.coded(weight, state, whole)
+        finer = widths(weight.columns, self.least)[1:]
+        if weight.columns % self.least == 0 and self.least < weight.columns and self.least not in finer:
+            finer.append(self.least)
         return state, *(replace(state, scheme=replace(whole, group=group)) for group in finer)
 
-    def look(self, offer: Offer, value: torch.Tensor) -> tuple[float, ...]:
-        """What the rule looks at for each halving."""
+    def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
+        """What the rule looks at for each halving: ranges of the new groups to those of the old."""
         from compress.numerics.granularity import halvings, widths
         from compress.numerics.outliers import split
 
         if (outliers := offer.states[0].outliers) is not None:
             value = split(value, outliers)[0]
-        assert self.scheme.group is not None
-        found = halvings(value, widths(offer.weight.columns, self.scheme.group), self.scheme.symmetric)
-        return tuple({"mean": step.mean, "some": step.least, "paper": step.most}[self.rule] for step in found)
+        found = halvings(value, widths(offer.weight.columns, self.least), self.pass_.scheme.symmetric)
+        return tuple({"mean": step.mean, "some": step.least, "paper": step.most}[self.pass_.rule] for step in found)
 
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
         found = {offer.weight.name: offer.states[self._halvings(offer)] for offer in offers}
         companies: dict[str, list[Offer]] = defaultdict(list)
-        for offer in offers if self.share == "readers" else ():
+        for offer in offers if self.pass_.share == "readers" else ():
             companies["experts" if offer.weight.kind == "expert" else together(offer.weight.name)].append(offer)
         for company in companies.values():
             by_group = [{_group(state): state for state in offer.states[1:]} for offer in company]
@@ -109,8 +112,9 @@ class AdaptiveGroupPass(QuantizingPass, AllocationPass):
 
     def _halvings(self, offer: Offer) -> int:
         """How often the groups of a matrix are halved."""
+        alpha = self.pass_.alpha
         for number, ratio in enumerate(offer.costs):
-            if (ratio <= self.alpha) if self.rule == "paper" else (ratio >= self.alpha):
+            if (ratio <= alpha) if self.pass_.rule == "paper" else (ratio >= alpha):
                 return number
         return len(offer.costs)
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.contract.pass_base import Pass, TargetedPass, TrainPass
+from compress.contract.pass_base import Pass, TargetedPass
+from compress.contract.shapes import TrainPass
 from compress.errors import Refusal, Unsound, UsageError
 from compress.spec import selectors as targets
 from compress.spec.corrections import Lowrank, Outliers
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from compress.contract.training_options import TrainingOptions
     from compress.corpus import CorpusSpec
 
+Clip = Annotated[
+    Literal["none", "mse"], Field(description="range of a group: its largest magnitude, or a search for least squared error")
+]
+Ragged = Annotated[
+    Literal["refuse", "divide", "channel"],
+    Field(description="columns that the group does not divide: refuse, take the largest group that does, or one scale per row"),
+]
 _SMALLEST_GROUP = 16
 
 
@@ -45,15 +53,10 @@ def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
         raise Refusal(f"blocks of {BLOCK} do not divide the {weight.in_features} inputs that {scheme} rounds", "skip it")
 
 
-class QuantizingPass(TargetedPass):
-    """Makes codes of dense or masked weights."""
+class CodeOptions(TargetedPass):
+    """Options of every pass that makes codes, and the state that they give a weight."""
 
-    scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4, nvfp4")
-    ragged: Literal["refuse", "divide", "channel"] = Field(
-        "refuse",
-        description="columns that the group does not divide: refuse, or take the largest group that does, or one scale per row",
-    )
-
+    ragged: Ragged = "refuse"
     least_zero: int = Field(
         0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
     )
@@ -61,32 +64,43 @@ class QuantizingPass(TargetedPass):
         0.0, ge=0, lt=1, description="share of a matrix's entries, the largest, that are kept as they are beside the codes"
     )
 
-    def becomes(self, weight: Weight, state: State) -> State:
+    def coded(self, weight: Weight, state: State, scheme: Scheme, outliers: float | None = None) -> State:
+        """What a weight is in codes of a scheme; `outliers` instead of the option. Raises Refusal."""
         refuse_no_matrix(weight)
         if state.scheme is not None:
             raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
-        if self.scheme.inputs:
-            refuse_inputs(weight, self.scheme)
-        scheme = self._fitting(weight)
-        if self.outliers and scheme.scales in ("tensor", "e4m3"):
+        if scheme.inputs:
+            refuse_inputs(weight, scheme)
+        scheme, share = fitting(scheme, weight, self.ragged), self.outliers if outliers is None else outliers
+        if share and scheme.scales in ("tensor", "e4m3"):
             reason = f"{scheme} has a scale for all of what readers fuse, which no outlier can be taken out of"
             raise Refusal(reason, "use a scheme with scales of rows, or no outliers for it")
-        return State(scheme, state.sparsity, Outliers(self.outliers) if self.outliers else None)
+        return State(scheme, state.sparsity, Outliers(share) if share else None)
 
-    def _fitting(self, weight: Weight) -> Scheme:
-        """The scheme with a group that divides this weight's columns."""
-        group, columns = self.scheme.group, weight.columns
-        if group is None or columns % group == 0 or self.scheme.scales == "block":
-            return self.scheme
-        if self.scheme.scales != "row":
-            raise Refusal(f"the groups of {group} that {self.scheme} has do not divide {columns} columns", "skip it, or use fp4g")
-        if self.ragged == "channel":
-            return replace(self.scheme, group=None)
-        divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
-        if self.ragged == "divide" and divisors:
-            return replace(self.scheme, group=divisors[-1])
-        near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
-        raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
+
+def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
+    """The scheme with a group that divides a weight's columns. Raises Refusal."""
+    group, columns = scheme.group, weight.columns
+    if group is None or columns % group == 0 or scheme.scales == "block":
+        return scheme
+    if scheme.scales != "row":
+        raise Refusal(f"the groups of {group} that {scheme} has do not divide {columns} columns", "skip it, or use fp4g")
+    if ragged == "channel":
+        return replace(scheme, group=None)
+    divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
+    if ragged == "divide" and divisors:
+        return replace(scheme, group=divisors[-1])
+    near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
+    raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
+
+
+class QuantizingPass(CodeOptions):
+    """Makes codes of one scheme of dense or masked weights."""
+
+    scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4, nvfp4")
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        return self.coded(weight, state, self.scheme)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
         changed = {}
@@ -183,7 +197,7 @@ class TextPass(Pass):
         return (value,) if isinstance(value, str | int | float) else value
 
     def redacted(self) -> Self:
-        """Files by their names: their content counts, as tokens, and a path is nobody's business."""
+        """Files by their names: their content counts, as tokens, and folders of a machine are not told."""
         names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
         return self.model_copy(update={"data": names})
 

@@ -1,20 +1,16 @@
-"""Pass base: what a pass answers, and the shapes that it can have.
+"""Pass base: what every pass answers, whatever its shape.
 
-    DataPass     texts become calibration tokens             driver: the pipeline
-    TensorPass   data-free, weight by weight                 driver: stream
-    LinearPass   weight by weight, from what it reads        driver: sweep
-    TrainPass    the whole model, by gradients of a loss     driver: train
-
-A fifth, which decides what another one then does, stands in deciding.py. A pass module defines exactly one Pass class. Its
-fields are the recipe keys, the flags and the help text; its docstring's first line is its line in `compress list`. Modules of
-passes import torch inside their methods only, so that help and plans of recipes start fast.
+A pass module defines exactly one Pass class that is not abstract. Its fields are the recipe keys, the flags and the help text;
+its docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
+help and plans of recipes start fast. The shapes that a pass can have stand in shapes.py.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -24,13 +20,26 @@ from compress.spec.recipe import Line, Value
 from compress.spec.weight_state import Note, State, Weight
 
 if TYPE_CHECKING:
-    import torch
-
+    from compress.architecture.families import Layout
     from compress.checkpoint.reader import Checkpoint
+    from compress.contract.allocator import Allocator
     from compress.contract.format import Format
-    from compress.contract.training_options import TrainingOptions
-    from compress.corpus import Corpus, CorpusSpec
-    from compress.numerics.qtensor import QTensor
+    from compress.corpus import Corpus
+
+Executor = Literal["tokens", "stream", "sweep", "smooth", "train"]
+"""What lifts a pass to a directory: the pipeline itself for tokens, and modules of compress/executors/ for the rest."""
+
+
+@dataclass(frozen=True)
+class ExternalInputs:
+    """What passes may read besides the checkpoint, as it goes into a step's id."""
+
+    tokens: str
+    """Digest of the tokens that the step reads."""
+    dtype: str
+    """What models compute in."""
+    second_model: str = ""
+    """Fingerprint of the other model that the step reads, if there is one."""
 
 
 class Pass(BaseModel):
@@ -41,11 +50,53 @@ class Pass(BaseModel):
     )
     revision: ClassVar[int] = 1
     """Raised by hand when the same options give other bytes."""
+    example: ClassVar[str] = ""
+    """A recipe that ends in this pass, for its documentation and its tests; without one the pass works with its defaults."""
+    example_family: ClassVar[str] = "llama"
+    """The model_type that the example is for."""
+    makes_tokens: ClassVar[bool] = False
+    """Whether it makes calibration tokens, and leaves weights where they are."""
+    unpacks: ClassVar[bool] = False
+    """Whether it reads a packed artifact; such a pass is the first of its recipe."""
+    second_model: ClassVar[Literal["", "teacher", "dense"]] = ""
+    """Which other model it may read: one that teaches it, or the dense one that its codes were made from."""
 
     @classmethod
     def pass_name(cls) -> str:
         """`quantize.rtn` for the class in `passes/quantize/rtn.py`."""
         return cls.__module__.removeprefix("compress.passes.")
+
+    @abstractmethod
+    def executor(self) -> Executor:
+        """What lifts it to a directory."""
+
+    def worker(self) -> Pass:
+        """The pass that does the work: itself, or the one that it leaves it to."""
+        return self
+
+    def allocator(self) -> Allocator | None:
+        """What decides the state of each weight before bytes are laid out; None where options say it already."""
+        return None
+
+    def reads_tokens(self) -> bool:
+        """Whether it reads the calibration tokens that travel with the checkpoint."""
+        return False
+
+    def own_tokens(self, model: Checkpoint, seed: int) -> Corpus | None:
+        """Tokens of texts that it names itself, by the tokenizer of `model`. Raises InputError for texts that cannot be used."""
+        return None
+
+    def source_notes(self) -> list[Note]:
+        """Counted lines about what it reads, which are also told when a run begins."""
+        return []
+
+    def external_inputs(self, found: ExternalInputs) -> dict[str, str]:
+        """What it reads besides the checkpoint, for the id of a step."""
+        return {}
+
+    def how_to_use_less_memory(self) -> str:
+        """What a user can do where this machine has too little."""
+        return "run it on fewer cores, as in `taskset -c 0 compress ...`"
 
     def line(self) -> Line:
         """The recipe line that makes this pass: options that differ from their defaults."""
@@ -53,7 +104,7 @@ class Pass(BaseModel):
         return Line(self.pass_name(), {key: _value(value) for key, value in options.items()})
 
     def redacted(self) -> Self:
-        """This pass as a manifest tells of it, without the folders of the machine that it ran on."""
+        """This pass as a manifest has it, without the folders of the machine that it ran on."""
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -65,35 +116,20 @@ def _value(value: Any) -> Value:
     return tuple(value) if isinstance(value, list) else value
 
 
-class DataPass(Pass):
-    """Makes calibration tokens. They travel with the checkpoint until it is packed; its weights stay where they are."""
-
-    def tokens_at_most(self) -> tuple[int, int]:
-        """How many tokens it will make, and how many in a sample, for the plan of memory."""
-        raise TypeError(f"{type(self).__name__} gathers nothing")
-
-    def gather(self, model: Checkpoint, seed: int) -> Corpus:
-        """The tokens, by the tokenizer of `model`. Raises InputError for texts that cannot be used."""
-        raise TypeError(f"{type(self).__name__} gathers nothing")
-
-    def notes(self) -> list[Note]:
-        """Counted lines about what it reads."""
-        return []
-
-
 class WeightPass(Pass):
     """What passes over weights have in common."""
 
-    unpacks: ClassVar[bool] = False
-    """Whether it reads a packed artifact; such a pass is the first of its recipe."""
-
+    @abstractmethod
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that this pass targets."""
-        raise TypeError(f"{type(self).__name__} does not say which weights it targets")
 
+    @abstractmethod
     def becomes(self, weight: Weight, state: State) -> State:
         """What a targeted weight is after this pass. Raises Refusal with the reason. Reads no bytes."""
-        raise TypeError(f"{type(self).__name__} does not say what a weight becomes")
+
+    def layout(self, weights: Sequence[Weight], family: str, config: dict[str, Any]) -> Layout | None:
+        """The activations that it rescales, with all weights that write and read them; None for a pass that rescales none."""
+        return None
 
     def target_format(self) -> Format | None:
         """The format that this pass writes; None for the canonical form."""
@@ -133,128 +169,3 @@ class TargetedPass(WeightPass):
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         return selectors.select(weights, self.targets, self.skip)
-
-
-class TensorPass(WeightPass):
-    """Data-free work, one weight at a time; lifted to directory in, directory out by `stream`."""
-
-    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        """The new value, and its relative error or None where it means the same; a dense value is [experts?, rows, columns]."""
-        raise TypeError(f"{type(self).__name__} does not transform")
-
-
-class Statistic(Protocol):
-    """What is folded of the inputs that a weight reads; additive, so that processes can sum theirs."""
-
-    tokens: int
-
-    def add(self, x: torch.Tensor) -> None:
-        """Folds in inputs [tokens, width] of any float dtype."""
-
-    def parts(self) -> list[torch.Tensor]:
-        """The sums, to be added up over processes in place."""
-
-
-@dataclass(frozen=True)
-class MatrixTask:
-    """One matrix to solve: a weight, or one expert of a fused one. `value` [out, in] in the stored dtype."""
-
-    weight: Weight
-    after: State
-    value: torch.Tensor
-    codes: QTensor | None = None
-    """For a CompensatingPass: what `value` has become, in the rows and columns of the quantized form."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The new value of a matrix, a tensor [out, in] or codes [rows, columns], with squared norms of what it cost."""
-
-    value: torch.Tensor | QTensor
-    lost: float
-    """|W - W'|^2."""
-    norm: float
-    output_lost: float
-    """|(W - W') x|^2, per calibration token."""
-    output_norm: float
-    note: tuple[str, str] | None = None
-    """(what, reason) where the matrix was not solved as asked; counted in the manifest."""
-
-
-class LinearPass(TargetedPass):
-    """Work on weights from statistics of what they read; lifted to directory in, directory out by `sweep`."""
-
-    def statistic(self, width: int) -> Statistic:
-        """An empty statistic of inputs of that width."""
-        raise TypeError(f"{type(self).__name__} observes nothing")
-
-    def statistic_bytes(self, width: int) -> int:
-        """Memory of a statistic, and of what `prepare` makes of it while it works."""
-        raise TypeError(f"{type(self).__name__} observes nothing")
-
-    def prepare(self, statistic: Any) -> Any:
-        """What all weights that read the same inputs share; computed once."""
-        return statistic
-
-    def solve(self, tasks: Sequence[MatrixTask], prepared: Any) -> list[Solution]:
-        """The new values of weights that read the same inputs."""
-        raise TypeError(f"{type(self).__name__} solves nothing")
-
-    def observes(self) -> bool:
-        """Whether it needs statistics at all; with options that need none, a pass that can do without is no sweep."""
-        return True
-
-
-def sweeps(pass_: Pass) -> TypeGuard[LinearPass]:
-    """Whether a pass is lifted by `sweep`."""
-    return isinstance(pass_, LinearPass) and pass_.observes()
-
-
-class CompensatingPass(TargetedPass):
-    """Makes up for what rounding has lost, with the dense weights at hand that the codes were made from; see dense_parent.py.
-
-    Lifted by `stream`, or by `sweep` where it is a LinearPass that observes.
-    """
-
-    dense: str = Field(
-        "", description="what the codes were made from, a directory or a Hub id; needed only where no manifest tells"
-    )
-
-    def compensate(self, weight: Weight, q: QTensor, after: State, dense: torch.Tensor) -> tuple[QTensor, float]:
-        """The codes with what stands beside them, and the relative error; `dense` as [experts?, rows, columns]."""
-        raise TypeError(f"{type(self).__name__} makes up for nothing")
-
-    def redacted(self) -> Self:
-        """A checkpoint by its last part: its content is in the lineage, and a path is nobody's business."""
-        return self.model_copy(update={"dense": self.dense.rstrip("/").rpartition("/")[2]})
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A few samples of training: the model's arguments, and which of its outputs count."""
-
-    inputs: dict[str, torch.Tensor]
-    positions: torch.Tensor
-    """Of the logits [samples * length, vocabulary], the rows that count: int64 [scored]."""
-    labels: torch.Tensor
-    """The token that each of these rows should predict: int64 [scored]."""
-
-
-class TrainPass(TargetedPass):
-    """Gradient training of the whole model; lifted to directory in, directory out by `train`."""
-
-    def texts(self) -> CorpusSpec | None:
-        """What to train on; None for the calibration tokens that travel with the checkpoint."""
-        return None
-
-    def training_options(self) -> TrainingOptions:
-        """How to train."""
-        raise TypeError(f"{type(self).__name__} does not train")
-
-    def teacher_model(self) -> str | None:
-        """The model that teaches: a directory, a Hub id, or empty for the dense parent; None where there is none."""
-        return None
-
-    def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
-        """The sum over the batch's scored tokens, fp32; both are called like models of transformers."""
-        raise TypeError(f"{type(self).__name__} has no loss")

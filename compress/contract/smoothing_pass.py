@@ -5,11 +5,13 @@ Activation by activation, from what flows through it; its driver is fold.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.architecture.families import Layout, Space, layout
-from compress.contract.pass_base import LinearPass
+from compress.contract.pass_base import Executor
+from compress.contract.shapes import ObservingPass
 from compress.errors import Refusal
 from compress.spec.selectors import matches
 from compress.spec.weight_state import MATRICES, State, Weight
@@ -25,8 +27,11 @@ class Matrix(NamedTuple):
     value: torch.Tensor
 
 
-class SmoothingPass(LinearPass):
+class SmoothingPass(ObservingPass):
     """Divides the channels of spaces by numbers of its own where they are written, and multiplies them where they are read."""
+
+    def executor(self) -> Executor:
+        return "smooth"
 
     def layout(self, weights: Sequence[Weight], family: str, config: dict[str, Any]) -> Layout:
         """The spaces that targeted weights read, of a model_type with that config.json. Raises InputError for one not known."""
@@ -43,6 +48,6 @@ class SmoothingPass(LinearPass):
             raise Refusal(f"it is already {state}, whose columns no number can be given", "smooth before quantizing")
         return state
 
+    @abstractmethod
     def balance(self, space: Space, matrices: Iterable[Matrix], prepared: Any) -> torch.Tensor | None:
         """The numbers [space.width], above zero; None to leave a space as it is. Each matrix is asked for once."""
-        raise TypeError(f"{type(self).__name__} balances nothing")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from compress.architecture.weight_map import Model
 from compress.checkpoint.safetensors_header import Shard, index_file
 from compress.contract.format import Format, Verdict
-from compress.contract.pass_base import DataPass, Pass, WeightPass
+from compress.contract.pass_base import Pass
 from compress.numerics import qtensor
 from compress.spec.weight_state import Note, State, TensorSpec, Weight
 
@@ -21,7 +21,7 @@ class StepPlan:
     """One pass over one checkpoint: what every weight becomes, and where its bytes will lie."""
 
     number: int
-    pass_: WeightPass | DataPass
+    pass_: Pass
     targeted: tuple[str, ...]
     skipped: dict[str, str]
     before: dict[str, State]

@@ -31,6 +31,7 @@ from compress.layerwise.eval_windows import token_windows, tokenizer_folder
 from compress.layerwise.logits import Forward, label_of
 from compress.pipeline.build_manifest import peak_resident_bytes
 from compress.runtime import artifact
+from compress.runtime.fill import refuse_other
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,7 +112,7 @@ def check_settings(checkpoints: Sequence[Checkpoint], settings: Settings) -> Non
     """What can be said before anything is loaded. Raises CompressError."""
     check_device(settings.device)
     if not settings.repack:
-        artifact.refuse_other(checkpoints[0], "--repack")
+        refuse_other(checkpoints[0], "--repack")
     for dense in checkpoints[1:]:
         if method_of(dense) is not None:
             do = "give the model that the artifact was made from"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import ALLOCATION, Checkpoint
 from compress.context import Context
-from compress.contract.allocation_pass import AllocationPass, Offer, offers_of, read_table, rows_of
+from compress.contract.allocator import Allocator, Offer, offers_of, read_table, rows_of
 from compress.errors import InputError
 from compress.numerics import qtensor
 from compress.spec.weight_state import State, Weight
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 LINES, PICTURE = ALLOCATION
 
 
-def decide(
+def allocate(
     step: StepPlan, weights: Sequence[Weight], source: Checkpoint, tokens: Path | None, table: Path, ctx: Context
 ) -> dict[str, State]:
     """What every weight of a step becomes: by its own table, if a run has left one, by that it was given, or anew."""
-    pass_ = step.pass_
-    assert isinstance(pass_, AllocationPass)
+    allocator = step.pass_.allocator()
+    assert allocator is not None
     offers, rest = offers_of(step, weights)
     if not ctx.broadcast(table.is_file()):
-        found = pass_.known([offer.weight for offer in offers])
+        found = allocator.known([offer.weight for offer in offers])
         if found is None:
             offers = (
-                sense(pass_, offers, source, tokens, table.with_suffix(".states"), ctx)
-                if pass_.gradients
-                else [look(pass_, offer, source) for offer in offers]
+                by_gradients(step, allocator, offers, source, tokens, table.with_suffix(".states"), ctx)
+                if allocator.gradients
+                else [by_values(allocator, offer, source) for offer in offers]
             )
-            found = pass_.decide(offers, rest)
+            found = allocator.decide(offers, rest)
         if ctx.is_main:
             draft = table.with_suffix(".draft")
             draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(offers, found)))
@@ -55,9 +55,10 @@ def decide(
     return ctx.broadcast(read_table(table) if ctx.is_main else None)  # type: ignore[no-any-return]
 
 
-def sense(
-    pass_: AllocationPass, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path, ctx: Context
-) -> list[Offer]:
+def by_gradients(
+    step: StepPlan, allocator: Allocator, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path,
+    ctx: Context,
+) -> list[Offer]:  # fmt: skip
     """The offers with what each would cost; hidden states that have to wait do so in `folder`."""
     assert tokens is not None
     from compress.corpus import Corpus
@@ -80,20 +81,21 @@ def sense(
 
     def take(weight: Weight, gradient: torch.Tensor) -> None:
         value = qtensor.as_matrix(weight, meta_model.stored(weight.name))
-        costs[weight.name] = pass_.sense(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
+        costs[weight.name] = allocator.costs(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
     most = batch_tokens(source.config)
     # GradientSweep knows of no step.
-    named = replace(ctx, events=lambda event: ctx.events({**event, "step": pass_.pass_name()}))
+    named = replace(ctx, events=lambda event: ctx.events({**event, "step": step.name}))
     batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
     loss = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named).run(batches, take)
-    ctx.tell("sensed", step=pass_.pass_name(), loss=loss, weights=len(offers))
+    ctx.tell("sensed", step=step.name, loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
 
 
-def look(pass_: AllocationPass, offer: Offer, source: Checkpoint) -> Offer:
-    """An offer with what the pass asks of its weight."""
-    return replace(offer, costs=pass_.look(offer, qtensor.as_matrix(offer.weight, source.read(offer.weight.name))))
+def by_values(allocator: Allocator, offer: Offer, source: Checkpoint) -> Offer:
+    """An offer with what the allocator asks of its weight."""
+    value = qtensor.as_matrix(offer.weight, source.read(offer.weight.name))
+    return replace(offer, costs=allocator.costs(offer, value, None))
 
 
 def _rows(offers: Sequence[Offer], found: Mapping[str, State]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from compress.checkpoint.scan import scan_source
 from compress.checkpoint.source import open_source
 from compress.context import Context
 from compress.contract.notes import changed_by
-from compress.contract.pass_base import CompensatingPass
+from compress.contract.shapes import CompensatingPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import InputError, UsageError
 from compress.executors.teacher import Teacher

@@ -18,12 +18,18 @@ from compress.architecture.families import Space
 from compress.checkpoint.reader import torch_dtype
 from compress.contract.smoothing_pass import Matrix, SmoothingPass
 from compress.errors import CoverageError, InputError
-from compress.executors.sweep import Sweep, read_alike
+from compress.executors.step_run import StepRun
+from compress.executors.sweep import Sweep, read_alike, sweep_by
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.stepwise import Key
 from compress.numerics.qtensor import as_matrix
 from compress.numerics.smoothing import Extents
 from compress.spec.weight_state import Weight
+
+
+def smooth(run: StepRun) -> dict[str, float]:
+    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on."""
+    return sweep_by(run, SmoothingSweep)
 
 
 class SmoothingSweep(Sweep):
@@ -32,8 +38,8 @@ class SmoothingSweep(Sweep):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         assert isinstance(self.pass_, SmoothingPass)
-        self.balancing, model = self.pass_, self.meta_model.model
-        found = self.balancing.layout(model.weights, model.family, self.meta_model.dense_view.checkpoint.config)
+        self.smoothing, model = self.pass_, self.meta_model.model
+        found = self.smoothing.layout(model.weights, model.family, self.meta_model.dense_view.checkpoint.config)
         self.layout = found.within(set(self.step.transformed))
 
     def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
@@ -89,7 +95,7 @@ class SmoothingSweep(Sweep):
         with self.spent("factor"):
             prepared = self.prepare(space.readers[0], statistic)
         with self.spent("solve"):
-            s = self.balancing.balance(space, self.matrices(space), prepared)
+            s = self.smoothing.balance(space, self.matrices(space), prepared)
         if s is None:
             return
         rows = torch.ones(space.first_row + space.width, device=s.device)

@@ -9,50 +9,39 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import Writer, trim_memory
-from compress.context import Context
 from compress.contract.fused_groups import Peaks
-from compress.contract.pass_base import CompensatingPass, TensorPass
-from compress.contract.step_plan import StepPlan
+from compress.contract.shapes import CompensatingPass, TensorPass
 from compress.executors.anomalies import watch
-from compress.layerwise.dense_view import DenseView
+from compress.executors.step_run import StepRun
 from compress.layerwise.memory_estimate import MAX_WORKERS
 from compress.numerics import qtensor
 from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import Weight
 from compress.threads import workers
 
-if TYPE_CHECKING:
-    from compress.executors.dense_parent import DenseParent
 
-
-def stream(
-    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], writer: Writer, ctx: Context,
-    dense_view: DenseView | None = None, dense_parent: DenseParent | None = None,
-) -> None:  # fmt: skip
-    """Writes every weight that the journal does not have yet.
-
-    `digests` are those of `source`'s tensors; `dense_view` is what they mean where they are packed, `dense_parent` what a pass
-    that compensates asks for.
-    """
-    mine = share(weights, ctx.rank, ctx.world_size)
+def stream(run: StepRun) -> None:
+    """Writes every weight that the journal does not have yet."""
+    step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
+    mine = share(run.weights, ctx.rank, ctx.world_size)
     total = sum(weight.nbytes for weight in mine)
     done, lock = [0], threading.Lock()
     for file in {ref.file for ref in source.refs.values()}:
         source.descriptor(file)
-    touched = set(step.transformed)
+    touched = {weight.name for weight in run.touched}
     phase = "copy" if touched.isdisjoint(weight.name for weight in mine) else "write"
-    peaks = Peaks((weight for weight in weights if weight.name in touched), step.after, source.read)
+    peaks = Peaks(run.touched, step.after, source.read)
 
     def one(weight: Weight) -> None:
         started, kept = time.perf_counter(), writer.is_done(weight.name)
         if not kept:
             weight = peaks.of(weight) if step.before[weight.name] != step.after[weight.name] else weight
-            moved = _move(step, source, weight, weight.name in touched, digests, writer, dense_view, dense_parent)
-            writer.record(weight.name, *moved)
+            writer.record(weight.name, *_move(run, weight, weight.name in touched))
         with lock:
             done[0] += weight.nbytes
             ctx.tell(
@@ -66,7 +55,7 @@ def stream(
     trim_memory()
 
 
-def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
+def share(weights: Sequence[Weight], rank: int, world_size: int) -> Sequence[Weight]:
     """This rank's weights, in stored order: largest first to the rank with the least so far."""
     if world_size == 1:
         return weights
@@ -79,45 +68,28 @@ def share(weights: list[Weight], rank: int, world_size: int) -> list[Weight]:
     return [weight for weight in weights if owner[weight.name] == rank]
 
 
-def _move(
-    step: StepPlan, source: Checkpoint, weight: Weight, touched: bool, digests: dict[str, str], writer: Writer,
-    dense_view: DenseView | None, dense_parent: DenseParent | None,
-) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+def _move(run: StepRun, weight: Weight, touched: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """Writes one weight; returns the digests of what was written and what the journal says of it besides."""
+    step, source, writer = run.step, run.source, run.writer
     before, after = step.before[weight.name], step.after[weight.name]
     names = [spec.name for spec in qtensor.specs(weight, before)]
     if not touched:
         for name in names:
             _carry(source, writer, name, name)
-        return {name: digests[name] for name in names}, {}
+        return {name: run.digests[name] for name in names}, {}
     written: dict[str, str] = {}
     wanted = [spec.name for spec in step.specs(weight)]
     if step.format and before == after:
         for there, here in step.format.copies(weight, after).items():
             _carry(source, writer, there, here)
-            written[there] = digests[here]
+            written[there] = run.digests[here]
         for there, tensor in step.format.constants(weight, after).items():
             written[there] = writer.put(there, tensor)
         if written.keys() == set(wanted):
             return written, {}
-    value: Any
-    if dense_view is not None:
-        q = dense_view.qtensor(weight.name)
-        value = qtensor.as_matrix(weight, dense_view.dense(weight.name)) if q is None else q
-    else:
-        value = {name: source.read(name) for name in names}
-        value = qtensor.as_matrix(weight, value[weight.name]) if before.scheme is None else qtensor.decode(weight, before, value)
-    facts: dict[str, Any] = {}
-    result: Any
-    error: float | None
-    if isinstance(step.pass_, CompensatingPass):
-        assert dense_parent is not None
-        result, error = step.pass_.compensate(weight, value, after, dense_parent.read(weight))
-        facts["output_error"] = None
-    else:
-        assert isinstance(step.pass_, TensorPass)
-        result, error = step.pass_.tensor(weight, after, value)
-    facts |= {} if error is None else {"error": error}
+    value = _value(run, weight)
+    result, facts = _transformed(run, weight, value)
+    error = facts.get("error")
     if step.format is None and (odd := watch(weight, result, error, lambda: value)):
         facts["notes"] = odd
     if after.sparsity is not None:
@@ -129,6 +101,28 @@ def _move(
         if name not in written:
             written[name] = writer.put(name, parts[name])
     return written, facts
+
+
+def _value(run: StepRun, weight: Weight) -> Any:
+    """A weight as its pass is given it: a QTensor, or dense [experts?, rows, columns]."""
+    before = run.step.before[weight.name]
+    if run.dense_view is not None:
+        q = run.dense_view.qtensor(weight.name)
+        return qtensor.as_matrix(weight, run.dense_view.dense(weight.name)) if q is None else q
+    stored = {spec.name: run.source.read(spec.name) for spec in qtensor.specs(weight, before)}
+    return qtensor.as_matrix(weight, stored[weight.name]) if before.scheme is None else qtensor.decode(weight, before, stored)
+
+
+def _transformed(run: StepRun, weight: Weight, value: Any) -> tuple[Any, dict[str, Any]]:
+    """What the pass makes of a weight, and its errors as far as there are any."""
+    pass_, after = run.pass_, run.step.after[weight.name]
+    if isinstance(pass_, CompensatingPass):
+        assert run.dense_parent is not None
+        made, lost = pass_.compensate(weight, value, after, run.dense_parent.read(weight))
+        return made, {"output_error": None, "error": lost}
+    assert isinstance(pass_, TensorPass)
+    result, error = pass_.tensor(weight, after, value)
+    return result, {} if error is None else {"error": error}
 
 
 def check_mask(weight: Weight, sparsity: Sparsity, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Sweep: lifts a LinearPass to directories; one block in memory at a time.
+"""Sweep: lifts an ObservingPass to directories; one block in memory at a time.
 
 For each block: load it, send every batch to the first inputs that its weights read, fold their statistics, solve the
 weights, put the new values in their place, and send the batches on; what a weight is calibrated on thus comes from weights
@@ -15,20 +15,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from compress.architecture.experts import INPUT, MIDDLE, Routed
-from compress.checkpoint.reader import Checkpoint, torch_dtype
-from compress.checkpoint.writer import Writer, trim_memory
-from compress.context import Context
+from compress.checkpoint.reader import torch_dtype
+from compress.checkpoint.writer import trim_memory
 from compress.contract.fused_groups import Peaks
-from compress.contract.pass_base import LinearPass, MatrixTask, Solution
-from compress.contract.step_plan import StepPlan
+from compress.contract.shapes import LinearPass, ObservingPass
+from compress.contract.tasks import MatrixTask, Solution
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
 from compress.executors.anomalies import watch
+from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch, cut
@@ -42,45 +42,37 @@ from compress.numerics.inputs import rounded_inputs
 from compress.numerics.rounding import stacked, unstacked
 from compress.spec.weight_state import State, Weight, blocks
 
-if TYPE_CHECKING:
-    from compress.executors.dense_parent import DenseParent
-
 _STACKED_ROWS = 4096
 
 Part = tuple[Weight, int | None]
 """A matrix of a weight: the weight and, where it holds all experts, which one."""
 
 
-def sweep(
-    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: dict[str, torch.Tensor],
-    writer: Writer, ctx: Context, driver: type[Sweep] | None = None, dense_parent: DenseParent | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on.
+def sweep(run: StepRun) -> dict[str, float]:
+    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on."""
+    return sweep_by(run, Sweep)
 
-    `dense_parent` is what a pass that compensates asks for: its tasks are dense weights, and the codes that they have become.
-    """
-    touched = set(step.transformed)
-    stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
+
+def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
+    """The same by a sweep of that kind."""
+    stream(run.untouched())
+    source, ctx = run.source, run.ctx
     meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config), device_of(ctx))
-    batches = cut(corpus, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, meta_model.device)
+    batches = cut(run.corpus().tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, meta_model.device)
     with torch.no_grad(), ForwardHooks(meta_model) as hooks:
-        run = (driver or Sweep)(step, meta_model, hooks, batches, writer, ctx)
-        run.dense_parent = dense_parent
-        run.all_blocks([weight for weight in weights if weight.name in touched])
+        made = kind(run, meta_model, hooks, batches)
+        made.all_blocks(run.touched)
     trim_memory()
-    return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
+    return {name: round(seconds, 3) for name, seconds in made.seconds.items()}
 
 
 class Sweep:
     """One sweep over the blocks; `block` is what it does with each."""
 
-    def __init__(
-        self, step: StepPlan, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch], writer: Writer, ctx: Context
-    ) -> None:
-        assert isinstance(step.pass_, LinearPass)
-        self.step, self.pass_, self.meta_model, self.hooks = step, step.pass_, meta_model, hooks
-        self.batches, self.writer, self.ctx = batches, writer, ctx
-        self.dense_parent: DenseParent | None = None
+    def __init__(self, run: StepRun, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch]) -> None:
+        assert isinstance(run.pass_, ObservingPass)
+        self.step, self.pass_, self.writer, self.ctx = run.step, run.pass_, run.writer, run.ctx
+        self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -252,6 +244,7 @@ class Sweep:
 
     def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
         """Solutions by weight and expert. The work is shared out over processes, and everybody gets all results."""
+        assert isinstance(self.pass_, LinearPass)
         loads = [0] * self.ctx.world_size
         mine: dict[tuple[str, int | None], Solution] = {}
         ready: dict[int | None, Any] = {}

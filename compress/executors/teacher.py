@@ -15,7 +15,7 @@ from compress.checkpoint.scan import SourceScan, scan_source
 from compress.checkpoint.source import open_headers, open_source
 from compress.context import Context
 from compress.contract.notes import trained_by
-from compress.contract.pass_base import TrainPass
+from compress.contract.shapes import TrainPass
 from compress.errors import InputError
 
 

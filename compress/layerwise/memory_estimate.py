@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
-from compress.contract.pass_base import LinearPass, TrainPass
+from compress.contract.shapes import ObservingPass, TrainPass
 from compress.errors import UsageError
 from compress.spec.weight_state import State, Weight
 
@@ -51,7 +51,7 @@ def computing(dtype: str, config: dict[str, Any], device: torch.device | None = 
 
 
 def sweep_bytes(
-    pass_: LinearPass, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+    pass_: ObservingPass, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> int:
     """Resident bytes beyond the interpreter: a block, its statistics and solutions, the tokens' activations, the rest."""
     blocks: dict[tuple[str, int | None], int] = defaultdict(int)
@@ -73,7 +73,7 @@ def sweep_bytes(
     return max(head, block + within + statistic + work) + between + outside
 
 
-def _at_once(weight: Weight, pass_: LinearPass) -> int:
+def _at_once(weight: Weight, pass_: ObservingPass) -> int:
     """Statistics that are in memory together with the one of this weight."""
     if weight.kind != "expert":
         return 1

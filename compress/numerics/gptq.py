@@ -97,6 +97,24 @@ class _Rows:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How the solver works; plain GPTQ is clip="none", signed=False, sweeps=0."""
+
+    clip: Clip = "mse"
+    """Range of a group: its largest magnitude, or a search for least squared error."""
+    signed: bool = True
+    """Whether scales of integers may be negative; scales of floats never are."""
+    least_zero: int = 0
+    """The smallest zero point of asymmetric codes."""
+    sweeps: int = 1
+    """Rounds of coordinate descent afterwards, which move scales of integers too."""
+    refit: bool = True
+    """Whether scales are fitted to the targets of their group, where columns are taken as stored."""
+    along: Along = "inputs"
+    """What groups run along."""
+
+
+@dataclass(frozen=True)
 class _Task:
     """What is the same for all rows."""
 
@@ -104,14 +122,16 @@ class _Task:
     h: torch.Tensor
     scheme: Scheme
     dtype: torch.dtype
-    clip: Clip
-    signed: bool
-    least_zero: int
-    along: Along
+    settings: Settings
     group: int
     """Columns (along the outputs: rows) that share a scale."""
     fixed: torch.Tensor | None
     """Scales of a grid of floats, for every row: [rows, groups], or along the outputs [n, groups]."""
+
+    @property
+    def along(self) -> Along:
+        """What groups run along."""
+        return self.settings.along
 
     @property
     def dim(self) -> int:
@@ -125,8 +145,8 @@ class _Task:
     def fit(self, x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if keep is not None:
             x = x * keep
-        h = weight if self.along == "inputs" else None
-        return fit(x, h, self.dim, self.scheme, self.dtype, self.clip, self.signed, self.least_zero)
+        h, how = weight if self.along == "inputs" else None, self.settings
+        return fit(x, h, self.dim, self.scheme, self.dtype, how.clip, how.signed, how.least_zero)
 
 
 def solve(
@@ -135,35 +155,30 @@ def solve(
     hessian: torch.Tensor,
     scheme: Scheme,
     scale_dtype: torch.dtype,
+    settings: Settings | None = None,
     *,
-    clip: Clip = "mse",
-    signed: bool = True,
-    least_zero: int = 0,
-    sweeps: int = 1,
-    refit: bool = True,
     mask: torch.Tensor | None = None,
-    along: Along = "inputs",
     peak: float | None = None,
 ) -> Solved:
     """Codes for `w` [rows, n] whose inputs have the mean outer product `hessian` [n, n], factored in `factor`.
 
     Rows do not influence each other: weights that read the same inputs may be stacked. `mask` is False where a weight
-    must stay zero. Plain GPTQ is clip="none", signed=False, sweeps=0. `peak` is the largest magnitude among all that share the
-    scale of the matrix, if more than `w` do. Scales of floats are never `signed`, nor moved by sweeps.
+    must stay zero. `peak` is the largest magnitude among all that share the scale of the matrix, if more than `w` do.
     """
+    settings = settings or Settings()
     rows, n = w.shape
-    inputs = along == "inputs"
+    inputs = settings.along == "inputs"
     length = n if inputs else rows
     fixed = scale = tensor_scale = None
     if not scheme.integer:
         # As it is stored, and without the columns that will be zero.
         stored = w.masked_fill(factor.dead, 0) if inputs else w.masked_fill(factor.dead, 0).T
         peak = largest(stored) if peak is None else peak
-        scale = fit_all(stored, scheme, scale_dtype, clip, peak, hessian.diagonal() if inputs else None)
+        scale = fit_all(stored, scheme, scale_dtype, settings.clip, peak, hessian.diagonal() if inputs else None)
         tensor_scale = divisor(peak, scheme, w.device)
         each = steps(scale, tensor_scale).to(factor.feedback.dtype)
         fixed = each.repeat_interleave(scheme.rows_per_scale(len(stored)), dim=0)[: len(stored)]
-    task = _Task(factor, hessian, scheme, scale_dtype, clip, signed, least_zero, along, scheme.group or length, fixed)
+    task = _Task(factor, hessian, scheme, scale_dtype, settings, scheme.group or length, fixed)
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8, device=w.device)
     scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype, device=w.device) if scale is None else scale
     zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
@@ -174,9 +189,9 @@ def solve(
         rs = slice(start, min(rows, start + step))
         part = _begin(w[rs], None if mask is None else mask[rs], task, rs)
         norms[rs] = _energies(part.flat, hessian)[: rs.stop - start]
-        damped = _first_pass(part, task, refit)
+        damped = _first_pass(part, task)
         identity += float(damped.sum())
-        for _ in range(sweeps):
+        for _ in range(settings.sweeps):
             damped -= _sweep(part, task)
         moved = part.flat.square().sum(0)
         losses[rs] = (damped - factor.ridge * moved)[: rs.stop - start]
@@ -225,11 +240,11 @@ def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _first_pass(part: _Rows, task: _Task, refit: bool) -> torch.Tensor:
+def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
     """Rounds every column once; the damped loss of each row."""
     n, order = len(part.d), task.factor.order
     columns = torch.arange(n, device=part.d.device) if order is None else order
-    fixed = not refit or order is not None or task.fixed is not None
+    fixed = not task.settings.refit or order is not None or task.fixed is not None
     if fixed and task.fixed is None:
         _fit_all(part, task)
     if order is not None:

@@ -6,19 +6,20 @@ import platform
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
 from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
-from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.remote_code import NOTE, code_notes
 from compress.checkpoint.scan import SourceScan
-from compress.context import Context
 from compress.contract.step_plan import StepPlan
 from compress.device import device_of, name_of, peak_of
-from compress.spec.weight_state import DENSE, Note, Weight
+from compress.executors.step_run import StepRun
+from compress.executors.teacher import Teacher
+from compress.spec.weight_state import DENSE, Note
 
 LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
@@ -27,15 +28,58 @@ LASTING = (
 """Counted lines that stay true of a checkpoint through later steps."""
 
 
-def account(
-    step: StepPlan, weights: list[Weight], source: Checkpoint, before: Manifest | None, lineage: tuple[Step, ...],
-    scan: SourceScan, teacher: Checkpoint | None, entries: dict[str, dict[str, Any]], files: dict[str, str],
-    measured: dict[str, Any], ctx: Context,
-) -> Manifest:  # fmt: skip
-    """The manifest of a step that read `source`, whose manifest is `before`; `entries` are the journal's, by weight."""
-    records: dict[str, WeightRecord] = {}
+@dataclass(frozen=True)
+class Written:
+    """What a step has left: its lineage, the journal's entries by weight, digests of files, and what was measured."""
+
+    lineage: tuple[Step, ...]
+    entries: dict[str, dict[str, Any]]
+    files: dict[str, str]
+    measured: dict[str, Any]
+
+
+def build_manifest(
+    run: StepRun, before: Manifest | None, scan: SourceScan, second_model: Teacher | None, written: Written
+) -> Manifest:
+    """The manifest of a step whose source's own is `before`."""
+    step, ctx = run.step, run.ctx
+    records, happened = _records(run, before, written.entries)
+    kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
+    notes = _notes(run, before, scan, second_model, happened)
+    said = {(note.what, note.reason, note.names) for note in kept}
+    new = [NoteRecord(what=n.what, reason=n.reason, count=n.count, names=n.names) for n in notes]
+    return Manifest(
+        compress_version=__version__,
+        parent=written.lineage[-1].parent,
+        source=before.source if before else _origin(run, scan),
+        lineage=written.lineage,
+        seed=ctx.seed,
+        threads=ctx.threads,
+        isa=isa(),
+        device=name_of(device_of(ctx)) if step.device_bytes else before.device if before else "",
+        format="tokens" if step.inherits else step.format.name if step.format else "canonical",
+        coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
+        weights=records,
+        notes=(*kept, *(note for note in new if (note.what, note.reason, note.names) not in said)),
+        digests={name: digest for w in run.weights for name, digest in written.entries[w.name]["digests"].items()},
+        files=written.files,
+        measured={
+            **written.measured,
+            "peak_resident_bytes": peak_resident_bytes(),
+            **({"peak_device_bytes": found} if (found := peak_of(device_of(ctx))) else {}),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "ranks": ctx.world_size,
+        },
+    ).sealed()
+
+
+def _records(
+    run: StepRun, before: Manifest | None, entries: dict[str, dict[str, Any]]
+) -> tuple[dict[str, WeightRecord], list[Note]]:
+    """What each weight is that is not dense, and counted lines of what happened to weights on the way."""
+    step, records = run.step, {}
     happened: dict[tuple[str, str], list[str]] = {}
-    for weight in weights:
+    for weight in run.weights:
         state, entry = step.after[weight.name], entries[weight.name]
         for what, reason in entry.get("notes", ()):
             happened.setdefault((what, reason), []).append(weight.name)
@@ -50,41 +94,27 @@ def account(
             state=str(state), dtype=weight.dtype, shape=weight.shape, transposed=weight.transposed,
             bits=round(step.bits([weight]), 6), **errors,
         )  # fmt: skip
-    digests = {name: digest for w in weights for name, digest in entries[w.name]["digests"].items()}
-    origin = Source(
+    return records, [Note(what, reason, tuple(names)) for (what, reason), names in happened.items()]
+
+
+def _notes(
+    run: StepRun, before: Manifest | None, scan: SourceScan, second_model: Teacher | None, happened: list[Note]
+) -> list[Note]:
+    """The counted lines of this step."""
+    notes = [*run.step.notes, *happened]
+    if scan.nonfinite and before is None:
+        notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", scan.nonfinite))
+    notes += code_notes(run.source, "model")
+    return notes + (code_notes(second_model.checkpoint, "teacher") if second_model else [])
+
+
+def _origin(run: StepRun, scan: SourceScan) -> Source:
+    """The model that everything came from, of a source without a manifest."""
+    source = run.source
+    return Source(
         name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
         datasets=tuple(source.origin.get("datasets", ())), fingerprint=scan.fingerprint,
     )  # fmt: skip
-    notes = [*step.notes, *(Note(what, reason, tuple(names)) for (what, reason), names in happened.items())]
-    if scan.nonfinite and before is None:
-        notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", scan.nonfinite))
-    kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
-    said = {(note.what, note.reason, note.names) for note in kept}
-    notes += code_notes(source, "model") + (code_notes(teacher, "teacher") if teacher else [])
-    notes = [note for note in notes if (note.what, note.reason, note.names) not in said]
-    return Manifest(
-        compress_version=__version__,
-        parent=lineage[-1].parent,
-        source=before.source if before else origin,
-        lineage=lineage,
-        seed=ctx.seed,
-        threads=ctx.threads,
-        isa=isa(),
-        device=name_of(device_of(ctx)) if step.device_bytes else before.device if before else "",
-        format="tokens" if step.inherits else step.format.name if step.format else "canonical",
-        coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
-        weights=records,
-        notes=(*kept, *(NoteRecord(what=n.what, reason=n.reason, count=n.count, names=n.names) for n in notes)),
-        digests=digests,
-        files=files,
-        measured={
-            **measured,
-            "peak_resident_bytes": peak_resident_bytes(),
-            **({"peak_device_bytes": found} if (found := peak_of(device_of(ctx))) else {}),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "ranks": ctx.world_size,
-        },
-    ).sealed()
 
 
 def _still(note: NoteRecord, step: StepPlan) -> NoteRecord | None:

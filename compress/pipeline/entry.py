@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from compress.architecture import weight_map
 from compress.checkpoint.reader import Checkpoint
-from compress.contract.pass_base import WeightPass
 from compress.errors import RecipeError
 from compress.layerwise.dense_view import DenseView
 from compress.pipeline.resolve import resolve
@@ -14,7 +13,7 @@ from compress.spec.recipe import Recipe
 def enter(recipe: Recipe, source: Checkpoint, allow_dtype_mismatch: bool = False) -> tuple[weight_map.Model, DenseView | None]:
     """The model, and what its stored tensors mean where they are packed. Raises CompressError."""
     first = resolve(recipe)[0]
-    if not (isinstance(first, WeightPass) and first.unpacks):
+    if not first.unpacks:
         return weight_map.resolve(source, allow_dtype_mismatch), None
     dense_view = DenseView(source)
     if not dense_view.packed:

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.contract.pass_base import LinearPass, TrainPass
-from compress.contract.step_plan import INTERPRETER_BYTES, Plan, StepPlan
+from compress.contract.step_plan import INTERPRETER_BYTES, Plan
 from compress.device import CPU, memory_of
 from compress.errors import MachineError, Problem
 
@@ -52,7 +51,7 @@ def lacking(plan: Plan, there_bytes: int) -> list[Problem]:
             f"step {step.number}: {step.name}",
             f"{need:,} bytes of memory, its predicted peak",
             f"{there_bytes:,} bytes that this machine, or the limit of its container, has",
-            f"{_less(step)}, or take a machine with more; --allow-overcommit runs it anyway",
+            f"{step.pass_.how_to_use_less_memory()}, or take a machine with more; --allow-overcommit runs it anyway",
         )
         for step in plan.steps
         if (need := INTERPRETER_BYTES + step.resident_bytes) > there_bytes
@@ -67,7 +66,8 @@ def lacking_there(plan: Plan, device: torch.device) -> list[Problem]:
             f"step {step.number}: {step.name}",
             f"{step.device_bytes:,} bytes of the memory of {device}, its predicted peak",
             f"{free:,} bytes free of {whole:,}",
-            f"{_less(step)}, end what else is there, or say --device cpu; --allow-overcommit runs it anyway",
+            f"{step.pass_.how_to_use_less_memory()}, end what else is there, or say --device cpu; "
+            "--allow-overcommit runs it anyway",
         )
         for step in plan.steps
         if whole and step.device_bytes > free
@@ -78,12 +78,3 @@ def check_memory(plan: Plan, device: torch.device = CPU) -> None:
     """Raises MachineError where a step is predicted to need more memory than there is, here or on a GPU."""
     if problems := lacking(plan, machine_bytes()) + lacking_there(plan, device):
         raise MachineError(problems)
-
-
-def _less(step: StepPlan) -> str:
-    """What makes a step need less."""
-    if isinstance(step.pass_, TrainPass):
-        return "lower micro_batch or length, or set recompute=true"
-    if isinstance(step.pass_, LinearPass):
-        return "calibrate on fewer tokens"
-    return "run it on fewer cores, as in `taskset -c 0 compress ...`"

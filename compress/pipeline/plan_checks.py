@@ -9,7 +9,6 @@ from compress.contract.base_passes import QuantizingPass
 from compress.contract.format import Format
 from compress.contract.pass_base import Pass
 from compress.errors import RecipeError, Refusal
-from compress.pipeline.resolve import worker_of
 from compress.spec.recipe import Recipe
 from compress.spec.weight_state import Weight
 
@@ -17,7 +16,7 @@ from compress.spec.weight_state import Weight
 def refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
     """Raises RecipeError where a quantizer may choose zero points that a format has no word for."""
     for line, own in zip(recipe.lines, passes, strict=False):
-        pass_ = worker_of(own)
+        pass_ = own.worker()
         if isinstance(pass_, QuantizingPass) and not pass_.scheme.symmetric and pass_.least_zero < fmt.least_zero:
             where = f"{line.where or own.pass_name()}: {own.pass_name()}.least_zero"
             expected = f"{fmt.least_zero}, the smallest zero point that {fmt.name} can say"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
-from compress.contract.allocation_pass import AllocationPass, decides
 from compress.contract.discover import load_pass
-from compress.contract.pass_base import Pass, TrainPass, sweeps
+from compress.contract.pass_base import Pass
 from compress.errors import Problem, RecipeError, Unsound, UsageError, did_you_mean
 from compress.spec.recipe import Line, Recipe
 
@@ -65,24 +63,6 @@ def resolve(recipe: Recipe) -> list[Pass]:
     if problems:
         raise RecipeError(problems)
     return passes
-
-
-@lru_cache
-def worker_of(pass_: Pass) -> Pass:
-    """The pass that does the work: itself, or the one that it leaves it to."""
-    line = pass_.work() if isinstance(pass_, AllocationPass) else None
-    if line is None:
-        return pass_
-    found, problems = resolve_line(line)
-    assert found is not None, problems
-    return found
-
-
-def reads_tokens(pass_: Pass) -> bool:
-    """Whether a pass reads the calibration tokens that travel with the checkpoint."""
-    worker = worker_of(pass_)
-    deciding = decides(pass_) and pass_.gradients and not pass_.table_digest()
-    return deciding or sweeps(worker) or (isinstance(worker, TrainPass) and worker.texts() is None)
 
 
 def json_schema() -> dict[str, Any]:

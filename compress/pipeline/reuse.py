@@ -18,7 +18,6 @@ from compress.checkpoint.manifest import FILE, Manifest
 from compress.checkpoint.reader import INDEXES, README, open_checkpoint
 from compress.checkpoint.writer import fsync
 from compress.context import Context
-from compress.contract.allocation_pass import decides
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import InputError, MachineError, UsageError
 from compress.pipeline.output_paths import stem, steps_folder
@@ -96,7 +95,7 @@ def _find(step: StepPlan, identity: str, folders: Sequence[Path]) -> tuple[Path,
 
 def _same_layout(step: StepPlan, found: Path) -> bool:
     """Whether a canonical step lies in the shards that OUT is to have; a packed one is made anew, which takes no time."""
-    if step.format is not None or decides(step.pass_):
+    if step.format is not None or step.pass_.allocator() is not None:
         return False
     return all((found / s.file).is_file() and (found / s.file).stat().st_size == s.nbytes for s in step.shards)
 

@@ -17,12 +17,12 @@ from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open
 from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
 from compress.context import Context
-from compress.contract.allocation_pass import decides
-from compress.contract.pass_base import CompensatingPass, DataPass, Pass, TrainPass, sweeps
+from compress.contract.pass_base import ExternalInputs, Pass
+from compress.contract.shapes import TrainPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.device import device_of
 from compress.errors import InputError, Problem
-from compress.executors.allocate import decide
+from compress.executors.allocate import allocate
 from compress.executors.dense_parent import open_dense_parent
 from compress.executors.teacher import Teacher, open_teacher
 from compress.layerwise.memory_estimate import computing
@@ -30,10 +30,9 @@ from compress.pipeline.entry import enter
 from compress.pipeline.fail_on import Gate, hold, hold_plan
 from compress.pipeline.memory_check import check_memory
 from compress.pipeline.output_paths import based, check_disk, empty, locked, placed, stem, steps_folder
-from compress.pipeline.plan import SHARD_BYTES, make_plan
-from compress.pipeline.resolve import reads_tokens, worker_of
-from compress.pipeline.reuse import IdOf, ReusedStep, searched, solved, take_steps
-from compress.pipeline.step import RunState, check_bytes, kept, run_step
+from compress.pipeline.plan import SHARD_BYTES, PlanOptions, make_plan
+from compress.pipeline.reuse import ReusedStep, searched, solved, take_steps
+from compress.pipeline.step import Beside, RunState, check_bytes, kept, run_step
 from compress.spec.recipe import Recipe
 from compress.spec.weight_state import State
 from compress.threads import compute_threads
@@ -98,132 +97,172 @@ def step_id(parent: str, pass_: Pass, seed: int, inputs: dict[str, str]) -> str:
     return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.redacted().identity()})
 
 
-def inputs_of(pass_: Pass, tokens: str, dtype: str, teacher: str, code: dict[str, str]) -> dict[str, str]:
-    """What a pass reads besides its parent. Texts count as the tokens that they became, a model as its fingerprint.
-
-    `code` is the model's own that may be run: with it another class may compute than without.
-    """
-    found = {"code": hash_json(code)} if code else {}
-    if isinstance(pass_, DataPass):
-        return {**found, "tokens": tokens}
-    reads = {**found, "tokens": tokens, "dtype": dtype}
-    if decides(pass_) and pass_.gradients:
-        return {**reads, **({"allocation": digest} if (digest := pass_.table_digest()) else {})}
-    found = reads if sweeps(worker_of(pass_)) or isinstance(pass_, TrainPass) else found
-    if teacher:
-        found["dense" if isinstance(pass_, CompensatingPass) else "teacher"] = teacher
-    return found
-
-
-def _tokens_read(plan: Plan, corpora: dict[int, str]) -> dict[int, str]:
-    """Digest of the tokens that each step reads, by its number: those of its own in `corpora`, or those that travel."""
-    travelling, found = corpora.get(0, ""), {}
-    for step in plan.steps:
-        found[step.number] = corpora.get(step.number, travelling)
-        if isinstance(step.pass_, DataPass):
-            travelling = found[step.number]
-    return found
-
-
 def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options | None = None) -> Result:
     """Runs `recipe` over `source` into `out`. Raises CompressError; then nothing is published."""
-    started = time.perf_counter()
-    options = options or Options()
-    gates, given = [Gate.parse(text) for text in options.fail_on], searched(options.steps)
-    ctx = _settled(ctx, source)
-    out = placed(out, source)
-    ctx.tell("start", recipe=recipe.one_liner(), source=source.name, out=str(out))
-    tell_code(source, ctx)
-    model, dense_view = enter(recipe, source, options.allow_dtype_mismatch)
+    return _RecipeRun(recipe, source, out, ctx, options or Options()).run()
 
-    # config.json may tie what a checkpoint holds twice; only what is equal is written once.
-    dropped = frozenset(alias for alias, kept in model.duplicates.items() if same_bytes(source, alias, kept))
 
-    def layout(decided: dict[int, dict[str, State]] | None = None) -> Plan:
-        made = make_plan(
-            recipe, source, model, ctx.threads, options.allow_skips, dropped, options.shard_bytes, ctx.dtype, dense_view, decided
-        )
+class _RecipeRun:
+    """One run: plan it, know what it reads, find what is done already, make the rest."""
+
+    def __init__(self, recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options) -> None:
+        self.started = time.perf_counter()
+        self.gates, self.given = [Gate.parse(text) for text in options.fail_on], searched(options.steps)
+        self.recipe, self.source, self.options = recipe, source, options
+        self.ctx, self.out = _settled(ctx, source), placed(out, source)
+        self.decided: dict[int, dict[str, State]] = {}
+        """The states that steps so far have decided on."""
+        self.measured: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> Result:
+        """What was made, or was there already."""
+        ctx = self.ctx
+        ctx.tell("start", recipe=self.recipe.one_liner(), source=self.source.name, out=str(self.out))
+        tell_code(self.source, ctx)
+        self.make_plan()
+        with locked(self.out, ctx), compute_threads(ctx.threads):
+            self.read_source()
+            existing = ctx.broadcast(self.existing() if ctx.is_main else None)
+            if existing is not None:
+                return self.nothing_to_do(existing)
+            self.taken = ctx.broadcast(self.take_steps() if ctx.is_main else None)
+            if ctx.is_main:
+                check_disk(self.plan, self.out)
+            ctx.tell("plan", steps=[step.name for step in self.plan.steps], bytes=self.plan.steps[-1].payload_bytes)
+            state = self.all_steps()
+            assert state.manifest is not None
+            self.end()
+        seconds = time.perf_counter() - self.started
+        return Result(self.out, self.plan, state.manifest, True, seconds, self.measured, tuple(self.taken))
+
+    def make_plan(self) -> None:
+        """Plans all steps, and holds gates and memory against the plan."""
+        self.model, self.dense_view = enter(self.recipe, self.source, self.options.allow_dtype_mismatch)
+        # config.json may tie what a checkpoint holds twice; only what is equal is written once.
+        copies = self.model.duplicates.items()
+        self.dropped = frozenset(alias for alias, kept in copies if same_bytes(self.source, alias, kept))
+        self.plan = self.planned()
+        for step in self.plan.steps:
+            hold_plan(self.gates, step, self.plan.weights)
+        if not self.options.allow_overcommit:
+            check_memory(self.plan, device_of(self.ctx))
+
+    def planned(self) -> Plan:
+        """The plan with what has been decided so far."""
+        chosen = PlanOptions(self.ctx.threads, self.options.allow_skips, self.options.shard_bytes, self.ctx.dtype)
+        made = make_plan(self.recipe, self.source, self.model, chosen, self.dropped, self.dense_view, self.decided)
         last = made.steps[-1]
-        return replace(made, steps=[*made.steps[:-1], replace(last, texts=based(last.texts, out))])
+        return replace(made, steps=[*made.steps[:-1], replace(last, texts=based(last.texts, self.out))])
 
-    plan = layout()
-    for step in plan.steps:
-        hold_plan(gates, step, plan.weights)
-    if not options.allow_overcommit:
-        check_memory(plan, device_of(ctx))
-    with locked(out, ctx), compute_threads(ctx.threads):
-        scan = ctx.broadcast(scan_source(source, ctx, options.allow_nonfinite) if ctx.is_main else None)
-        refuse_nonfinite(plan, scan)
-        corpora = _gather(plan, source, ctx) if ctx.is_main else {}
-        digests = ctx.broadcast({number: corpus.digest for number, corpus in corpora.items()})
-        teachers = {
-            step.number: found for step in plan.steps if (found := _model_beside(step, plan, source, scan, ctx)) is not None
-        }  # fmt: skip
-        taught = {number: teacher.fingerprint for number, teacher in teachers.items()}
-        read, dtype = _tokens_read(plan, digests), str(computing(ctx.dtype, source.config))
+    def read_source(self) -> None:
+        """Reads every byte of the source, draws all tokens, and opens the other models that steps read."""
+        ctx, plan = self.ctx, self.plan
+        self.scan: SourceScan = ctx.broadcast(
+            scan_source(self.source, ctx, self.options.allow_nonfinite) if ctx.is_main else None
+        )
+        refuse_nonfinite(plan, self.scan)
+        self.corpora = _draw_tokens(plan, self.source, ctx) if ctx.is_main else {}
+        digests = ctx.broadcast({number: corpus.digest for number, corpus in self.corpora.items()})
+        self.read = _tokens_read(plan, digests)
+        found = ((step.number, _second_model(step, plan, self.source, self.scan, ctx)) for step in plan.steps)
+        self.second_models = {number: model for number, model in found if model is not None}
 
-        def inputs_to(step: StepPlan) -> dict[str, str]:
-            return inputs_of(step.pass_, read[step.number], dtype, taught.get(step.number, ""), scan.code)
+    def inputs_of(self, step: StepPlan, dtype: str = "") -> dict[str, str]:
+        """What a step reads besides its parent; `dtype` is that of an earlier run, if it is not of this one."""
+        model, own = self.second_models.get(step.number), str(computing(self.ctx.dtype, self.source.config))
+        found = ExternalInputs(self.read[step.number], dtype or own, model.fingerprint if model else "")
+        # With code of its own a model may compute otherwise than without.
+        code = {"code": hash_json(self.scan.code)} if self.scan.code else {}
+        return code | step.pass_.external_inputs(found)
 
-        def id_of(step: StepPlan, parent: str) -> str:
-            return step_id(parent, step.pass_, ctx.seed, inputs_to(step))
+    def id_of(self, step: StepPlan, parent: str) -> str:
+        """The identity of a step that reads the checkpoint of a fingerprint."""
+        return step_id(parent, step.pass_, self.ctx.seed, self.inputs_of(step))
 
-        existing = ctx.broadcast(_existing(out, scan, plan, digests, taught, id_of, ctx) if ctx.is_main else None)
-        if existing is not None:
-            hold(gates, existing)
-            plan = layout({step.number: states for step in plan.steps if (states := _decided(step, existing))})
-            _end(out, options, ctx)
-            return Result(out, plan, existing, False, time.perf_counter() - started)
-        taken = ctx.broadcast(take_steps(plan, out, given, id_of, scan.fingerprint, ctx) if ctx.is_main else None)
-        if ctx.is_main:
-            check_disk(plan, out)
-        ctx.tell("plan", steps=[step.name for step in plan.steps], bytes=plan.steps[-1].payload_bytes)
-        manifest = source.manifest
-        now = RunState(source, scan.digests, scan.fingerprint, manifest.lineage if manifest else (), manifest)
-        now.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
-        measured: dict[str, dict[str, Any]] = {}
-        decided: dict[int, dict[str, State]] = {}
-        for number in range(len(plan.steps)):
-            step = plan.steps[number]
-            identity = id_of(step, now.fingerprint)
-            own = steps_folder(out) / stem(step.number, step.name, identity)
-            place = out if step is plan.steps[-1] else own
-            there = any(step.number == one.number for one in taken)
-            done = there or ctx.broadcast(kept(place, step, ctx) if ctx.is_main else None)
-            if done and not there:
-                taken.append(ReusedStep(step.number, step.name, place))
-            now.past.append(now.source)
-            if decides(step.pass_):
-                # What it decides is the layout of its own bytes, and what the steps after it start from.
-                table = own.with_name(f"{own.name}.{ALLOCATION[0]}")
-                known = _decided(step, Manifest.read(place)) if done else {}
-                decided[step.number] = known or decide(step, plan.weights, now.source, now.tokens, table, ctx)
-                plan = layout(decided)
-                step = plan.steps[number]
-            if not done:
-                line = Step(
-                    id=identity, parent=now.fingerprint, text=str(step.pass_.redacted().line()), revision=step.pass_.revision,
-                    options=step.pass_.redacted().model_dump(mode="json"), inputs=inputs_to(step),
-                )  # fmt: skip
-                corpus, teacher = corpora.get(step.number), teachers.get(step.number)
-                made = run_step(step, plan, now, line, place, scan, corpus, teacher, gates, ctx)
-                measured[step.name] = made
-                ctx.tell("step", name=step.name, where=str(place), **made)
-            ctx.barrier()
-            _go_on(now, step, place, source, identity)
-            hold(gates, now.manifest)
-        for checkpoint in (*now.past, now.source):
+    def existing(self) -> Manifest | None:
+        """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
+        out, plan = self.out, self.plan
+        if not out.exists():
+            return None
+        do = "choose another OUT, or remove it"
+        manifest = Manifest.read(out) if out.is_dir() else None
+        if manifest is None:
+            got = "a directory that compress did not make" if out.is_dir() else "a file"
+            raise InputError(str(out), "no such directory yet, or one that this recipe made", got, do)
+        made_here = list(manifest.lineage)[-len(plan.passes) :]
+        same = len(made_here) == len(plan.passes) and made_here[0].parent == self.scan.fingerprint
+        for line, step in zip(made_here, plan.steps, strict=False):
+            inputs = self.inputs_of(step, line.inputs.get("dtype", ""))
+            same = same and line.id == step_id(line.parent, step.pass_, self.ctx.seed, inputs)
+        if same:
+            check_bytes(out, self.ctx)
+            return manifest
+        text = " | ".join(step.text for step in manifest.lineage)
+        there = len(list(solved(plan, [steps_folder(out), out], self.id_of, self.scan.fingerprint)))
+        fmt = plan.steps[-1].format
+        raise OtherResultError(out, f"another result: {text}", there, len(plan.steps), fmt.name if fmt is not None else "")
+
+    def nothing_to_do(self, existing: Manifest) -> Result:
+        """The result of a run that finds its output there."""
+        hold(self.gates, existing)
+        self.decided = {step.number: states for step in self.plan.steps if (states := _decided(step, existing))}
+        self.plan = self.planned()
+        self.end()
+        return Result(self.out, self.plan, existing, False, time.perf_counter() - self.started)
+
+    def take_steps(self) -> list[ReusedStep]:
+        """The steps that other runs have solved, put where this one looks for them."""
+        return take_steps(self.plan, self.out, self.given, self.id_of, self.scan.fingerprint, self.ctx)
+
+    def all_steps(self) -> RunState:
+        """Makes every step that is not there; returns where that has led."""
+        source, scan, manifest = self.source, self.scan, self.source.manifest
+        state = RunState(source, scan.digests, scan.fingerprint, manifest.lineage if manifest else (), manifest)
+        state.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
+        for number in range(len(self.plan.steps)):
+            self.one_step(number, state)
+            hold(self.gates, state.manifest)
+        for checkpoint in (*state.past, state.source):
             checkpoint.close()
-        assert now.manifest is not None
-        _end(out, options, ctx)
-        return Result(out, plan, now.manifest, True, time.perf_counter() - started, measured, tuple(taken))
+        return state
 
+    def one_step(self, number: int, state: RunState) -> None:
+        """Finds or makes one step, and moves `state` to what it made."""
+        ctx, step = self.ctx, self.plan.steps[number]
+        identity = self.id_of(step, state.fingerprint)
+        own = steps_folder(self.out) / stem(step.number, step.name, identity)
+        place = self.out if step is self.plan.steps[-1] else own
+        there = any(step.number == one.number for one in self.taken)
+        done = there or ctx.broadcast(kept(place, step, ctx) if ctx.is_main else None)
+        if done and not there:
+            self.taken.append(ReusedStep(step.number, step.name, place))
+        state.past.append(state.source)
+        if step.pass_.allocator() is not None:
+            # What it decides is the layout of its own bytes, and what the steps after it start from.
+            table = own.with_name(f"{own.name}.{ALLOCATION[0]}")
+            known = _decided(step, Manifest.read(place)) if done else {}
+            found = known or allocate(step, self.plan.weights, state.source, state.tokens, table, ctx)
+            self.decided[step.number] = found
+            self.plan = self.planned()
+            step = self.plan.steps[number]
+        if not done:
+            redacted = step.pass_.redacted()
+            line = Step(
+                id=identity, parent=state.fingerprint, text=str(redacted.line()), revision=redacted.revision,
+                options=redacted.model_dump(mode="json"), inputs=self.inputs_of(step),
+            )  # fmt: skip
+            beside = Beside(self.plan, self.scan, self.corpora.get(step.number), self.second_models.get(step.number), self.gates)
+            made = run_step(step, state, line, place, beside, ctx)
+            self.measured[step.name] = made
+            ctx.tell("step", name=step.name, where=str(place), **made)
+        ctx.barrier()
+        _go_on(state, step, place, self.source, identity)
 
-def _end(out: Path, options: Options, ctx: Context) -> None:
-    """Removes the steps of a run that has ended well, if they are not to be kept."""
-    ctx.barrier()
-    if ctx.is_main and not options.keep:
-        empty(steps_folder(out))
+    def end(self) -> None:
+        """Removes the steps of a run that has ended well, if they are not to be kept."""
+        self.ctx.barrier()
+        if self.ctx.is_main and not self.options.keep:
+            empty(steps_folder(self.out))
 
 
 def _settled(ctx: Context, source: Checkpoint) -> Context:
@@ -235,72 +274,53 @@ def _settled(ctx: Context, source: Checkpoint) -> Context:
 
 def _decided(step: StepPlan, manifest: Manifest | None) -> dict[str, State]:
     """What a deciding step that was run has decided, by the manifest of what it or a step after it has made."""
-    if not decides(step.pass_) or manifest is None:
+    if step.pass_.allocator() is None or manifest is None:
         return {}
     return {name: State.parse(manifest.weights[name].state) for name in step.transformed}
 
 
-def _gather(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
-    """Calibration tokens by the step that makes them; under 0 those that the source brings and a step reads."""
-    from compress.corpus import Corpus, build_for
-
-    found: dict[int, Corpus] = {}
-    reading = (s.pass_ for s in plan.steps if isinstance(s.pass_, DataPass) or reads_tokens(s.pass_))
-    if not isinstance(next(reading, None), DataPass | None):
-        found[0] = Corpus.load(source.path / CALIBRATION)
+def _tokens_read(plan: Plan, corpora: dict[int, str]) -> dict[int, str]:
+    """Digest of the tokens that each step reads, by its number: those of its own in `corpora`, or those that travel."""
+    travelling, found = corpora.get(0, ""), {}
     for step in plan.steps:
-        if isinstance(step.pass_, DataPass):
-            for note in step.pass_.notes():
-                ctx.tell("notice", step=step.name, text=f"{note.what}: {note.reason}")
-            found[step.number] = step.pass_.gather(source, ctx.seed)
-        elif isinstance(step.pass_, TrainPass) and (texts := step.pass_.texts()) is not None:
-            found[step.number] = build_for(texts, source, ctx.seed)
+        found[step.number] = corpora.get(step.number, travelling)
+        if step.pass_.makes_tokens:
+            travelling = found[step.number]
     return found
 
 
-def _go_on(now: RunState, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
-    """Moves the course to what a step has made. Raises InputError where that is something else."""
-    manifest = Manifest.read(place)
-    if manifest is None or manifest.lineage[-1].id != identity:
-        raise InputError(str(place), "the checkpoint of this step", "another one", f"remove {place} and run again")
-    now.lineage = manifest.lineage
-    if isinstance(step.pass_, DataPass):
-        now.tokens = place / CALIBRATION
-    if step.inherits:
-        return
-    now.source = open_checkpoint(place, source.name, source.origin, source.trusted)
-    now.manifest, now.digests, now.fingerprint = manifest, manifest.digests, manifest.fingerprint
+def _draw_tokens(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
+    """Tokens by the step that draws them; under 0 those that the source brings and a step reads."""
+    from compress.corpus import Corpus
+
+    found: dict[int, Corpus] = {}
+    first = next((s.pass_ for s in plan.steps if s.pass_.makes_tokens or s.pass_.reads_tokens()), None)
+    if first is not None and not first.makes_tokens:
+        found[0] = Corpus.load(source.path / CALIBRATION)
+    for step in plan.steps:
+        for note in step.pass_.source_notes():
+            ctx.tell("notice", step=step.name, text=f"{note.what}: {note.reason}")
+        if (corpus := step.pass_.own_tokens(source, ctx.seed)) is not None:
+            found[step.number] = corpus
+    return found
 
 
-def _model_beside(step: StepPlan, plan: Plan, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
+def _second_model(step: StepPlan, plan: Plan, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
     """The other model that a step reads: what teaches it, or the dense one below a source in codes."""
     if isinstance(step.pass_, TrainPass):
         return open_teacher(step.pass_, source, scan, ctx)
-    return open_dense_parent(step, plan, source, ctx) if isinstance(step.pass_, CompensatingPass) else None
+    return open_dense_parent(step, plan, source, ctx) if step.pass_.second_model == "dense" else None
 
 
-def _existing(
-    out: Path, scan: SourceScan, plan: Plan, corpora: dict[int, str], teachers: dict[int, str], id_of: IdOf, ctx: Context
-) -> Manifest | None:
-    """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
-    if not out.exists():
-        return None
-    do = "choose another OUT, or remove it"
-    manifest = Manifest.read(out) if out.is_dir() else None
-    if manifest is None:
-        got = "a directory that compress did not make" if out.is_dir() else "a file"
-        raise InputError(str(out), "no such directory yet, or one that this recipe made", got, do)
-    made_here = list(manifest.lineage)[-len(plan.passes) :]
-    same = len(made_here) == len(plan.passes) and made_here[0].parent == scan.fingerprint
-    read = _tokens_read(plan, corpora)
-    for line, step in zip(made_here, plan.steps, strict=False):
-        dtype, taught = line.inputs.get("dtype", ""), teachers.get(step.number, "")
-        inputs = inputs_of(step.pass_, read[step.number], dtype, taught, scan.code)
-        same = same and line.id == step_id(line.parent, step.pass_, ctx.seed, inputs)
-    if same:
-        check_bytes(out, ctx)
-        return manifest
-    text = " | ".join(step.text for step in manifest.lineage)
-    there = len(list(solved(plan, [steps_folder(out), out], id_of, scan.fingerprint)))
-    fmt = plan.steps[-1].format
-    raise OtherResultError(out, f"another result: {text}", there, len(plan.steps), fmt.name if fmt is not None else "")
+def _go_on(state: RunState, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
+    """Moves a run to what a step has made. Raises InputError where that is something else."""
+    manifest = Manifest.read(place)
+    if manifest is None or manifest.lineage[-1].id != identity:
+        raise InputError(str(place), "the checkpoint of this step", "another one", f"remove {place} and run again")
+    state.lineage = manifest.lineage
+    if step.pass_.makes_tokens:
+        state.tokens = place / CALIBRATION
+    if step.inherits:
+        return
+    state.source = open_checkpoint(place, source.name, source.origin, source.trusted)
+    state.manifest, state.digests, state.fingerprint = manifest, manifest.digests, manifest.fingerprint

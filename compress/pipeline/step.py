@@ -16,21 +16,18 @@ from compress.checkpoint.reader import ALLOCATION, CALIBRATION, KEPT, README, TR
 from compress.checkpoint.scan import SourceScan, file_digest, scan_source, text_digest
 from compress.checkpoint.writer import Writer
 from compress.context import Context
-from compress.contract.allocation_pass import decides
-from compress.contract.pass_base import CompensatingPass, DataPass, TrainPass, WeightPass, sweeps
-from compress.contract.smoothing_pass import SmoothingPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import InputError, MachineError
 from compress.executors.allocate import record
 from compress.executors.dense_parent import DenseParent
-from compress.executors.stream import stream
+from compress.executors.execute import execute
+from compress.executors.step_run import StepRun
 from compress.executors.teacher import Teacher
 from compress.layerwise.dense_view import DenseView
-from compress.pipeline.build_manifest import account
+from compress.pipeline.build_manifest import Written, build_manifest
 from compress.pipeline.fail_on import Gate, hold
 from compress.pipeline.model_card import card, carried, licence_of
 from compress.pipeline.output_paths import steps_folder
-from compress.pipeline.resolve import reads_tokens, worker_of
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
@@ -83,13 +80,23 @@ class RunState:
     """What each step so far has read."""
 
 
-def run_step(
-    step: StepPlan, plan: Plan, now: RunState, line: Step, place: Path, scan: SourceScan, corpus: Corpus | None,
-    teacher: Teacher | None, gates: Sequence[Gate], ctx: Context,
-) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True)
+class Beside:
+    """What a step is given besides the state of the run."""
+
+    plan: Plan
+    scan: SourceScan
+    corpus: Corpus | None
+    """The tokens that the step has drawn itself; on rank 0 only."""
+    second_model: Teacher | None
+    gates: Sequence[Gate]
+
+
+def run_step(step: StepPlan, state: RunState, line: Step, place: Path, beside: Beside, ctx: Context) -> dict[str, Any]:
     """Runs one step into its .tmp and publishes it at `place`. Returns seconds, also by what they were spent on."""
     started = time.perf_counter()
     ctx.tell("begin", step=step.name)
+    plan = beside.plan
     folder = steps_folder(place) if step is plan.steps[-1] else place.parent
     writer = Writer(folder / f"{step.number}-{step.name}-{line.id[:8]}.tmp", step.shards, ctx.rank)
     if ctx.broadcast(_only_to_rename(writer, step, line, ctx) if ctx.is_main else None):
@@ -101,58 +108,75 @@ def run_step(
         writer.open(line.id)
     ctx.barrier()
     writer.attach()
-    spent: dict[str, float] = {}
-    weights = [] if step.inherits else plan.weights
-    worker = worker_of(step.pass_)
-    assert isinstance(worker, WeightPass | DataPass)
-    doing = replace(step, pass_=worker)
-    dense_parent = DenseParent(step, plan, now.past, teacher) if isinstance(step.pass_, CompensatingPass) else None
-    if sweeps(doing.pass_):
-        from compress.corpus import Corpus
-        from compress.executors.smooth import SmoothingSweep
-        from compress.executors.sweep import sweep
-
-        assert now.tokens is not None
-        tokens, driver = Corpus.load(now.tokens).tensors, SmoothingSweep if isinstance(doing.pass_, SmoothingPass) else None
-        spent = sweep(doing, now.source, weights, now.digests, tokens, writer, ctx, driver, dense_parent)
-    elif isinstance(step.pass_, TrainPass):
-        spent = _train(step, now, weights, corpus, teacher, writer, ctx)
-    else:
-        stream(doing, now.source, weights, now.digests, writer, ctx, _meaning(step, now.source), dense_parent)
-    if decides(step.pass_) and ctx.is_main:
+    run = _step_run(step, state, beside, writer, ctx)
+    spent = execute(run)
+    if step.pass_.allocator() is not None and ctx.is_main:
         record(writer.path.with_suffix(f".{ALLOCATION[0]}"), writer.path, str(step.pass_.redacted().line()))
     writer.detach()
     ctx.barrier()
     measured: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3), **({"spent": spent} if spent else {})}
     if ctx.is_main:
-        side = carried({name: now.source.path / name for name in now.source.side_files if name != CALIBRATION})
-        if now.tokens is not None and step.format is None:
-            side[CALIBRATION] = now.tokens
-        if corpus is not None and isinstance(step.pass_, DataPass):
-            corpus.save(writer.path / CALIBRATION)
-            side[CALIBRATION] = writer.path / CALIBRATION
-        side = {} if step.inherits else {name: path for name, path in side.items() if name not in step.texts}
-        entries = writer.read_journals()
-        _verify(writer, weights, entries)
-        texts = {} if step.inherits else step.texts
-        files = {name: file_digest(path) for name, path in side.items()}
-        files |= {name: text_digest(name, text) for name, text in texts.items()}
-        # Of what is copied a run that was killed may have left a part there.
-        copied = {name: path for name, path in side.items() if path.parent != writer.path}
-        made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in copied]
-        files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
-        taught_by = None if teacher is None else teacher.checkpoint
-        manifest = account(
-            step, weights, now.source, now.manifest, (*now.lineage, line), scan, taught_by, entries, files, measured, ctx
-        )
-        hold(gates, manifest)
-        if not step.inherits:
-            texts = {**texts, README: _card(manifest, step, plan, side)}
-        ctx.tell("publish", step=step.name)
-        writer.seal({**texts, FILE: manifest.to_text()}, copied)
+        _seal(run, state, line, beside, measured)
         _publish(writer, step, plan, place)
     ctx.barrier()
     return measured
+
+
+def _step_run(step: StepPlan, state: RunState, beside: Beside, writer: Writer, ctx: Context) -> StepRun:
+    """What the executor of a step needs."""
+    weights, model = [] if step.inherits else beside.plan.weights, beside.second_model
+    compensates = step.pass_.second_model == "dense"
+    return StepRun(
+        step, state.source, weights, state.digests, writer, ctx,
+        tokens=_tokens_for(step, state, beside.corpus, writer, ctx),
+        teacher=None if model is None or compensates else model.checkpoint,
+        dense_parent=DenseParent(step, beside.plan, state.past, model) if compensates else None,
+        dense_view=DenseView(state.source) if step.pass_.unpacks else None,
+    )  # fmt: skip
+
+
+def _tokens_for(step: StepPlan, state: RunState, corpus: Corpus | None, writer: Writer, ctx: Context) -> Path | None:
+    """Where the tokens of a step are; those of its own only rank 0 has drawn, and the others read from where it leaves them."""
+    if step.pass_.makes_tokens or step.pass_.reads_tokens() or step.pass_.executor() != "train":
+        return state.tokens
+    if corpus is not None:
+        corpus.save(writer.path / TOKENS)
+    ctx.barrier()
+    return writer.path / TOKENS
+
+
+def _seal(run: StepRun, state: RunState, line: Step, beside: Beside, measured: dict[str, Any]) -> None:
+    """Checks what was written, and puts the manifest and all files of another kind beside it."""
+    step, writer = run.step, run.writer
+    side = _side_files(run, state, beside.corpus)
+    entries = writer.read_journals()
+    _verify(writer, run.weights, entries)
+    texts = {} if step.inherits else step.texts
+    files = {name: file_digest(path) for name, path in side.items()}
+    files |= {name: text_digest(name, text) for name, text in texts.items()}
+    # Of what is copied a run that was killed may have left a part there.
+    copied = {name: path for name, path in side.items() if path.parent != writer.path}
+    made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in copied]
+    files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
+    written = Written((*state.lineage, line), entries, files, measured)
+    manifest = build_manifest(run, state.manifest, beside.scan, beside.second_model, written)
+    hold(beside.gates, manifest)
+    if not step.inherits:
+        texts = {**texts, README: _card(manifest, step, beside.plan, side)}
+    run.ctx.tell("publish", step=step.name)
+    writer.seal({**texts, FILE: manifest.to_text()}, copied)
+
+
+def _side_files(run: StepRun, state: RunState, corpus: Corpus | None) -> dict[str, Path]:
+    """Files of other kinds that the step hands on, by the names that they get."""
+    step, source = run.step, run.source
+    side = carried({name: source.path / name for name in source.side_files if name != CALIBRATION})
+    if state.tokens is not None and step.format is None:
+        side[CALIBRATION] = state.tokens
+    if corpus is not None and step.pass_.makes_tokens:
+        corpus.save(run.writer.path / CALIBRATION)
+        side[CALIBRATION] = run.writer.path / CALIBRATION
+    return {} if step.inherits else {name: path for name, path in side.items() if name not in step.texts}
 
 
 def _card(manifest: Manifest, step: StepPlan, plan: Plan, side: dict[str, Path]) -> str:
@@ -175,29 +199,7 @@ def _only_to_rename(writer: Writer, step: StepPlan, line: Step, ctx: Context) ->
     return manifest is not None and manifest.lineage[-1].id == line.id and kept(writer.path, step, ctx)
 
 
-def _meaning(step: StepPlan, source: Checkpoint) -> DenseView | None:
-    """What a packed source means to the pass that unpacks it."""
-    return DenseView(source) if isinstance(step.pass_, WeightPass) and step.pass_.unpacks else None
-
-
-def _train(
-    step: StepPlan, now: RunState, weights: list[Weight], corpus: Corpus | None, teacher: Teacher | None, writer: Writer,
-    ctx: Context,
-) -> dict[str, float]:  # fmt: skip
-    """Runs a training pass; only rank 0 has drawn its tokens, which the others read from where it leaves them."""
-    from compress.corpus import Corpus
-    from compress.executors.train import train
-
-    tokens = now.tokens if reads_tokens(step.pass_) else writer.path / TOKENS
-    if corpus is not None:
-        corpus.save(writer.path / TOKENS)
-    ctx.barrier()
-    assert tokens is not None
-    taught_by = None if teacher is None else teacher.checkpoint
-    return train(step, now.source, weights, now.digests, Corpus.load(tokens), taught_by, writer, ctx)
-
-
-def _verify(writer: Writer, weights: list[Weight], entries: dict[str, dict[str, Any]]) -> None:
+def _verify(writer: Writer, weights: Sequence[Weight], entries: dict[str, dict[str, Any]]) -> None:
     """Every weight is journaled and every shard has the size and header that were planned."""
     missing = [weight.name for weight in weights if weight.name not in entries]
     assert not missing, f"not written: {missing[:3]}"

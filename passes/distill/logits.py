@@ -7,12 +7,12 @@ quantizing has cost a base model (Muralidharan et al., Minitron, 2407.14679); co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from compress.contract.base_passes import TrainingPass
-from compress.contract.pass_base import TrainingBatch
+from compress.contract.tasks import TrainingBatch
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class Logits(TrainingPass):
     """Lowers the divergence between a model's and its teacher's next-token distributions."""
+
+    example: ClassVar[str] = "calibrate | prune.magnitude(sparsity=2:4) | distill.logits(batch=4, micro_batch=2)"
 
     teacher: str = Field("", description="a directory or a Hub id; without it, the dense model that this one was made from")
     divergence: Literal["forward", "reverse", "skew", "skew-reverse", "jsd"] = Field(

@@ -6,10 +6,10 @@ weights stay zero through later passes, which is checked after each of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.contract.base_passes import PruningPass
-from compress.contract.pass_base import TensorPass
+from compress.contract.shapes import TensorPass
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class Magnitude(PruningPass, TensorPass):
     """Keeps the entries of largest magnitude."""
+
+    example: ClassVar[str] = "prune.magnitude(sparsity=2:4)"
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
         from compress.numerics.masks import keep_best

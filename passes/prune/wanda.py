@@ -7,12 +7,13 @@ calibration tokens; the lowest go, in each output's row by default, and the othe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.contract.base_passes import PruningPass
-from compress.contract.pass_base import LinearPass, MatrixTask, Solution, Statistic
+from compress.contract.shapes import LinearPass
+from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 class Wanda(PruningPass, LinearPass):
     """Keeps the entries of largest magnitude times input norm."""
+
+    example: ClassVar[str] = "calibrate | prune.wanda(sparsity=2:4)"
 
     scope: Literal["matrix", "row"] = Field("row", description="what a share is taken of: the matrix, or each output's row")
 

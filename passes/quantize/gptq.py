@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from compress.contract.base_passes import QuantizingPass
-from compress.contract.pass_base import LinearPass, MatrixTask, Solution, Statistic
+from compress.contract.base_passes import Clip, QuantizingPass
+from compress.contract.shapes import LinearPass
+from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ class Prepared(NamedTuple):
 class Gptq(QuantizingPass, LinearPass):
     """Rounds weights so that their outputs change little on the calibration tokens."""
 
+    example: ClassVar[str] = "calibrate | quantize.gptq(scheme=w4a16g32)"
+
     order: Literal["activation", "stored"] = Field(
         "activation", description="columns with the largest inputs first, scales fixed before; or as stored, scales on the way"
     )
-    clip: Literal["mse", "none"] = Field("mse", description="range of a group: a search for least error, or the largest value")
+    clip: Clip = "mse"
     signed: bool = Field(
         True, description="scales of integers may be negative, which puts a symmetric code's extra level where it helps"
     )
@@ -88,7 +91,7 @@ class Gptq(QuantizingPass, LinearPass):
         """Solutions of tasks with one scheme and dtype, whose rows are rounded together."""
         import torch
 
-        from compress.numerics.gptq import solve
+        from compress.numerics.gptq import Settings, solve
         from compress.numerics.outliers import split
         from compress.numerics.qtensor import QTensor, along_inputs
 
@@ -103,11 +106,9 @@ class Gptq(QuantizingPass, LinearPass):
             kept = [part.sparse for part in splits]
             out = torch.cat([along_inputs(task.weight, part.mask) for task, part in zip(tasks, splits, strict=True)])
             rest, mask = w.masked_fill(out, 0), ~out if mask is None else mask & ~out
-        found = solve(
-            rest, prepared.factor, prepared.hessian, scheme, dtype, clip=self.clip, signed=self.signed,
-            least_zero=self.least_zero, sweeps=self.sweeps,
-            mask=mask, along=_along(tasks[0]), peak=tasks[0].weight.peak,
-        )  # fmt: skip
+        settings = Settings(self.clip, self.signed, self.least_zero, self.sweeps, along=_along(tasks[0]))
+        peak = tasks[0].weight.peak
+        found = solve(rest, prepared.factor, prepared.hessian, scheme, dtype, settings, mask=mask, peak=peak)
         norms = ((w @ prepared.hessian) * w).sum(1) if kept else found.norms
         start = 0
         for number, task in enumerate(tasks):

@@ -25,17 +25,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.contract.allocation_pass import AllocationPass, Offer, Rest, read_table
-from compress.contract.base_passes import QuantizingPass
+from compress.contract.allocator import Allocator, Offer, Rest, read_table
+from compress.contract.base_passes import Clip, CodeOptions
+from compress.contract.discover import load_pass
 from compress.contract.fused_groups import together
+from compress.contract.pass_base import Pass
+from compress.contract.shapes import DelegatingPass
 from compress.errors import InputError, Refusal, UsageError
 from compress.numerics.qtensor import specs
 from compress.spec.byte_size import parse_size
-from compress.spec.recipe import Line
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import DENSE, Note, State, Weight, counted
 
@@ -46,8 +48,10 @@ _BAND = 1 << 22
 """Elements of a matrix that are worked on at a time."""
 
 
-class LlmMq(AllocationPass):
+class LlmMq(CodeOptions, DelegatingPass, Allocator):
     """Gives each weight one of several schemes, by what it costs in loss."""
+
+    example: ClassVar[str] = "calibrate | quantize.llm_mq(schemes=[w2a16g32-asym, w4a16g32-asym], bits=3)"
 
     schemes: tuple[Scheme, ...] = Field(
         tuple(map(Scheme.parse, ("w2a16g128-asym", "w3a16g128-asym", "w4a16g128-asym"))), description="schemes to choose among"
@@ -61,22 +65,15 @@ class LlmMq(AllocationPass):
         "abs", description="what a rounding costs: |sum g D|, sum |g D| or sum (g D)^2, gradient times error"
     )
     method: Literal["gptq", "rtn"] = Field("gptq", description="the pass that then rounds, with its defaults but for clip")
-    clip: Literal["mse", "none"] = Field("mse", description="range of a group: a search for least error, or the largest value")
-    outliers: float = Field(
-        0.0, ge=0, lt=1, description="share of a matrix's entries, the largest, that are kept as they are; 0.005 in the paper"
+    clip: Clip = "mse"
+    outlier_bits: tuple[int, ...] = Field(
+        (2,), description="schemes that have outliers, by the bits of their codes; the paper has 0.005 outliers at 2 bits"
     )
-    outlier_bits: tuple[int, ...] = Field((2,), description="schemes that have outliers, by the bits of their codes")
     fused: bool = Field(True, description="q, k and v share a scheme, gate and up too: some readers fuse them")
     experts: Literal["model", "block", "own"] = Field(
         "model", description="routed experts that share a scheme: all, as readers want it, those of a block, or none"
     )
     reuse: str = Field("", description="an allocation.jsonl to take instead of a budget")
-    ragged: Literal["refuse", "divide", "channel"] = Field(
-        "refuse", description="columns that the group does not divide: as for quantize.rtn"
-    )
-    least_zero: int = Field(
-        0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
-    )
 
     @field_validator("schemes", "outlier_bits", mode="before")
     @classmethod
@@ -98,13 +95,19 @@ class LlmMq(AllocationPass):
         return self
 
     def redacted(self) -> Self:
-        """A table by its name: its content has a digest, and a path is nobody's business."""
+        """A table by its name: its content has a digest, and folders of a machine are not told."""
         return self.model_copy(update={"reuse": PurePath(self.reuse).name})
 
-    def work(self) -> Line:
+    def worker(self) -> Pass:
         # One with zero points, if any has them: whether the format has a word for the least of them is asked of this pass.
         scheme = min(self.schemes, key=lambda scheme: scheme.symmetric)
-        return Line(f"quantize.{self.method}", {"scheme": str(scheme), "clip": self.clip, "least_zero": self.least_zero})
+        return load_pass(f"quantize.{self.method}")(scheme=scheme, clip=self.clip, least_zero=self.least_zero)
+
+    def allocator(self) -> Allocator:
+        return self
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        return self.largest(weight, state)
 
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
         wanted = [(scheme, self.outliers if scheme.bits in self.outlier_bits else 0.0) for scheme in self.schemes]
@@ -113,14 +116,7 @@ class LlmMq(AllocationPass):
             if found.scheme is None:
                 raise Refusal(f"{PurePath(self.reuse).name} has no scheme for it", "skip it")
             wanted = [(found.scheme, found.outliers.share if found.outliers else 0.0)]
-        passes = [
-            QuantizingPass(
-                targets=self.targets, skip=self.skip, scheme=scheme, outliers=share, ragged=self.ragged,
-                least_zero=self.least_zero,
-            )
-            for scheme, share in wanted
-        ]  # fmt: skip
-        return tuple(pass_.becomes(weight, state) for pass_ in passes)
+        return tuple(self.coded(weight, state, scheme, share) for scheme, share in wanted)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
         changed = {}
@@ -149,11 +145,12 @@ class LlmMq(AllocationPass):
             raise InputError(self.reuse, "weights that are targeted", f"'{more[0]}' among {len(more)} that are not", do)
         return self.table
 
-    def sense(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor) -> tuple[float, ...]:
+    def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
         from compress.numerics.fit import meant
         from compress.numerics.outliers import split
         from compress.numerics.rounding import largest, nearest
 
+        assert gradient is not None
         found = [0.0] * len(offer.states)
         columns = value.shape[-1]
         # Whole blocks of 128 rows, which some schemes have a scale for.

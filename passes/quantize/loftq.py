@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import FactoringPass, QuantizingPass
-from compress.contract.pass_base import TensorPass
+from compress.contract.base_passes import Clip, FactoringPass, QuantizingPass
+from compress.contract.shapes import TensorPass
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 class Loftq(QuantizingPass, FactoringPass, TensorPass):
     """Makes codes and low-rank factors that together are close to the weights."""
 
+    example: ClassVar[str] = "quantize.loftq(scheme=nf4g32, rank=4, iterations=2)"
+
     rank: int = Field(16, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
     iterations: int = Field(5, ge=1, le=1000, description="rounds; one is rounding and the factors of what it lost")
     scales: Literal["fitted", "frozen"] = Field(
         "fitted", description="scales of later rounds: fitted anew, as in the paper, or those of the first, which never do harm"
     )
     keep: Literal["best", "last"] = Field("best", description="which round to take: the one that errs least, or the last")
-    clip: Literal["none", "mse"] = Field(
-        "none", description="range of a group: its largest magnitude, or a search for least squared error"
-    )
+    clip: Clip = "none"
 
     @model_validator(mode="after")
     def _fixed(self) -> Self:

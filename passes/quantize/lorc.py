@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from compress.contract.base_passes import FactoringPass, refuse_no_matrix
-from compress.contract.pass_base import CompensatingPass, LinearPass, MatrixTask, Solution, Statistic
+from compress.contract.shapes import CompensatingPass, LinearPass
+from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.errors import Refusal
 from compress.spec.weight_state import State, Weight
 
@@ -36,6 +37,8 @@ class Prepared(NamedTuple):
 
 class Lorc(FactoringPass, CompensatingPass, LinearPass):
     """Adds low-rank factors that make up for what rounding lost."""
+
+    example: ClassVar[str] = "quantize.rtn(scheme=w3a16g32) | quantize.lorc(rank=4)"
 
     factors: Literal["int8", "bf16"] = Field("int8", description="what factors are stored in; int8 ones cannot be trained")
     weighted: bool = Field(False, description="make up for errors of outputs on the calibration tokens, not of weights")

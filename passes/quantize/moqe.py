@@ -14,19 +14,24 @@ few tokens reach are rounded to nearest, and counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.contract.adaptive_group_pass import AdaptiveGroupPass
+from compress.contract.discover import load_pass
+from compress.contract.pass_base import Pass
+from compress.contract.shapes import DelegatingPass
 from compress.errors import InputError, UsageError
-from compress.spec.recipe import Line
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import Note, State, Weight, counted
 
 
-class Moqe(AdaptiveGroupPass):
+class Moqe(AdaptiveGroupPass, DelegatingPass):
     """Rounds the weights of routed experts to few bits."""
+
+    example: ClassVar[str] = "quantize.moqe(scheme=w3a16g32, granularity=adaptive, share=none, alpha=0.95)"
+    example_family: ClassVar[str] = "mixtral"
 
     scheme: Scheme = Field(
         Scheme(4), description="symmetric integers: w2a16, w3a16, w4a16 or w8a16 per output channel, or in groups, e.g. w4a16g64"
@@ -55,11 +60,11 @@ class Moqe(AdaptiveGroupPass):
             raise ValueError("min_tokens: only with method=gptq")
         return self
 
-    def work(self) -> Line:
+    def worker(self) -> Pass:
         grid = (self.grid or "paper") if self.method == "rtn" else None
         given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid}
-        options = {name: value for name, value in given.items() if value is not None}
-        return Line(f"quantize.{self.method}", {"scheme": str(self.scheme), **options})
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return load_pass(f"quantize.{self.method}")(scheme=self.scheme, **options)
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         if not any(weight.kind == "expert" for weight in weights):

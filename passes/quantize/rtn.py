@@ -8,12 +8,13 @@ Derivation and conventions: compress/numerics/grid.py for integers, scales.py an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.contract.adaptive_group_pass import AdaptiveGroupPass
-from compress.contract.pass_base import TensorPass
+from compress.contract.base_passes import Clip
+from compress.contract.shapes import TensorPass
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 class Rtn(AdaptiveGroupPass, TensorPass):
     """Rounds weights to the nearest code."""
 
-    clip: Literal["none", "mse"] = Field(
-        "none", description="range of a group: its largest magnitude, or a search for least squared error"
-    )
+    example: ClassVar[str] = "quantize.rtn(scheme=w4a16g32, clip=mse)"
+
+    clip: Clip = "none"
     grid: Literal["full", "paper"] = Field(
         "full", description="symmetric integers: all of them, or as many below zero as above, as MoQE and FineQuant have them"
     )

@@ -17,14 +17,14 @@ quantizes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from compress.architecture.families import Space
-from compress.contract.base_passes import QuantizingPass
-from compress.contract.pass_base import Statistic
+from compress.contract.base_passes import Clip, Ragged, fitting
 from compress.contract.smoothing_pass import Matrix, SmoothingPass
+from compress.contract.tasks import Statistic
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import MATRICES, State, Weight
 
@@ -42,14 +42,14 @@ class Seen(NamedTuple):
 class Smooth(SmoothingPass):
     """Makes weights easier to round, and changes nothing else."""
 
+    example: ClassVar[str] = "calibrate | quantize.smooth(scheme=w4a16g32)"
+
     method: Literal["awq", "smoothquant"] = Field(
         "awq", description="a search by the error of outputs, or a fixed share of ranges"
     )
     scheme: Scheme | None = Field(None, description="awq: the scheme that will follow, e.g. w4a16g128")
-    ragged: Literal["refuse", "divide", "channel"] = Field(
-        "refuse", description="awq: columns that the group does not divide, as for quantize.rtn"
-    )
-    clip: Literal["none", "mse"] = Field("none", description="awq: range of a group, as for quantize.rtn")
+    ragged: Ragged = "refuse"
+    clip: Clip = "none"
     steps: int = Field(20, ge=2, le=100, description="awq: how many exponents from 0 to below 1 are tried")
     alpha: float = Field(0.5, ge=0, le=1, description="smoothquant: share of the ranges that goes from activations to weights")
 
@@ -71,7 +71,7 @@ class Smooth(SmoothingPass):
         """What will follow for a weight. Raises Refusal where it cannot."""
         if self.scheme is None:
             return None
-        return QuantizingPass.model_construct(scheme=self.scheme, ragged=self.ragged).becomes(weight, State()).scheme
+        return fitting(self.scheme, weight, self.ragged)
 
     def statistic(self, width: int) -> Statistic:
         from compress.numerics.smoothing import Activity, Extents

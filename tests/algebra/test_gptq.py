@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.numerics import gptq
-from compress.numerics.gptq import Solved, solve
+from compress.numerics.gptq import Settings, Solved, solve
 from compress.numerics.grid import dequantize, round_to_nearest
 from compress.numerics.hessian import factor
 from compress.spec.scheme import Scheme
@@ -68,7 +68,7 @@ def test_plain_is_the_published_loop_whatever_the_block(text: str, block: int, m
     monkeypatch.setattr(gptq, "_LEAF", block // 8)
     monkeypatch.setattr(gptq, "_ROWS", 20)
     (w, h), scheme = problem(), Scheme.parse(text)
-    found = solve(w, factor(h), h, scheme, torch.bfloat16, **PLAIN)
+    found = solve(w, factor(h), h, scheme, torch.bfloat16, Settings(**PLAIN))
     theirs = oracle(w, h, scheme)
     # With exact scales the largest weight of a group is a tie, which may fall to either side; rounded scales leave few.
     same = (values(found, scheme) - theirs).abs().amax(1) < 1e-6
@@ -85,7 +85,7 @@ def test_losses_are_exact(text: str, order: Any, along: Any, dtype: torch.dtype,
     f = factor(h, 0.05, order)
     # Scales stored in the working precision, so that what is returned is what was worked with.
     for options in (PLAIN, {"sweeps": 0}, {"sweeps": 3}):
-        found = solve(w, f, h, scheme, torch.float32, along=along, **options)
+        found = solve(w, f, h, scheme, torch.float32, Settings(along=along, **options))
         q = values(found, scheme, along)
         damped = h + f.ridge * torch.eye(len(h), dtype=torch.float64)
         if not options.get("sweeps"):
@@ -98,7 +98,7 @@ def test_losses_are_exact(text: str, order: Any, along: Any, dtype: torch.dtype,
 def test_loss_is_within_the_bound_where_nothing_is_clamped(text: str) -> None:
     (w, h), scheme = problem(), Scheme.parse(text)
     f = factor(h)
-    found = solve(w, f, h, scheme, torch.float32, **PLAIN)
+    found = solve(w, f, h, scheme, torch.float32, Settings(**PLAIN))
     inside = ((found.codes > 0) & (found.codes < scheme.levels - 1)).all(1)
     s = found.scale.double().repeat_interleave(scheme.group or w.shape[1], 1)[:, : w.shape[1]]
     d = w - values(found, scheme)
@@ -116,7 +116,7 @@ def test_uncorrelated_inputs_make_it_rounding_to_nearest(text: str, clip: str) -
     h = 3.7 * torch.eye(160)
     rtn = round_to_nearest(w, scheme, torch.bfloat16)
     for refit in (True, False):
-        found = solve(w, factor(h), h, scheme, torch.bfloat16, refit=refit, **PLAIN)
+        found = solve(w, factor(h), h, scheme, torch.bfloat16, Settings(refit=refit, **PLAIN))
         assert torch.equal(found.codes, rtn.codes)
         assert torch.equal(found.scale, rtn.scale)
         assert (found.zero is None) == (rtn.zero is None)
@@ -136,8 +136,8 @@ def test_scaling_the_inputs_changes_nothing(power: int, text: str, order: Any) -
 def test_rows_do_not_influence_each_other(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (w, h), scheme = problem(), Scheme.parse("w3a16g32")
     f = factor(h)
-    whole = solve(w, f, h, scheme, torch.float32, sweeps=sweeps)
-    parts = [solve(some, f, h, scheme, torch.float32, sweeps=sweeps) for some in w.split(17)]
+    whole = solve(w, f, h, scheme, torch.float32, Settings(sweeps=sweeps))
+    parts = [solve(some, f, h, scheme, torch.float32, Settings(sweeps=sweeps)) for some in w.split(17)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
     assert whole.loss == pytest.approx(sum(part.loss for part in parts), rel=1e-9)
 
@@ -145,15 +145,15 @@ def test_rows_do_not_influence_each_other(sweeps: int, monkeypatch: pytest.Monke
 def test_activation_order_is_a_permutation_of_the_problem() -> None:
     (w, h), scheme = problem(), Scheme.parse("w3a16")
     p = h.diagonal().argsort(descending=True)
-    ordered = solve(w, factor(h, 0.01, "activation"), h, scheme, torch.float32, **PLAIN)
-    stored = solve(w[:, p], factor(h[p][:, p]), h[p][:, p], scheme, torch.float32, **PLAIN)
+    ordered = solve(w, factor(h, 0.01, "activation"), h, scheme, torch.float32, Settings(**PLAIN))
+    stored = solve(w[:, p], factor(h[p][:, p]), h[p][:, p], scheme, torch.float32, Settings(**PLAIN))
     assert torch.equal(ordered.codes[:, p], stored.codes)
     assert torch.equal(ordered.scale, stored.scale)
 
 
 def test_activation_order_uses_the_scales_of_the_stored_order() -> None:
     (w, h), scheme = problem(dtype=torch.float32), Scheme.parse("w4a16g32")
-    found = solve(w, factor(h, 0.01, "activation"), h, scheme, torch.bfloat16, **PLAIN)
+    found = solve(w, factor(h, 0.01, "activation"), h, scheme, torch.bfloat16, Settings(**PLAIN))
     assert torch.equal(found.scale, round_to_nearest(w, scheme, torch.bfloat16).scale)
 
 
@@ -164,7 +164,7 @@ def test_each_step_of_quality_pays(text: str) -> None:
     f = factor(h)
     losses = [loss(w, dequantize(rtn.codes, rtn.scale, rtn.zero, scheme).double(), h)]
     for options in (PLAIN, {"signed": False, "sweeps": 0}, {"sweeps": 0}, {"sweeps": 1}, {"sweeps": 3}):
-        losses.append(solve(w, f, h, scheme, torch.bfloat16, **options).loss)
+        losses.append(solve(w, f, h, scheme, torch.bfloat16, Settings(**options)).loss)
     # At 2 bits what is clamped is passed on and clamped again: without a search of ranges rounding to nearest is better.
     assert losses[1 if scheme.bits > 2 else 2] < 0.9 * losses[0]
     if scheme.bits < 8:
@@ -182,7 +182,7 @@ def test_masked_weights_and_dead_inputs_are_zero(text: str, along: Any, order: A
     h[[5, 77]] = 0
     h[:, [5, 77]] = 0
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    found = solve(w * mask, factor(h, 0.01, order), h, scheme, torch.bfloat16, mask=mask, along=along)
+    found = solve(w * mask, factor(h, 0.01, order), h, scheme, torch.bfloat16, Settings(along=along), mask=mask)
     q = values(found, scheme, along)
     assert bool((q[~mask] == 0).all())
     assert bool((q[:, [5, 77]] == 0).all())
@@ -194,21 +194,21 @@ def test_masked_weights_and_dead_inputs_are_zero(text: str, along: Any, order: A
 @pytest.mark.parametrize("text", ["w4a16g32", "w2a16g48-asym", "w4a16"])
 def test_groups_along_the_outputs(text: str) -> None:
     (w, h), scheme = problem(rows=112, dtype=torch.float32), Scheme.parse(text)
-    found = solve(w, factor(h), h, scheme, torch.bfloat16, along="outputs")
+    found = solve(w, factor(h), h, scheme, torch.bfloat16, Settings(along="outputs"))
     groups = scheme.groups(112)
     assert found.codes.shape == (160, 112)
     assert found.scale.shape == (160, groups)
     assert found.zero is None or found.zero.shape == (160, groups)
     rtn = round_to_nearest(w.T, scheme, torch.bfloat16)
     assert found.loss < 0.7 * loss(w, dequantize(rtn.codes, rtn.scale, rtn.zero, scheme).double().T, h)
-    alone = solve(w, factor(torch.eye(160)), torch.eye(160), scheme, torch.bfloat16, along="outputs", **PLAIN)
+    alone = solve(w, factor(torch.eye(160)), torch.eye(160), scheme, torch.bfloat16, Settings(along="outputs", **PLAIN))
     assert torch.equal(alone.codes, rtn.codes)
 
 
 def test_signed_scales_are_an_option_and_sweeps_keep_signs() -> None:
     (w, h), scheme = problem(dtype=torch.float32), Scheme.parse("w3a16g32")
     assert bool((solve(w, factor(h), h, scheme, torch.bfloat16).scale < 0).any())
-    assert bool((solve(w, factor(h), h, scheme, torch.bfloat16, signed=False, sweeps=3).scale > 0).all())
+    assert bool((solve(w, factor(h), h, scheme, torch.bfloat16, Settings(signed=False, sweeps=3)).scale > 0).all())
     asym = solve(w, factor(h), h, Scheme.parse("w3a16g32-asym"), torch.bfloat16)
     assert bool((asym.scale > 0).all())
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.numerics.gptq import Along, Solved, solve
+from compress.numerics.gptq import Along, Settings, Solved, solve
 from compress.numerics.hessian import factor
 from compress.numerics.qtensor import QTensor
 from compress.numerics.rounding import nearest
@@ -53,7 +53,7 @@ def test_losses_are_exact(text: str, along: Along, order: Any) -> None:
     f = factor(h, 0.05, order)
     damped = h + f.ridge * torch.eye(len(h))
     for options in (PLAIN, {"sweeps": 0}, {"sweeps": 2}):
-        found = solve(w, f, h, scheme, torch.float32, along=along, **options)
+        found = solve(w, f, h, scheme, torch.float32, Settings(along=along, **options))
         q = dense_view(found, scheme, along)
         if not options.get("sweeps"):
             assert found.identity == pytest.approx(loss(w, q, damped), rel=1e-5)
@@ -66,7 +66,7 @@ def test_losses_are_exact(text: str, along: Along, order: Any) -> None:
 def test_uncorrelated_inputs_make_it_rounding_to_nearest(text: str, along: Along) -> None:
     (w, _), scheme, h = problem(dtype=torch.float32), Scheme.parse(text), 3.7 * torch.eye(160)
     rtn = nearest(stored(w, along), scheme, torch.bfloat16, "none").q
-    found = solve(w, factor(h), h, scheme, torch.bfloat16, along=along, clip="none", sweeps=0)
+    found = solve(w, factor(h), h, scheme, torch.bfloat16, Settings(along=along, clip="none", sweeps=0))
     assert torch.equal(found.codes, rtn.codes)
     assert torch.equal(found.scale.view(torch.uint8), rtn.scale.view(torch.uint8))
     assert (found.tensor_scale is None) == (rtn.tensor_scale is None)
@@ -81,7 +81,7 @@ def test_each_step_pays(text: str, along: Along) -> None:
     losses = [loss(w, stored(rtn, along), h)]
     f = factor(h)
     for sweeps in (0, 1, 3):
-        losses.append(solve(w, f, h, scheme, torch.bfloat16, clip="none", sweeps=sweeps, along=along).loss)
+        losses.append(solve(w, f, h, scheme, torch.bfloat16, Settings(clip="none", sweeps=sweeps, along=along)).loss)
     assert losses[1] < 0.8 * losses[0]
     assert losses[3] <= losses[2] < losses[1]
 
@@ -93,7 +93,7 @@ def test_masked_weights_and_dead_inputs_are_zero(text: str, along: Along) -> Non
     h[[5, 77]] = 0
     h[:, [5, 77]] = 0
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    found = solve(w * mask, factor(h, 0.01, "activation"), h, scheme, torch.bfloat16, mask=mask, along=along)
+    found = solve(w * mask, factor(h, 0.01, "activation"), h, scheme, torch.bfloat16, Settings(along=along), mask=mask)
     q = dense_view(found, scheme, along)
     assert not bool(q[~mask].any())
     assert not bool(q[:, [5, 77]].any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.numerics.gptq import solve
+from compress.numerics.gptq import Settings, solve
 from compress.numerics.hessian import Hessian, factor
 from compress.numerics.outliers import gather, split
 from compress.numerics.rounding import nearest
@@ -87,7 +87,7 @@ def test_gptq_leaves_them_as_they_are_and_rounds_the_rest_around_them() -> None:
     statistic.add(x)
     h, scheme = statistic.mean(), Scheme.parse("w3a16")
     rest, mask, _ = split(ORIGINAL, Outliers(0.05))
-    found = solve(rest, factor(h), h, scheme, torch.float64, clip="none", signed=False, sweeps=0, mask=~mask)
+    found = solve(rest, factor(h), h, scheme, torch.float64, Settings(clip="none", signed=False, sweeps=0), mask=~mask)
     ours = (found.codes.double() - scheme.middle) * found.scale
     assert not bool(ours[mask].any())
     torch.testing.assert_close(torch.where(mask, ORIGINAL, ours), least_loss(ORIGINAL, h, scheme, mask), rtol=0, atol=1e-6)

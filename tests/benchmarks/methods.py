@@ -18,7 +18,7 @@ from compress.checkpoint.reader import Checkpoint, open_checkpoint
 from compress.context import Context
 from compress.errors import CompressError
 from compress.pipeline.entry import enter
-from compress.pipeline.plan import make_plan
+from compress.pipeline.plan import PlanOptions, make_plan
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 
@@ -53,7 +53,7 @@ def refused(recipe: str, source: Checkpoint) -> bool:
     """Whether a row cannot be had of this model; says why."""
     parsed = parse_one_liner(recipe)
     try:
-        make_plan(parsed, source, enter(parsed, source)[0], 1)
+        make_plan(parsed, source, enter(parsed, source)[0], PlanOptions(1))
     except CompressError as error:
         print(f"left out: {recipe.partition('| ')[2]}: {error.problems[0].got}")
         return True

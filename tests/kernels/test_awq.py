@@ -16,7 +16,7 @@ from compress.errors import FormatError, Refusal
 from compress.kernels.awq.layout import INVERSE, ORDER, Awq
 from compress.layerwise import model
 from compress.numerics.qtensor import QTensor
-from compress.pipeline.plan import make_plan
+from compress.pipeline.plan import PlanOptions, make_plan
 from compress.spec.recipe import parse_one_liner
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State, Weight
@@ -96,7 +96,7 @@ def test_refusals(weight: Weight, scheme: str, reason: str) -> None:
 
 def planned(source: Path, recipe: str) -> Plan:
     checkpoint = open_checkpoint(source)
-    return make_plan(parse_one_liner(recipe), checkpoint, resolve(checkpoint), 2)
+    return make_plan(parse_one_liner(recipe), checkpoint, resolve(checkpoint), PlanOptions(2))
 
 
 def config_of(plan: Plan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from compress.contract.step_plan import Plan
 from compress.errors import FormatError, RecipeError, Refusal
 from compress.kernels.gptq.layout import Gptq, suffixes
 from compress.layerwise import model
-from compress.pipeline.plan import make_plan
+from compress.pipeline.plan import PlanOptions, make_plan
 from compress.spec.recipe import parse_one_liner
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State, Weight
@@ -141,7 +141,7 @@ def test_an_expert_of_its_own_is_taken() -> None:
 
 def planned(source: Path, recipe: str) -> Plan:
     checkpoint = open_checkpoint(source)
-    return make_plan(parse_one_liner(recipe), checkpoint, resolve(checkpoint), 2)
+    return make_plan(parse_one_liner(recipe), checkpoint, resolve(checkpoint), PlanOptions(2))
 
 
 def config_of(plan: Plan) -> dict[str, Any]:

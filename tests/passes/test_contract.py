@@ -18,35 +18,26 @@ from families import build
 from support import ready_inputs, run, step_of, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs()}', samples=6)"
-EXAMPLES = {
-    "calibrate": CALIBRATE,
-    "prune.magnitude": "prune.magnitude(sparsity=2:4)",
-    "prune.wanda": f"{CALIBRATE} | prune.wanda(sparsity=2:4)",
-    "quantize.gptq": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32)",
-    "quantize.llm_mq": f"{CALIBRATE} | quantize.llm_mq(schemes=[w2a16g32-asym, w4a16g32-asym], bits=3)",
-    "quantize.loftq": "quantize.loftq(scheme=nf4g32, rank=4, iterations=2)",
-    "quantize.lorc": "quantize.rtn(scheme=w3a16g32) | quantize.lorc(rank=4)",
-    "quantize.moqe": "quantize.moqe(scheme=w3a16g32, granularity=adaptive, share=none, alpha=0.95)",
-    "quantize.rtn": "quantize.rtn(scheme=w4a16g32, clip=mse)",
-    "quantize.smooth": f"{CALIBRATE} | quantize.smooth(scheme=w4a16g32)",
-    "distill.logits": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.logits(batch=4, micro_batch=2)",
-    "pack": "quantize.rtn(scheme=w4a16g32) | pack",
-}
-"""A recipe that ends in each pass; a pass without one here must work with its defaults."""
+
+
+def example(name: str) -> str:
+    """A recipe that ends in a pass, on token ids that every tiny model can read; a pass without an example needs no options."""
+    text = load_pass(name).example or name
+    return f"{CALIBRATE}{text.removeprefix('calibrate')}" if text.split(" ")[0] == "calibrate" else text
 
 
 def start(name: str, tiny: Path, scratch: Path) -> Path:
-    """What the recipe of a pass starts from: a dense model, one with experts, or a packed one."""
-    if name == "quantize.moqe":
-        return build("mixtral", scratch)
-    if name != "unpack":
-        return tiny
-    run(tiny, scratch / "packed", EXAMPLES["pack"])
+    """What the example of a pass starts from: a dense model of its family, or a packed one."""
+    cls = load_pass(name)
+    source = tiny if cls.example_family == "llama" else build(cls.example_family, scratch)
+    if not cls.unpacks:
+        return source
+    run(source, scratch / "packed", load_pass("pack").example)
     return scratch / "packed"
 
 
 def made(name: str) -> Pass:
-    return resolve(parse_one_liner(EXAMPLES.get(name, name)))[-1]
+    return resolve(parse_one_liner(example(name)))[-1]
 
 
 @pytest.mark.parametrize("name", pass_files())
@@ -78,7 +69,7 @@ def test_fields_cannot_change(name: str) -> None:
 def test_input_is_untouched_and_the_same_seed_gives_the_same_fingerprint(name: str, tiny: Path, tmp_path: Path) -> None:
     source = start(name, tiny, tmp_path)
     before = tree(source)
-    recipe = EXAMPLES.get(name, name)
+    recipe = example(name)
     a, b = (run(source, tmp_path / out, recipe) for out in ("a", "b"))
     assert tree(source) == before
     assert a.manifest.fingerprint == b.manifest.fingerprint
@@ -86,7 +77,7 @@ def test_input_is_untouched_and_the_same_seed_gives_the_same_fingerprint(name: s
 
 @pytest.mark.parametrize("name", pass_files())
 def test_declared_facts_are_what_is_on_disk(name: str, tiny: Path, tmp_path: Path) -> None:
-    result = run(start(name, tiny, tmp_path), tmp_path / "out", EXAMPLES.get(name, name))
+    result = run(start(name, tiny, tmp_path), tmp_path / "out", example(name))
     step = result.plan.steps[-1]
     out = open_checkpoint(tmp_path / "out")
     written = {ref.name: (ref.dtype, ref.shape) for ref in out.refs.values()}

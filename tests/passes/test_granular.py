@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import open_checkpoint
 from compress.contract.adaptive_group_pass import AdaptiveGroupPass
-from compress.contract.allocation_pass import Offer, Rest
+from compress.contract.allocator import Offer, Rest
 from compress.errors import RecipeError
-from compress.pipeline.plan import make_plan
+from compress.pipeline.plan import PlanOptions, make_plan
 from compress.pipeline.resolve import resolve as resolve_recipe
 from compress.spec.recipe import parse_one_liner
 from compress.spec.weight_state import State, Weight
@@ -34,9 +34,11 @@ def adaptive(**options: Any) -> AdaptiveGroupPass:
 
 def chosen(pass_: AdaptiveGroupPass, weights: dict[Weight, torch.Tensor]) -> list[int | None]:
     """The groups that a pass gives weights."""
-    offers = [Offer(weight, pass_.offers(weight, State())) for weight in weights]
-    seen = [Offer(o.weight, o.states, pass_.look(o, value)) for o, value in zip(offers, weights.values(), strict=True)]
-    return [state.scheme.group for state in pass_.decide(seen, REST).values() if state.scheme]
+    allocator = pass_.allocator()
+    assert allocator is not None
+    offers = [Offer(weight, allocator.offers(weight, State())) for weight in weights]
+    seen = [Offer(o.weight, o.states, allocator.costs(o, v, None)) for o, v in zip(offers, weights.values(), strict=True)]
+    return [state.scheme.group for state in allocator.decide(seen, REST).values() if state.scheme]
 
 
 def test_the_printed_rule_always_ends_at_the_smallest_group() -> None:
@@ -120,7 +122,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_is_a_bound_and_the_run_is_exact(uneven: Path, tmp_path: Path) -> None:
     text = "quantize.rtn(scheme=w4a16g16, granularity=adaptive, alpha=0.8)"
     source = open_checkpoint(uneven)
-    (bound,) = make_plan(parse_one_liner(text), source, resolve(source), 1).steps
+    (bound,) = make_plan(parse_one_liner(text), source, resolve(source), PlanOptions(1)).steps
     assert [note.what for note in bound.notes if "decided" in note.what] == ["undecided"]
     result = run(uneven, tmp_path / "out", text)
     (step,) = result.plan.steps

@@ -18,7 +18,7 @@ import compress.demo
 from compress.architecture.weight_map import resolve as resolve_names
 from compress.checkpoint.reader import open_checkpoint
 from compress.checkpoint.writer import Writer
-from compress.contract.allocation_pass import Offer, read_table
+from compress.contract.allocator import Offer, read_table
 from compress.contract.discover import load_pass
 from compress.errors import CoverageError, InputError, RecipeError, UsageError
 from compress.evaluate.perplexity_kl import compare
@@ -83,9 +83,9 @@ def test_large_matrices_are_felt_band_by_band(tiny: Path, monkeypatch: pytest.Mo
     pass_ = cls(schemes=["w3a16g32", "nvfp4", "fp8-tensor", "w8a16"], bits=4)
     w, g = torch.randn(2, 300, 64).bfloat16(), torch.randn(2, 300, 64)
     offer = Offer(linear((2, 300, 64), kind="expert"), tuple(State(scheme) for scheme in pass_.schemes))
-    whole = pass_.sense(offer, w, g)
+    whole = pass_.costs(offer, w, g)
     monkeypatch.setattr(sys.modules[cls.__module__], "_BAND", 1)
-    assert pass_.sense(offer, w, g) == pytest.approx(whole, rel=1e-5)
+    assert pass_.costs(offer, w, g) == pytest.approx(whole, rel=1e-5)
     assert whole[0] > whole[1] > whole[2] > whole[3] > 0
 
 
@@ -139,7 +139,7 @@ def test_what_readers_fuse_shares_a_scheme(options: str, shared: bool, tmp_path:
 
 def test_the_plan_is_an_upper_bound_until_it_is_decided(tiny: Path, tmp_path: Path) -> None:
     source, recipe = open_checkpoint(tiny), parse_one_liner(mq("bits=3, method=rtn"))
-    before = plan.make_plan(recipe, source, resolve_names(source), 2)
+    before = plan.make_plan(recipe, source, resolve_names(source), plan.PlanOptions(2))
     (note,) = [note for note in before.steps[-1].notes if note.what == "undecided"]
     assert "upper bound" in note.reason
     assert note.count == 14
@@ -159,7 +159,7 @@ def test_a_table_is_reused_and_planned_exactly(tiny: Path, tmp_path: Path) -> No
     table = tmp_path / "first" / "allocation.jsonl"
     reused = f"quantize.llm_mq(reuse='{table}', method=rtn)"
     source = open_checkpoint(tiny)
-    planned = plan.make_plan(parse_one_liner(reused), source, resolve_names(source), 2).steps[-1]
+    planned = plan.make_plan(parse_one_liner(reused), source, resolve_names(source), plan.PlanOptions(2)).steps[-1]
     result = run(tiny, tmp_path / "second", reused)
     assert result.plan.steps[-1].shards == planned.shards
     assert {n: str(s) for n, s in planned.after.items() if s.scheme} == {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.contract.pass_base import TrainingBatch
+from compress.contract.tasks import TrainingBatch
 from compress.contract.training_options import TrainingOptions
 from compress.corpus import Corpus
 from compress.errors import InputError

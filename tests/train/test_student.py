@@ -17,7 +17,7 @@ from torch import nn
 from compress.architecture.qlinear import QEmbedding, QLinear, with_codes
 from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import Checkpoint, open_checkpoint
-from compress.contract.base_passes import TrainingPass
+from compress.contract.discover import load_pass
 from compress.executors.train.student import Student
 from compress.numerics import qtensor
 from compress.numerics.grid import round_to_nearest
@@ -45,7 +45,7 @@ Source = Callable[[str], Path]
 
 def trained(checkpoint: Checkpoint) -> list[Weight]:
     """What a training pass trains by default."""
-    return TrainingPass().chosen(resolve(checkpoint).weights)
+    return load_pass("distill.logits")().chosen(resolve(checkpoint).weights)
 
 
 def states(checkpoint: Checkpoint) -> dict[str, State]:

@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import Writer, trim_memory
-from compress.context import Context
-from compress.contract.pass_base import TrainingBatch, TrainPass
-from compress.contract.step_plan import StepPlan
-from compress.corpus import Corpus
+from compress.checkpoint.writer import trim_memory
+from compress.contract.shapes import TrainPass
+from compress.contract.tasks import TrainingBatch
 from compress.device import CPU, device_of
 from compress.errors import InputError, UsageError
 from compress.executors.anomalies import watch
+from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.executors.train import state
 from compress.executors.train.record import Record
@@ -45,46 +44,40 @@ _APART = 1e-3
 """How much of a text's logits may depend on another text in its row: rounding, no more."""
 
 
-def train(
-    step: StepPlan, source: Checkpoint, weights: list[Weight], digests: dict[str, str], corpus: Corpus,
-    teacher: Checkpoint | None, writer: Writer, ctx: Context,
-) -> dict[str, float]:  # fmt: skip
+def train(run: StepRun) -> dict[str, float]:
     """Trains, and writes every weight. Returns seconds by what they were spent on."""
-    touched = set(step.transformed)
-    stream(step, source, [weight for weight in weights if weight.name not in touched], digests, writer, ctx)
-    run = _Run(step, source, [w for w in weights if w.name in touched], corpus, teacher, writer, ctx)
-    run.all_steps()
+    stream(run.untouched())
+    training = _Training(run)
+    training.all_steps()
     started = time.perf_counter()
-    run.write()
-    run.seconds["write"] = time.perf_counter() - started
+    training.write()
+    training.seconds["write"] = time.perf_counter() - started
     trim_memory()
-    return {name: round(seconds, 3) for name, seconds in run.seconds.items()}
+    return {name: round(seconds, 3) for name, seconds in training.seconds.items()}
 
 
-class _Run:
-    def __init__(
-        self, step: StepPlan, source: Checkpoint, weights: list[Weight], corpus: Corpus, teacher: Checkpoint | None,
-        writer: Writer, ctx: Context,
-    ) -> None:  # fmt: skip
+class _Training:
+    def __init__(self, run: StepRun) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
+        step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
         assert isinstance(step.pass_, TrainPass)
         started = time.perf_counter()
-        self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, weights, writer, ctx
+        self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, run.touched, writer, ctx
         self.training_options = step.pass_.training_options()
         self.dtype = computing(ctx.dtype, source.config)
         # A router may leave out an expert that is a module of its own, and its gradient with it.
-        left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in weights)
+        left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in self.weights)
         unused = DistributedDataParallelKwargs(find_unused_parameters=left_out, broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=device_of(ctx) == CPU, kwargs_handlers=[unused])
         assert self.accelerator.num_processes == ctx.world_size, (self.accelerator.num_processes, ctx.world_size)
         _check_launch(self.accelerator)
         self.student = Student(source)
-        self.student.learn(weights)
+        self.student.learn(self.weights)
         masks = self.student.masks(step.after)
-        self.order = SampleOrder(corpus, self.training_options, ctx.seed, causal=_causal(self.student.module, source))
+        self.order = SampleOrder(run.corpus(), self.training_options, ctx.seed, causal=_causal(self.student.module, source))
         self._recompute()
-        self.teacher = None if teacher is None else self._placed(build(teacher, str(self.dtype).removeprefix("torch.")))
+        self.teacher = None if run.teacher is None else self._placed(build(run.teacher, str(self.dtype).removeprefix("torch.")))
         self._keeps_texts_apart()
         paths = {name: self.student.path_of(name) for name in self.student.trainable}
         self.model, self.optimizer = self._prepared()

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from compress.contract.pass_base import TrainingBatch
+from compress.contract.tasks import TrainingBatch
 from compress.contract.training_options import TrainingOptions
 from compress.corpus import Corpus
 from compress.corpus.spec import shuffled

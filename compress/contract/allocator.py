@@ -1,22 +1,17 @@
-"""Allocation pass: chooses what each weight becomes, within a budget.
-
-It decides by gradients, or by the weights alone, before bytes are laid out; a pass of another shape, or that it has itself,
-then does what was decided, and writes it.
-"""
+"""Allocator: decides the state of each weight, within a budget or by its values."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint.reader import ALLOCATION
-from compress.contract.pass_base import Pass, TargetedPass
 from compress.errors import InputError
 from compress.numerics.qtensor import specs
-from compress.spec.recipe import Line
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
@@ -31,7 +26,7 @@ _DO = f"name the {ALLOCATION[0]} of a step that has decided"
 
 @dataclass(frozen=True)
 class Offer:
-    """What a weight may become, and what each of that would cost in loss."""
+    """What a weight may become, and what an allocator has found of each of that."""
 
     weight: Weight
     states: tuple[State, ...]
@@ -49,23 +44,18 @@ class Rest:
     """Headers, index and config.json of the whole checkpoint, at most."""
 
 
-class AllocationPass(TargetedPass):
-    """Chooses what each weight becomes; driven by `decide`, and then by the driver of its `work`."""
+class Allocator(ABC):
+    """Decides what each weight becomes, before bytes are laid out: by gradients of the loss, or by the weights alone."""
 
     gradients: ClassVar[bool] = True
-    """Whether it decides by gradients of the loss, and not by the weights alone."""
+    """Whether `costs` asks for gradients of the loss."""
 
-    @property
-    def decides(self) -> bool:
-        """Whether there is anything to decide, with the options that it was given."""
-        return True
-
+    @abstractmethod
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
         """What a targeted weight may become. Raises Refusal with the reason. Reads no bytes."""
-        raise TypeError(f"{type(self).__name__} offers nothing")
 
-    def becomes(self, weight: Weight, state: State) -> State:
-        """The largest offer: what is planned until it is decided."""
+    def largest(self, weight: Weight, state: State) -> State:
+        """The largest offer: what is planned until it is decided. Raises Refusal."""
         return max(self.offers(weight, state), key=lambda after: sum(spec.nbytes for spec in specs(weight, after)))
 
     def known(self, weights: Sequence[Weight]) -> dict[str, State] | None:
@@ -76,26 +66,21 @@ class AllocationPass(TargetedPass):
         """The digest of where `known` has it from, or empty."""
         return ""
 
-    def sense(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor) -> tuple[float, ...]:
-        """What each state would cost; the weight in its dtype and its gradient fp32 come as [experts?, rows, columns]."""
-        raise TypeError(f"{type(self).__name__} senses nothing")
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether a sweep over calibration tokens comes before its decision."""
+        return self.gradients and not self.table_digest()
 
-    def look(self, offer: Offer, value: torch.Tensor) -> tuple[float, ...]:
-        """What it asks of a weight [experts?, rows, columns] where it needs no gradients; stands in the place of costs."""
-        raise TypeError(f"{type(self).__name__} does not look at weights")
+    @abstractmethod
+    def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
+        """What it asks of a weight: with gradients, the loss that each offered state would cost.
 
+        The weight comes in its dtype and its gradient in fp32, both [experts?, rows, columns].
+        """
+
+    @abstractmethod
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
         """What every weight becomes; without costs, whether anything fits. Raises UsageError where nothing does."""
-        raise TypeError(f"{type(self).__name__} decides nothing")
-
-    def work(self) -> Line | None:
-        """The pass that then does it, whatever its own scheme is; None where that is this one."""
-        raise TypeError(f"{type(self).__name__} leaves it to nobody")
-
-
-def decides(pass_: Pass) -> TypeGuard[AllocationPass]:
-    """Whether what weights become shows only once the pass has decided."""
-    return isinstance(pass_, AllocationPass) and pass_.decides
 
 
 def rows_of(table: Path) -> list[dict[str, Any]]:
@@ -119,11 +104,12 @@ def read_table(table: Path) -> dict[str, State]:
 
 def offers_of(step: StepPlan, weights: Sequence[Weight]) -> tuple[list[Offer], Rest]:
     """What a step has to decide on, and what there is besides."""
-    assert isinstance(step.pass_, AllocationPass)
+    allocator = step.pass_.allocator()
+    assert allocator is not None
     touched = set(step.transformed)
     others = [weight for weight in weights if weight.name not in touched]
     nbytes = sum(spec.nbytes for weight in others for spec in step.specs(weight))
-    offers = [Offer(w, step.pass_.offers(w, step.before[w.name])) for w in weights if w.name in touched]
+    offers = [Offer(w, allocator.offers(w, step.before[w.name])) for w in weights if w.name in touched]
     overhead = step.disk_bytes - step.payload_bytes
     for weight, states in ((offer.weight, offer.states) for offer in offers):
         # A state with more tensors than the planned one has longer headers, though it may be smaller.

@@ -1,0 +1,26 @@
+"""Execute: runs the executor of a step's pass, by its name."""
+
+from __future__ import annotations
+
+from compress.executors.step_run import StepRun
+
+
+def execute(run: StepRun) -> dict[str, float]:
+    """Writes every weight of a step that the journal does not have yet. Returns seconds by what they were spent on."""
+    executor = run.pass_.executor()
+    if executor == "sweep":
+        from compress.executors.sweep import sweep
+
+        return sweep(run)
+    if executor == "smooth":
+        from compress.executors.smooth import smooth
+
+        return smooth(run)
+    if executor == "train":
+        from compress.executors.train import train
+
+        return train(run)
+    from compress.executors.stream import stream
+
+    stream(run)
+    return {}

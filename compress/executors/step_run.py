@@ -1,0 +1,64 @@
+"""Step run: one step on its way: what it reads, the writer that it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.writer import Writer
+from compress.context import Context
+from compress.contract.pass_base import Pass
+from compress.contract.step_plan import StepPlan
+from compress.layerwise.dense_view import DenseView
+from compress.spec.weight_state import Weight
+
+if TYPE_CHECKING:
+    from compress.corpus import Corpus
+    from compress.executors.dense_parent import DenseParent
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """What an executor needs of one step."""
+
+    step: StepPlan
+    source: Checkpoint
+    weights: Sequence[Weight]
+    """Those that are to be written; none for a step that only makes tokens."""
+    digests: dict[str, str]
+    """Of `source`'s tensors."""
+    writer: Writer
+    ctx: Context
+    tokens: Path | None = None
+    """The tokens that the step reads, where it reads any."""
+    teacher: Checkpoint | None = None
+    dense_parent: DenseParent | None = None
+    """What a pass that compensates asks for the dense weights of codes."""
+    dense_view: DenseView | None = None
+    """What a packed source means to the pass that unpacks it."""
+
+    @property
+    def pass_(self) -> Pass:
+        """The pass that does the work."""
+        return self.step.pass_.worker()
+
+    @property
+    def touched(self) -> list[Weight]:
+        """The weights that the pass transforms."""
+        names = set(self.step.transformed)
+        return [weight for weight in self.weights if weight.name in names]
+
+    def untouched(self) -> StepRun:
+        """The same for the weights that are carried over as they are."""
+        names = set(self.step.transformed)
+        return replace(self, weights=[weight for weight in self.weights if weight.name not in names])
+
+    def corpus(self) -> Corpus:
+        """The tokens that the step reads."""
+        from compress.corpus import Corpus
+
+        assert self.tokens is not None
+        return Corpus.load(self.tokens)

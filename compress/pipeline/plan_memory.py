@@ -1,0 +1,67 @@
+"""Plan memory: what a step needs while it runs: resident bytes, disk, and memory of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from compress.checkpoint.reader import Checkpoint
+from compress.contract.format import Format
+from compress.contract.pass_base import WeightPass
+from compress.contract.shapes import ObservingPass, TrainPass
+from compress.contract.step_plan import layout_specs
+from compress.executors.teacher import teacher_weights
+from compress.layerwise.memory_estimate import DEVICE_BYTES, MAX_WORKERS, computing, reverse_bytes, sweep_bytes, train_bytes
+from compress.spec.weight_state import State, Weight
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What decides the memory of a step besides its pass."""
+
+    checkpoint: Checkpoint
+    weights: list[Weight]
+    threads: int
+    dtype: str
+    tokens: int
+    length: int
+    """Tokens of a calibration sample."""
+
+
+class Needs(NamedTuple):
+    """Bytes; `device_bytes` is 0 for what the CPU does anyway."""
+
+    resident_bytes: int
+    scratch_bytes: int
+    device_bytes: int
+
+
+def needs_of(
+    pass_: WeightPass, touched: list[Weight], after: dict[str, State], fmt: Format | None, around: Surroundings
+) -> Needs:
+    """What a step needs that makes `after` of the weights that it touches."""
+    worker, config = pass_.worker(), around.checkpoint.config
+    size = computing(around.dtype, config).itemsize
+    if isinstance(worker, TrainPass):
+        texts = worker.texts()
+        sample, teacher = texts.length if texts else around.length, teacher_weights(worker, around.checkpoint)
+        resident, scratch = train_bytes(worker, around.weights, touched, after, config, teacher, sample, size)
+        return Needs(resident, scratch, resident + DEVICE_BYTES)
+    assert isinstance(worker, WeightPass)
+    work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
+    resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
+    scratch = there = 0
+    if isinstance(worker, ObservingPass) and worker.observes():
+        there = sweep_bytes(worker, around.weights, touched, config, around.tokens, size)
+    allocator = pass_.allocator()
+    if allocator is not None and allocator.reads_gradients:
+        needed, scratch = reverse_bytes(around.weights, touched, config, around.tokens, size)
+        there = max(there, needed)
+    return Needs(max(resident, there), scratch, there and there + DEVICE_BYTES)
+
+
+def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | None) -> int:
+    """Bytes one worker holds at most: the dense tensor, the pass's own, the stream being packed and its parts."""
+    stream = sum(spec.nbytes for spec in layout_specs(fmt, weight, after))
+    dense = 0 if fmt is not None else weight.nbytes
+    return dense + pass_.workspace_bytes(weight) + 2 * stream + (16 << 20)
