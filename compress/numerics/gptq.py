@@ -101,17 +101,14 @@ class Settings:
     """How the solver works; plain GPTQ is clip="none", signed=False, sweeps=0."""
 
     clip: Clip = "mse"
-    """Range of a group: its largest magnitude, or a search for least squared error."""
     signed: bool = True
     """Whether scales of integers may be negative; scales of floats never are."""
     least_zero: int = 0
-    """The smallest zero point of asymmetric codes."""
     sweeps: int = 1
     """Rounds of coordinate descent afterwards, which move scales of integers too."""
     refit: bool = True
     """Whether scales are fitted to the targets of their group, where columns are taken as stored."""
     along: Along = "inputs"
-    """What groups run along."""
 
 
 @dataclass(frozen=True)
