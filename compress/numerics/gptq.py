@@ -140,8 +140,7 @@ class _Task:
         return columns // self.group if self.along == "inputs" else columns
 
     def fit(self, x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if keep is not None:
-            x = x * keep
+        x = x if keep is None else x * keep
         h, how = weight if self.along == "inputs" else None, self.settings
         return fit(x, h, self.dim, self.scheme, self.dtype, how.clip, how.signed, how.least_zero)
 
