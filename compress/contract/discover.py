@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -68,4 +69,6 @@ def load_pass(name: str) -> type[Pass]:
         if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == module.__name__
     ]
     assert len(found) == 1, f"{module.__file__} must define exactly one pass, not {len(found)}"
+    if inspect.isabstract(found[0]):
+        raise TypeError(f"{name} lacks {', '.join(sorted(found[0].__abstractmethods__))}; see compress/contract/shapes.py")
     return found[0]

@@ -1,0 +1,102 @@
+"""A new pass is one file, and nothing else: listed, planned, run, resumed, and held to the contract."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PASS = '''"""Random pruning: zeros anywhere, the baseline that every score has to beat."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from compress.contract.base_passes import PruningPass
+from compress.contract.shapes import TensorPass
+from compress.spec.weight_state import State, Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.numerics.qtensor import QTensor
+
+
+class Random(PruningPass, TensorPass):
+    """Keeps entries that are drawn by lot."""
+
+    example: ClassVar[str] = "prune.random(sparsity=2:4)"
+
+    draw: int = Field(0, ge=0, description="seed of the lots")
+
+    def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
+        import torch
+
+        from compress.numerics.masks import keep_best
+
+        if weight.name.endswith("layers.1.mlp.up_proj.weight") and "DIE_HERE" in os.environ:
+            os._exit(9)
+        lots = torch.rand(value.shape, generator=torch.Generator().manual_seed(self.draw))
+        return value.masked_fill(~keep_best(lots, self.sparsity, per_row=self.scope == "row"), 0), None
+'''
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as it is installed, with one file more."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name, target in {"compress": "compress", "passes": "compress/passes", "recipes": "compress/recipes"}.items():
+        shutil.copytree(ROOT / name, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "compress" / "kernels").symlink_to(ROOT / "kernels")
+    (folder / "compress" / "passes" / "prune" / "random.py").write_text(PASS)
+    return folder
+
+
+def python(tree: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the tree in the place of what is installed."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    return subprocess.run([sys.executable, "-P", *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+def test_it_is_listed_planned_run_and_goes_on_where_it_died(tree: Path, tiny: Path, tmp_path: Path) -> None:
+    listed = python(tree, "-m", "compress", "list")
+    assert "prune.random" in listed.stdout
+    assert "seed of the lots" in python(tree, "-m", "compress", "prune", "random", "--help").stdout
+    recipe = ["-p", "prune.random(sparsity=2:4, draw=3)"]
+    planned = python(tree, "-m", "compress", "plan", tiny, *recipe, "--json")
+    assert json.loads(planned.stdout)["steps"][0]["name"] == "prune.random", planned.stderr
+    died = python(tree, "-m", "compress", "run", tiny, tmp_path / "out", *recipe, "--threads", 1, DIE_HERE="yes")
+    assert died.returncode == 9
+    assert not (tmp_path / "out").exists()
+    again = python(tree, "-m", "compress", "run", tiny, tmp_path / "out", *recipe, "--threads", 1, "--json")
+    assert again.returncode == 0, again.stderr
+    events = [json.loads(line) for line in again.stdout.splitlines()]
+    assert any(event.get("kept") for event in events if event["event"] == "progress"), "the journal of the run that died was read"
+    whole = python(tree, "-m", "compress", "run", tiny, tmp_path / "whole", *recipe, "--threads", 1)
+    assert whole.returncode == 0, whole.stderr
+    digests = [json.loads((tmp_path / name / "manifest.json").read_text())["digests"] for name in ("out", "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_it_is_held_to_the_contract(tree: Path) -> None:
+    contract = ROOT / "tests" / "passes" / "test_contract.py"
+    done = python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", contract, "-k", "prune.random")
+    assert "5 passed" in done.stdout, done.stdout[-2000:]
+
+
+def test_a_method_that_is_missing_is_told_when_the_pass_is_loaded(tree: Path) -> None:
+    (tree / "compress" / "passes" / "prune" / "nothing.py").write_text(PASS.replace("def tensor(", "def tensors("))
+    try:
+        done = python(tree, "-m", "compress", "plan", "nowhere", "-p", "prune.nothing(sparsity=0.5)")
+        assert "prune.nothing lacks tensor" in done.stderr
+    finally:
+        (tree / "compress" / "passes" / "prune" / "nothing.py").unlink()
