@@ -73,7 +73,7 @@ def test_it_is_listed_planned_run_and_goes_on_where_it_died(tree: Path, tiny: Pa
     assert "seed of the lots" in python(tree, "-m", "compress", "prune", "random", "--help").stdout
     recipe = ["-p", "prune.random(sparsity=2:4, draw=3)"]
     planned = python(tree, "-m", "compress", "plan", tiny, *recipe, "--json")
-    assert json.loads(planned.stdout)["steps"][0]["name"] == "prune.random", planned.stderr
+    assert "prune.random" in json.loads(planned.stdout)["steps"][0]["pass"], planned.stderr
     died = python(tree, "-m", "compress", "run", tiny, tmp_path / "out", *recipe, "--threads", 1, DIE_HERE="yes")
     assert died.returncode == 9
     assert not (tmp_path / "out").exists()
