@@ -12,7 +12,7 @@ import typer
 
 from compress.cli import options
 from compress.cli.guard import guarded
-from compress.cli.run import execute
+from compress.cli.run import RunFlags, execute
 from compress.contract.discover import load_pass
 from compress.spec.recipe import Line, Recipe, Value
 
@@ -49,7 +49,7 @@ def command_for(name: str) -> Callable[..., None]:
         given.pop("debug")
         chosen = {key: value for key, value in given.items() if value not in (None, [])}
         line = Line(name, {key: as_value(value) for key, value in chosen.items()}, name)
-        execute(Recipe((line,)), model, out, **common)
+        execute(Recipe((line,)), model, out, RunFlags(**common))
 
     parameters = [
         inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=options.Model),

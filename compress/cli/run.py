@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,10 +62,11 @@ def verb(
     A MODEL of `-` is the one that the recipe names.
     """
     found = chosen_recipe(recipe, passes, set_)
-    execute(
-        found, model, out, seed, allow_skips, shard_size, dtype, device, threads, fail_on, allow_nonfinite, allow_dtype_mismatch,
-        allow_overcommit, trust_remote_code, json_, quiet, steps, keep,
+    flags = RunFlags(
+        seed, allow_skips, shard_size, dtype, device, threads, fail_on, allow_nonfinite, allow_dtype_mismatch, allow_overcommit,
+        trust_remote_code, json_, quiet, steps, keep,
     )  # fmt: skip
+    execute(found, model, out, flags)
 
 
 def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None) -> Recipe:
@@ -85,14 +86,30 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
     return override(found, set_ or [])
 
 
-def execute(
-    recipe: Recipe, model: str, out: Path, seed: int | None, allow_skips: list[str] | None, shard_size: str,
-    dtype: str, device: str, threads: int | None, fail_on: list[str] | None, allow_nonfinite: bool, allow_dtype_mismatch: bool,
-    allow_overcommit: bool, trust_remote_code: bool, json_: bool, quiet: bool, steps: list[Path] | None = None,
-    keep: bool = True,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags that `run` and the command of every pass share."""
+
+    seed: int | None
+    allow_skips: list[str] | None
+    shard_size: str
+    dtype: str
+    device: str
+    threads: int | None
+    fail_on: list[str] | None
+    allow_nonfinite: bool
+    allow_dtype_mismatch: bool
+    allow_overcommit: bool
+    trust_remote_code: bool
+    json_: bool
+    quiet: bool
+    steps: list[Path] | None = None
+    keep: bool = True
+
+
+def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
     """Runs and prints; what `run` and the command of every pass share."""
-    limit = parse_size(shard_size)
+    limit, json_, quiet = parse_size(flags.shard_size), flags.json_, flags.quiet
     refuse_placeholders(recipe)
     from compress.pipeline.resolve import resolve
 
@@ -103,7 +120,7 @@ def execute(
     from compress.checkpoint.source import open_source
     from compress.pipeline.run import Options, OtherResultError, run_recipe
 
-    devices.resolve(device, int(os.environ.get("WORLD_SIZE", "1")))
+    devices.resolve(flags.device, int(os.environ.get("WORLD_SIZE", "1")))
     if model == "-":
         if recipe.model is None:
             raise RecipeError("model", "a model in the recipe, or as an argument", "neither")
@@ -111,26 +128,27 @@ def execute(
     elif recipe.model not in (None, model) and not quiet:
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
     opts = Options(
-        tuple(allow_skips or ()), allow_nonfinite, allow_dtype_mismatch, limit, tuple(fail_on or ()), allow_overcommit,
-        tuple(steps or ()), keep,
+        tuple(flags.allow_skips or ()), flags.allow_nonfinite, flags.allow_dtype_mismatch, limit, tuple(flags.fail_on or ()),
+        flags.allow_overcommit, tuple(flags.steps or ()), flags.keep,
     )  # fmt: skip
-    source = open_source(model, trust_remote_code)
+    source = open_source(model, flags.trust_remote_code)
     with events(json_, quiet) as receive:
-        ctx = context(recipe.seed if seed is None else seed, dtype, device, threads, receive)
+        seed = recipe.seed if flags.seed is None else flags.seed
+        ctx = context(seed, flags.dtype, flags.device, flags.threads, receive)
         try:
             result = run_recipe(recipe, source, out, ctx, opts)
         except OtherResultError as error:
             if not error.solved:
                 raise
-            said = ["--seed", str(ctx.seed)] if seed is not None else []
-            said += ["--dtype", dtype] if dtype != "auto" else []
+            said = ["--seed", str(ctx.seed)] if flags.seed is not None else []
+            said += ["--dtype", flags.dtype] if flags.dtype != "auto" else []
             raise InputError(with_command(error, out, ["run", model, str(out), "-p", recipe.one_liner(), *said])) from None
     if not ctx.is_main or quiet:
         return
     if json_:
         ctx.tell("done", **summary(result))
     else:
-        report(result, steps or [])
+        report(result, flags.steps or [])
 
 
 def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Problem]:
