@@ -268,7 +268,7 @@ def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     def stopping(*args: object) -> object:
         if len(seen) == 9:
             raise KeyboardInterrupt
-        seen.append(args[2])
+        seen.append(args[1])
         return move(*args)
 
     monkeypatch.setattr(stream, "_move", stopping)
@@ -288,7 +288,7 @@ def test_what_is_journaled_is_not_done_again_and_torn_tensors_are(
     with open(half / ".compress-journal.0", "ab") as stream_:
         stream_.write(b'{"weight": "cut o')
     again: list[str] = []
-    monkeypatch.setattr(stream, "_move", lambda *args: (again.append(args[2].name), move(*args))[1])
+    monkeypatch.setattr(stream, "_move", lambda *args: (again.append(args[1].name), move(*args))[1])
     result = run(tiny, tmp_path / "out", RECIPE)
     assert torn in again
     first = again[: 21 - len(journal) + 1]
