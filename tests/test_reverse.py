@@ -225,7 +225,7 @@ import sys, json
 from pathlib import Path
 from compress.pipeline.build_manifest import peak_resident_bytes
 from compress.checkpoint.reader import open_checkpoint
-from compress.contract.pass_base import Context
+from compress.context import Context
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 result = run_recipe(parse_one_liner(sys.argv[3]), open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context())

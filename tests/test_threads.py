@@ -54,9 +54,9 @@ def test_sweep_reverse_sweep_and_training_compute_on_what_was_said(demo_model: P
         f"calibrate(data={text}, samples=4, length=32) | quantize.llm_mq(bits=3, schemes=[w2a16g32, w4a16g32])"
         " | distill.logits(batch=4)"
     )
-    parts = "Sweep.block,GradientSweep.run,_Training._one_step"
+    parts = "Sweep.block,GradientSweep.run,Training._one_step"
     found = seen_in(parts, "run", demo_model, tmp_path / "out", "-p", recipe, "--threads", "3", "-q")
-    assert found == {"GradientSweep.run": 3, "Sweep.block": 3, "_Training._one_step": 3}
+    assert found == {"GradientSweep.run": 3, "Sweep.block": 3, "Training._one_step": 3}
 
 
 def test_eval_and_bench_compute_on_what_was_said(demo_model: Path, text: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch, transformers.models.llama.modeling_llama
 from transformers.models.auto import modeling_auto
 from compress.checkpoint.reader import open_checkpoint
-from compress.contract.pass_base import Context
+from compress.context import Context
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 recipe = parse_one_liner("quantize.rtn(scheme=w4a16g128) | pack(format=compressed-tensors)")

@@ -27,7 +27,7 @@ import torch, transformers.models.llama.modeling_llama
 from transformers.models.auto import modeling_auto
 import compress.executors.sweep, compress.corpus, compress.numerics.gptq
 from compress.checkpoint.reader import open_checkpoint
-from compress.contract.pass_base import Context
+from compress.context import Context
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 source, out, ids, samples, length, scheme, options = sys.argv[1:8]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
-from compress.executors.train.loop import _Run
+from compress.executors.train.loop import Training
 from compress.executors.train.record import LINES, Record
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
@@ -34,7 +34,7 @@ from transformers import conversion_mapping, core_model_loading, initialization,
 from transformers.models.auto import modeling_auto
 from accelerate import optimizer, scheduler
 from compress.checkpoint.reader import open_checkpoint
-from compress.contract.pass_base import Context
+from compress.context import Context
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 import compress.layerwise.model, compress.executors.train.loop, compress.executors.train.student, compress.plots, compress.corpus
@@ -189,7 +189,7 @@ def test_only_the_first_process_writes_the_record(tmp_path: Path) -> None:
         order=SimpleNamespace(steps=0), writer=SimpleNamespace(path=tmp_path), parameters={}, optimizer=None, record=record,
         ctx=Context(rank=1, world_size=2),
     )  # fmt: skip
-    _Run.all_steps(second)
+    Training.all_steps(second)
     assert (tmp_path / LINES).read_bytes() == whole
 
 

@@ -315,7 +315,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from compress.checkpoint.reader import open_checkpoint
-from compress.contract.pass_base import Context
+from compress.context import Context
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 source, out, recipe = sys.argv[1:4]

@@ -47,7 +47,7 @@ _APART = 1e-3
 def train(run: StepRun) -> dict[str, float]:
     """Trains, and writes every weight. Returns seconds by what they were spent on."""
     stream(run.untouched())
-    training = _Training(run)
+    training = Training(run)
     training.all_steps()
     started = time.perf_counter()
     training.write()
@@ -56,7 +56,7 @@ def train(run: StepRun) -> dict[str, float]:
     return {name: round(seconds, 3) for name, seconds in training.seconds.items()}
 
 
-class _Training:
+class Training:
     def __init__(self, run: StepRun) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
