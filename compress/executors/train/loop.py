@@ -57,6 +57,8 @@ def train(run: StepRun) -> dict[str, float]:
 
 
 class Training:
+    """A student, its teacher, and an optimizer over the steps of their training."""
+
     def __init__(self, run: StepRun) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
