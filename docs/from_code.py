@@ -1,37 +1,23 @@
 """Pages made from the code when the documentation is built: passes, formats, messages, commands, names, files.
 
 Everything lies in `docs/generated/`, which is not kept. A file that holds part of a page, for `{include}`, ends in `.part.md`.
-Links of hand-written pages point at files of the repository, so that they work there too; `link` turns them into links of
-the built pages.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from markup import COPIES, DOCS, GENERATED, ROOT, bullets, docstring, inline, link, prose, table
 from sphinx.application import Sphinx
-from sphinx.util import logging
 
 import compress
 from compress.contract.discover import caption, caption_of, load_pass, pass_files
 from compress.errors import CompressError, Problem
-
-ROOT = Path(__file__).parents[1]
-DOCS, GENERATED = ROOT / "docs", ROOT / "docs" / "generated"
-COPIES = {
-    "kernels/README.md": "native-format", "kernels/native/README.md": "native-kernels", "recipes/real.md": "measured-real",
-    "recipes/methods.md": "measured-methods", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog",
-}  # fmt: skip
-"""Pages that stand elsewhere in the repository -> their names among those that are generated."""
-_LINK = re.compile(r"(?<!\!)\[([^\]\[]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
-_FENCE = re.compile(r"^```.*?^```[^\n]*\n", re.MULTILINE | re.DOTALL)
-_LOG = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -79,92 +65,16 @@ def _pages() -> Iterator[tuple[str, str]]:
         yield f"{name}.md", link((ROOT / source).read_text(encoding="utf-8"), ROOT / source, GENERATED)
 
 
-# What pages are made of.
-
-
-def cell(text: object) -> str:
-    """Text of a table's cell."""
-    return inline(str(text)).replace("|", "\\|").replace("\n", " ")
-
-
-def inline(text: str) -> str:
-    """Text as it is: what Markdown would take for markup is escaped, but for code between backticks."""
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if number % 2 else re.sub(r"([<>*\[\]])", r"\\\1", part) for number, part in enumerate(parts))
-
-
-def prose(text: str) -> str:
-    """A docstring as Markdown: indented lines stay as they lie, everything else is paragraphs."""
-    found: list[str] = []
-    block: list[str] = []
-
-    def flush() -> None:
-        while block and not block[-1].strip():
-            block.pop()
-        if block:
-            found.extend(["", "```text", *inspect.cleandoc("\n".join(block)).splitlines(), "```", ""])
-            block.clear()
-
-    for line in inspect.cleandoc(text).splitlines():
-        if line.startswith("    ") or (block and not line.strip()):
-            block.append(line)
-        else:
-            flush()
-            bullet = re.match(r"[*-] ", line)
-            found.append(f"* {inline(line[2:])}" if bullet else inline(line))
-    flush()
-    return "\n".join(found).strip() + "\n"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table; cells are escaped unless they are code already."""
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell(each) for each in row)} |" for row in rows)]) + "\n"
-
-
-def bullets(rows: Iterable[tuple[str, str]]) -> str:
-    """A line for each: a link, and what it is."""
-    return "".join(f"* {name}: {inline(text)}\n" for name, text in rows)
-
-
-def docstring(path: Path) -> str:
-    """What a module says of itself, read as text."""
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-
-
-def _said_by(file: str) -> str:
-    """What a module of `compress/` says below its caption."""
-    return prose(docstring(ROOT / "compress" / file).partition("\n")[2])
-
-
-def link(text: str, source: Path, folder: Path) -> str:
-    """Links of a page that lies at `source`, for one in `folder`; what has no page of its own becomes plain text."""
-
-    def turned(match: re.Match[str]) -> str:
-        words, target, heading = match[1], match[2], match[3] or ""
-        if "://" in target:
-            return match[0]
-        path = Path(os.path.normpath(source.parent / target))
-        if not path.exists() and not path.is_relative_to(GENERATED):
-            _LOG.warning("%s: no such file: %s", source, target)
-        inside = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else ""
-        page = GENERATED / f"{COPIES[inside]}.md" if inside in COPIES else DOCS / "index.md" if inside == "README.md" else path
-        if not page.is_relative_to(DOCS) or page.suffix != ".md":
-            return words if words.startswith("`") else f"{words} (`{inside}`)"
-        return f"[{words}]({Path(os.path.relpath(page, folder)).as_posix()}{heading})"
-
-    fences = _FENCE.findall(text)
-    return "".join(
-        _LINK.sub(turned, part) + fence for part, fence in zip(_FENCE.split(text), [*fences, ""], strict=True)
-    )
-
-
 def _read(app: Sphinx, name: str, content: list[str]) -> None:
     """Sphinx has read a page: its links become those of built pages."""
     path = DOCS / f"{name}.md"
     if path.is_file() and not path.is_relative_to(GENERATED):
         content[0] = link(content[0], path, path.parent)
+
+
+def _said_by(file: str) -> str:
+    """What a module of `compress/` says below its caption."""
+    return prose(docstring(ROOT / "compress" / file).partition("\n")[2])
 
 
 # Passes and formats.
@@ -344,7 +254,7 @@ def api() -> str:
     """What `import compress` offers."""
     text = [
         "# Python\n",
-        "Names are loaded when they are asked for: `import compress` imports no torch. Types are checked by mypy in strict mode.\n",
+        "Names are loaded when they are asked for: `import compress` imports no torch.\n",
     ]
     for name in sorted(compress.__all__):
         value = getattr(compress, name)
@@ -357,16 +267,28 @@ def api() -> str:
     return "\n".join(text)
 
 
+class _Plain(str):
+    """An annotation as its source has it."""
+
+    __repr__ = str.__str__
+
+
+def _plain(annotation: Any) -> Any:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return annotation if annotation is inspect.Parameter.empty else _Plain(text)
+
+
 def _signature(value: Callable[..., Any]) -> str:
     try:
-        text = re.sub(r"<factory>|<function [^>]*>", "...", str(inspect.signature(value)))
+        signature = inspect.signature(value)
     except (TypeError, ValueError):
         return ""
-    if len(text) < 100:
-        return text
-    parameters = inspect.signature(value).parameters.values()
-    lines = [re.sub(r"<factory>|<function [^>]*>", "...", f"    {parameter},") for parameter in parameters]
-    return "\n".join(["(", *lines, ")"])
+    plain = [each.replace(annotation=_plain(each.annotation)) for each in signature.parameters.values()]
+    shown = [re.sub(r"<factory>|<function .* at 0x\w+>", "...", str(each)) for each in plain]
+    told = signature.return_annotation
+    end = ")" if inspect.isclass(value) or told is inspect.Signature.empty else f") -> {_plain(told)}"
+    text = f"({', '.join(shown)}{end}"
+    return text if len(text) < 100 else "\n".join(["(", *(f"    {each}," for each in shown), end])
 
 
 def _members(cls: type) -> Iterator[tuple[str, str]]:
@@ -403,7 +325,10 @@ def floors() -> str:
 
 def code_map() -> str:
     """Every file with its caption, by folder, in the order of folders."""
-    text = ["# Code map\n", "Every file and its caption, folder by folder, the lowest first. A file may import what stands above it.\n"]
+    text = [
+        "# Code map\n",
+        "Every file and its caption, folder by folder, the lowest first. A file may import what stands above it.\n",
+    ]
     for folder in folders():
         home = _home(folder)
         files = [home] if home.is_file() else sorted(path for path in home.rglob("*") if path.suffix in (".py", ".cu", ".cuh"))
