@@ -1,7 +1,7 @@
 """Every command and every line of Python of README.md, CONTRIBUTING.md and docs/ runs as it stands, or is marked.
 
-A page has a directory to itself, and its blocks run there in their order. There are MODEL, the embedded model; TEXTS.jsonl and
-HELD_OUT.jsonl; and recipe.yaml, the page's last recipe. A comment before a block says that it does not run here:
+A page has a directory to itself, and its blocks run there in their order. There are MODEL, a small one with the tokenizer of the
+embedded model; TEXTS.jsonl and HELD_OUT.jsonl; and recipe.yaml, the page's last recipe. A comment before a block says that it does not run here:
 
     <!-- needs: gpu -->           or hub, install, torchrun: what a test does not have; its options are checked all the same
     <!-- run by: tests/FILE -->   another test runs it
@@ -23,7 +23,7 @@ import typer.main
 from compress.cli.app import build
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe_file import parse_yaml
-from support import TEXT
+from support import TEXT, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,15 +78,25 @@ def run_here(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     build(words[1:])(words[1:], standalone_mode=False)
 
 
+@pytest.fixture(scope="module")
+def model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks with random weights, of widths that the groups in the pages divide."""
+    sizes = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 1024}
+    made = tiny_llama(tmp_path_factory.mktemp("pages") / "model", **sizes)
+    for path in demo_model.glob("tokenizer*"):
+        shutil.copy(path, made)
+    return made
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_says_to_type_runs(
-    page: Path, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found = blocks(page)
-    shutil.copytree(demo_model, "MODEL")
-    for name, text in (("TEXTS", "calibration"), ("HELD_OUT", "evaluation")):
-        shutil.copy(TEXT / f"{text}.jsonl", f"{name}.jsonl")
+    shutil.copytree(model, "MODEL")
+    shutil.copy(TEXT / "calibration.jsonl", "TEXTS.jsonl")
+    Path("HELD_OUT.jsonl").write_text("".join((TEXT / "evaluation.jsonl").read_text().splitlines(keepends=True)[:2]))
     for block in found:
         if block.kind == "yaml" and block.text.startswith("version:"):
             resolve(parse_yaml(block.text))
@@ -95,17 +105,17 @@ def test_what_a_page_says_to_type_runs(
     for block in found:
         if block.mark == "needs":
             assert block.value in NEEDS, f"{page}: needs {block.value}?"
-        elif block.mark:
+        if block.mark == "run by":
             assert (ROOT / block.value).is_file(), f"{page}: {block.value} runs it?"
-        if block.kind == "sh":
+        elif block.kind == "sh":
             for words in block.lines():
                 try:
-                    check(words) if block.mark else run_here(words, monkeypatch)
+                    check(words) if block.mark == "needs" else run_here(words, monkeypatch)
                 except SystemExit as error:
                     pytest.fail(f"{page.name}: {shlex.join(words)}\nstatus {error.code}\n{capfd.readouterr().err}")
         elif block.kind == "python":
             code = compile(block.text, str(page), "exec")
-            if not block.mark:
+            if block.mark != "needs":
                 exec(code, names)
 
 
@@ -129,7 +139,7 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
         # Pages of docs/generated are made when the documentation is built, which checks them.
         assert inside.exists() or inside.is_relative_to(ROOT / "docs" / "generated"), f"{page}: {target}"
     if page.name != "CHANGELOG.md":
-        for name in re.findall(r"`((?:compress|passes|kernels|recipes|tests|examples)/[\w/.-]+)`", page.read_text()):
+        for name in re.findall(r"`((?:compress|passes|kernels|recipes|tests|examples)/[\w/.-]+\.\w+)`", page.read_text()):
             assert (ROOT / name).exists() or name == "passes/clip.py", f"{page}: {name}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,13 +60,11 @@ def test_generate(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_pass_is_one_file_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
     """The tree with one more file in passes/: list, plan and run take it, and its command has its option."""
     site = tmp_path / "site" / "compress"
-    (site / "passes").mkdir(parents=True)
-    for folder, place in ((ROOT / "compress", site), (ROOT / "passes", site / "passes")):
-        for path in folder.iterdir():
-            (place / path.name).symlink_to(path)
-    for name in ("kernels", "recipes"):
-        (site / name).symlink_to(ROOT / name)
-    (site / "passes" / "clip.py").write_text((EXAMPLES / "clip.py").read_text())
+    site.mkdir(parents=True)
+    for path in [*(ROOT / "compress").iterdir(), ROOT / "kernels", ROOT / "recipes"]:
+        (site / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "passes", site / "passes", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(EXAMPLES / "clip.py", site / "passes")
     code = f"""
 import sys
 import compress
