@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from markup import COPIES, DOCS, GENERATED, ROOT, bullets, docstring, inline, link, prose, table
 from sphinx.application import Sphinx
 
 import compress
 from compress.contract.discover import caption, caption_of, load_pass, pass_files
 from compress.errors import CompressError, Problem
+from markup import COPIES, DOCS, GENERATED, ROOT, bullets, docstring, inline, link, prose, table
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -198,8 +198,8 @@ def statuses() -> str:
     rows: list[tuple[object, ...]] = [(0, "", "The command did what it was asked for.")]
     rows += sorted((cls.exit_status, f"`{cls.__name__}`", (cls.__doc__ or "").splitlines()[0]) for cls in below(CompressError))
     rows.append((guard.INTERNAL, "", "An internal error: a mistake in compress."))
-    stops = ((2, "Ctrl-C"), (15, "SIGTERM"), (13, "whoever read the output has gone"))
-    rows += [(guard.STOPPED + number, "", f"Stopped: {what}.") for number, what in stops]
+    stops = ((2, "Stopped by Ctrl-C."), (13, "Whoever read the output has gone."), (15, "Stopped by SIGTERM."))
+    rows += [(guard.STOPPED + number, "", what) for number, what in stops]
     return table(("status", "error", "what it says"), rows)
 
 

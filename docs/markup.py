@@ -90,7 +90,7 @@ def link(text: str, source: Path, folder: Path) -> str:
         inside = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else ""
         page = GENERATED / f"{COPIES[inside]}.md" if inside in COPIES else DOCS / "index.md" if inside == "README.md" else path
         if not page.is_relative_to(DOCS) or page.suffix != ".md":
-            return words if words.startswith("`") else f"{words} (`{inside}`)"
+            return f"`{inside}`" if words.strip("`") == inside else f"{words} (`{inside}`)"
         return f"[{words}]({Path(os.path.relpath(page, folder)).as_posix()}{heading})"
 
     fences = _FENCE.findall(text)

@@ -127,6 +127,15 @@ def test_no_block_is_missed() -> None:
         assert len(blocks(page)) == sum(kind in ("sh", "python", "yaml") for kind in kinds), f"{page}: a block is not read"
 
 
+def test_pages_of_measurements_name_what_measures() -> None:
+    """Their commands take hours."""
+    for page in (ROOT / "recipes").glob("*.md"):
+        commands = [words for block in blocks(page) for words in block.lines()]
+        assert commands
+        for words in commands:
+            check(words) if words[0] == "make" else Path(ROOT / words[1]).resolve(strict=True)
+
+
 def links(page: Path) -> Iterator[str]:
     yield from re.findall(r"\]\(([^)\s#]+)", page.read_text())
 
