@@ -101,6 +101,7 @@ def pass_page(name: str) -> str:
             prose(rest) if rest.strip() else "",
             f"In a recipe: `{name}`. By itself:\n",
             f"```text\n{command}{needed}\n```\n",
+            f"An example: `{example}`.\n" if (example := getattr(cls, "example", "")) else "",
             "## Options\n",
             table(("option", "type", "default", "what"), rows),
             "## Shape\n",

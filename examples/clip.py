@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.contract.pass_base import TargetedPass, TensorPass
+from compress import TensorPass
+from compress.contract.pass_base import TargetedPass
 from compress.errors import Refusal
 from compress.spec.weight_state import MATRICES, State, Weight
 
