@@ -119,6 +119,16 @@ def test_what_a_page_says_to_type_runs(
                 exec(code, names)
 
 
+def test_commands_within_the_text_are_there_with_their_options() -> None:
+    for page in PAGES:
+        for span in re.findall(r"`compress ([^`]+)`", page.read_text()):
+            words = span.replace("\\|", "|").split()
+            for name in words[1].split("|") if words[0] == "recipes" else words[1:2] or [""]:
+                command, _ = leaf([words[0], name, *words[2:]])
+                known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+                assert set(re.findall(r"--[a-z][a-z-]*", span)) <= known, f"{page}: compress {span}"
+
+
 def test_no_block_is_missed() -> None:
     """Other kinds of blocks are what something printed, or part of a file."""
     for page in PAGES:
