@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo test fuzz slow kill readers formats cubins gpu bench real lint types wheel demo-model clean
+.PHONY: demo test fuzz slow kill readers formats cubins gpu bench real lint types wheel docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -72,6 +72,10 @@ wheel: $(VENV)/dev
 	rm -rf dist build/lib
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
 
+# Pages of docs/, and those that are made from the code, to build/docs; warnings are errors.
+docs: $(VENV)/docs
+	$(BIN)/python -P -m sphinx -W --keep-going -n -q -d build/doctrees docs build/docs
+
 # The embedded model anew, from the sources of the CPython that runs this; about 20 minutes on 2 idle cores.
 demo-model: $(VENV)/demo
 	$(BIN)/python -m compress.demo.make_model
@@ -91,6 +95,10 @@ $(VENV)/test: $(VENV)/torch pyproject.toml setup.py
 
 $(VENV)/dev: $(VENV)/test
 	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable ".[readers,docs]"
 	touch $@
 
 $(VENV)/real: $(VENV)/torch pyproject.toml setup.py
