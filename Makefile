@@ -21,7 +21,7 @@ test: $(VENV)/test
 
 # Every parser against 20,000 texts of each kind; tests/bad_input prints the table of what is refused, and how.
 fuzz: $(VENV)/test
-	COMPRESS_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py $(ARGS)
+	COMPRESS_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/house/test_fuzz.py $(ARGS)
 	$(BIN)/python tests/bad_input
 
 slow: $(VENV)/test
@@ -33,7 +33,7 @@ kill: $(VENV)/test
 
 # Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow tests/readers $(ARGS)
+	$(BIN)/python -m pytest -q -m slow tests/evaluate/readers $(ARGS)
 
 # Every width, symmetry and format on some models: make formats MODELS="A B" ARGS=--gptqmodel
 formats: $(VENV)/test

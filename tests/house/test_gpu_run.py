@@ -15,7 +15,7 @@ import torch
 
 from compress.kernels import bench as kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def gpu_run(*arguments: str) -> subprocess.CompletedProcess[str]:

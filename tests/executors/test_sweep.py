@@ -25,7 +25,7 @@ from compress.numerics.masks import keep_best
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 from compress.spec.sparsity import Sparsity
-from families import FAMILIES, build
+from families import FAMILIES, build, inputs_for
 from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
@@ -38,17 +38,6 @@ WATCHED = [name for name in FAMILIES if name != "llama4"]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, found = tmp_path_factory.mktemp("families"), {}
     return lambda name: found.setdefault(name, build(name, folder))
-
-
-def inputs_for(name: str, folder: Path, samples: int = 5) -> Path:
-    """Ready inputs for a family: token ids, or audio features with the decoder's ids."""
-    if name != "whisper":
-        return ready_inputs(samples)
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(samples, 8, 32, generator=generator)
-    ids = torch.randint(3, 128, (samples, 24), generator=generator)
-    save_file({"input_features": features, "decoder_input_ids": ids}, folder / "audio.safetensors")
-    return folder / "audio.safetensors"
 
 
 def watch(model: torch.nn.Module, found: dict[str, torch.Tensor]) -> None:

@@ -29,7 +29,7 @@ from families import FAMILIES
 from support import dense_meaning, load, logits, run
 
 ENCODER_DECODERS = ("t5", "whisper")
-"""Not trained: they have no logits for every token of one text. tests/train/test_train.py sees them refused."""
+"""Not trained: they have no logits for every token of one text. tests/executors/train/test_train.py sees them refused."""
 LANGUAGE = [name for name in FAMILIES if name not in ENCODER_DECODERS]
 FUSED = ("olmo_hybrid", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gte")
 """Families with parameters that transformers fuses or splits while it loads."""

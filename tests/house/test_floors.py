@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FOLDERS = (
     "errors", "spec", "threads", "context", "device", "plots", "numerics", "checkpoint", "importers", "corpus", "architecture",

@@ -138,7 +138,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tiny: Path, tmp_path: Path, d
     run(tiny, tmp_path / "ref", RECIPE)
     out = tmp_path / "out"
     command = [sys.executable, "-P", "-c", RUN, str(tiny), str(out), RECIPE]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while (

@@ -12,18 +12,18 @@ import pytest
 import torch
 from benchmarks.sweep import synthetic
 from safetensors.torch import load_file, save_file
-from test_sweep import inputs_for
 
 from compress.checkpoint import spill
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
 from compress.errors import CoverageError, InputError, MachineError
+from compress.executors import gradients
 from compress.executors.gradients import GradientSweep
 from compress.layerwise.batches import Batch, cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.meta_model import MetaModel
 from compress.spec.weight_state import Weight
-from families import FAMILIES, build
+from families import FAMILIES, build, inputs_for
 from support import load, ready_inputs, tiny_llama
 
 KINDS = {"linear", "expert", "head", "embedding"}
@@ -48,7 +48,9 @@ def prepared(source: Path, data: Path, per_batch: int = 2) -> tuple[MetaModel, l
     return meta_model, batches, weights
 
 
-def gradients(meta_model: MetaModel, batches: list[Batch], weights: list[Weight], folder: Path) -> tuple[float, dict[str, Any]]:
+def gradients_of(
+    meta_model: MetaModel, batches: list[Batch], weights: list[Weight], folder: Path
+) -> tuple[float, dict[str, Any]]:
     found: dict[str, torch.Tensor] = {}
     loss = GradientSweep(meta_model, weights, folder, Context()).run(batches, lambda w, g: found.update({w.name: g.clone()}))
     return loss, found
@@ -85,7 +87,7 @@ def test_gradients_are_those_of_plain_autograd(name: str, every: int, tmp_path: 
     monkeypatch.setattr(spill, "_SMALLEST", 0)
     source = build(name, tmp_path)
     meta_model, batches, weights = prepared(source, inputs_for(name, tmp_path))
-    loss, found = gradients(meta_model, batches, weights, tmp_path / "scratch")
+    loss, found = gradients_of(meta_model, batches, weights, tmp_path / "scratch")
     wanted_loss, wanted = by_autograd(source, meta_model, batches, weights)
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
     assert found.keys() == wanted.keys() == {weight.name for weight in weights}
@@ -107,7 +109,7 @@ def test_padding_and_texts_side_by_side_do_not_count(tmp_path: Path) -> None:
     mask = (torch.arange(16) < 12).repeat(2, 1)
     (short,) = cut({"input_ids": ids}, meta_model.module, 0, 1, torch.float32)
     (long,) = cut({"input_ids": padded, "attention_mask": mask}, meta_model.module, 0, 1, torch.float32)
-    results = [gradients(meta_model, [batch], weights, tmp_path / "scratch") for batch in (short, long, packed)]
+    results = [gradients_of(meta_model, [batch], weights, tmp_path / "scratch") for batch in (short, long, packed)]
     for loss, found in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for key, grad in found.items():
@@ -130,7 +132,7 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
     load_ = meta_model.load
     monkeypatch.setattr(meta_model, "load", watched)
-    _, found = gradients(meta_model, batches, weights, tmp_path / "scratch")
+    _, found = gradients_of(meta_model, batches, weights, tmp_path / "scratch")
     assert len(found) == len(weights)
     assert most == 9
     blocks = [path for path in loads if ".layers." in path]
@@ -154,7 +156,7 @@ def test_what_blocks_share_in_other_ways_is_refused_by_name(tmp_path: Path, monk
     outer = meta_model.module.model.forward
     meta_model.module.model.forward = lambda **kwargs: outer(**kwargs, shared=shared)
     with pytest.raises(CoverageError, match=r"model\.layers\.0\n.*\n.*dict or list"):
-        gradients(meta_model, batches, weights, tmp_path / "scratch")
+        gradients_of(meta_model, batches, weights, tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
 
 
@@ -172,20 +174,20 @@ def test_a_cache_that_blocks_share_is_refused(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     meta_model, batches, weights = prepared(tmp_path / "model", ready_inputs())
     with pytest.raises(CoverageError, match=r"layers\.\d.*\n.*hands on what it returns.*\n.*Dict"):
-        gradients(meta_model, batches, weights, tmp_path / "scratch")
+        gradients_of(meta_model, batches, weights, tmp_path / "scratch")
 
 
 def test_what_gives_no_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta_model, batches, weights = prepared(tiny_llama(tmp_path / "model"), ready_inputs())
     one = cut({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, meta_model.module, 0, 1, torch.float32)
     with pytest.raises(InputError, match="a token to predict"):
-        gradients(meta_model, one, weights, tmp_path / "scratch")
+        gradients_of(meta_model, one, weights, tmp_path / "scratch")
     monkeypatch.setattr(type(meta_model.module.model.norm), "forward", lambda self, hidden: hidden * torch.inf)
     with pytest.raises(InputError, match="a finite number"):
-        gradients(meta_model, batches, weights, tmp_path / "scratch")
+        gradients_of(meta_model, batches, weights, tmp_path / "scratch")
     monkeypatch.setattr(type(meta_model.module.model.norm), "forward", lambda self, hidden: hidden * 0)
     with pytest.raises(CoverageError, match="a gradient of zeros"):
-        gradients(meta_model, batches, [w for w in weights if w.block == 1], tmp_path / "scratch")
+        gradients_of(meta_model, batches, [w for w in weights if w.block == 1], tmp_path / "scratch")
 
 
 def test_the_shelf_keeps_what_it_was_given(tmp_path: Path) -> None:
