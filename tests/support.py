@@ -27,6 +27,7 @@ from compress.layerwise.dense_view import DenseView
 from compress.layerwise.eval_windows import token_windows
 from compress.numerics import qtensor
 from compress.numerics.grid import round_to_nearest
+from compress.numerics.lowrank import Factors
 from compress.numerics.rounding import nearest
 from compress.pipeline import output_paths
 from compress.pipeline.run import Options, Result, run_recipe
@@ -182,6 +183,21 @@ def random_codes(weight: Weight, scheme: Scheme, dtype: torch.dtype = torch.bflo
     scale = round_to_nearest(torch.randn(weight.shape), scheme, dtype).scale * (torch.randint(0, 2, shape) * 2 - 1).to(dtype)
     zero = None if scheme.symmetric else torch.randint(least_zero, scheme.levels, shape, dtype=torch.uint8)
     return qtensor.QTensor(scheme, torch.randint(0, scheme.levels, weight.shape, dtype=torch.uint8), scale, zero)
+
+
+def in_state(weight: Weight, state: State) -> qtensor.QTensor:
+    """A random weight in a state."""
+    assert state.scheme is not None
+    lead = () if weight.experts is None else (weight.experts,)
+    w = torch.randn(*lead, weight.rows, weight.columns).bfloat16()
+    q = nearest(w, state.scheme, torch.bfloat16, outliers=state.outliers).q
+    if state.lowrank is None:
+        return q
+    left, right = torch.randn(*lead, weight.rows, state.lowrank.rank), torch.randn(*lead, state.lowrank.rank, weight.columns)
+    if not state.lowrank.int8:
+        return replace(q, lowrank=Factors(left.bfloat16(), right.bfloat16()))
+    scale = torch.rand(*lead, state.lowrank.rank) / 1000
+    return replace(q, lowrank=Factors((left * 40).to(torch.int8), (right * 40).to(torch.int8), scale))
 
 
 def packed_weight(text: str, rows: int, columns: int, experts: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Packed:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint import spill
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
-from compress.errors import CoverageError, InputError, MachineError
+from compress.errors import CoverageError, InputError
 from compress.executors import gradients
 from compress.executors.gradients import GradientSweep
 from compress.layerwise.batches import Batch, cut
@@ -188,32 +188,6 @@ def test_what_gives_no_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(type(meta_model.module.model.norm), "forward", lambda self, hidden: hidden * 0)
     with pytest.raises(CoverageError, match="a gradient of zeros"):
         gradients_of(meta_model, batches, [w for w in weights if w.block == 1], tmp_path / "scratch")
-
-
-def test_the_shelf_keeps_what_it_was_given(tmp_path: Path) -> None:
-    there = spill.Spill(tmp_path / "shelf")
-    tensors = {
-        "large": torch.randn(64, 512).T, "small": torch.randn(3), "mask": torch.rand(512, 512) > 0.5,
-        "half": torch.randn(256, 256).bfloat16(), "wide": torch.ones(1).expand(70_000), "ids": torch.arange(20_000),
-    }  # fmt: skip
-    for key, tensor in tensors.items():
-        there.put(key, tensor)
-    for key, tensor in tensors.items():
-        got = there.get(key)
-        assert torch.equal(got, tensor)
-        assert got.dtype == tensor.dtype
-    there.add("large", torch.ones(512, 64))
-    there.add("new", torch.ones(2))
-    assert torch.equal(there.get("large"), tensors["large"] + 1)
-    assert torch.equal(there.get("new"), torch.ones(2))
-    files = len(list((tmp_path / "shelf").iterdir()))
-    there.drop("large")
-    assert "large" not in there
-    assert len(list((tmp_path / "shelf").iterdir())) == files - 1
-    there.close()
-    assert not (tmp_path / "shelf").exists()
-    with pytest.raises(MachineError, match="bytes for hidden states"):
-        there.put("late", tensors["large"])
 
 
 @pytest.mark.slow
