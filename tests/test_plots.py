@@ -81,7 +81,7 @@ def test_one_stage_is_drawn(tmp_path: Path, chosen: list[Stage]) -> None:
     assert chosen[0].name in texts(path)
 
 
-def test_a_suffix_is_a_format_and_nothing_is_no_picture(tmp_path: Path) -> None:
+def test_a_suffix_is_a_format_and_nothing_is_no_plot(tmp_path: Path) -> None:
     losses(tmp_path / "losses.png", ROWS, "A title")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rows"):

@@ -156,7 +156,7 @@ def test_a_process_is_measured_without_the_memory_of_who_starts_it(tmp_path: Pat
         process.measure([str(tmp_path / "none")], tmp_path / "d.log")
 
 
-def test_rows_are_kept_and_one_that_fails_is_told(tmp_path: Path, cache: Path, protocol: Protocol) -> None:
+def test_rows_are_kept_and_one_that_fails_is_reported(tmp_path: Path, cache: Path, protocol: Protocol) -> None:
     there = table.Table(protocol, table.inputs_of(protocol), 200, fake_compress(tmp_path))
     files = tmp_path / "real.json", tmp_path / "real.md"
     failed = table.write_down(there, ["source", "rtn-w3g64", "gptq-w3g64"], *files, lambda line: None)

@@ -320,7 +320,7 @@ def test_an_artifact_of_another_tool_is_repacked_where_that_is_asked_for(model: 
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_the_verb_prints_speeds_memory_and_protocol(
+def test_the_command_prints_speeds_memory_and_protocol(
     packed: Path, model: Path, as_json: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["bench", str(packed), "--against", str(model), "--prompt", "8", "--new", "2", "--batch", "1,2", "--device", "cpu"]

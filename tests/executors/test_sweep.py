@@ -324,7 +324,7 @@ def test_a_weight_that_no_batch_reaches_is_an_error(made: Any, tmp_path: Path, m
         do(made("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
 
 
-def test_dense_meaning_of_a_sweep_runs(made: Any, tmp_path: Path) -> None:
+def test_the_dense_view_of_a_sweep_runs(made: Any, tmp_path: Path) -> None:
     do(made("qwen3_moe"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
     model = load(dense_meaning(tmp_path / "out", tmp_path / "dense"))
     assert sum(p.numel() for p in model.parameters())

@@ -76,7 +76,7 @@ def test_a_part_that_hangs_dies_or_never_began_is_told(runner: Any, tmp_path: Pa
     assert [part.ended for part in parts] == ["its time was up", "status 9: words", "there was no time to begin it"]
 
 
-def test_the_rooms_are_imported_from_a_checkout_that_is_not_installed() -> None:
+def test_the_folders_are_imported_from_a_checkout_that_is_not_installed() -> None:
     code = f"""
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(getattr(f, "__module__", f)).lower()]

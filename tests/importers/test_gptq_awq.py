@@ -174,7 +174,7 @@ def test_the_dtype_keeps_the_scales(store: Any, dense: Any, layout: dict[str, An
         assert torch.equal(dense(checkpoint, packed), exact.to(torch.float16 if dtype == "F16" else torch.bfloat16))
 
 
-def test_only_a_config_beside(store: Any) -> None:
+def test_only_a_config_of_its_own(store: Any) -> None:
     made = case(4, 32, 64, 16, True)
     tensors = gptq(*made, 4, [k // 16 for k in range(64)], 1)
     said = {key: value for key, value in GPTQ.items() if key != "quant_method"}
@@ -307,7 +307,7 @@ def test_headers_alone_are_judged_with_a_note(store: Any) -> None:
     assert "headers" in packed.note
 
 
-def test_a_dense_checkpoint_is_not_foreign(store: Any) -> None:
+def test_a_dense_checkpoint_needs_no_importer(store: Any) -> None:
     checkpoint = store({}, None)
     assert method_of(checkpoint) is None
     with pytest.raises(InputError, match="without a quantization config"):

@@ -289,7 +289,7 @@ def test_tokens_are_asked_for(tiny: Path, tmp_path: Path) -> None:
         run(tiny, tmp_path / "out", "quantize.llm_mq(bits=3, method=rtn)")
 
 
-def test_the_picture_has_every_kind_of_weight(tmp_path: Path) -> None:
+def test_the_plot_has_every_kind_of_weight(tmp_path: Path) -> None:
     from compress.plots import allocation
 
     run(tiny_llama(tmp_path / "model", num_hidden_layers=3), tmp_path / "out", mq("bits=3, method=rtn"))

@@ -40,7 +40,7 @@ def test_another_recipe_on_the_same_output_is_refused(tiny: Path, tmp_path: Path
         run(tiny, tmp_path / "out", recipe)
 
 
-def test_a_foreign_directory_is_never_replaced(tiny: Path, tmp_path: Path) -> None:
+def test_a_directory_of_others_is_never_replaced(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("mine")
     with pytest.raises(InputError, match="did not make"):

@@ -215,7 +215,7 @@ def test_without_kl_there_is_no_teacher(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [PRUNE, "quantize.rtn(scheme=w4a16g32)", f"{PRUNE} | {DISTILL})"])
-def test_of_a_changed_model_the_ancestor_must_be_named(before: str, tiny: Path, tmp_path: Path) -> None:
+def test_of_a_changed_model_the_dense_parent_must_be_named(before: str, tiny: Path, tmp_path: Path) -> None:
     do(tiny, tmp_path / "changed", before)
     with pytest.raises(CompressError) as error:
         do(tmp_path / "changed", tmp_path / "out", f"{DISTILL})")
@@ -244,7 +244,7 @@ def test_calibration_alone_changes_no_model(tiny: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "out")[0] > 1e-3
 
 
-def test_an_ancestor_of_the_hub_is_opened_at_its_commit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dense_parent_of_the_hub_is_opened_at_its_commit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
     def from_the_hub(name: str, trusted: bool = False) -> Any:

@@ -141,7 +141,7 @@ def test_a_masked_model_answers_for_every_token_it_sees() -> None:
         assert scored(found.lesson([row])) == [(at, int(corpus.tensors["input_ids"][row, at])) for at in seen]
 
 
-def test_a_lesson_gives_the_model_what_it_needs_and_no_more() -> None:
+def test_a_batch_gives_the_model_what_it_needs_and_no_more() -> None:
     """Masks only where there is padding, and positions without a mask, which would join texts."""
     assert lessons(streams()).lesson([0, 1]).inputs.keys() == {"input_ids"}
     assert lessons(documents()).lesson([0, 1]).inputs.keys() == {"input_ids", "position_ids"}
@@ -175,7 +175,7 @@ def test_all_processes_together_have_the_samples_of_the_step(corpus: Corpus, wor
         assert labels == found.tokens(found.of_step(step))
 
 
-def test_a_process_without_samples_gets_a_lesson_that_counts_nothing() -> None:
+def test_a_process_without_samples_gets_a_batch_that_counts_nothing() -> None:
     found = lessons(streams(), batch=3, micro_batch=2)
     (first, _), (second, _) = (next(iter(found.share(0, rank, 3))) for rank in (0, 2))
     assert len(first.labels) == 2 * (LENGTH - 1)
