@@ -102,4 +102,5 @@ def test_shards_are_cut_and_indexed() -> None:
     assert name == "model.safetensors.index.json"
     assert index["metadata"]["total_size"] == 700
     assert index["weight_map"]["big"] == "model-00004-of-00004.safetensors"
+    assert [*index["weight_map"]] == sorted(index["weight_map"]), "by name, as transformers writes it"
     assert index_file(arrange(specs, 10_000)) is None
