@@ -26,7 +26,7 @@ from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 from compress.spec.sparsity import Sparsity
 from families import FAMILIES, build, inputs_for
-from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
+from support import SHARED, dense_meaning, load, ready_inputs, run_commands, step_of, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
@@ -267,21 +267,21 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("recipe", ["prune.wanda(sparsity=2:4)", GPTQ, *SMOOTH])
-def test_two_processes_equal_one(recipe: str, name: str, made: Any, tmp_path: Path) -> None:
-    """Every byte: batches are cut alike, and their statistics add up without rounding."""
-    arguments = ["-m", "compress", "run", made(name)]
-    options = ["-p", f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}", "--dtype", "float32", "--quiet"]
-    one_thread = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for command in ([*arguments, tmp_path / "one"], [*torchrun, *arguments, tmp_path / "two"]):
-        done = subprocess.run([sys.executable, *command, *options], env=one_thread, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-    manifest = open_checkpoint(tmp_path / "two").manifest
-    assert manifest is not None
-    assert manifest.measured["ranks"] == 2
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+def test_two_processes_equal_one(made: Any, tmp_path: Path) -> None:
+    """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""
+    cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, *SMOOTH)]
+    for ranks in (1, 2):
+        commands = []
+        for number, (name, recipe) in enumerate(cases):
+            passes = f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}"
+            out = tmp_path / f"{ranks}-{number}"
+            commands.append(["run", made(name), out, "-p", passes, "--dtype", "float32", "--quiet"])
+        run_commands(commands, tmp_path, ranks)
+    for number, case in enumerate(cases):
+        manifest = open_checkpoint(tmp_path / f"2-{number}").manifest
+        assert manifest is not None
+        assert manifest.measured["ranks"] == 2
+        assert tree(tmp_path / f"1-{number}") == tree(tmp_path / f"2-{number}"), case
 
 
 def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_code_is_found_by_name_only_where_nobody_else_chooses_it() -> None:
 
 def test_code_of_a_model_is_loaded_in_one_place() -> None:
     users = {path.name for path in SOURCES if any(module == "transformers.dynamic_module_utils" for module, _ in imported(path))}
-    assert users == {"trust.py"}
+    assert users == {"remote_code.py"}
 
 
 @pytest.fixture
