@@ -53,7 +53,7 @@ BY_NAME = {
     ("dispatch.py", "importlib.import_module(f\"compress.kernels.{name.replace('-', '_')}.layout\")"): "a format that lies there",
     ("dispatch.py", "importlib.import_module(f'compress.kernels.native.{name}')"): "a backend, from a table of ours",
     ("__init__.py", "import_module(f\"compress.importers.{method.replace('-', '_')}\")"): "one of METHODS",
-    ("checkpoint.py", "getattr(torch, names[name])"): "a dtype, from a table of ours",
+    ("reader.py", "getattr(torch, names[name])"): "a dtype, from a table of ours",
     ("model.py", "getattr(torch, dtype)"): "a dtype, checked where it is given",
     ("probe.py", "getattr(torch, request['dtype'])"): "the same, handed to a reader's process",
     ("probe.py", "runpy.run_path(script)"): "a script of ours, beside it",
@@ -61,8 +61,8 @@ BY_NAME = {
     ("probe_gptqmodel.py", "importlib.import_module('gptqmodel')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('torch')"): "one name",
     ("probe_peft.py", "importlib.import_module('peft')"): "one name",
-    ("classes.py", "getattr(modeling_auto, name)"): "the names of transformers' own tables",
-    ("classes.py", "getattr(transformers, wanted)"): "a class that those tables list for the model_type",
+    ("model_class.py", "getattr(modeling_auto, name)"): "the names of transformers' own tables",
+    ("model_class.py", "getattr(transformers, wanted)"): "a class that those tables list for the model_type",
 }
 """Where code or an attribute of a library is found by a name, and why nobody else can choose the name."""
 
