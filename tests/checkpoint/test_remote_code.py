@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from compress.layerwise.model import build
 from compress.pipeline.run import Options, Result, run_recipe
 from compress.spec.recipe import parse_one_liner
 from custom import FILES, tiny_custom
+from forked import compress
 from support import logits, tiny_llama
 
 RTN = "quantize.rtn(scheme=w4a16g32)"
@@ -51,10 +50,6 @@ def trusted_run(source: Path, out: Path, recipe: str, told: list[dict[str, Any]]
 def change(file: Path, **entries: Any) -> None:
     """Sets entries of a JSON file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
-
-
-def compress(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "compress", *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("verb", ["plan", "run", "generate", "eval", "verify"])
