@@ -10,10 +10,20 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo test fuzz slow kill readers formats cubins gpu bench real lint types wheel docs demo-model clean
+.PHONY: demo check quick test fuzz faults slow kill readers formats cubins gpu bench real lint types wheel docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
+
+# A minute on 2 cores: lint, types, and `make quick`. The first time takes longer, for types have nothing to go on from.
+check: $(VENV)/dev
+	$(MAKE) --no-print-directory -j2 lint types quick
+
+# Floors, the spec, the numerics that take no seconds, and one demo from end to end.
+quick: $(VENV)/test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/house/test_floors.py \
+		tests/spec tests/numerics tests/cli/test_demo.py::test_a_short_demo --ignore tests/numerics/test_gptq_floats.py \
+		--deselect tests/numerics/test_knapsack.py::test_thousands_of_weights_take_seconds $(ARGS)
 
 # A process per core, each with one thread: threads of several processes that wait for each other cost more than they gain.
 test: $(VENV)/test
@@ -21,8 +31,12 @@ test: $(VENV)/test
 
 # Every parser against 20,000 texts of each kind; tests/bad_input prints the table of what is refused, and how.
 fuzz: $(VENV)/test
-	COMPRESS_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_fuzz.py $(ARGS)
+	COMPRESS_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/house/test_fuzz.py $(ARGS)
 	$(BIN)/python tests/bad_input
+
+# A dozen faults, planted one at a time into a copy of the sources: each must fail a test.
+faults: $(VENV)/test
+	$(BIN)/python -m pytest -q -n auto -m slow -rP tests/house/test_planted_faults.py $(ARGS)
 
 slow: $(VENV)/test
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -33,7 +47,7 @@ kill: $(VENV)/test
 
 # Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow tests/readers $(ARGS)
+	$(BIN)/python -m pytest -q -m slow tests/evaluate/readers $(ARGS)
 
 # Every width, symmetry and format on some models: make formats MODELS="A B" ARGS=--gptqmodel
 formats: $(VENV)/test
@@ -62,11 +76,12 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Against a copy that is installed, not editable: the three rooms are one package only there.
-types: $(VENV)/dev wheel
-	rm -rf build/types && mkdir -p build/types
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types dist/*.whl
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) --python-executable $(abspath $(BIN)/python) -p compress
+# By links that make one package of the three folders, as it is installed; what mypy knew of it the last time is kept.
+types: $(VENV)/dev
+	rm -rf build/types && mkdir -p build/types/compress
+	ln -s $(abspath compress)/* $(abspath passes kernels recipes) build/types/compress
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) --python-executable $(abspath $(BIN)/python) \
+		--cache-dir $(abspath build)/mypy -p compress
 
 wheel: $(VENV)/dev
 	rm -rf dist build/lib

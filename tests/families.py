@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
+
+from support import ready_inputs
 
 VOCABULARY, HIDDEN, INTERMEDIATE, BLOCKS, EXPERTS = 128, 64, 96, 2, 4
 _SIZES: dict[str, Any] = {
@@ -129,3 +132,14 @@ def build(name: str, directory: Path) -> Path:
             parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     model.to(torch.bfloat16).save_pretrained(directory / name)
     return directory / name
+
+
+def inputs_for(name: str, folder: Path, samples: int = 5) -> Path:
+    """Ready inputs for a family: token ids, or audio features with the decoder's ids."""
+    if name != "whisper":
+        return ready_inputs(samples)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(samples, 8, 32, generator=generator)
+    ids = torch.randint(3, 128, (samples, 24), generator=generator)
+    save_file({"input_features": features, "decoder_input_ids": ids}, folder / "audio.safetensors")
+    return folder / "audio.safetensors"

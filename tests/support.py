@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
@@ -27,6 +30,7 @@ from compress.layerwise.dense_view import DenseView
 from compress.layerwise.eval_windows import token_windows
 from compress.numerics import qtensor
 from compress.numerics.grid import round_to_nearest
+from compress.numerics.lowrank import Factors
 from compress.numerics.rounding import nearest
 from compress.pipeline import output_paths
 from compress.pipeline.run import Options, Result, run_recipe
@@ -58,6 +62,32 @@ def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
     """Runs a one-liner over a directory, in fp32 and on two threads or as the context says."""
     settings = {"threads": 2, "dtype": "float32", **context}
     return run_recipe(parse_one_liner(recipe), open_checkpoint(source), out, Context(**settings))
+
+
+COMMANDS = """
+import json, sys
+from compress.cli.app import build
+for arguments in json.loads(sys.argv[1]):
+    try:
+        build(arguments)(arguments, standalone_mode=False)
+    except SystemExit as ended:
+        if ended.code:
+            sys.exit(f"status {ended.code}: compress {' '.join(arguments)}")
+"""
+
+
+def run_commands(commands: list[list[Any]], folder: Path, ranks: int = 1) -> None:
+    """Runs command lines of `compress` one after another in a fresh process, or in several under torchrun.
+
+    One process for all of them: importing torch and transformers takes longer than most runs of tiny models.
+    """
+    (folder / "commands.py").write_text(COMMANDS)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
+    texts = json.dumps([list(map(str, command)) for command in commands])
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, str(folder / "commands.py"), texts]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -182,6 +212,21 @@ def random_codes(weight: Weight, scheme: Scheme, dtype: torch.dtype = torch.bflo
     scale = round_to_nearest(torch.randn(weight.shape), scheme, dtype).scale * (torch.randint(0, 2, shape) * 2 - 1).to(dtype)
     zero = None if scheme.symmetric else torch.randint(least_zero, scheme.levels, shape, dtype=torch.uint8)
     return qtensor.QTensor(scheme, torch.randint(0, scheme.levels, weight.shape, dtype=torch.uint8), scale, zero)
+
+
+def in_state(weight: Weight, state: State) -> qtensor.QTensor:
+    """A random weight in a state."""
+    assert state.scheme is not None
+    lead = () if weight.experts is None else (weight.experts,)
+    w = torch.randn(*lead, weight.rows, weight.columns).bfloat16()
+    q = nearest(w, state.scheme, torch.bfloat16, outliers=state.outliers).q
+    if state.lowrank is None:
+        return q
+    left, right = torch.randn(*lead, weight.rows, state.lowrank.rank), torch.randn(*lead, state.lowrank.rank, weight.columns)
+    if not state.lowrank.int8:
+        return replace(q, lowrank=Factors(left.bfloat16(), right.bfloat16()))
+    scale = torch.rand(*lead, state.lowrank.rank) / 1000
+    return replace(q, lowrank=Factors((left * 40).to(torch.int8), (right * 40).to(torch.int8), scale))
 
 
 def packed_weight(text: str, rows: int, columns: int, experts: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Packed:

@@ -209,7 +209,7 @@ def artifact(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("verb", ["eval", "diff", "generate"])
-def test_verbs_say_the_same_there(verb: str, demo_model: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_the_same_there(verb: str, demo_model: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = demo_model.parent / "text" / "evaluation.jsonl"
     command: list[object] = {
         "eval": ["eval", artifact, "--against", demo_model, "--data", text, "--tokens", 512, "--json"],
@@ -417,7 +417,7 @@ def test_every_option_of_a_pass_is_read(name: str) -> None:
     assert cls.model_fields.keys() <= read, sorted(cls.model_fields.keys() - read)
 
 
-def test_every_option_of_a_verb_is_read() -> None:
+def test_every_option_of_a_command_is_read() -> None:
     from compress.cli import passes
 
     for path in sorted((ROOT / "compress/cli").glob("*.py")):

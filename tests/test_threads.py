@@ -49,7 +49,7 @@ def text(demo_model: Path) -> Path:
     return demo_model.parent / "text" / "evaluation.jsonl"
 
 
-def test_sweep_reverse_sweep_and_training_compute_on_what_was_said(demo_model: Path, text: Path, tmp_path: Path) -> None:
+def test_sweep_gradient_sweep_and_training_compute_on_what_was_said(demo_model: Path, text: Path, tmp_path: Path) -> None:
     recipe = (
         f"calibrate(data={text}, samples=4, length=32) | quantize.llm_mq(bits=3, schemes=[w2a16g32, w4a16g32])"
         " | distill.logits(batch=4)"

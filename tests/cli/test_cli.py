@@ -12,13 +12,7 @@ import pytest
 
 from compress.errors import UsageError
 from compress.spec.byte_size import parse_size
-
-
-def compress(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "compress", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
-    )
+from forked import compress
 
 
 def ok(*arguments: object, cwd: Path | None = None) -> str:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +17,8 @@ from compress.cli.app import build
 from compress.errors import InputError
 from compress.layerwise.sample import sample
 from families import build as build_family
+from forked import compress
 from support import run, step_of
-
-
-def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "compress", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def ok(*arguments: object) -> str:

@@ -154,7 +154,7 @@ def test_bars_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(re.search(r"distill.logits: train .* 40/384 steps, .*loss 1.5000", line) for line in lines), drawn
 
 
-def test_verbs_that_measure_tell_too(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_measure_report_too(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = typed(capsys, "diff", tiny, tiny)
     assert re.search(r"^diff: compare 100% in ", err, re.MULTILINE)
     _, err = typed(capsys, "verify", tiny)

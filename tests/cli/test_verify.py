@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from compress.cli.app import build
 from compress.errors import FormatError
 from compress.evaluate import readers
 from compress.kernels.dispatch import formats
+from forked import compress
 from support import run, step_of
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -35,12 +33,6 @@ Said = tuple[int, str, str]
 def remarks(err: str) -> list[str]:
     """What stderr says besides how far things are."""
     return [line for line in err.splitlines() if not re.fullmatch(r"(read|verify: ).* in \d+\.\d s", line)]
-
-
-def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "compress", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_experts_in_one_launch(text: str, counts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("experts", [False, True])
-def test_what_stands_beside_codes_is_added(experts: bool) -> None:
+def test_corrections_are_added(experts: bool) -> None:
     scheme, w = Scheme.parse("w4a16g32"), torch.randn(40, 160).half()
     split = outliers.split(w, Outliers(0.02))
     q = nearest(split.rest, scheme, w.dtype).q

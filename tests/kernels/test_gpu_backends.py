@@ -252,7 +252,7 @@ def near(found: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.
 ])  # fmt: skip
 @pytest.mark.parametrize(("rows", "columns"), [(33, 200), (16, 4096)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_whole_road_computes_what_codes_mean(
+def test_the_whole_call_computes_what_codes_mean(
     gpu_here: Libcuda, text: str, rows: int, columns: int, dtype: torch.dtype
 ) -> None:
     packed = packed_weight(text, rows, columns, dtype=dtype)

@@ -88,7 +88,7 @@ def test_a_stranger_reads_an_artifact_with_the_page_alone(scheme: str, tmp_path:
 
 @pytest.mark.parametrize("text", [t for t in SCHEMES if "fp8" not in t and t != "nvfp4"])
 @pytest.mark.parametrize("experts", [None, 3])
-def test_what_stands_beside_codes_comes_back(text: str, experts: int | None) -> None:
+def test_corrections_come_back(text: str, experts: int | None) -> None:
     shape = (37, 160) if experts is None else (experts, 37, 160)
     if text.endswith("g256-asym"):
         shape = (*shape[:-1], 256)

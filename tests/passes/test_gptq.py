@@ -45,7 +45,7 @@ def test_recorded_errors_are_those_of_what_is_on_disk(demo_model: Path, tmp_path
 
 @pytest.mark.parametrize("options", ["", ", order=stored", ", signed=false"])
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g32", "w4a16"])
-def test_readers_load_it_with_the_logits_of_its_meaning(scheme: str, options: str, tiny: Path, tmp_path: Path) -> None:
+def test_readers_load_it_with_the_logits_of_its_dense_view(scheme: str, options: str, tiny: Path, tmp_path: Path) -> None:
     """Scales of either sign included."""
     calibrate = f"calibrate(data='{ready_inputs()}', samples=6)"
     run(tiny, tmp_path / "out", f"{calibrate} | quantize.gptq(scheme={scheme}{options}) | pack(format=compressed-tensors)")

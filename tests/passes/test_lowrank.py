@@ -82,7 +82,7 @@ def test_weighted_factors_cost_outputs_less(tiny: Path, tmp_path: Path) -> None:
     assert b.error > a.error  # type: ignore[operator]
 
 
-def test_the_ancestor_is_what_the_quantizer_read(tiny: Path, tmp_path: Path) -> None:
+def test_the_dense_parent_is_what_the_quantizer_read(tiny: Path, tmp_path: Path) -> None:
     """Trained on the way: not the model that the run began with."""
     recipe = f"{CALIBRATE} | distill.logits(batch=6, micro_batch=3, epochs=2, lr=1e-2) | quantize.rtn(scheme=w3a16g32) | quantize.lorc(rank=64)"
     run(tiny, tmp_path / "out", recipe)

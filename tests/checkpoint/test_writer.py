@@ -1,0 +1,41 @@
+"""Writer: nothing is published before it is on disk, and neither is the name that it gets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.checkpoint.safetensors_header import arrange
+from compress.checkpoint.writer import Writer
+from compress.spec.weight_state import TensorSpec
+
+
+def test_every_file_is_synced_before_the_rename_and_the_rename_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor))[1])
+
+    def renamed(source: Path, target: Path) -> None:
+        assert {entry.stat().st_ino for entry in (source, *source.iterdir())} <= set(synced)
+        synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    specs = [TensorSpec(name, "F32", (8,)) for name in "abc"]
+    side = tmp_path / "tokenizer.json"
+    side.write_text("{}")
+    writer = Writer(tmp_path / "out.tmp", arrange(specs, 40))
+    writer.open("step")
+    writer.attach()
+    for spec in specs:
+        writer.record(spec.name, {spec.name: writer.put(spec.name, torch.ones(8))}, {})
+    writer.detach()
+    writer.seal({"config.json": "{}"}, {"tokenizer.json": side})
+    writer.publish(tmp_path / "out")
+    assert tmp_path.stat().st_ino in synced
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
+        "config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json", "tokenizer.json",
+    ]  # fmt: skip
