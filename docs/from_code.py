@@ -302,7 +302,7 @@ def _members(cls: type) -> Iterator[tuple[str, str]]:
 
 def folders() -> tuple[str, ...]:
     """The order of folders, lowest first, that the tests hold the imports to."""
-    tree = ast.parse((ROOT / "tests" / "test_floors.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "tests" / "house" / "test_floors.py").read_text(encoding="utf-8"))
     assigned = (node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FOLDERS")
     return tuple(ast.literal_eval(next(assigned).value))
 
