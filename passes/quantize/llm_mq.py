@@ -103,7 +103,8 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
     def worker(self) -> Pass:
         # One with zero points, if any has them: whether the format has a word for the least of them is asked of this pass.
         scheme = min(self.schemes, key=lambda scheme: scheme.symmetric)
-        return load_pass(f"quantize.{self.method}")(scheme=scheme, clip=self.clip, least_zero=self.least_zero)
+        options = {"scheme": scheme, "clip": self.clip, "least_zero": self.least_zero}
+        return load_pass(f"quantize.{self.method}").model_validate(options)
 
     def allocator(self) -> Allocator:
         return self

@@ -14,7 +14,7 @@ few tokens reach are rounded to nearest, and counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -63,8 +63,8 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
     def worker(self) -> Pass:
         grid = (self.grid or "paper") if self.method == "rtn" else None
         given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return load_pass(f"quantize.{self.method}")(scheme=self.scheme, **options)
+        options = {name: value for name, value in given.items() if value is not None}
+        return load_pass(f"quantize.{self.method}").model_validate({"scheme": self.scheme, **options})
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         if not any(weight.kind == "expert" for weight in weights):
