@@ -1,10 +1,9 @@
 """Gradients of a language model's loss, with one block in memory.
 
-The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
-meta model's dtype, what they add to the gradient of a weight is added up in fp32.
-Forward, every batch goes from block to block (route.py). Backward, blocks come in the reverse order; each is loaded, runs
-every batch again with a graph, and is released. What it was called with is on disk for every few blocks (footprint's
-`stride`); for those between it is computed again from there.
+The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the dtype of the
+meta model; what they add to the gradient of a weight is added up in fp32. Forward, every batch goes from block to block
+(backward_batch.py). Backward, blocks come in the reverse order; each is loaded, runs every batch again with a graph, and is
+released. The arguments of every few blocks are on disk (`stride` in memory_estimate.py); those between are computed again from there.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Weight:
     unlearned: str = ""
     """Why no gradient of a loss on texts reaches it, or empty."""
     peak: float | None = None
-    """The largest magnitude among it and what readers fuse it with, where a driver has measured that; see peers.py."""
+    """The largest magnitude among it and what readers fuse it with, where a driver has measured that; see fused_groups.py."""
 
     @property
     def out_features(self) -> int:

@@ -10,7 +10,7 @@ it is not the most common one. `init_lora_weights` is true, because "loftq" woul
 because PEFT asks a module for its weight, which one of a packed compressed-tensors checkpoint has not (PEFT 0.21.2 raises);
 whoever wants it in four bits has it quantized while it is loaded, with the same grid.
 
-base_model_name_or_path becomes the absolute path of the artifact as soon as it has one (places.py): PEFT hands it to
+base_model_name_or_path becomes the absolute path of the artifact as soon as it has one (output_paths.py): PEFT hands it to
 from_pretrained, which takes a relative one from where Python was started. Whoever moves or pushes the folder writes the new
 place or the Hub id there; the manifest's digest of this file leaves that key out, so it may be changed, and the same run into
 another directory has the same fingerprint.
