@@ -138,7 +138,7 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _refuse(model: Any) -> None:
-    """Raises UsageError for anything but a model of transformers, InputError for one whose weights cannot be saved as they are."""
+    """Raises UsageError for anything but a model of transformers, InputError for one whose weights cannot be saved."""
     from transformers import PreTrainedModel
 
     kind = type(model).__name__

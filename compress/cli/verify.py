@@ -45,7 +45,7 @@ def command(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="The model below an adapter.")] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="Dtype that readers compute in; auto is their own.")
+        str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="Compute dtype of readers; auto is their own.")
     ] = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
