@@ -40,7 +40,7 @@ class AdaptiveGroupPass(QuantizingPass):
     )
     share: Literal["readers", "none"] = Field(
         "readers",
-        description="adaptive: matrices that readers fuse (q, k, v; gate, up; experts) take the finest group, or none do",
+        description="adaptive: matrices that readers fuse (q, k, v; gate, up; experts) take the finest group, or none",
     )
 
     @model_validator(mode="after")

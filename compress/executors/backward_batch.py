@@ -73,7 +73,7 @@ class BackwardBatch:
     ) -> None:
         self.number, self.batch = number, batch
         self.hooks, self.offload, self.spill = hooks, offload, spill
-        self.journey = StepwiseForward(meta_model, batch.inputs)
+        self.forward = StepwiseForward(meta_model, batch.inputs)
         self.call: Call | None = None
         self.stops: list[_Stop] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -84,7 +84,7 @@ class BackwardBatch:
 
     def advance(self, *output: Any) -> None:
         """Goes on to the next block; `call` is None at the end."""
-        self.call = self.journey.advance(*output)
+        self.call = self.forward.advance(*output)
         if self.call is not None:
             self.offload.park(self, self.call)
 
@@ -146,8 +146,8 @@ class BackwardBatch:
 
     def finish(self, weight: float) -> float:
         """Sends the gradient of the loss, `weight` for each scored token, into the graph. Returns the sum of the losses."""
-        logits, ids = getattr(self.journey.output, "logits", None), self.batch.ids
-        self.journey.output = None
+        logits, ids = getattr(self.forward.output, "logits", None), self.batch.ids
+        self.forward.output = None
         self._outputs, self._seen = [], {}
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
             got = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else "none"
@@ -230,7 +230,7 @@ class BackwardBatch:
     def leave(self) -> None:
         """Ends what comes before the first block."""
         self._flush(0)
-        self.journey.leave()
+        self.forward.leave()
 
 
 def _holds(value: Any, depth: int = 3) -> bool:

@@ -42,7 +42,7 @@ class SmoothingSweep(Sweep):
         found = self.smoothing.layout(model.weights, model.family, self.meta_model.dense_view.checkpoint.config)
         self.layout = found.within(set(self.step.transformed))
 
-    def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
+    def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
         if all(self.writer.is_done(weight.name) for weight in weights):
             return len(weights)
         self.rows: dict[str, torch.Tensor] = {}
@@ -57,7 +57,7 @@ class SmoothingSweep(Sweep):
         readers = (weight for weight in inside if weight.kind in ("linear", "router") and weight.attribute == "weight")
         forget = self.hooks.watch({weight.module: False for weight in readers} | {key[0]: True for key in spaces if key[1]})
         with self.spent("forward"):
-            alike = read_alike(scout.survey(), path)
+            alike = read_alike(probe.survey(), path)
         for group in alike:
             for space in [space for key in group if not key[1] for space in spaces.pop(key, ())]:
                 _check(space, group)

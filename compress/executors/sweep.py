@@ -89,14 +89,14 @@ class Sweep:
         offload = HiddenStateOffload(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
         offload.clear()
         # A single sample goes ahead and finds out what reads what.
-        scout = BatchWalk(self.batches[0].first(), self.hooks, offload)
+        probe = BatchWalk(self.batches[0].first(), self.hooks, offload)
         self.walks = [BatchWalk(batch, self.hooks, offload) for batch in self.batches]
-        for walk in (scout, *self.walks):
+        for walk in (probe, *self.walks):
             with self.spent("forward"):
                 walk.set_out()
         seen: set[str] = set()
-        while remaining and scout.call is not None:
-            block = scout.call.block
+        while remaining and probe.call is not None:
+            block = probe.call.block
             if block.path in seen:
                 raise CoverageError(
                     block.path, "each block once in a forward", "a block that runs again", "use a pass without data"
@@ -106,7 +106,7 @@ class Sweep:
             with self.spent("load"):
                 self.meta_model.load(block.path)
             mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
-            kept = self.block(block.path, mine, scout) if mine else 0
+            kept = self.block(block.path, mine, probe) if mine else 0
             for weight in mine:
                 del remaining[weight.name]
             self.ctx.tell(
@@ -116,12 +116,12 @@ class Sweep:
             )  # fmt: skip
             if not remaining:
                 break
-            for walk in (scout, *self.walks):
+            for walk in (probe, *self.walks):
                 with self.spent("forward"):
                     walk.go_on()
             self.meta_model.release(block.path)
             trim_memory()
-        for walk in (scout, *self.walks):
+        for walk in (probe, *self.walks):
             walk.leave()
         offload.clear()
         if remaining:
@@ -130,12 +130,12 @@ class Sweep:
                 "skip them, or calibrate on inputs that do",
             )  # fmt: skip
 
-    def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
+    def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
         """Solves the weights of one block, inputs by inputs; returns how many an earlier run had solved."""
         readers = {weight.name: self.readers(weight) for weight in weights}
         forget = self.hooks.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
-            spaces = read_alike(scout.survey(), path)
+            spaces = read_alike(probe.survey(), path)
         held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
         if missed := [name for name, found in held.items() if not found]:
             raise CoverageError(
