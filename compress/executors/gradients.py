@@ -1,10 +1,10 @@
 """Gradients of a language model's loss, with one block in memory.
 
 The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
-meta model's dtype, what they add to the gradient of a weight is added up in fp32.
-Forward, every batch goes from block to block (route.py). Backward, blocks come in the reverse order; each is loaded, runs
-every batch again with a graph, and is released. What it was called with is on disk for every few blocks (footprint's
-`stride`); for those between it is computed again from there.
+meta model's dtype; gradients of a weight are summed in fp32.
+Forward, every batch goes from block to block (backward_batch.py). Backward, blocks come in reverse order; each is loaded, runs
+every batch again with a graph, and is released. Arguments are stored on disk for every few blocks only (`stride` in
+memory_estimate.py); for the blocks between they are computed again from there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Take = Callable[[Weight, torch.Tensor], None]
 
 
 class GradientSweep:
-    """Gradients of `weights`; what has to be set aside lies in `folder`."""
+    """Computes gradients of `weights`; `folder` holds tensors that are stored in between."""
 
     def __init__(self, meta_model: MetaModel, weights: list[Weight], folder: Path, ctx: Context) -> None:
         self.meta_model, self.weights, self.folder, self.ctx = meta_model, weights, folder, ctx
@@ -73,7 +73,7 @@ class GradientSweep:
         return self._sum(loss) / total
 
     def _forward(self, walks: list[BackwardBatch], weight: float) -> tuple[list[Block], int, float]:
-        """The blocks in the order of a forward, every how many of them are kept, and this process's sum of losses."""
+        """(blocks in order, distance of blocks whose arguments are stored, this process's sum of losses)."""
         blocks: list[Block] = []
         loss = 0.0
         with torch.enable_grad():
@@ -89,7 +89,7 @@ class GradientSweep:
                         assert walk.call is not None
                         assert walk.call.block == call.block
                         output = walk.first_run(len(blocks) % every == 0)
-                        # Nothing may hold the old hidden states any longer.
+                        # Frees the old hidden states.
                         walk.call = None
                         walk.advance(output)
                         del output
@@ -127,7 +127,7 @@ class GradientSweep:
         self._take(mine, sorted(parameters), take)
 
     def _ask(self, path: str, parameter: torch.nn.Parameter) -> None:
-        """Makes a parameter ask for its gradient, and adds up what each batch has for it."""
+        """Makes a parameter require its gradient, and sums it over batches."""
         parameter.requires_grad_(True)
 
         def add(loaded: torch.Tensor) -> None:
@@ -139,7 +139,7 @@ class GradientSweep:
         parameter.register_post_accumulate_grad_hook(add)
 
     def _take(self, weights: list[Weight], paths: list[str], take: Take) -> None:
-        """Hands over the gradients of `weights`, which these parameters are made of."""
+        """Calls `take` with the gradients of `weights`, from those of the parameters that they become."""
         grads: dict[str, torch.Tensor] = {}
         logical, kept = self.meta_model.dense_view.logical, self.meta_model.model.duplicates
         for path in paths:
@@ -161,7 +161,7 @@ class GradientSweep:
             take(weight, grad)
 
     def _require_outside(self) -> Callable[[], None]:
-        """Makes parameters outside of blocks ask for gradients whenever their modules are called. Returns what undoes it."""
+        """Makes parameters outside of blocks require gradients once their modules are called. Returns a function to undo it."""
         hooks = []
         for path in sorted(self._paths):
             owner, _, attribute = path.rpartition(".")
@@ -183,7 +183,7 @@ class GradientSweep:
         return undo
 
     def _made_of(self, weight: Weight) -> list[str]:
-        """The parameters that a weight becomes, those of its copies on disk included."""
+        """The parameters that a weight and its copies on disk become."""
         copies = [alias for alias, kept in self.meta_model.model.duplicates.items() if kept == weight.name]
         return [path for name in (weight.name, *copies) for path in self.meta_model.made_of(name)]
 
