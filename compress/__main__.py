@@ -32,7 +32,7 @@ def main() -> None:
         sys.exit("compress runs on Linux and macOS: it relies on pread, flock and atomic renames. Use WSL on Windows.")
     for folder in shadowed():
         print(f"warning: {folder} shadows a package of that name; run with PYTHONSAFEPATH=1", file=sys.stderr)
-    # Large tensors in large pages: fewer to fetch, and fewer gaps between them that stay in memory. Read when torch is loaded.
+    # Large pages for large tensors: fewer page faults, and fewer gaps that stay in memory. torch reads it when it is loaded.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from compress.cli.guard import close_output, stopped
 
@@ -41,7 +41,7 @@ def main() -> None:
 
         build(sys.argv[1:])()
     except KeyboardInterrupt as stop:
-        # While a verb is being found; what a verb does is guarded there.
+        # Interrupts while the command is looked up; a command that runs is guarded by its own wrapper.
         stopped(stop)
     finally:
         close_output()

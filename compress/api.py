@@ -1,8 +1,8 @@
-"""Api: runs and plans, with a recipe and a model in whatever form one has.
+"""Api: `compress.run` and `compress.plan_of`, for a model and a recipe in any form.
 
 A recipe is text (`quantize.rtn(scheme=w4a16g64) | pack`), the path of a file, or a Recipe. A model is a directory or a Hub id, a
-Checkpoint, or, for `run`, a model of transformers: it is saved beside the output, by its own `save_pretrained`, and the copy is
-removed when the run has ended, however it has.
+Checkpoint, or, for `run`, a model of transformers: its own `save_pretrained` saves it beside the output, and the copy is
+removed when the run ends, whether it succeeds or fails.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def run(
 ) -> Result:  # fmt: skip
     """Runs a recipe over a model into the directory `out`. Raises CompressError; then nothing is published.
 
-    Without `ctx` it is this process alone, on all its cores, with the recipe's own seed. A model of transformers is saved with
-    `tokenizer`, or with the one that lies where it was loaded from, if that is on this machine; calibration needs one.
+    Without `ctx` this process runs alone, on all its cores, with the recipe's own seed. A model of transformers is saved with
+    `tokenizer`, or with the one in the directory that it was loaded from, if it is on this machine; calibration needs one.
     """
     found = recipe_of(recipe)
     ctx = Context(seed=found.seed) if ctx is None else ctx
@@ -56,9 +56,9 @@ def plan_of(
     recipe: Recipe | Given, source: Checkpoint | PreTrainedModel | Given, ctx: Context | None = None,
     options: Options | None = None,
 ) -> Plan:  # fmt: skip
-    """What `run` would make, from headers alone: exact bytes, bits, memory, readers. Raises CompressError.
+    """What `run` would make, computed from headers alone: exact bytes, bits, memory, readers. Raises CompressError.
 
-    A model of transformers has no headers, and is refused.
+    A model of transformers has no headers, so it is refused.
     """
     found, options = recipe_of(recipe), options or Options()
     ctx = Context(seed=found.seed) if ctx is None else ctx
@@ -126,7 +126,7 @@ def _save(model: Any, out: Path, tokenizer: Any) -> str:
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies where a model was loaded from, None where nothing of it is on this machine."""
+    """The tokenizer from where a model was loaded; None if it is not on this machine."""
     from transformers import AutoTokenizer
 
     if not model.name_or_path:
@@ -138,7 +138,7 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _refuse(model: Any) -> None:
-    """Raises UsageError for what is no model of transformers, InputError for one whose weights cannot be saved as they are."""
+    """Raises UsageError for anything but a model of transformers, InputError for one whose weights cannot be saved."""
     from transformers import PreTrainedModel
 
     kind = type(model).__name__

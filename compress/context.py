@@ -1,4 +1,4 @@
-"""Context: what a run needs to know of its surroundings."""
+"""Context: seed, threads, device, ranks and events of a run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a run needs to know of its surroundings; passed explicitly, there is no global."""
+    """The settings of the process that a run executes in; passed explicitly, there is no global."""
 
     seed: int = 0
     threads: int = field(default_factory=available)
-    """Cores that a run computes on, and workers that it shares tensors out to."""
+    """Cores that a run computes on, and threads that tensors are distributed to."""
     device: str = "auto"
     """Where calibrated passes compute: auto, cpu, cuda or cuda:N; see compress/device.py."""
     dtype: str = "auto"
-    """What models compute in: float32, bfloat16, or auto, the checkpoint's own where the device multiplies in it."""
+    """Compute dtype of models: float32, bfloat16, or auto: the checkpoint's own if the device multiplies in it."""
     rank: int = 0
     world_size: int = 1
     events: Callable[[dict[str, Any]], None] = lambda event: None
@@ -30,7 +30,7 @@ class Context:
 
     @property
     def is_main(self) -> bool:
-        """Only rank 0 locks, makes directories, publishes and speaks."""
+        """Whether this is rank 0, which alone locks, makes directories, publishes and sends events."""
         return self.rank == 0
 
     def barrier(self) -> None:

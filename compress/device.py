@@ -1,7 +1,7 @@
 """Device: the GPU or the CPU that passes and measurements compute on.
 
-`auto` is a GPU where torch can use one, else the CPU; under torchrun each process takes the GPU of its own number. Files, and
-what is read from and written to them, stay with the host: what goes to the device and back goes through here or says so by `to`.
+`auto` is a GPU if torch can use one, else the CPU; under torchrun each process takes the GPU of its local rank. Tensors are read
+and written on the host; they are moved to the device and back by functions of this file, or by an explicit `to`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def device_of(ctx: Context) -> torch.device:
 
 
 def resolve(asked: str, world_size: int = 1) -> torch.device:
-    """The device that is meant, made torch's current one if it is a GPU. Raises UsageError, MachineError."""
+    """The device for a value of --device, made torch's current one if it is a GPU. Raises UsageError, MachineError."""
     kind, colon, number = asked.partition(":")
     if kind in _OTHERS:
         raise UsageError("--device", WORDS, f"'{asked}', where nothing of this has ever run", "say cpu")
@@ -63,47 +63,47 @@ def gpus() -> int:
 
 
 def make_current(device: torch.device) -> None:
-    """Sends what names no GPU to this one: kernels, accelerate, NCCL."""
+    """Makes this GPU the default of kernels, accelerate and NCCL."""
     torch.cuda.set_device(device)
 
 
 def name_of(device: torch.device) -> str:
-    """What a GPU is called; empty for the CPU. Together with torch it decides rounding."""
+    """The name of a GPU, empty for the CPU. GPU and torch version together determine how results are rounded."""
     return "" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """(bytes free, bytes in all) of a GPU."""
+    """(free bytes, total bytes) of a GPU."""
     return torch.cuda.mem_get_info(device)
 
 
 def peak_of(device: torch.device) -> int:
-    """Bytes that tensors have taken of a GPU at most, in this process so far; 0 for the CPU."""
+    """Peak bytes of tensors on a GPU in this process so far; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether it multiplies in bfloat16 itself."""
+    """Whether the device multiplies in bfloat16 natively."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def backends(device: torch.device) -> str:
-    """What processes talk by: host tensors by gloo, those of GPUs by NCCL where torch has it."""
+    """Backends of torch.distributed: gloo for host tensors, NCCL for those of GPUs if torch has it."""
     import torch.distributed as dist
 
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
 def made_on(device: torch.device, make: Callable[[int], Any], width: int) -> Any:
-    """What `make` makes of tensors that it names no device for."""
+    """Calls `make` with this device as the default for the tensors that it creates."""
     with device:
         return make(width)
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device: a tensor, or what holds some in fields, tuples, lists and dicts."""
+    """`value` with its tensors on a device: a tensor, or an object that holds some in fields, tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):

@@ -1,13 +1,13 @@
 """Errors: the tree of exceptions, and the exit status of each branch.
 
-CompressError                      1   anything else that is ours to say
+CompressError                      1   any other error that is meant for a user
 ├── UsageError                     2   an option, a selector or a name is wrong
 │   └── RecipeError                2   every problem of every line of a recipe, at once
 ├── InputError                     3   the checkpoint that came in cannot be used
 ├── CoverageError                  4   a targeted weight would have stayed as it was
 ├── FormatError                    5   the format's reader could not load the artifact
-├── MachineError             6   disk, lock, permission, a missing library
-└── GateError                7   more went otherwise than --fail-on allows
+├── MachineError                   6   disk, lock, permission, a missing library
+└── GateError                      7   more fallbacks, skips or errors than --fail-on allows
 
 A message has four parts: where, expected, got, what to do.
 """
@@ -33,7 +33,7 @@ class Problem:
         for label, text in (("expected", self.expected), ("got", self.got), ("do", self.do)):
             if text:
                 lines.append(f"  {label + ':':<10}{text}")
-        # What files say must not steer the terminal that shows it.
+        # Control characters in text from files must not reach the terminal.
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in "\n".join(lines))
 
 
@@ -60,7 +60,7 @@ class RecipeError(UsageError):
     """A recipe cannot be read, or its options do not fit its passes; lists every problem."""
 
     rest: Any = None
-    """The recipe of those lines that could be read; what is wrong with their options can be told beside."""
+    """The recipe made of the lines that could be read, so that problems with their options can be reported as well."""
 
 
 class InputError(CompressError):
@@ -76,25 +76,25 @@ class CoverageError(CompressError):
 
 
 class FormatError(CompressError):
-    """What would be packed is nothing that the format's reader can load."""
+    """The format's reader could not load the artifact that would be packed."""
 
     exit_status = 5
 
 
 class MachineError(CompressError):
-    """The machine stands in the way: disk, lock, permission, a missing library."""
+    """The machine prevents it: disk, lock, permission, a missing library."""
 
     exit_status = 6
 
 
 class GateError(CompressError):
-    """More fallbacks, skips or errors than the run was told to put up with; nothing is published, and nothing is lost."""
+    """More fallbacks, skips or errors than --fail-on allows; nothing is published, and finished steps are kept."""
 
     exit_status = 7
 
 
-class Unsound(ValueError):  # noqa: N818 (pydantic takes it for what is wrong with a value)
-    """Options of a pass that do not fit together, each with the four parts; raised where pydantic validates."""
+class Unsound(ValueError):  # noqa: N818 (pydantic takes a ValueError for an invalid value)
+    """Options of a pass that do not fit together, each problem with the four parts; raised while pydantic validates."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -115,7 +115,7 @@ class Refusal(Exception):  # noqa: N818 (no error: an answer that the pipeline c
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

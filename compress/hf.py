@@ -24,9 +24,9 @@ _PACKED = re.compile(r"\.packed_weights?\.")
 
 @register_quantization_config(CANONICAL)
 class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What config.json says, and what it does not: `backend` names the one that runs all weights.
+    """The quantization config of config.json, and two options for loading. `backend` names one to run all weights.
 
-    `source` is the directory of weights that are packed while they are read.
+    `source` is the directory of weights that are packed while they are loaded.
     """
 
     def __init__(self, **content: Any) -> None:
@@ -35,23 +35,23 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.__dict__.update(content, quant_method=CANONICAL)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json is to say."""
+        """The content for config.json."""
         told: dict[str, Any] = super().to_dict()
         return {key: value for key, value in told.items() if key not in ("backend", "source")}
 
 
 @register_quantizer(CANONICAL)
 class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads what is packed beside what transformers loads by itself."""
+    """Loads packed weights; transformers loads all others by itself."""
 
     requires_calibration = True
     filling: PackedWeights
     checkpoint: Checkpoint
     packed: list[str]
-    """The tensors on disk that packed weights are made of."""
+    """The tensors on disk that hold packed weights."""
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes of what a parameter has for an element; those that a shell waits for, of what stands in its place."""
+        """Bytes per element of a parameter; for the shell of a packed weight those of its packed form."""
         path, _, name = param_name.rpartition(".")
         if name == "stand_in" and isinstance(shell := model.get_submodule(path), Shell):
             return shell.awaited_bytes
@@ -80,9 +80,9 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Parameters as they are, and packed weights as the directory has them that the model is from.
+        """Parameters as they are, and packed weights as they lie in the directory that the model was loaded from.
 
-        Raises UsageError for weights that were packed while they were read, and for names that transformers would change.
+        Raises UsageError for weights that were packed while loading, and for names that transformers would change.
         """
         from transformers.core_model_loading import WeightRenaming, apply_renamings, revert_weight_conversion
 
@@ -90,7 +90,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.source:
             do = "make an artifact with pack(format=native)"
             raise UsageError("save_pretrained", wanted, "weights that were packed while they were read", do)
-        # transformers renames what it saves back to how it lies on disk.
+        # transformers renames what it saves back to the names on disk.
         renamings = [entry for entry in model._weight_conversions or () if isinstance(entry, WeightRenaming)]
         inside = {apply_renamings(name, renamings): name for name in self.packed}
         back = revert_weight_conversion(model, {name: torch.empty(0) for name in inside})
@@ -102,7 +102,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """With adapters beside the packed weights, through which gradients go."""
+        """True: adapters can be trained, because gradients go through the packed weights."""
         return True
 
     @property

@@ -1,7 +1,7 @@
 """Plots of a run as SVG: losses, stages by size and KL, bits by block.
 
-The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw;
-nothing of a user's settings of it is read, and none of them is changed.
+The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw; the
+user's matplotlib settings are neither read nor changed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "compress",
-    # Text stays text: small files, names that can be searched. Fonts that stand in are no wider than matplotlib's own.
+    # Text stays text, for small files and searchable names. Fallback fonts are no wider than matplotlib's own.
     "svg.fonttype": "none",
-    # A name with a dollar is a name, not a formula.
+    # A name with a dollar sign is not parsed as a formula.
     "text.parse_math": False,
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -44,12 +44,12 @@ _STYLE: dict[str, Any] = {
 }
 _BLUE, _PALE, _RED, _GREY = "#2f6594", "#a9c4dc", "#b5573a", "#767676"
 _SMOOTH_SHARE = 0.05
-"""The part of a run that a smoothed loss is the mean of."""
+"""A smoothed loss is the mean over this share of a run."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One checkpoint of a run: what it weighs and how well it does."""
+    """One checkpoint of a run: its size and its quality."""
 
     name: str
     nbytes: int
@@ -57,7 +57,7 @@ class Stage:
     """Per weight."""
     perplexity: float
     kl: float | None
-    """To the source, in nats per token; None for the source itself."""
+    """KL to the source, in nats per token; None for the source itself."""
     kl_error: float | None
     """Its standard error."""
 
@@ -70,7 +70,7 @@ def losses(path: Path, rows: Sequence[Mapping[str, float]], title: str) -> None:
     with _page(path, (7.2, 4.2), title) as page:
         above, below = page.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
         loss = [row["loss"] for row in rows]
-        # A single point is no line.
+        # A single point is drawn as a marker, since it makes no line.
         marker = "o" if len(rows) == 1 else ""
         above.plot(steps, loss, color=_PALE, linewidth=0.8, marker=marker, markersize=3, label="each step")
         above.plot(steps, _smooth(loss), color=_BLUE, linewidth=1.8, marker=marker, markersize=3, label="smoothed")
@@ -123,7 +123,7 @@ def allocation(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> Non
     places = sorted({-1 if row["block"] is None else row["block"] for row in rows})
     cells: dict[str, dict[int, list[tuple[int, int]]]] = {}
     for row in rows:
-        # Experts differ by a number, too: they are one row, of means.
+        # All experts of a block are one row, of means.
         name = re.sub(r"\.\d+(?=\.)", ".*", row["weight"].removesuffix(".weight"))
         place = -1 if row["block"] is None else row["block"]
         cells.setdefault(name, {}).setdefault(place, []).append((8 * row["bytes"], row["numel"]))
@@ -147,7 +147,7 @@ def allocation(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> Non
 
 
 def _kl_bars(axes: Axes, stages: Sequence[Stage]) -> None:
-    # What is not above 0 has no place on a log axis; its number is written all the same.
+    # A value that is not above 0 has no bar on a log axis, but its number is written.
     drawn = [(place, stage.kl, _error(stage)) for place, stage in enumerate(stages) if stage.kl and _positive(stage.kl)]
     axes.set_xscale("log")
     axes.minorticks_off()
@@ -160,7 +160,7 @@ def _kl_bars(axes: Axes, stages: Sequence[Stage]) -> None:
     for place, kl, error in drawn:
         axes.barh(place, kl - low, left=low, height=0.62, color=_RED)
         if error:
-            # A whisker that goes below 0 ends at the edge.
+            # A whisker that reaches below 0 ends at the edge.
             axes.errorbar(kl, place, xerr=[[min(error, kl - low)], [error]], color="#222222", capsize=2.5, elinewidth=1)
     axes.set_xlim(low, high * 1.15)
 
@@ -185,13 +185,13 @@ def _positive(number: float) -> bool:
 
 
 def _numbers(axes: Axes, texts: Sequence[str]) -> None:
-    """A column beside the bars, where no bar or whisker can run into it."""
+    """Writes a column of numbers next to the bars, where no bar or whisker overlaps it."""
     for place, text in enumerate(texts):
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
 
 
 def _smooth(numbers: Sequence[float]) -> list[float]:
-    """Means of what is finite around each, as far on one side as on the other so that none lags behind."""
+    """Means of the finite values around each, symmetric so that the curve does not lag."""
     total, count = [0.0], [0]
     for number in numbers:
         finite = math.isfinite(number)
@@ -203,7 +203,7 @@ def _smooth(numbers: Sequence[float]) -> list[float]:
 
 
 def _plain(number: float, place: float) -> str:
-    """A tick's label, written out rather than with a power of ten for the whole axis."""
+    """A tick's label, in full instead of with a common power of ten."""
     return f"{number:g}"
 
 
@@ -221,7 +221,7 @@ def _size(nbytes: int) -> str:
 
 @contextmanager
 def _away_from_home() -> Iterator[None]:
-    """Where matplotlib is imported: it makes folders, and a list of fonts, in the home of whoever imports it first."""
+    """Imports matplotlib with a temporary home: on import it creates folders and a list of fonts there."""
     name = "MPLCONFIGDIR"
     before = os.environ.get(name)
     with TemporaryDirectory(prefix="compress-fonts-") as folder:
@@ -235,7 +235,7 @@ def _away_from_home() -> Iterator[None]:
 
 @contextmanager
 def _page(path: Path, inches: tuple[float, float], title: str) -> Iterator[Figure]:
-    """An empty figure that is written when it is left; SVG, or what the suffix says."""
+    """An empty figure that is written when the context ends; SVG, or the format of the suffix."""
     with _away_from_home():
         import matplotlib
         import matplotlib.style
@@ -247,6 +247,6 @@ def _page(path: Path, inches: tuple[float, float], title: str) -> Iterator[Figur
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         yield figure
         vector = path.suffix == ".svg"
-        # The version in the file would make it another file with each release of matplotlib.
+        # Without matplotlib's version, which would change the file with every release.
         metadata = {"Date": None, "Creator": "compress"} if vector else None
         figure.savefig(path, metadata=metadata, dpi=150)

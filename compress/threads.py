@@ -1,8 +1,8 @@
-"""Threads: the cores that a process computes on, and workers with one each.
+"""Threads: the cores that a process computes on, and pools of worker threads.
 
-torch has one number for a whole process. A thread that sets it, as a worker does that is to compute alone, sets what every
-thread takes that has computed nothing yet, the main thread included. So nobody else calls `torch.set_num_threads`:
-`compute_threads` says the number and puts back what was there, `workers` keeps its own number from everybody else.
+torch has one thread count for a whole process. If a worker thread sets it, to compute on one core, it also changes the count
+of every thread that has not computed yet, the main thread included. So only this file calls `torch.set_num_threads`:
+`compute_threads` sets the number and restores it, `workers` restores it after its own threads have set theirs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 
 
 def available(root: Path = Path("/")) -> int:
-    """Cores for this process: OMP_NUM_THREADS, or its share of those that it may use, by affinity and by cgroup.
+    """Cores for this process: OMP_NUM_THREADS, or its share of the cores that affinity and cgroup allow.
 
-    `torchrun` sets OMP_NUM_THREADS to 1 where nobody has set it, so that a machine with eight ranks computes on eight cores
-    whatever it has: there, one counts as not said.
+    `torchrun` sets OMP_NUM_THREADS to 1 unless it is set, so that a machine with eight ranks would compute on only eight
+    cores: under torchrun a value of 1 is ignored.
     """
     ranks = _whole(os.environ.get("LOCAL_WORLD_SIZE", "")) or 1
     said = _whole(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])
@@ -30,7 +30,7 @@ def available(root: Path = Path("/")) -> int:
 
 @contextmanager
 def compute_threads(threads: int | None) -> Iterator[None]:
-    """Computes on so many cores, None for `available`; afterwards on as many as before."""
+    """Computes on this many cores, None for `available`; restores the previous number afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -43,13 +43,13 @@ def compute_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def workers(count: int, each: int = 1) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads that compute on one core each, or on `each`: nested pools would fight over them.
+    """A pool of threads that compute on `each` cores, by default one, so that they do not compete for cores.
 
-    Errors cancel what has not begun.
+    An error cancels tasks that have not begun.
     """
     import torch
 
-    before = torch.get_num_threads()  # asked before a worker says one, or this thread takes that for its own
+    before = torch.get_num_threads()  # read before a worker sets its own, which this thread would adopt
     try:
         with ThreadPoolExecutor(max_workers=max(1, count), initializer=lambda: torch.set_num_threads(each)) as pool:
             try:
@@ -66,7 +66,7 @@ def _whole(text: str) -> int:
 
 
 def _quota(root: Path) -> int:
-    """Cores that a container's limit of processor time comes to, at least one; a very large number without one."""
+    """Cores that correspond to a container's CPU quota, at least one; a very large number without a quota."""
     try:
         most, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

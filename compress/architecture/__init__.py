@@ -1,4 +1,4 @@
-"""Architecture: what the tensors of a model are, and what reads what.
+"""Architecture: what the tensors of a model are, and which weights read which activations.
 
 Imports errors, spec, numerics, checkpoint, importers.
 """

@@ -1,7 +1,7 @@
-"""Experts: routed experts, computed so that each one's inputs can be watched.
+"""Experts: routed experts, computed so that the inputs of each can be observed.
 
 Registered as an implementation of transformers' own experts interface, beside its grouped and batched ones. A
-family that computes its experts elsewhere (Llama 4's batched product) cannot be watched, which `watched` tells.
+family that computes its experts elsewhere (Llama 4's batched product) cannot be observed; `watched` is false for it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn.functional import linear
 
 IMPLEMENTATION = "compress"
 INPUT, MIDDLE = "input", "middle"
-"""The two activations that an expert's weights read: its tokens, and what comes out of its gate."""
+"""The two activations that an expert's weights read: its tokens' hidden states, and the gated product."""
 
 
 class Routed(NamedTuple):
-    """What every expert reads, sorted by expert: expert e has `rows[offsets[e]:offsets[e + 1]]`."""
+    """The inputs of all experts, sorted by expert: expert e reads `rows[offsets[e]:offsets[e + 1]]`."""
 
     rows: torch.Tensor
     offsets: tuple[int, ...]
@@ -27,13 +27,13 @@ class Routed(NamedTuple):
     """The token that each row belongs to, int64 [rows]."""
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What one expert reads, and the tokens it belongs to."""
+        """The input rows of one expert, and the token that each belongs to."""
         rows = slice(self.offsets[expert], self.offsets[expert + 1])
         return self.rows[rows], self.tokens[rows]
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a module computes its experts through the interface."""
+    """Whether a module computes its experts through transformers' interface, so that a listener sees their inputs."""
     return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "_apply_gate", "down_proj"))
 
 
@@ -55,7 +55,7 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
     rows = hidden[tokens]
     first = "gate_up_proj" if module.has_gate else "up_proj"
     listener, packed = getattr(module, "listener", None), hasattr(module, "product")
-    # Whoever wants numbers waits for the device; packed weights do not.
+    # `tolist` waits for the device, so it is left to those that need numbers; packed weights do not.
     ends = () if packed and listener is None else tuple(offsets.tolist())
 
     def product(inputs: torch.Tensor, name: str) -> torch.Tensor:
@@ -80,7 +80,7 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
 
 def _dense(module: Any, name: str, x: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:
     """x [rows, inputs], sorted by expert, by the matrices of a stacked parameter -> [rows, outputs]."""
-    # Taken apart once: the gradient of each single index would be as large as all of them.
+    # Unbound once: indexing each expert by itself would make a gradient as large as the whole stack.
     matrices = [matrix.T if module.is_transposed else matrix for matrix in getattr(module, name).unbind()]
     parts = [linear(x[start:end], matrices[e]) for e, (start, end) in enumerate(pairwise(offsets)) if start < end]
     return torch.cat(parts) if parts else linear(x, matrices[0])

@@ -1,15 +1,15 @@
 """Families: which weights read and write an activation, by model family.
 
-Who reads an activation shows as a model runs; who writes it, and through what, does not. This table names, for families whose
-code was read, the spaces whose channels can be rescaled without a trace: each channel divided by a number where it is written,
-and multiplied where it is read. That needs a writer that is linear in its rows (a norm's weight, a linear, one half of a gated
-product) and nothing in between but what scales along (attention's mean of values, a product, a ReLU). Whether all that reads a
-space is in the table is checked as the model runs.
+Which weights read an activation can be observed in a forward; which weight writes it, and through what, cannot. A space is an
+activation whose channels can be rescaled without changing the model: each channel is divided by a number where it is written,
+and multiplied by it where it is read. This table names the spaces of families whose code was read. The writer must be linear
+in its rows (a norm's weight, a linear, one half of a gated product), and what lies between must commute with a scale
+(attention's mean of values, a product, a ReLU). That the table names every reader of a space is checked in a forward.
 
     attention.in    a norm -> query, key, value
-    attention.out   the values, head by head -> the output projection; heads that share a value share its numbers
+    attention.out   the values, head by head -> the output projection; query heads that share a value head share its scales
     mlp.in          a norm -> gate and up; of every expert and of the router where there are experts
-    mlp.out         up, or what a ReLU follows -> down; in every expert by itself
+    mlp.out         up, or the linear before a ReLU -> down; in each expert by itself
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Rule(NamedTuple):
-    """A space by paths inside a block; `*` is an expert's number, and readers that a block does not have are left out."""
+    """A space by paths inside a block; `*` is an expert's number. Readers that a block does not have are ignored."""
 
     name: str
     writer: str
@@ -36,7 +36,7 @@ class _Rule(NamedTuple):
     part: Literal["", "value", "half"] = ""
     """Which of the writer's rows: all, the last ones that are values, or the second half."""
     why: str = ""
-    """Why there is nothing to fold into; then there is no writer."""
+    """Why no scale can be folded into a writer; empty where there is a writer."""
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -49,7 +49,7 @@ _GELU = "a GELU between its writer and it does not scale along"
 def _gated(
     how: Literal["norm", "norm+1"] = "norm", norm: str = "post_attention_layernorm", more: tuple[str, ...] = ()
 ) -> tuple[_Rule, ...]:
-    """A block of Llama's kind; `more` are other readers of what the gate reads."""
+    """The rules of a block of Llama's kind; `more` are further readers of the gate's input."""
     return (
         _Rule("attention.in", "input_layernorm", _QKV, how),
         _VALUES,
@@ -109,28 +109,28 @@ class Space:
     """A norm's weight, one that stands for itself plus one, or rows of a linear."""
     writer: Weight
     bias: Weight | None
-    """What the writer adds, divided as its weight is."""
+    """The writer's bias, which is divided as its weight is."""
     readers: tuple[Weight, ...]
     first_row: int
-    """Of those outputs of the writer that are this space, which are the last ones."""
+    """The first of the writer's rows that write this space; they are its last ones."""
     width: int
     repeats: int
-    """Heads that read one head of values."""
+    """Query heads that read one head of values."""
     head: int
     """Channels of a head, or all of them."""
     expert: int | None
 
     @property
     def weights(self) -> list[Weight]:
-        """All that is rescaled."""
+        """The writer, its bias and the readers: all that is rescaled."""
         return [self.writer, *([self.bias] if self.bias else []), *self.readers]
 
     def spread(self, channels: torch.Tensor) -> torch.Tensor:
-        """Numbers of channels [width] at every input of a reader [width * repeats]."""
+        """Repeats scales of channels [width] for every input of a reader [width * repeats]."""
         return channels.view(-1, 1, self.head).expand(-1, self.repeats, -1).reshape(-1)
 
     def by_head(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Numbers of a reader's inputs [width * repeats] as [heads, repeats, channels of a head]."""
+        """Reshapes numbers of a reader's inputs [width * repeats] to [heads, repeats, channels of a head]."""
         return inputs.view(-1, self.repeats, self.head)
 
 
@@ -140,13 +140,13 @@ class Layout:
 
     spaces: tuple[Space, ...]
     wanted: frozenset[str]
-    """Readers that were asked for."""
+    """The readers that the pass targets."""
     left: Mapping[str, str]
-    """Those of them that cannot be helped: name -> reason."""
+    """Targeted readers whose inputs cannot be rescaled: name -> reason."""
 
     @property
     def weights(self) -> list[Weight]:
-        """All that is rescaled, each once."""
+        """Every weight that is rescaled, once."""
         return list({weight.name: weight for space in self.spaces for weight in space.weights}.values())
 
     @property
@@ -180,7 +180,7 @@ def layout(weights: Sequence[Weight], family: str, config: dict[str, Any], wante
         if weight.block is not None and not weight.stack.startswith("tower:"):
             block, place = _place(weight)
             blocks.setdefault(block, {})[place] = weight
-    # Whose config says nothing of heads has as many of values as of queries.
+    # Without num_key_value_heads there are as many heads of values as of queries.
     head = int(text.get("head_dim") or text.get("hidden_size", 0) // text.get("num_attention_heads", 1))
     spaces, left = [], {w.name: "the table knows no space that it reads" for w in weights if w.name in wanted}
     for block, places in blocks.items():
@@ -197,7 +197,7 @@ def layout(weights: Sequence[Weight], family: str, config: dict[str, Any], wante
 
 
 def _place(weight: Weight) -> tuple[str, str]:
-    """(path of the block, path inside of it); experts that lie one by one have their number, and Llama's names."""
+    """(path of the block, path inside it); experts that are separate tensors get Llama's names, with their number."""
     match = re.match(r"(.*?\.\d+)\.(.+)", weight.module)
     assert match is not None, weight.module
     block, inside = match.groups()
@@ -208,7 +208,7 @@ def _place(weight: Weight) -> tuple[str, str]:
 
 
 def _found(rule: _Rule, block: str, places: dict[str, Weight], head: int) -> list[tuple[Space | None, list[Weight]]]:
-    """The spaces of a rule in a block, each with its readers; None where it cannot be rescaled."""
+    """The spaces of a rule in a block, each with its readers; None for a space that cannot be rescaled."""
     numbers: Sequence[int | None] = (None,)
     if "*" in rule.writer:
         numbers = sorted({int(match[1]) for place in places if (match := re.match(r"mlp\.experts\.(\d+)\.", place))})

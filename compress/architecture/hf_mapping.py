@@ -1,8 +1,8 @@
 """HF mapping: which tensors on disk become which parameters of transformers.
 
 transformers renames, fuses, splits and transposes tensors while it loads. A Group is the smallest set of tensors
-that it handles together; most have one source and one parameter. The same code serves names (without data) and
-meta model (with it).
+that it handles together; most have one source and one parameter. The same code maps names (without data) and fills the
+meta model (with data).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Mapping:
         return parameter, pattern
 
     def groups(self, names: Iterable[str]) -> list[Group]:
-        """Every group that `names` make up, in loading order; names without a parameter are left out."""
+        """The groups that `names` form, in loading order; names without a parameter are left out."""
         from transformers.core_model_loading import dot_natural_key
 
         found: dict[str, Group] = {}
@@ -78,7 +78,7 @@ class Mapping:
         return all(source.endswith(".weight") for source in self._by_pattern[group.patterns[0]].source_patterns)
 
     def convert(self, group: Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parameters that a group becomes, from its tensors. Raises whatever torch does where shapes do not fit."""
+        """The parameters that a group's tensors become. Raises what torch raises for shapes that do not fit."""
         if not group.patterns:
             return {group.parameter: read(group.sources[0])}
         converter = copy.deepcopy(self._by_pattern[group.patterns[0]])

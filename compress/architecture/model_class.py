@@ -1,7 +1,7 @@
 """Model class: the class of transformers that a config.json means.
 
-A config names an architecture, and chooses among the classes that transformers lists for its model_type. No other word in it
-chooses code: what says how to run a model is left out, and classes of its own are loaded only where it is trusted.
+A config names an architecture, which chooses among the classes that transformers lists for its model_type. No other key of it
+chooses code: keys that say how to run a model are removed, and a checkpoint's own classes are loaded only if it is trusted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from compress.checkpoint.reader import Checkpoint
 
 _RUNNING = ("attn_implementation", "experts_implementation")
-"""Keys of a config, also with an underscore before, that say how to run a model."""
+"""Keys of a config that say how to run a model; each may begin with an underscore."""
 
 
 def model_class(checkpoint: Checkpoint) -> tuple[type, Any]:
-    """transformers' class for a checkpoint, and the config object. Runs code of its own only where it is trusted."""
+    """transformers' class for a checkpoint, and the config object. Runs the checkpoint's own code only if it is trusted."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = checkpoint.config
@@ -62,12 +62,12 @@ def _class_of(checkpoint: Checkpoint, kind: str, wanted: Any) -> type:
 
 
 def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """A config, nested ones included, without `keys`: what says how to run a model says nothing of its tensors."""
+    """A config, nested ones included, without `keys`: how a model is run says nothing of its tensors."""
     return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in config.items() if k.lstrip("_") not in keys}
 
 
 def refuse_kernels(config: Any) -> None:
-    """Raises InputError for a config, or one within, that names code of the Hub, which transformers fetches and runs."""
+    """Raises InputError if a config, or one nested in it, names code of the Hub, which transformers would fetch and run."""
     for key, value in config.items() if isinstance(config, dict) else ():
         named = [value, *value.values()] if isinstance(value, dict) else [value]
         if key.lstrip("_") in _RUNNING and any(isinstance(one, str) and "/" in one for one in named):

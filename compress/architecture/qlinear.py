@@ -1,15 +1,15 @@
 """QLinear: a module whose weight is codes, expanded whenever it is used.
 
-The module keeps its class (Linear, Conv1D, Embedding), so that transformers' code that asks for it still finds it;
-its `weight` becomes a property that QTensor.dequantize computes. Codes are frozen. Scales can be trained: by a `gain` of
-each, one at first, so that a step of the optimizer is a share of the scale, whatever its size. Outliers are frozen as well;
-low-rank factors are fp32, and can be trained as they are, but for int8 ones. They are multiplied and added to what the
-codes expand to, which costs little beside that, whether a module multiplies by its weight or looks rows up in it.
+The module keeps its class (Linear, Conv1D, Embedding), so that `isinstance` checks in transformers still hold;
+its `weight` becomes a property that QTensor.dequantize computes. Codes and outliers are frozen. Scales can be trained: each
+is multiplied by a `gain`, 1 at first, so that a step of the optimizer changes a scale by a share of its size. Low-rank factors
+are fp32 and can be trained, unless they are stored in int8. Their product is added to the expanded codes, which costs
+little beside the expansion, whether a module multiplies by its weight or looks rows up in it.
 
-A scheme that rounds activations has what the module reads rounded, as readers do while a model runs.
+If the scheme rounds activations, the module's inputs are rounded, as readers do while a model runs.
 
-Legend of the gradient: w = s v with v = c - z, or a value of the grid, for the weights under a scale, so dL/ds is the sum of
-dL/dw v over them. Roundings, of the scale, of w to the stored dtype and of activations, pass gradients on as they are
+Gradient: w = s v with v = c - z, or a value of the grid, for the weights that share a scale, so dL/ds is the sum of
+dL/dw v over them. Roundings (of the scale, of w to the stored dtype, of activations) pass gradients on unchanged
 (straight-through).
 """
 
@@ -32,7 +32,7 @@ class QLinear(nn.Module):
     """Mixed into a module's class by `with_codes`. Buffers: codes uint8 [rows, columns], zero and outliers, by rows as in Sparse;
     parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they are trained.
 
-    A scale of another dtype than the module computes in is a buffer too: transformers asks parameters for the model's dtype.
+    A scale whose dtype is not the compute dtype is a buffer too, because transformers takes a model's dtype from its parameters.
     """
 
     codes: torch.Tensor
@@ -58,7 +58,7 @@ class QLinear(nn.Module):
             parts = [None if part is None else part[rows] for part in parts]
             outliers = None if outliers is None else outliers.take(rows)
             factors = None if factors is None else replace(factors, left=factors.left[rows])
-        # Rounded once, when everything is there.
+        # Rounded once, after the factors are added.
         dtypes = (self.stored_dtype, self.compute_dtype) if factors is None else (torch.float32, torch.float32)
         dense: torch.Tensor = _Expanded.apply(*parts, self.scheme, outliers, *dtypes)  # type: ignore[no-untyped-call]
         if factors is not None:
@@ -67,7 +67,7 @@ class QLinear(nn.Module):
         return dense
 
     def outliers(self) -> Sparse | None:
-        """What replaces the codes in some places."""
+        """The values that replace some of the codes."""
         if self.outlier_values is None:
             return None
         assert self.outlier_columns is not None
@@ -75,14 +75,14 @@ class QLinear(nn.Module):
         return Sparse(self.outlier_values, self.outlier_columns, self.outlier_offsets)
 
     def factors(self) -> Factors | None:
-        """What is added to everything."""
+        """The low-rank factors whose product is added to the expanded codes."""
         if self.left is None:
             return None
         assert self.right is not None
         return Factors(self.left, self.right, self.rank_scale)
 
     def quantized(self) -> QTensor:
-        """What it was made of; factors as they are now, the scale as it was at first."""
+        """The QTensor that this module was made from, with the current factors and the original scale."""
         return QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors())
 
     def current_scale(self) -> torch.Tensor:
@@ -93,7 +93,7 @@ class QLinear(nn.Module):
         return rounded
 
     def learn(self) -> dict[str, nn.Parameter]:
-        """Makes the scale and the factors trainable; what is trained by name: a gain of the scale's shape, left and right."""
+        """Makes the scale and the factors trainable; returns parameters by name: a gain of the scale's shape, left, right."""
         found = {}
         if not self.scheme.powers:
             found["gain"] = nn.Parameter(torch.ones_like(self.scale, dtype=torch.float32))
@@ -110,7 +110,7 @@ class QLinear(nn.Module):
 
 
 class QRounding(QLinear):
-    """Rounds what it reads."""
+    """A QLinear that rounds its inputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rounded: torch.Tensor = RoundedInputs.apply(x, self.scheme)  # type: ignore[no-untyped-call]
@@ -119,14 +119,14 @@ class QRounding(QLinear):
 
 
 class QEmbedding(QLinear):
-    """Looks rows up before it expands them. A `padding_idx` matters to gradients only."""
+    """An embedding that expands only the rows it looks up. A `padding_idx` matters to gradients only."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.expand(ids.reshape(-1)).reshape(*ids.shape, -1)
 
 
 def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """Puts codes in the place of `module.weight`, or makes a bare QLinear what they mean."""
+    """Replaces `module.weight` by codes, or fills a bare QLinear with them."""
     if not isinstance(module, QLinear):
         cls: Any = type(module)
         plain_lookup = isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward and module.max_norm is None
@@ -152,7 +152,7 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
 
 
 class _Expanded(torch.autograd.Function):
-    """Codes to weights, keeping nothing for the way back but the codes."""
+    """Expands codes to weights; keeps nothing but the codes for the backward pass."""
 
     @staticmethod
     def forward(
@@ -167,7 +167,7 @@ class _Expanded(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, zero = ctx.saved_tensors
         shape, dtype = ctx.scale
-        # What a scale of one would give: v.
+        # v: the weights at a scale of one.
         steps = QTensor(ctx.scheme, codes, torch.ones(shape, device=codes.device), zero).dequantize()
         if ctx.outliers is not None:
             steps = ctx.outliers.clear(steps)

@@ -1,8 +1,8 @@
-"""Weight map: the weight that each tensor on disk is, and its module.
+"""Weight map: for each tensor on disk, its module and its role in the model.
 
-transformers renames, fuses and splits tensors while it loads. That mapping is run here on tensors without data:
-each tensor on disk finds its module, and with it its kind (linear, expert, embedding, head, router, norm), its
-stack and block, and its orientation. The same run checks every shape against the config. No table of ours.
+transformers renames, fuses and splits tensors while it loads. Its own mapping is run here on tensors without data, which
+gives for each tensor on disk its module, its kind (linear, expert, embedding, head, router, norm), its stack and block,
+and its orientation. The same run checks every shape against the config. There is no table of names to maintain.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _BLOCKS = re.compile(r"(layers?|blocks|depth)$")
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
 _JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
-"""Between a tower and the text model."""
+"""Modules between a tower (vision, audio) and the text model."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the names of a checkpoint mean."""
+    """Every tensor of a checkpoint, placed in the model that transformers would build."""
 
     weights: tuple[Weight, ...]
     """Every tensor on disk, in stored order."""
     linears: dict[str, str] = field(default_factory=dict)
     """Every linear module of the model: path -> class name (Linear or Conv1D)."""
     unused: tuple[str, ...] = ()
-    """Tensors on disk that the model does not take; carried along."""
+    """Tensors on disk that the model does not load; they are copied unchanged."""
     duplicates: dict[str, str] = field(default_factory=dict)
     """Tensors on disk that config.json ties to another one on disk: alias -> source."""
     family: str = ""
@@ -50,13 +50,13 @@ class Model:
     by_weight: frozenset[str] = frozenset()
     """Tensors on disk that transformers fuses, splits or permutes under a pattern that ends in `.weight`."""
     initialised: frozenset[str] = frozenset()
-    """Linear modules whose `.weight` transformers' own initialisation takes without asking whether it is there."""
+    """Linear modules whose `.weight` transformers' initialisation accesses without checking that it exists."""
     unwatched: frozenset[str] = frozenset()
-    """Modules of experts whose inputs nothing can watch."""
+    """Modules of experts whose inputs cannot be observed."""
 
 
 def _refuse_many(config: dict[str, Any]) -> None:
-    """Raises InputError for more blocks than any model has: they would be listed, or built, for hours."""
+    """Raises InputError for more blocks than any model has: building or listing them would take hours."""
     for key, value in config.items():
         if isinstance(value, dict):
             _refuse_many(value)
@@ -65,7 +65,7 @@ def _refuse_many(config: dict[str, Any]) -> None:
 
 
 def meta_model(checkpoint: Checkpoint) -> nn.Module:
-    """The model without data."""
+    """The model on the meta device, without data."""
     import torch
 
     _refuse_many(checkpoint.config)
@@ -83,13 +83,13 @@ def meta_model(checkpoint: Checkpoint) -> nn.Module:
 
 
 def resolve(checkpoint: Checkpoint, allow_dtype_mismatch: bool = False) -> Model:
-    """The place of every tensor of `checkpoint`. Raises InputError with every shape, dtype and name that is wrong."""
+    """Places every tensor of `checkpoint` in its model. Raises InputError with every shape, dtype and name that is wrong."""
     refuse_quantized(checkpoint)
     return place(checkpoint, checkpoint.logical, meta_model(checkpoint), allow_dtype_mismatch)
 
 
 def place(checkpoint: Checkpoint, logical: dict[str, Logical], model: nn.Module, allow_dtype_mismatch: bool = False) -> Model:
-    """The place of every weight of `logical` in `model`, whatever form its bytes are in. Raises InputError."""
+    """Places every weight of `logical` in `model`, whatever form its bytes are in. Raises InputError."""
     return _Resolver(checkpoint, logical, model).run(allow_dtype_mismatch)
 
 
@@ -158,7 +158,7 @@ class _Resolver:
         )  # fmt: skip
 
     def places(self) -> dict[str, tuple[str, bool]]:
-        """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes on the way.
+        """Name on disk -> (parameter of the model, whether loading transposes it). Checks shapes as well.
 
         Fusing and splitting run without data; every result must have its parameter's shape.
         """
@@ -227,7 +227,7 @@ class _Resolver:
         if any(module is embedding for embedding in self.embeddings):
             return "embedding", False, ""
         if module is self.head:
-            # The only copy of a tied pair serves both sides, whatever it is called on disk.
+            # A tied pair that is stored once counts as the embedding, whatever its name.
             pair = {f"{path}.{attribute}", *self.pairs.get(f"{path}.{attribute}", ())}
             return ("head" if len(pair) == 1 or len(pair & self.reached) > 1 else "embedding"), False, ""
         if "router" in label or "topk" in label or (last in _ROUTER_NAMES and shape[0] in {*self.experts, 1}):
@@ -254,7 +254,7 @@ class _Resolver:
         return False, f"nothing tells which of {list(shape)} is the input dimension of fused experts"
 
     def unlearned(self, path: str, module: Any, attribute: str) -> str:
-        """Why training on texts leaves a tensor as it is, or empty."""
+        """Why training on texts does not change a tensor; empty if it does."""
         if attribute in module._buffers:
             return "a buffer"
         towers = (regex for _, regex in _TOWERS)
@@ -268,7 +268,7 @@ class _Resolver:
         return "", None
 
     def check_dtypes(self, weights: list[Weight]) -> None:
-        """Matrices must have the dtype that config.json promises: readers cast to it without a word."""
+        """Matrices must have the dtype that config.json names, because readers cast to it silently."""
         config = self.checkpoint.config
         promised = config.get("dtype") or config.get("torch_dtype")
         names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -302,9 +302,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
-    """The linears without whose `.weight` transformers' initialisation fails; found by taking it away, one of each kind.
+    """The linears whose missing `.weight` makes transformers' initialisation fail; found by trial, one of each kind.
 
-    transformers initialises a model that it has loaded as well; a reader that has packed tensors in the weight's place
+    transformers also initialises a model after loading it; a reader that holds packed tensors in place of the weight
     then fails, although nothing is left to initialise.
     """
     import torch
@@ -326,7 +326,7 @@ def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
                     owner._init_weights(module)
             except AttributeError as error:
                 found.update(paths if "'weight'" in str(error) else ())
-            except Exception:  # some initialisations cannot run without data; only the missing weight counts here
+            except Exception:  # some initialisations cannot run without data; only a missing weight counts here
                 continue
         parameters["weight"] = weight
     return frozenset(found)

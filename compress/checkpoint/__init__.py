@@ -1,4 +1,4 @@
-"""Checkpoint: safetensors directories, read lazily and written by shards.
+"""Checkpoint: safetensors directories, read lazily and written shard by shard.
 
 Imports errors, spec, threads, context, numerics.
 """

@@ -1,4 +1,4 @@
-"""Cache: the folder for what can be made anew, COMPRESS_CACHE or the user's."""
+"""Cache: the folder for files that can be rebuilt: COMPRESS_CACHE, or the user's."""
 
 from __future__ import annotations
 

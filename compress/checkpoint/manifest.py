@@ -1,7 +1,7 @@
 """Manifest: how a checkpoint came to be; a checkpoint explains itself.
 
 `manifest.json` lies beside the shards. Everything but `measured` (timings, peak memory, ranks, the
-date) goes into the fingerprint, so that the same input, recipe, seed, threads,
+date) is part of the fingerprint, so that the same input, recipe, seed, threads,
 instruction set and GPU give the same manifest, byte for byte.
 """
 
@@ -26,11 +26,11 @@ class _Model(BaseModel):
 
 
 _MOST = 1 << 48
-"""Rows or columns of a weight at most."""
+"""Largest number of rows or columns of a weight."""
 
 
 class WeightRecord(_Model):
-    """What holds for one weight that a pass has touched."""
+    """State, size and errors of one weight that a pass has changed."""
 
     state: str
     dtype: str = Field(description="safetensors dtype of the dense weight")
@@ -106,7 +106,7 @@ class Manifest(_Model):
     @field_validator("files")
     @classmethod
     def _beside(cls, files: dict[str, str]) -> dict[str, str]:
-        # An adapter's lie in a folder of their own.
+        # The files of an adapter lie in a folder of their own.
         plain = re.compile(r"(?:[^/]+/)?[^/]+")
         if odd := [name for name in files if not plain.fullmatch(name) or {".", ".."} & {*name.split("/")}]:
             raise ValueError(f"{odd[0]!a} is no file beside it")
@@ -130,7 +130,7 @@ class Manifest(_Model):
         return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
 
     def _content(self, *without: str) -> dict[str, Any]:
-        # The CPU goes without saying, as it did before there was a choice.
+        # A device of the CPU is left out, as in manifests from before there was a choice.
         return self.model_dump(mode="json", exclude={*without, *(() if self.device else ("device",))})
 
     @staticmethod
@@ -169,5 +169,5 @@ def hash_json(content: Any) -> str:
 
 
 def content_fingerprint(digests: dict[str, str], files: dict[str, str]) -> str:
-    """The identity of a checkpoint that has no manifest: its tensors and side files, whatever the sharding."""
+    """The identity of a checkpoint without a manifest: a hash over its tensors and side files, whatever the sharding."""
     return hash_json({"tensors": digests, "files": files})

@@ -1,4 +1,4 @@
-"""Reader: a checkpoint directory that does not change, opened by its headers.
+"""Reader: an immutable checkpoint directory, opened by reading only its headers.
 
 Opening checks everything that headers can tell: the index against the files, every file against its header,
 no path out of the directory, no pickle, a readable `config.json`. Reads use pread, never mmap: with
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 TRAINING = ("training.jsonl", "training.svg")
-"""The record of a training pass; it stays with the step that it is of."""
+"""The record of a training pass; it stays in the directory of its step."""
 ALLOCATION = ("allocation.jsonl", "allocation.svg")
-"""What a deciding pass has decided, a weight a line; it stays with its step, too."""
+"""The decisions of an allocator, one line for each weight; they stay in the directory of their step, too."""
 _NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION}
 README = "README.md"
 KEPT = {README: "README.source.md", "EVAL.md": "EVAL.source.md"}
-"""Texts that tell of the source, whose numbers are not those of what is made of it, and what they are called there."""
+"""Texts about the source, whose numbers do not hold for the output -> their names in the output."""
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CALIBRATION = "calibration.safetensors"
 """Calibration tokens, a side file of a checkpoint until it is packed."""
 ADAPTER = "loftq_init"
-"""The folder of an adapter that belongs to the weights beside it."""
+"""The folder of an adapter that belongs to the weights in the same directory."""
 ADAPTER_CONFIG, ADAPTER_TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
 CANONICAL = "compress"
 """`quant_method` of a checkpoint that holds canonical codes, so that no other reader takes it for a dense one."""
 NATIVE = "native"
-"""`format` beside that `quant_method` in an artifact of our own layout; a canonical checkpoint says `canonical` there."""
+"""`format` next to that `quant_method` in an artifact of the native layout; a canonical checkpoint has `canonical`."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class Checkpoint:
     side_files: tuple[str, ...]
     manifest: Manifest | None = None
     left_behind: tuple[str, ...] = ()
-    """Folders, and weights in other formats, that lie in the directory and are not carried along."""
+    """Folders, and weights in other formats, that lie in the directory and are not copied to the output."""
     name: str = ""
     origin: dict[str, Any] = field(default_factory=dict)
     """Hub commit, licence and dataset ids where the source came from the Hub."""
     trusted: bool = False
-    """Whether the Python that it brings may be run."""
+    """Whether Python files of the checkpoint may be run."""
 
     @property
     def logical(self) -> dict[str, Logical]:
-        """Every weight by its source name, canonical parts folded into one entry, in stored order."""
+        """Every weight by its source name, in stored order; the parts of a quantized weight are one entry."""
         records = self.manifest.weights if self.manifest and self.manifest.format == "canonical" else {}
         found: dict[str, Logical] = {}
         for ref in self.refs.values():
@@ -194,10 +194,10 @@ def inside(directory: Path, file: Any, index: str) -> Path:
 
 
 def check_file(path: Path) -> None:
-    """Raises InputError for an entry of a checkpoint's directory that is not a file of its own.
+    """Raises InputError for an entry of a checkpoint's directory that is not a regular file inside it.
 
-    A link may lead to a file in the directory, and from a snapshot in the Hub's cache to the blobs of that repository: one
-    that leads elsewhere would put a file of this machine into the artifact. Pipes and devices would be waited for.
+    A link may lead to a file in the directory, or from a snapshot in the Hub's cache to the blobs of its repository: a link
+    that leads elsewhere would put a file of this machine into the artifact. Reading a pipe or a device would hang.
     """
     if not path.name.isprintable():
         raise InputError(str(path.parent), "names of files that can be printed", repr(path.name), "rename the file")
@@ -234,7 +234,7 @@ def assemble(
 ) -> Checkpoint:  # fmt: skip
     """The checkpoint that `files` make up, checked. Raises InputError.
 
-    JSON is read from `path`; `header` reads that of a shard, which may lie elsewhere. `others` are not carried along.
+    JSON is read from `path`; `header` reads the header of a shard, which may lie elsewhere. `others` are not copied.
     """
     for file in files:
         if not file.startswith("."):
@@ -263,12 +263,12 @@ def assemble(
 
 
 def is_weights(file: str) -> bool:
-    """Whether a file holds weights or says where they are, by its name."""
+    """Whether a file's name says that it holds weights or is an index of them."""
     return file.endswith((".safetensors", ".safetensors.index.json", *_PICKLES)) or file.endswith(".index.json")
 
 
 def shard_files(path: Path, files: list[str]) -> list[str]:
-    """The safetensors files that make up the model: those of the index, or the single one; none of an adapter."""
+    """The safetensors files of the model: those of the index, or the single one; none for an adapter."""
     files = [file for file in files if "/" not in file]
     if indexes := [file for file in INDEXES if file in files]:
         index = path / indexes[0]
@@ -313,7 +313,7 @@ def local_header(path: Path) -> list[TensorRef]:
 
 
 def check_index(checkpoint: Checkpoint, path: Path, files: list[str], shards: set[str]) -> None:
-    """The index and the shards must name the same tensors."""
+    """Raises InputError unless the index and the shards name the same tensors."""
     indexes = [file for file in INDEXES if file in files]
     if not indexes:
         return
@@ -329,7 +329,7 @@ def check_index(checkpoint: Checkpoint, path: Path, files: list[str], shards: se
 
 
 def check_records(checkpoint: Checkpoint) -> None:
-    """A manifest must speak of the tensors that are there."""
+    """Raises InputError unless the manifest records the tensors that are there."""
     manifest = checkpoint.manifest
     if manifest is None:
         return

@@ -1,7 +1,7 @@
-"""Remote code: Python that a checkpoint brings, run only if the user says so.
+"""Remote code: Python files of a checkpoint, run only if the user allows it.
 
 `auto_map`, in config.json and tokenizer_config.json, names classes in .py files beside them. transformers' own machinery
-loads them, from the checkpoint's own files and no other repository's, for a checkpoint that was opened as trusted.
+loads them, only from the checkpoint's own files, and only for a checkpoint that was opened as trusted.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModel")
 
 
 def references(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Each `module.Class` by the auto class that it stands for, config.json's first.
+    """Auto class -> the `module.Class` entries of auto_map for it, config.json's first.
 
-    Raises InputError for code of another repository, and for what is no such name.
+    Raises InputError for code of another repository, and for an entry that is no such name.
     """
     found: dict[str, tuple[str, ...]] = {}
     for file in ("config.json", "tokenizer_config.json"):
         entries = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
         if isinstance(entries, list):
-            # How a tokenizer was named before there were others.
+            # The form for a tokenizer in older versions, which had no other auto classes.
             entries = {"AutoTokenizer": entries}
         if entries is not None and not isinstance(entries, dict):
             raise InputError(str(folder / file), "an object in auto_map", type(entries).__name__)
@@ -49,12 +49,12 @@ def references(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def remedy(checkpoint: Checkpoint) -> str:
-    """What to do about a class that transformers does not have; empty where no code of the checkpoint's own would help."""
+    """What to do about a class that transformers lacks; empty for a checkpoint that is trusted, or has no code."""
     return "" if checkpoint.trusted else would_run(checkpoint.path)
 
 
 def would_run(folder: Path) -> str:
-    """What to do about a class that only the Python in a folder has, or empty where there is none."""
+    """What to do about a class that only Python files in the folder define; empty if there are none."""
     try:
         named = sorted({one for ones in references(folder).values() for one in ones})
     except InputError as error:
@@ -86,7 +86,7 @@ def code_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def tell_code(checkpoint: Checkpoint, ctx: Context) -> None:
-    """Tells of every file before any is run."""
+    """Sends an event that names every file, before any is run."""
     if code := code_of(checkpoint):
         ctx.tell("code", model=checkpoint.name, files=code)
 
@@ -98,9 +98,9 @@ def code_notes(checkpoint: Checkpoint, whose: str) -> list[Note]:
 
 
 def own_classes(checkpoint: Checkpoint, architecture: str | None) -> tuple[Any, Any]:
-    """(config class, model class) that a trusted checkpoint brings, None for what it does not. Runs its code.
+    """(config class, model class) that a trusted checkpoint defines, None for each that it does not. Runs its code.
 
-    Raises InputError for code that does not run or gives something else, MachineError for a library that it needs.
+    Raises InputError for code that fails or defines something else, MachineError for a library that it lacks.
     """
     if not checkpoint.trusted:
         return None, None
@@ -118,16 +118,16 @@ def own_classes(checkpoint: Checkpoint, architecture: str | None) -> tuple[Any, 
 
 
 def _loaded(checkpoint: Checkpoint, reference: str, base: type) -> type:
-    """A class of the checkpoint's own."""
+    """Loads a class from the checkpoint's own code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     where = str(checkpoint.path / f"{reference.partition('.')[0]}.py")
-    code_of(checkpoint)  # what it needs is there, and it is told of
+    code_of(checkpoint)  # raises if a file that the code needs is missing
     try:
         found = get_class_from_dynamic_module(reference, str(checkpoint.path), local_files_only=True)
     except ImportError as error:
         raise MachineError(where, "the libraries that it imports", str(error).strip().splitlines()[0], "install them") from error
-    except Exception as error:  # code raises what it likes
+    except Exception as error:  # foreign code may raise anything
         got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise InputError(where, f"Python that defines {reference.rpartition('.')[2]}", got) from error
     if not isinstance(found, type) or not issubclass(found, base):

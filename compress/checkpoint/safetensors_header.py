@@ -21,11 +21,11 @@ from compress.spec.weight_state import DTYPE_BYTES, TensorSpec
 MAX_HEADER_BYTES = 100_000_000
 _ALIGN = 8
 _SAID = 300
-"""Characters of a header that a message repeats."""
+"""Characters of a header that a message quotes."""
 _MOST_DIMENSIONS, _LARGEST = 64, (1 << 63) - 1
 STEM, CANONICAL_STEM = "model", "canonical"
-"""File names of shards. Canonical codes have a name of their own: transformers only warns of a `quant_method` it does not
-know and then fills the weights at random; a file that it does not find stops it."""
+"""File names of shards. Canonical codes have their own: transformers only warns of a `quant_method` it does not
+know, and then fills the weights at random; a missing model.safetensors makes it stop."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -
     """The tensors of one file, by offset, and its metadata. `size_bytes` is the whole file's size."""
 
     def bad(expected: str, got: str) -> InputError:
-        # What a broken header holds may be of any length.
+        # A broken header may hold text of any length.
         got = got if len(got) <= _SAID else f"{got[:_SAID]}..."
         return InputError(file, expected, got, "fetch the file again, or save it anew with safetensors")
 
@@ -82,7 +82,7 @@ def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -
 
 
 def _entry(name: str, entry: Any, start: int, file: str, bad: Callable[[str, str], InputError]) -> TensorRef:
-    # A name is printed, and written into other files.
+    # A name gets printed, and written into other files.
     if not name.isprintable() or len(name) > _SAID:
         raise bad(f"names of at most {_SAID} printable characters", ascii(name))
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -148,7 +148,7 @@ def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = STEM) -> 
 
 
 def index_file(shards: list[Shard]) -> tuple[str, str] | None:
-    """Name and text of the index (`model.safetensors.index.json`), None for a single file; folders have their own."""
+    """Name and text of the index (`model.safetensors.index.json`), None for a single file. Files in folders are not in it."""
     shards = [shard for shard in shards if "/" not in shard.file]
     if len(shards) <= 1:
         return None

@@ -1,7 +1,7 @@
 """Scan: one read of the whole source, for its digests and for NaN and Inf.
 
 Gives the sha256 of every tensor and side file. Steps are named after this content, so the same input is
-recognised whatever its path or sharding; and a tensor that is carried along unchanged needs no second hash.
+recognised whatever its path or sharding; and a tensor that is copied unchanged needs no second hash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compress.threads import workers
 
 @dataclass(frozen=True)
 class SourceScan:
-    """What a checkpoint is: digests by tensor and by side file, and the fingerprint over both."""
+    """The content of a checkpoint: digests by tensor and by side file, and the fingerprint over both."""
 
     digests: dict[str, str]
     files: dict[str, str]
@@ -86,14 +86,14 @@ def file_digest(path: Path) -> str:
 
 
 def text_digest(name: str, text: str) -> str:
-    """sha256 of a text that is written as a file; of an adapter's config without the place of its base, which may change."""
+    """sha256 of a text that is written as a file; for an adapter's config without the path of its base, which may change."""
     if name == ADAPTER_CONFIG:
         return hash_json({**json.loads(text), "base_model_name_or_path": None})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _placeless(path: Path, name: str) -> str:
-    """`text_digest` of a file that has one of its own; empty for others."""
+    """`text_digest` of an adapter's config; empty for other files."""
     if name != ADAPTER_CONFIG:
         return ""
     return text_digest(name, json.dumps(read_json(path)))
@@ -108,7 +108,7 @@ def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def _finite(chunk: memoryview, dtype: str) -> bool:
-    """Whether floats are finite. One sum finds any NaN or Inf; only an overflowing sum needs the slow look."""
+    """Whether floats are finite. The sum is finite if all are; if it is not, each is checked, for the sum may overflow."""
     if dtype not in ("F16", "BF16", "F32", "F64") or not chunk:
         return True
     import torch

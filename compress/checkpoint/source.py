@@ -3,9 +3,9 @@
     path/to/model                      a directory; so is all that begins with . / or ~
     owner/name, name, owner/name@v1    a model of the Hub, at a branch, tag or commit
 
-Of the Hub's files the ones that an artifact carries are fetched, at one commit, into the Hub's own cache: the safetensors
-that the index names, JSON, tokenizer and text files; Python files for a model that is trusted, pickles never. A plan needs less:
-config.json, the index, and the headers by range requests. Messages hold no URL and no header, for either may carry a credential.
+From the Hub the files that an artifact needs are fetched, at one commit, into the Hub's own cache: the safetensors files
+that the index names, JSON, tokenizer and text files; Python files only for a trusted model, pickles never. A plan needs less:
+config.json, the index, and the headers by range requests. Messages quote no URL and no HTTP header: either may hold a credential.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from compress.errors import CompressError, InputError, MachineError
 _HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE, ADAPTER_CONFIG)
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "tokenizer*", "vocab*", "LICEN[CS]E*", "NOTICE*")
 _ID = re.compile(r"[\w-]+|[\w.-]+/[\w.-]+", re.ASCII)
-"""What a model of the Hub is called; one without an owner is old, and has no dot."""
+"""The id of a model of the Hub; old models have no owner, and then no dot in the name."""
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
 _WORKERS = 8
 
@@ -48,7 +48,7 @@ _WORKERS = 8
 def open_source(model: str | os.PathLike[str], trusted: bool = False) -> Checkpoint:
     """Opens a directory or a model of the Hub, fetching what is not in the cache yet. Raises CompressError.
 
-    `trusted` lets the Python that it brings be run, when a class of it is needed.
+    `trusted` allows its Python files to be run when a class of them is needed.
     """
     model = os.fspath(model)
     if (directory := _directory(model)) is not None:
@@ -61,7 +61,7 @@ def open_source(model: str | os.PathLike[str], trusted: bool = False) -> Checkpo
 
 
 def open_headers(model: str | os.PathLike[str], trusted: bool = False) -> Checkpoint:
-    """The same without the data of tensors: enough for a plan. Raises CompressError."""
+    """Like `open_source`, but without the tensors' data: enough for a plan. Raises CompressError."""
     model = os.fspath(model)
     if (directory := _directory(model)) is not None:
         return open_checkpoint(directory, trusted=trusted)
@@ -88,7 +88,7 @@ def _directory(model: str) -> Path | None:
         raise InputError(model, "a directory, or a Hub id like owner/name", "no such directory")
     if model.startswith((".", "/", "~")):
         raise InputError(model, "a directory with config.json and safetensors", "no such directory")
-    # `./owner` is there: a slip in a path is likelier than a model of the Hub. A revision tells them apart.
+    # The folder `owner` exists here: a mistyped path is likelier than a model of the Hub. A revision tells them apart.
     if "@" not in model and (parent := os.path.dirname(path)) and os.path.isdir(parent):
         do = f"for the Hub's model of that name, write {model}@main"
         raise InputError(model, "a directory with config.json and safetensors", f"no such directory in {parent}", do)
@@ -111,27 +111,27 @@ class _Repo:
 
     @property
     def files(self) -> list[str]:
-        """The files at the top that are weights or are carried along, and those of an adapter beside them."""
+        """The top-level files that are weights or are copied to the output, and the files of an adapter."""
         top = [file for file in self.sizes if "/" not in file and (is_weights(file) or self.carries(file))]
         return sorted(top + ([ADAPTER_CONFIG, ADAPTER_TENSORS] if ADAPTER_TENSORS in self.sizes else []))
 
     def carries(self, file: str) -> bool:
-        """Whether an artifact takes this file along; weights, pickles among them, are told apart by `is_weights`."""
+        """Whether this file is copied into an artifact, by its name; `is_weights` recognises those that hold weights."""
         return self.trusted if file.endswith(".py") else any(fnmatchcase(file, pattern) for pattern in _CARRIED)
 
     def assembled(self, header: Callable[[str], list[TensorRef]]) -> Checkpoint:
-        """The checkpoint that its files make up."""
+        """The checkpoint made of the repository's files."""
         return assemble(self.folder, self.files, self.others, header, self.id, self.origin, self.trusted)
 
     @property
     def others(self) -> list[str]:
-        """What else is there: other files, and folders."""
+        """Files and folders of the repository that are not used."""
         top = {file if "/" not in file else file.partition("/")[0] + "/" for file in self.sizes}
         return sorted(file for file in top - set(self.files) if not file.startswith("."))
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Names the repository, not its place in the cache, in what is wrong with it."""
+        """Makes messages of errors raised inside name the repository, not its place in the cache."""
         try:
             yield
         except InputError as error:
@@ -142,7 +142,7 @@ class _Repo:
             ) from None
 
     def fetch(self, files: list[str]) -> None:
-        """Downloads `files` into the snapshot; what the cache has is not read again."""
+        """Downloads `files` into the snapshot, unless the cache has them."""
         with _hub_errors(self.model):
             _snapshot(self.id, self.folder.name, files)
 
@@ -153,7 +153,7 @@ class _Repo:
         return read_header(lambda offset, length: self.read(file, offset, length), self.sizes[file], file)[0]
 
     def read(self, file: str, offset: int, length: int) -> bytes:
-        """A few bytes of a file. A server that knows no ranges sends all of it; reading stops where they end."""
+        """A few bytes of a file. A server without range requests sends the whole file; reading stops after these bytes."""
         from huggingface_hub import constants, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers, http_stream_backoff  # type: ignore[attr-defined]
 
@@ -162,7 +162,7 @@ class _Repo:
         url = hf_hub_url(self.id, file, revision=self.folder.name)
         wanted = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
-        # Statuses are retried, exceptions are not: http_stream_backoff cannot take one back from the body of its `with`.
+        # Only HTTP statuses are retried: http_stream_backoff cannot catch an exception from the body of its `with`.
         options: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}
         headers = {**build_hf_headers(), **wanted}
         with _hub_errors(self.model), http_stream_backoff("GET", url, headers=headers, **options) as response:
@@ -186,7 +186,7 @@ def _look_up(model: str, trusted: bool) -> _Repo:
     if at and not revision:
         raise InputError(model, "a branch, tag or commit after '@'", "nothing", "leave '@' out for the main branch")
     with _hub_errors(model):
-        # Resolves the revision once; what follows names the commit.
+        # Resolves the revision once; later requests name the commit.
         folder = _snapshot(name, revision or None, _HEADS, quiet=True)
         if is_offline_mode():
             card = _cached_card(folder / "README.md")
@@ -217,7 +217,7 @@ def _cached_card(readme: Path) -> dict[str, Any]:
 
     try:
         return metadata_load(readme) or {}
-    except Exception:  # no card, or whatever YAML makes of a broken one: the Hub takes it for none, too
+    except Exception:  # no card, or a broken one, which the Hub ignores, too
         return {}
 
 
@@ -228,27 +228,27 @@ def _texts(value: Any) -> list[str]:
 
 @contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
-    """Turns what the Hub's library raises into a message; its own texts hold URLs."""
+    """Turns exceptions of the Hub's library into our messages: its own texts quote URLs."""
     from huggingface_hub import errors
 
-    # HTTPError is httpx's or httpx2's, as the library's version has it; RuntimeError is what its xet client raises.
+    # HTTPError is httpx's or httpx2's, depending on the library's version; its xet client raises RuntimeError.
     http: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    # An answer of another kind than the Hub's surfaces wherever its library takes it apart.
+    # An answer that is not the Hub's fails anywhere in the library's parsing.
     odd = (ValueError, TypeError, KeyError, AttributeError)
     expected = (OSError, *odd, RuntimeError, http, errors.CachedRepoTreeNotFoundError)
-    # The library's warnings of interrupted downloads quote signed URLs, which open the file to whoever reads the log.
+    # The library's warnings of interrupted downloads quote signed URLs, which give anyone who reads the log the file.
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     except expected as error:
-        raise _told(model, error) from None
+        raise _as_message(model, error) from None
     finally:
         logger.setLevel(level)
 
 
-def _told(model: str, error: Exception) -> CompressError:
+def _as_message(model: str, error: Exception) -> CompressError:
     from huggingface_hub import constants, errors, get_token
 
     while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):

@@ -1,4 +1,4 @@
-"""Spill: tensors set aside in a file under a name, small ones in memory."""
+"""Spill: stores tensors by name, large ones in files and small ones in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from compress.errors import MachineError
 
 _SMALLEST = 1 << 16
-"""Bytes below which a tensor is not worth a file."""
+"""Bytes below which a tensor stays in memory."""
 
 
 class Spill:
-    """Everything lies under `folder`, which is its own: emptied when it is made, gone when it is closed."""
+    """A store in `folder`, which it owns: emptied when the store is made, removed when it is closed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,7 +28,7 @@ class Spill:
         return key in self._held
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
-        """Sets a copy aside, in the place of what had that name. Raises MachineError."""
+        """Stores a copy under a name, replacing what was there. Raises MachineError."""
         self.drop(key)
         if tensor.nbytes < _SMALLEST:
             self._held[key] = tensor.detach().clone()
@@ -44,11 +44,11 @@ class Spill:
         self._held[key] = file, tensor.shape, tensor.dtype, tensor.device
 
     def add(self, key: Hashable, tensor: torch.Tensor) -> None:
-        """Adds to what has that name, if there is any."""
+        """Adds a tensor to the one of that name, or stores it if there is none."""
         self.put(key, self.get(key).add_(tensor) if key in self else tensor)
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """A copy of what has that name, on the device that it came from."""
+        """A copy of the tensor of that name, on the device that it came from."""
         held = self._held[key]
         if isinstance(held, torch.Tensor):
             return held.clone()
@@ -59,7 +59,7 @@ class Spill:
         return torch.frombuffer(data, dtype=dtype).view(shape).to(device)
 
     def drop(self, key: Hashable) -> None:
-        """Forgets what has that name, if there is any."""
+        """Removes the tensor of that name, if there is one."""
         held = self._held.pop(key, None)
         if held is not None and not isinstance(held, torch.Tensor):
             held[0].unlink()

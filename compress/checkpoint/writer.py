@@ -1,9 +1,9 @@
-"""Writer: shards behind headers computed beforehand, and a journal.
+"""Writer: writes shards behind precomputed headers, with a journal for resuming.
 
-Every tensor's place is known before any data exists, so tensors are written with pwrite in whatever order they
-are ready, by several threads or ranks, with one tensor in memory. A tensor that is written gets a line in the
-journal; after a crash the same writer opens the same `.tmp`, checks each journaled tensor against its
-sha256 and goes on. Sealing is fsync of every file and of the directory; publishing one rename, and fsync of the parent.
+Every tensor's offset is known before any data exists, so tensors are written with pwrite in whatever order they
+are ready, by several threads or ranks, with one tensor in memory. A weight that is written gets a line in the
+journal; after a crash the same step reopens its `.tmp`, checks each journaled tensor against its sha256, and goes on.
+Sealing means fsync of every file and of the directory; publishing means one rename, and fsync of the parent.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 _COPY_BYTES = 8 << 20
 _STAMP, _JOURNAL = ".compress-step", ".compress-journal."
-"""Files of a directory in the making; hidden, as all are that are not part of it (a source's are never carried along)."""
+"""Working files of an unfinished directory; hidden, because hidden files never belong to a checkpoint."""
 
 
 class Writer:
-    """One output directory in the making, at `path` (which ends in .tmp)."""
+    """One unfinished output directory, at `path` (which ends in .tmp)."""
 
     def __init__(self, path: Path, shards: list[Shard], rank: int = 0) -> None:
         self.path, self.shards, self.rank = path, shards, rank
@@ -49,16 +49,16 @@ class Writer:
         self.journal: dict[str, dict[str, Any]] = {}
 
     def open(self, step_id: str) -> None:
-        """Makes or reopens the directory. What an interrupted run of the same step has finished is kept."""
+        """Makes or reopens the directory. Weights that an interrupted run of the same step has finished are kept."""
         stamp = self.path / _STAMP
-        # The same step cut into other shards is another layout: what lies there is of no use then.
+        # The same step in other shards has another layout: the data there cannot be used then.
         layout = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
         step_id = f"{step_id} {layout}"
         if self.path.exists() and (not stamp.is_file() or stamp.read_text() != step_id):
             shutil.rmtree(self.path)
-        with _said(self.path):
+        with _explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            # Of a directory that is reopened, too: a power cut may have kept the stamp and lost a header.
+            # Headers are written again on reopening, too: a power cut may have kept the stamp and lost a header.
             for shard in self.shards:
                 (self.path / shard.file).parent.mkdir(exist_ok=True)
                 descriptor = os.open(self.path / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -67,18 +67,18 @@ class Writer:
                     os.ftruncate(descriptor, shard.nbytes)
                 finally:
                     os.close(descriptor)
-            # Never again where it is: a kill between emptying and filling it would lose all that was journaled.
+            # The stamp is never rewritten: a kill between truncating and writing it would lose all that was journaled.
             if not stamp.is_file():
                 stamp.write_text(step_id)
 
     def attach(self) -> None:
         """Opens the shards and reads the journals that an interrupted run left."""
-        with _said(self.path):
+        with _explained(self.path):
             for shard in self.shards:
                 self._descriptors[shard.file] = os.open(self.path / shard.file, os.O_RDWR | os.O_CLOEXEC)
             self.journal = self.read_journals()
             self._journal_stream = open(self.path / f"{_JOURNAL}{self.rank}", "ab", buffering=0)  # noqa: SIM115
-            # A crash may have cut the last line; the next one must not be glued to it.
+            # A crash may have cut the last line; the next one must begin on a new line.
             if self._journal_stream.tell():
                 self._journal_stream.write(b"\n")
 
@@ -95,7 +95,7 @@ class Writer:
         return entries
 
     def is_done(self, weight: str) -> bool:
-        """Whether the journal has `weight` and the bytes on disk still are what it says."""
+        """Whether the journal has `weight` and the bytes on disk match its digests."""
         entry = self.journal.get(weight)
         return entry is not None and all(self._digest(name) == digest for name, digest in entry["digests"].items())
 
@@ -126,7 +126,7 @@ class Writer:
         flat = tensor.contiguous().reshape(-1)
         assert flat.numel() * flat.element_size() == nbytes, (name, tensor.shape, tensor.dtype, nbytes)
         view = memoryview(flat.view(torch.uint8).numpy().data) if nbytes else memoryview(b"")
-        with _said(self.path):
+        with _explained(self.path):
             _pwrite(self._descriptors[file], view, at)
         return hashlib.sha256(view).hexdigest()
 
@@ -134,7 +134,7 @@ class Writer:
         """Copies a tensor's bytes from an open file, inside the kernel where the file systems allow it."""
         file, at, nbytes = self._places[name]
         target, done = self._descriptors[file], 0
-        with _said(self.path):
+        with _explained(self.path):
             while done < nbytes:
                 try:
                     moved = os.copy_file_range(source, target, nbytes - done, offset + done, at + done)
@@ -157,13 +157,13 @@ class Writer:
         """Journals a finished weight. Its bytes were written before; a torn tensor fails its digest on resume."""
         entry = {"weight": weight, "digests": digests, **facts}
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-        with self._lock, _said(self.path):
+        with self._lock, _explained(self.path):
             self._journal_stream.write(line)
             self.journal[weight] = entry
 
     def detach(self) -> None:
         """Makes this rank's data durable and closes the shards."""
-        with _said(self.path):
+        with _explained(self.path):
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
                 os.close(descriptor)
@@ -171,8 +171,8 @@ class Writer:
             self._journal_stream.close()
 
     def seal(self, texts: dict[str, str], side_files: Mapping[str, Path]) -> None:
-        """Adds index, texts and side files, by name, and makes all of it durable; then only the rename is left to do."""
-        with _said(self.path):
+        """Adds index, texts and side files, by name, and makes everything durable; only the rename is left to do."""
+        with _explained(self.path):
             index = index_file(self.shards)
             for name, text in [*([index] if index else []), *texts.items()]:
                 (self.path / name).write_text(text, encoding="utf-8")
@@ -181,17 +181,17 @@ class Writer:
             for entry in self.path.rglob("*"):
                 fsync(entry)
             fsync(self.path)
-            # From here on it is whole; a run that finds it so has nothing to do but rename it.
+            # From here on the directory is complete; a run that finds this mark only has to rename it.
             (self.path / _STAMP).unlink()
 
     @property
     def sealed(self) -> bool:
-        """Whether an earlier run has come as far as the rename."""
+        """Whether an earlier run has sealed the directory."""
         return (self.path / MANIFEST).is_file() and not (self.path / _STAMP).exists()
 
     def publish(self, target: Path, read_only: bool = False) -> None:
         """Renames the sealed directory to `target`."""
-        with _said(self.path):
+        with _explained(self.path):
             for hidden in self.path.glob(".*"):
                 hidden.unlink()
             if read_only:
@@ -203,7 +203,7 @@ class Writer:
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file, or what a directory says of its files, is on disk."""
+    """Waits until a file's data, or a directory's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,7 +217,7 @@ def _pwrite(descriptor: int, view: memoryview, at: int) -> None:
         done += os.pwrite(descriptor, view[done:], at + done)
 
 
-class _said:  # noqa: N801 (a context manager that reads as a word)
+class _explained:  # noqa: N801 (a context manager that reads as a word)
     """Turns an OSError on the way out into a message with the path and what to do."""
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, parsing and printing only.
+"""The command line: one file per command, parsing and printing only.
 
 Imports errors, spec, threads, context, device, plots, checkpoint, contract, kernels, layerwise, pipeline, runtime, evaluate,
 demo.

@@ -21,11 +21,11 @@ _GPU_TOKENS, _GPU_SCHEMES = "1,8,16,32,64,128,2048", "w4a16g128,w8a16g128,w3a16g
 
 
 def register(app: typer.Typer) -> None:
-    app.command("bench")(verb)
+    app.command("bench")(command)
 
 
 @guarded
-def verb(
+def command(
     artifact: Annotated[
         str | None, typer.Argument(help="An artifact of pack(format=native); none with --kernels.", show_default=False)
     ] = None,
@@ -34,7 +34,7 @@ def verb(
     new_tokens: options.NewTokens = 64,
     new: Annotated[int | None, typer.Option("--new", help="The old name of --new-tokens.", min=1, hidden=True)] = None,
     batch: Annotated[str, typer.Option(metavar="N,...", help="How many prompts at a time.")] = "1,8,32",
-    rounds: Annotated[int, typer.Option(help="How often all is timed.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="How often each model or product is timed.", min=1)] = 3,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to take prompts from; random tokens without it.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random tokens.", min=0)] = 0,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time products by single weights instead of a model.")] = False,
@@ -55,9 +55,9 @@ def verb(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time a packed model: prompts and greedy decoding, tokens a second. Nothing that computes something else is timed.
+    """Time a packed model: prompts and greedy decoding, in tokens a second. Its logits are checked first.
 
-    With --kernels: products by packed weights of usual shapes, each checked against fp32, beside dense ones and other people's.
+    With --kernels: products by packed weights of usual shapes, each checked against fp32, next to dense and third-party kernels.
     """
     options.one_of("--dtype", dtype, options.DTYPES)
     options.one_of("--device", device, options.DEVICES)
@@ -87,7 +87,7 @@ def verb(
 
 
 def numbers(option: str, text: str, between: str = ",") -> tuple[int, ...]:
-    """Numbers above zero. Raises UsageError."""
+    """The whole numbers above zero in a text. Raises UsageError."""
     parts = text.split(between)
     if not all(part.strip().isdecimal() and 0 < int(part) < 1 << 31 for part in parts):
         raise UsageError(option, f"whole numbers above 0 with '{between}' between them", f"'{text}'")
@@ -95,7 +95,7 @@ def numbers(option: str, text: str, between: str = ",") -> tuple[int, ...]:
 
 
 def time_model(artifact: str, against: str | None, data: str | None, settings: Settings, as_json: bool) -> None:
-    """Checks, times and prints."""
+    """Checks the models, times them and prints the speeds."""
     from transformers.utils import logging
 
     from compress.checkpoint.source import open_source
@@ -141,7 +141,7 @@ def label(checkpoint: Checkpoint) -> str:
 
 
 def show_speeds(speeds: list[Speed]) -> None:
-    """Tokens a second; ratios are of medians."""
+    """Prints tokens a second; ratios are of medians."""
     from compress.evaluate.bench import DENSE, PACKED
 
     found = {(speed.batch, speed.phase, speed.label): speed for speed in speeds}
@@ -154,7 +154,7 @@ def show_speeds(speeds: list[Speed]) -> None:
 
 
 def show_memory(subjects: list[Subject]) -> None:
-    """What each model takes."""
+    """Prints the memory that each model takes."""
 
     def cells(memory: Memory) -> list[str]:
         held = [memory.tensor_bytes, memory.resident_bytes, memory.peak_bytes, memory.gpu_bytes, memory.gpu_peak_bytes]
@@ -167,7 +167,7 @@ def show_memory(subjects: list[Subject]) -> None:
 def time_kernels(
     schemes: str | None, shapes: str | None, activations: str | None, backend: str | None, device: str, dtype: str, as_json: bool
 ) -> None:  # fmt: skip
-    """Times and prints; ends with status 1 if a backend computes something else."""
+    """Times kernels and prints the results; ends with status 1 if a backend's product is wrong."""
     import torch
 
     from compress.checkpoint.reader import torch_dtype

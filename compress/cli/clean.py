@@ -9,11 +9,11 @@ from compress.cli.guard import guarded
 
 
 def register(app: typer.Typer) -> None:
-    app.command("clean")(verb)
+    app.command("clean")(command)
 
 
 @guarded
-def verb(out: options.Out, debug: options.Debug = False) -> None:
+def command(out: options.Out, debug: options.Debug = False) -> None:
     """Remove OUT's steps; OUT itself stays."""
     from compress.context import Context
     from compress.pipeline.output_paths import clean, steps_folder

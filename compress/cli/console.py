@@ -1,4 +1,4 @@
-"""Console: numbers, lines and tables as people read them."""
+"""Console: prints numbers, lines and tables for people."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from compress.spec.recipe import Line, Recipe
 
 _LEAST = 12
-"""Columns that a folded text keeps."""
+"""Fewest columns that a text is folded to."""
 
 
 def size(nbytes: float) -> str:
-    """`16.0 MB`, in decimal units as disks are sold and the Hub counts."""
+    """`16.0 MB`, in decimal units, as on the Hub."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
@@ -32,12 +32,12 @@ def size(nbytes: float) -> str:
 
 
 def width() -> int | None:
-    """Columns of what is printed to: COLUMNS, or the terminal's; None where neither says, such as for a file."""
+    """Columns of the output: COLUMNS, or the terminal's; None if neither is known, such as for a file."""
     return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def text(words: str, hang: int = 10) -> None:
-    """Prints a line; what is too wide goes on below, indented, and never within `a command`."""
+    """Prints a line; a long one is folded and indented, but never inside `a command`."""
     columns = width()
     if columns is None:
         print(words)
@@ -55,9 +55,9 @@ def fact(label: str, words: str) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], columns: str = "", title: str = "") -> None:
-    """Prints a plain table, numbers to the right, and below it what its columns mean.
+    """Prints a plain table, with numbers aligned right, and below it the meaning of its columns.
 
-    Texts are folded where the table is wider than what it is printed to.
+    Texts are folded if the table is wider than the output.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     right = [all(_number(row[i]) for row in cells) and bool(cells) for i in range(len(head))]
@@ -81,7 +81,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], columns: str = "",
 
 
 def _fitting(widths: list[int], right: Sequence[bool]) -> list[int]:
-    """Widths of columns that fit; of texts the widest give way."""
+    """Widths at which the table fits; the widest columns of text are made narrower."""
     excess = sum(widths) + 2 * (len(widths) - 1) - (width() or 1 << 30)
     while excess > 0:
         widest = max((i for i, number in enumerate(right) if not number), key=lambda i: widths[i], default=None)
@@ -93,7 +93,7 @@ def _fitting(widths: list[int], right: Sequence[bool]) -> list[int]:
 
 
 def fold(cell: str, columns: int) -> list[str]:
-    """A cell in lines of at most so many columns, cut behind spaces, dots and the like where that is possible."""
+    """Folds a cell to lines of at most `columns`, cut after spaces, dots and the like where possible."""
     lines = [""]
     for piece in re.findall(r"[^ .,+]*[ .,+]|[^ .,+]+", cell):
         if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > columns:
@@ -105,7 +105,7 @@ def fold(cell: str, columns: int) -> list[str]:
 
 
 def notes(found: Iterable[Any]) -> None:
-    """Prints counted lines; where something went otherwise than asked, with the first weights that it happened to."""
+    """Prints counted lines; those about deviations from what was asked name the first weights."""
     from compress.pipeline.fail_on import NAMED
 
     for note in found:
@@ -114,20 +114,20 @@ def notes(found: Iterable[Any]) -> None:
 
 
 def presets(recipe: Recipe) -> None:
-    """Says what schemes are that a recipe has by the names of other tools."""
+    """Prints the scheme that each preset name of another tool in a recipe means."""
     for text in dict.fromkeys(text for line in recipe.lines for text in schemes_of(line)):
         if preset(text) and str(Scheme.parse(text)) != text:
             print(f"note: {remark(text)}", file=sys.stderr)
 
 
 def schemes_of(line: Line) -> list[str]:
-    """What a line of a recipe gives as schemes."""
+    """The schemes in the options of a recipe's line."""
     values = [value for word in ("scheme", "schemes") for value in [line.options.get(word)]]
     return [text for value in values for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
 
 
 def json_line(event: dict[str, Any]) -> None:
-    """Prints an event; in one write, for threads print theirs meanwhile."""
+    """Prints an event in one write, because several threads print."""
     sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
@@ -137,7 +137,7 @@ def _number(text: str) -> bool:
 
 
 def remarks(event: dict[str, Any]) -> None:
-    """What a person must hear of even when nobody watches the progress."""
+    """Prints events that a user must see even where no progress is shown."""
     if event["event"] == "damaged":
         print(f"note: {event['where']} was damaged and is made again\n{event['reason']}", file=sys.stderr)
     elif event["event"] == "notice":
@@ -154,7 +154,7 @@ def warn_of_code(checkpoint: Checkpoint) -> None:
 
 
 def _warn_of(model: str, files: dict[str, str]) -> None:
-    """In red on a terminal; whatever else is not printed, this is."""
+    """Prints the warning, in red on a terminal; no option silences it."""
     from rich.console import Console
 
     for file, digest in files.items():

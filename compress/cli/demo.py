@@ -34,11 +34,11 @@ HEAD = ("stage", "tensor bytes", "bits/weight", "perplexity", "KL to source", "s
 
 
 def register(app: typer.Typer) -> None:
-    app.command("demo")(verb)
+    app.command("demo")(command)
 
 
 @guarded
-def verb(
+def command(
     out: Annotated[Path, typer.Argument(help="Where the artifact goes; its picture beside it.")] = Path("compress-demo"),
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -68,7 +68,7 @@ def verb(
 
 
 def recipe_of(home: Path) -> Recipe:
-    """The installed recipe with the embedded text to calibrate and to train on; evaluation has a text of its own."""
+    """The installed recipe, calibrated and trained on the embedded text; evaluation uses another one."""
     from compress.cli.recipes import installed
 
     text = print_value(str(home / "text" / "calibration.jsonl"))
@@ -76,14 +76,14 @@ def recipe_of(home: Path) -> Recipe:
 
 
 def rounding(recipe: Recipe) -> Recipe:
-    """Rounding to nearest in place of GPTQ, to the same scheme."""
+    """A recipe that rounds to nearest instead of GPTQ, to the same scheme."""
     line = next(line for line in recipe.lines if line.name == QUANTIZED)
     shared = ("scheme", "ragged", "targets", "skip")
     return Recipe((Line(ROUNDED, {option: value for option, value in line.options.items() if option in shared}),))
 
 
 def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]]:
-    """Runs the recipe and, over what it has pruned, rounding to nearest; every stage is compared with the source."""
+    """Runs the recipe, and rounding to nearest over its pruned stage; compares every stage with the source."""
     from transformers.utils import logging
 
     from compress.checkpoint.reader import open_checkpoint
@@ -106,7 +106,7 @@ def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]
 
 
 def drawn(result: Result, stages: list[Measured]) -> Path:
-    """Draws the stages beside OUT, whose files are digested and therefore all its own."""
+    """Draws the stages beside OUT, not in it, because the manifest has a digest of every file in OUT."""
     from compress import plots as picture
 
     path = result.out.with_name(f"{result.out.name}.svg")
@@ -142,7 +142,7 @@ def _kls(stages: list[Measured]) -> tuple[float, float, float]:
 
 
 def margins(stages: list[Measured]) -> str:
-    """By how much GPTQ and distillation help."""
+    """How much GPTQ and distillation lower the KL."""
     gptq, nearest, distilled = _kls(stages)
     return (
         f"GPTQ: KL {gptq:.3f} instead of {nearest:.3f} by rounding to nearest (x{gptq / nearest:.2f}); "
@@ -151,11 +151,11 @@ def margins(stages: list[Measured]) -> str:
 
 
 def missing(stages: list[Measured]) -> list[Problem]:
-    """The margins that are not there."""
+    """A problem for each margin that was not reached."""
     gptq, nearest, distilled = _kls(stages)
     do = "the table shows every stage; report it with the machine that it ran on"
     wrong = []
-    # Written so that a KL that is no number is no margin either.
+    # Written so that a KL of NaN counts as a missing margin.
     if not gptq < nearest:
         wrong.append(Problem("margin of GPTQ", f"a KL below {nearest:.4f}, that of rounding to nearest", f"{gptq:.4f}", do))
     if not distilled < gptq:
@@ -175,7 +175,7 @@ def reader(home: Path, out: Path) -> str:
     from compress.layerwise.model import build
 
     ids = token_windows(home / "model", home / "text" / "evaluation.jsonl", LENGTH, LENGTH)
-    # The reader draws progress bars; what goes wrong is raised all the same.
+    # Hides the reader's progress bars; its errors are raised all the same.
     with torch.inference_mode(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         theirs = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)(input_ids=ids).logits
         ours = build(open_checkpoint(out), "bfloat16")(input_ids=ids).logits

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("diff")(verb)
+    app.command("diff")(command)
 
 
 @guarded
-def verb(
+def command(
     a: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id with @revision.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another one.", metavar="B")],
     worst: Annotated[bool, typer.Option("--worst", help="Worst first, not in stored order.")] = False,
@@ -32,7 +32,7 @@ def verb(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Relative error |A - B| / |A| of every weight that both have, whatever form it is in."""
+    """Print the relative error |A - B| / |A| of every weight that both have, in whatever form it is stored."""
     from compress.checkpoint.source import open_source
     from compress.device import resolve
     from compress.evaluate.diff import difference
@@ -57,7 +57,7 @@ def _finite(number: float) -> float | None:
 
 
 def facts(found: Difference, rows: list[Row]) -> dict[str, Any]:
-    """The difference as JSON; an error that is no number is null."""
+    """The difference as JSON; an error that is not finite is null."""
     return {
         "error": _finite(found.error),
         "equal": found.equal,
@@ -68,7 +68,7 @@ def facts(found: Difference, rows: list[Row]) -> dict[str, Any]:
 
 
 def show(found: Difference, rows: list[Row], details: bool) -> None:
-    """The difference as a table, and what could not be compared."""
+    """Prints the difference as a table, and the weights that could not be compared."""
     head: tuple[str, ...] = ("weight", "A", "B", "weight error")
     cells: list[tuple[str, ...]] = [(row.name, *row.states, f"{row.error:.6f}" if row.lost else "0") for row in rows]
     if details:

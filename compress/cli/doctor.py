@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("doctor")(verb)
+    app.command("doctor")(command)
 
 
 @guarded
-def verb(
+def command(
     artifact: Annotated[
         Path | None, typer.Argument(help="An artifact of pack(format=native); else every kind of weight.", show_default=False)
     ] = None,
@@ -31,7 +31,7 @@ def verb(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what this machine runs packed weights with, and why each faster backend is passed over."""
+    """Say which backend runs packed weights on this machine, and why each faster one cannot."""
     options.one_of("--dtype", dtype, options.DTYPES)
     options.one_of("--device", device, options.DEVICES)
     from compress.evaluate import backend_report
@@ -71,7 +71,7 @@ def facts(one: Answer) -> dict[str, Any]:
 
 
 def by_reason(passed_over: dict[str, str]) -> list[tuple[str, str]]:
-    """Backends that are passed over for one reason, together, and the reason."""
+    """(backends, reason): backends that are passed over for the same reason, joined."""
     found: dict[str, list[str]] = {}
     for name, reason in passed_over.items():
         found.setdefault(reason, []).append(name)
@@ -89,7 +89,7 @@ def _dtype(one: Answer) -> str:
 
 
 def show_machine(machine: dict[str, Any]) -> None:
-    """What there is to run on."""
+    """Prints CPU, GPUs, libraries and drivers."""
     memory = console.size(machine["memory_bytes"])
     console.fact("cpu", f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, {memory}")
     for gpu in machine["gpus"] or [None]:
@@ -105,7 +105,7 @@ def show_machine(machine: dict[str, Any]) -> None:
 
 
 def show_families(answers: dict[str, list[Answer]], details: bool) -> None:
-    """A row for each kind of weight and a column for each dtype; why backends are passed over, if asked for."""
+    """Prints a row for each kind of weight and a column for each dtype; with --details why backends are passed over."""
     rows = [(row[0].use.what, *(one.backend or "nothing" for one in row)) for row in zip(*answers.values(), strict=True)]
     console.table(("weights", *answers), rows, "dtypes of activations, and the fastest backend that takes such weights")
     if not details:
@@ -123,7 +123,7 @@ def reasons(answers: dict[str, list[Answer]]) -> dict[tuple[str, str, tuple[str,
     dtypes: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for dtype, found in answers.items():
         for one in found:
-            # Without the names of state and scheme, for which reasons would be as many as these.
+            # Without the names of state and scheme: with them every kind of weight would have reasons of its own.
             state = one.use.work.state
             told = {name: _without(why, str(state), str(state.scheme or state)) for name, why in one.passed_over.items()}
             for names, reason in by_reason(told):

@@ -30,15 +30,15 @@ MEASURES = {
 
 
 def register(app: typer.Typer) -> None:
-    app.command("eval")(verb)
+    app.command("eval")(command)
 
 
 @guarded
-def verb(
+def command(
     artifact: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="ART")],
     data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text: .jsonl with a field 'text', or .txt; also .gz.")],
     against: Annotated[
-        str | None, typer.Option("--against", metavar="SOURCE", help="What to compare with; in any state, too.")
+        str | None, typer.Option("--against", metavar="SOURCE", help="The checkpoint to compare with, also in any state.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
@@ -83,7 +83,7 @@ def verb(
 
 
 def facts(found: Quality) -> dict[str, Any]:
-    """What was found as JSON; null where there is no number."""
+    """The measurement as JSON; null where there is no number."""
     estimates = {name: getattr(found, name) for name in MEASURES}
     return {
         "tokens": found.tokens, "length": found.length, "windows": found.tokens // found.length, "scored": found.scored,
@@ -97,7 +97,7 @@ def _finite(number: float) -> float | None:
 
 
 def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
-    """What was found as a table, with its protocol."""
+    """Prints the measurement as a table, with its protocol."""
     estimates: dict[str, Estimate] = {name: getattr(found, name) for name in MEASURES}
     rows = [(MEASURES[name], *_cells(name, e)) for name, e in estimates.items() if not math.isnan(e.value)]
     errors = f"+-: the standard error over {found.tokens // found.length} windows, taken as independent"
@@ -110,7 +110,7 @@ def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
 
 
 def _cells(name: str, estimate: Estimate) -> tuple[str, str]:
-    """A number and its error, as people read them."""
+    """A label, a number and its standard error, as cells of the table."""
     texts = []
     for number in (estimate.value, estimate.error):
         if math.isnan(number):

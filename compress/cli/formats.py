@@ -1,4 +1,4 @@
-"""`compress formats ls`: what each format holds, and who reads it."""
+"""`compress formats ls`: which schemes each format holds, and which readers load it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SCHEMES = (
     "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
 )  # fmt: skip
 _DEQUANTIZE = ", dequantize"
-"""Behind a scheme that a format holds with that option of pack."""
+"""Printed after a scheme that a format holds only with that option of pack."""
 
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Formats of pack, and their readers.")
-    group.command("ls")(verb)
+    group.command("ls")(command)
     app.add_typer(group, name="formats")
 
 
 @guarded
-def verb(
+def command(
     scheme: Annotated[
         list[str] | None, typer.Option("--scheme", metavar="SCHEME", help="Only this one, with reasons; may be repeated.")
     ] = None,
@@ -33,9 +33,9 @@ def verb(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """List what every format holds of a linear in groups of 64, and what each reader loads; --details says why.
+    """List the schemes in which each format holds a linear, and those that each reader loads; --details says why.
 
-    A whole model may be refused for more: `compress plan` says what holds for it.
+    Groups are of 64 columns. A whole model may be refused for further reasons: `compress plan` checks it.
     """
     import json
 
@@ -52,7 +52,7 @@ def verb(
 
 
 def show(name: str, rows: dict[str, dict[str, tuple[str, str]]], reasons: bool) -> None:
-    """The schemes that a format holds, with a column for each reader; those that it does not hold; why, if asked for."""
+    """Prints the schemes that a format holds, with a column for each reader, and those that it refuses; reasons if asked for."""
     held = {scheme: verdicts for scheme, verdicts in rows.items() if "" not in verdicts}
     readers = list(dict.fromkeys(reader for verdicts in held.values() for reader in verdicts))
     if held:
@@ -73,7 +73,7 @@ def show(name: str, rows: dict[str, dict[str, tuple[str, str]]], reasons: bool) 
 
 
 def matrix(name: str, schemes: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
-    """scheme -> reader -> (yes, no or unknown; why); under an empty reader why the format refuses the scheme."""
+    """scheme -> reader -> (yes, no or unknown; why); the reader "" stands for the format itself, which refuses the scheme."""
     from compress.errors import Refusal
     from compress.kernels.dispatch import load_format
     from compress.spec.scheme import Scheme
@@ -81,7 +81,7 @@ def matrix(name: str, schemes: Sequence[str]) -> dict[str, dict[str, tuple[str, 
 
     path = "model.layers.0.self_attn.q_proj"
     weight = Weight(f"{path}.weight", "BF16", (64, 128), "linear", path, module_class="Linear", stack="decoder", block=0)
-    # A head of its own: readers differ on models that tie it.
+    # The model has a head of its own, because readers differ on tied ones.
     head = Weight("lm_head.weight", "BF16", (256, 128), "head", "lm_head", module_class="Linear")
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for scheme in schemes:

@@ -12,16 +12,16 @@ from compress.threads import compute_threads
 
 
 def register(app: typer.Typer) -> None:
-    app.command("generate")(verb)
+    app.command("generate")(command)
 
 
 @guarded
-def verb(
+def command(
     model: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="DIR")],
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What it goes on from.")],
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")],
     new_tokens: options.NewTokens = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=(1 << 63) - 1)] = 0,
+    temperature: Annotated[float, typer.Option(help="Temperature of sampling; 0 takes the likeliest token.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0, max=(1 << 63) - 1)] = 0,
     packed: Annotated[bool, typer.Option("--packed", help="Run packed weights as they are, by the kernels for them.")] = False,
     backend: options.Backend = None,
     device: options.On = "auto",
@@ -33,7 +33,7 @@ def verb(
 ) -> None:
     """Continue a prompt: a smoke test of a checkpoint, with all of it in memory.
 
-    In fp32, codes as codes; with --packed as `compress.load` runs it.
+    Computes in fp32 and expands codes as they are used; with --packed it runs as `compress.load` runs it.
     """
     from transformers.utils import logging
 

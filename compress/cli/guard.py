@@ -1,4 +1,4 @@
-"""Guard: every verb's way out; messages and exit statuses, no tracebacks."""
+"""Guard: how every command ends: messages and exit statuses, no tracebacks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from compress.errors import CompressError, MachineError, Problem
 
 INTERNAL = 70
 STOPPED = 128
-"""Plus the signal's number, as shells have it."""
+"""The exit status is this plus the signal's number, as in shells."""
 _NO_MEMORY = ("can't allocate memory", "CUDA out of memory")
-"""How torch says it."""
+"""torch's messages for exhausted memory."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which takes the same way out as Ctrl-C."""
+    """SIGTERM, which is handled like Ctrl-C."""
 
 
-def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a verb; its keyword arguments `json_` and `debug`, where it has them, are obeyed here."""
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a command; its arguments `json_` and `debug`, if it has them, decide how errors are printed."""
 
-    @functools.wraps(verb)
+    @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         as_json, debug = bool(kwargs.get("json_")), bool(kwargs.get("debug"))
         seen: list[KeyboardInterrupt] = []
@@ -41,7 +41,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop_)
         try:
-            verb(*args, **kwargs)
+            command(*args, **kwargs)
         except CompressError as error:
             if debug:
                 raise
@@ -49,12 +49,12 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as stop:
             stopped(stop, as_json, resumes="out" in kwargs)
         except BrokenPipeError:
-            # Whoever read our output has gone, and a run may be half done.
+            # The reader of our output has closed the pipe; a run may be half done.
             close_output()
             sys.exit(STOPPED + signal.SIGPIPE)
         except Exception as error:
             if seen:
-                # While modules are imported, Python and others wrap what a signal raises.
+                # During imports, Python and libraries wrap the exception that a signal handler raises.
                 stopped(seen[0], as_json, resumes="out" in kwargs)
             if debug:
                 raise
@@ -69,9 +69,9 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def stopped(stop: KeyboardInterrupt, as_json: bool = False, resumes: bool = False) -> None:
-    """Says how to go on after Ctrl-C or SIGTERM, and ends."""
+    """Prints how to resume after Ctrl-C or SIGTERM, and ends the process."""
     number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-    # A second one must not cut the message.
+    # A second signal must not cut the message.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     command = shlex.join(["compress", *sys.argv[1:]])
@@ -82,12 +82,12 @@ def stopped(stop: KeyboardInterrupt, as_json: bool = False, resumes: bool = Fals
     else:
         print(f"stopped by {number.name}", file=sys.stderr)
     close_output()
-    # Threads that still compute would keep the interpreter waiting; what they have not journaled is done again.
+    # The interpreter would wait for threads that still compute; weights that they have not journaled are computed again.
     os._exit(STOPPED + number)
 
 
 def close_output() -> None:
-    """Flushes what can be; a pipe that nobody reads must not print an error while the interpreter ends."""
+    """Flushes the output; a closed pipe must not print an error while the interpreter ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -9,11 +9,11 @@ from compress.contract.discover import caption, caption_of, load_pass, pass_file
 
 
 def register(app: typer.Typer) -> None:
-    app.command("list")(verb)
+    app.command("list")(command)
 
 
 @guarded
-def verb() -> None:
+def command() -> None:
     """List passes and formats."""
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Options: what several commands share: one flag, one spelling, one help text."""
+"""Options that several commands share: one flag, one spelling, one help text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Passes = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Override an option; by position: 2.scheme=...")
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed; the recipe's own, or 0, without it.", min=0)]
+Seed = Annotated[int | None, typer.Option(help="Seed; by default the recipe's own, or 0.", min=0)]
 AllowSkips = Annotated[
     list[str] | None,
-    typer.Option("--allow-skips", metavar="REGEX", help="Let targeted weights that match stay as they are; counted."),
+    typer.Option("--allow-skips", metavar="REGEX", help="Leave targeted weights that match and cannot be transformed; counted."),
 ]
 ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest shard to write, e.g. 500MB or 5GB.")]
 FailOn = Annotated[
@@ -32,10 +32,10 @@ FailOn = Annotated[
     ),
 ]  # fmt: skip
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Take a source with NaN or Inf in it.", rich_help_panel=DANGER)
+    bool, typer.Option("--allow-nonfinite", help="Accept a source with NaN or Inf in it.", rich_help_panel=DANGER)
 ]
 AllowDtype = Annotated[
-    bool, typer.Option("--allow-dtype-mismatch", help="Take weights whose dtype is not config.json's.", rich_help_panel=DANGER)
+    bool, typer.Option("--allow-dtype-mismatch", help="Accept weights whose dtype is not config.json's.", rich_help_panel=DANGER)
 ]
 AllowOvercommit = Annotated[
     bool,
@@ -43,22 +43,22 @@ AllowOvercommit = Annotated[
 ]
 Steps = Annotated[
     list[Path] | None,
-    typer.Option("--steps", metavar="DIR", help="OUT of another run, or its OUT.steps: steps that it has solved are taken."),
+    typer.Option("--steps", metavar="DIR", help="OUT of another run, or its OUT.steps, to take finished steps from."),
 ]
-Keep = Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the steps beside OUT when the run has ended well.")]
+Keep = Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the steps beside OUT after a run that succeeded.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python that the model brings (auto_map).", rich_help_panel=DANGER)
+    bool, typer.Option("--trust-remote-code", help="Run the model's own Python files (auto_map).", rich_help_panel=DANGER)
 ]
 Dtype = Annotated[
     str,
     typer.Option(
         "--dtype", metavar="auto|float32|bfloat16",
-        help="What models compute in while they are calibrated; auto is bfloat16 where model and device have it.",
+        help="Dtype in which models compute during calibration; auto is bfloat16 if both model and device have it.",
     ),
 ]  # fmt: skip
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU cores to compute on; all that this process may use, or OMP_NUM_THREADS, without it.", min=1),
+    typer.Option(help="CPU cores to compute on; by default all that this process may use, or OMP_NUM_THREADS.", min=1),
 ]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -71,19 +71,19 @@ On = Annotated[
     ),
 ]
 ComputeDtype = Annotated[
-    str, typer.Option("--dtype", metavar="|".join(DTYPES), help="What activations are in; auto is what config.json says.")
+    str, typer.Option("--dtype", metavar="|".join(DTYPES), help="Dtype of activations; auto is that of config.json.")
 ]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="How many tokens to generate at most.", min=1)]
 Repack = Annotated[
-    bool, typer.Option("--repack", help="Take an artifact of another tool (GPTQ, AWQ, ...), and pack it while it is read.")
+    bool, typer.Option("--repack", help="Accept an artifact of another tool (GPTQ, AWQ, ...), and pack it while loading.")
 ]
-Details = Annotated[bool, typer.Option("--details", help="Print all there is: more columns, whole texts, every reason.")]
+Details = Annotated[bool, typer.Option("--details", help="Print everything: more columns, whole texts, every reason.")]
 Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises UsageError for a value that is none of those."""
+    """Raises UsageError for a value that is not one of `known`."""
     if value not in known:
         raise UsageError(option, f"one of {', '.join(known)}", f"'{value}'{did_you_mean(value, known)}")

@@ -32,7 +32,7 @@ _COMMON = {
 
 
 def placeholder(name: str) -> Callable[[], None]:
-    """Stands for a pass in a help page; never run, because the page that runs it asks for `command_for`."""
+    """Stands for a pass in a list of commands; never run, because a command line that names the pass gets `command_for`."""
 
     def function() -> None:
         raise AssertionError(name)
@@ -66,7 +66,7 @@ def command_for(name: str) -> Callable[..., None]:
 
 
 def as_value(value: Any) -> Value:
-    """What typer gives, as a recipe would have it."""
+    """The value that typer gives, as a recipe has it."""
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -27,11 +27,11 @@ _COLUMNS = (
 
 
 def register(app: typer.Typer) -> None:
-    app.command("plan")(verb)
+    app.command("plan")(command)
 
 
 @guarded
-def verb(
+def command(
     model: options.Model,
     recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.")] = None,
     passes: options.Passes = None,
@@ -63,11 +63,11 @@ def verb(
     console.presets(found)
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
-    model_, dense_view = enter(found, checkpoint, allow_dtype_mismatch)
+    model_, columns = enter(found, checkpoint, allow_dtype_mismatch)
     skips = tuple(allow_skips or ())
     dtype = str(computing("auto", checkpoint.config, where)).removeprefix("torch.")
     options = PlanOptions(threads or available(), skips, limit, dtype)
-    plan = make_plan(found, checkpoint, model_, options, dense_view=dense_view)
+    plan = make_plan(found, checkpoint, model_, options, columns=columns)
     there_bytes = machine_bytes()
     if json_:
         print(
@@ -77,12 +77,12 @@ def verb(
         there = on_device(plan, where)
         show(plan, checkpoint.name, layers, details, [*lacking(plan, there_bytes), *lacking_there(plan, where)], there)
         if left := to_set(found):
-            console.fact("open", "placeholders, which `compress run` wants to be given:")
+            console.fact("open", "placeholders, for which `compress run` needs values:")
             print(f"          {settings(left)}")
 
 
 def on_device(plan: Plan, where: torch.device) -> dict[str, Any]:
-    """What the plan needs of a GPU, and what that has; nothing for the CPU."""
+    """GPU memory that the plan needs and that the GPU has; empty for the CPU."""
     from compress.device import memory_of, name_of
 
     if where.type != "cuda":
@@ -116,17 +116,17 @@ def facts(plan: Plan, layers: bool) -> dict[str, Any]:
 
 
 def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Problem], device: dict[str, Any]) -> None:
-    """The plan as tables."""
+    """Prints the plan as tables."""
     stacks = ", ".join(f"{blocks} {stack} blocks" for stack, blocks in plan.model.stacks.items())
     console.fact("model", f"{name} ({plan.model.family}), {console.size(plan.source_bytes)}, {stacks}")
     if details:
         for step in plan.steps:
             console.fact(f"step {step.number}", str(step.pass_.line()))
     head: tuple[str, ...] = ("step", "pass", "weights", "bits/weight", "over all", "bytes on disk")
-    dense_view = _COLUMNS
+    columns = _COLUMNS
     if details:
-        head, dense_view = (*head, "tensor bytes"), f"{dense_view}; tensor bytes: of what is on disk"
-    console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], dense_view)
+        head, columns = (*head, "tensor bytes"), f"{columns}; tensor bytes: of what is on disk"
+    console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], columns)
     for step in plan.steps:
         for note in step.notes:
             if details or step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):
@@ -143,15 +143,15 @@ def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Probl
         need = f"at most {console.size(there['peak_bytes'])}" if there["peak_bytes"] else "nothing is computed there"
         console.fact("device", f"{there['name']} ({there['gpu']}): {need}; {console.size(there['free_bytes'])} free")
     for problem in lacking:
-        told = f"{problem.where} needs {problem.expected}; there are {problem.got}; {problem.do}"
-        console.fact("memory", f"does not fit: {told}")
+        lack = f"{problem.where} needs {problem.expected}; there are {problem.got}; {problem.do}"
+        console.fact("memory", f"does not fit: {lack}")
     console.fact("disk", f"{plan.disk_bytes:,} bytes added until `compress clean`")
     for verdict in plan.verdicts:
         console.fact("reader", f"{verdict.reader}: {verdict.loads} ({verdict.reason})")
 
 
 def row(plan: Plan, step: StepPlan) -> tuple[str, ...]:
-    """A step as cells of the table; a dash for what a step does not touch."""
+    """A step as cells of the table; a dash for a step that changes no weights."""
     touched = step.transformed
     return (
         str(step.number), step.name, f"{len(touched)}/{len(step.targeted)}" if step.targeted else "-",

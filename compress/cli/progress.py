@@ -1,11 +1,11 @@
-"""Progress: how far a verb is, in named phases; bars on a terminal, else lines.
+"""Progress: how far a command is, in named phases; bars on a terminal, else lines.
 
     quantize.gptq: step 2 of 3
     quantize.gptq: copy 56.73 MB in 0.4 s
     quantize.gptq: solve 12/30 blocks, 0:48, about 1:12 left
 
-A phase has a total of its own, in what its work is even over: bytes where they are moved, blocks where they are solved. How
-long the rest will take is told from the pace of the last few reports, not from the whole, of which a part may have been kept.
+A phase has a total of its own, in a unit whose steps take about equally long: bytes for copies, blocks for solving. The time
+that is left is estimated from the last few reports, not from the whole phase, part of which an earlier run may have done.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 Receive = Callable[[dict[str, Any]], None]
 EVERY_SECONDS = 30.0
-"""Between two lines about one phase."""
+"""Seconds between two lines about one phase."""
 _SOON_SECONDS = 1.0
-"""A phase that is over before has one line, not two."""
+"""A phase that takes less time than this gets one line, not two."""
 _SAMPLES, _APART_SECONDS = 16, 0.5
-"""Reports that a pace is taken from, and how far they are apart at least."""
+"""How many reports the pace is computed from, and how far they are apart at least."""
 _WIDE = 100
-"""Columns from which on a bar has room for tokens a second."""
+"""Columns of a terminal from which a bar has room for tokens a second."""
 
 
 class Phase:
@@ -39,20 +39,20 @@ class Phase:
 
     def __init__(self, name: str, at: float) -> None:
         self.name, self.began, self.ended = name, at, 0.0
-        self.done, self.total, self.unit, self.beside = 0.0, 0.0, "", ""
+        self.done, self.total, self.unit, self.extra = 0.0, 0.0, "", ""
         self._samples = deque([(at, 0.0)], maxlen=_SAMPLES)
 
     def move(self, event: dict[str, Any], at: float) -> None:
-        """Takes what an event says."""
+        """Updates the phase from an event."""
         if event["event"] == "train":
             self.done, self.total, self.unit = event["number"], event["steps"], "steps"
-            self.beside = f"loss {event['loss']:.4f}"
+            self.extra = f"loss {event['loss']:.4f}"
         else:
             self.unit = event.get("unit", "bytes")
             done, total = ("done", "total") if "unit" in event else ("done_bytes", "total_bytes")
             self.done, self.total = event[done], event[total]
         if event.get("kept"):
-            # What an earlier run has done goes by at once, and says nothing of the rest.
+            # Work that an earlier run did is skipped at once, and says nothing about the pace.
             self._samples.clear()
         if not self._samples or at - self._samples[-1][0] >= _APART_SECONDS:
             self._samples.append((at, self.done))
@@ -60,22 +60,22 @@ class Phase:
             self.ended = at
 
     def left(self, at: float) -> float | None:
-        """Seconds until its end, at the pace of late; None where nothing says, as in the first hundredth."""
+        """Estimated seconds until its end, at the recent pace; None while that is unknown, as in the first hundredth."""
         (last, done), first, reports = self._samples[-1], self._samples[0], len(self._samples) - 1
         moved, took = done - first[1], last - first[0]
         if moved <= 0 or took <= 0 or done < self.total / 100:
-            # The first files to be opened say nothing of the rest.
+            # Opening the first files says nothing about the pace.
             return None
         waited, rest = at - last, self.total - done
         if waited <= took / reports:
             return max(0.0, rest * took / moved - waited)
-        # The next report is late: it tells of a slower pace before it is there.
+        # The next report is overdue, so the pace is already slower than the reports say.
         step = moved / reports
         return max(0.0, rest - step) * (took + waited) / (moved + step)
 
     @property
     def said(self) -> str:
-        """`12/30 blocks`, `153.90/269.03 MB`, `40%`; only the total at the end, and nothing where nothing is counted."""
+        """`12/30 blocks`, `153.90/269.03 MB`, `40%`; at the end only the total; empty for a phase without a unit."""
         if not self.unit:
             return ""
         if self.unit == "%":
@@ -87,13 +87,13 @@ class Phase:
         return f"{self.total:.0f} {self.unit}" if self.ended else f"{self.done:.0f}/{self.total:.0f} {self.unit}"
 
     def line(self, at: float) -> str:
-        """All of it in one line."""
+        """The phase as one line."""
         said = f"{self.name} {self.said}".rstrip()
         if self.ended:
             return f"{said} in {seconds(self.ended - self.began)}"
         left = self.left(at)
         about = f", about {clock(left)} left" if left is not None else ""
-        return f"{said}, {clock(at - self.began)}{about}" + (f", {self.beside}" if self.beside else "")
+        return f"{said}, {clock(at - self.began)}{about}" + (f", {self.extra}" if self.extra else "")
 
 
 def clock(spent: float) -> str:
@@ -104,12 +104,12 @@ def clock(spent: float) -> str:
 
 
 def seconds(spent: float) -> str:
-    """`0.9 s`, and from a minute on as on a clock."""
+    """`0.9 s`; from a minute on `1:02`."""
     return f"{spent:.1f} s" if spent < 60 else clock(spent)
 
 
 class Show(Protocol):
-    """What draws phases; called under one lock."""
+    """Draws phases; called under one lock."""
 
     def step(self, words: str) -> None:
         """A step begins or ends."""
@@ -118,11 +118,11 @@ class Show(Protocol):
         """A phase has moved."""
 
     def tick(self, phase: Phase | None, words: str, at: float) -> None:
-        """A while has gone by."""
+        """Called at regular intervals."""
 
 
 class Lines:
-    """A line when a step begins and ends, one for each phase, and every while for long ones."""
+    """Prints a line when a step begins and ends, one for each phase, and further ones during long phases."""
 
     def __init__(self, every: float = EVERY_SECONDS) -> None:
         self.every, self.told, self.last = every, "", time.monotonic()
@@ -146,7 +146,7 @@ class Lines:
 
 
 class Bars:
-    """A bar for each phase of the step that is on, with what is done of it and the time that is left."""
+    """Draws a bar for each phase of the current step, with the work done and the time left."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.tasks = progress, dict[int, Any]()
@@ -159,7 +159,7 @@ class Bars:
         if id(phase) not in self.tasks:
             self.tasks[id(phase)] = self.progress.add_task(phase.name, phase=phase)
         if event["event"] == "train" and self.progress.console.width >= _WIDE:
-            phase.beside += f", {event['tokens_per_second']:,.0f} tokens/s"
+            phase.extra += f", {event['tokens_per_second']:,.0f} tokens/s"
         self.progress.update(self.tasks[id(phase)], completed=phase.done, total=phase.total)
 
     def tick(self, phase: Phase | None, words: str, at: float) -> None:
@@ -167,12 +167,12 @@ class Bars:
 
 
 class Follower:
-    """Follows a run's events, which come from several threads, and tells a Show of them."""
+    """Receives a run's events, which come from several threads, and calls a Show."""
 
     def __init__(self, show: Show) -> None:
         self.show, self.lock = show, threading.RLock()
         self.began = self.mark = time.monotonic()
-        """When the run began, and when what is over was."""
+        """When the run began, and when the last phase ended."""
         self.steps: list[str] = []
         self.number = 0
         self.doing = ""
@@ -197,7 +197,7 @@ class Follower:
 
     def _begin(self, name: str, at: float) -> None:
         self._end(at)
-        # Steps that were kept have no beginning.
+        # Steps that an earlier run finished send no event when they begin.
         self.number = next((n for n, step in enumerate(self.steps, 1) if n > self.number and step == name), self.number + 1)
         self.doing, self.mark = name, at
         self.show.step(f"{name}: step {self.number}" + (f" of {len(self.steps)}" if self.steps else ""))
@@ -206,7 +206,7 @@ class Follower:
         step, phase = event["step"], event.get("phase", "")
         name = step
         if phase not in ("", step):
-            # A pass may leave its work to another, whose name is not that of the step.
+            # A pass may delegate its work to another one, so the phase's pass is not always the step's.
             self.doing = self.doing or step
             name = f"{self.doing}: {phase}"
         if self.now is not None and self.now.name != name:
@@ -222,14 +222,14 @@ class Follower:
         self.now, self.mark = None, at
 
     def tick(self) -> None:
-        """Told now and then, whether or not anything has happened."""
+        """Called at regular intervals, whether or not an event has come."""
         at = time.monotonic()
         with self.lock:
             self.show.tick(self.now, f"{self.doing or 'still at work'}: {clock(at - self.mark)}", at)
 
 
 def shares(receive: Receive, step: str, phase: str) -> Callable[[float], None]:
-    """What receives how far a phase is as a share of 1."""
+    """A function that takes the progress of a phase, from 0 to 1, and sends it as events in percent."""
     last = 0
 
     def tell(share: float) -> None:
@@ -243,17 +243,17 @@ def shares(receive: Receive, step: str, phase: str) -> Callable[[float], None]:
 
 @contextmanager
 def waiting(step: str, phase: str, quiet: bool) -> Iterator[None]:
-    """Tells of a phase that says nothing of how far it is."""
+    """Shows a phase that does not report its progress."""
     with events(False, quiet) as receive:
-        told = {"event": "progress", "step": step, "phase": phase, "total": 1, "unit": ""}
-        receive({**told, "done": 0})
+        event = {"event": "progress", "step": step, "phase": phase, "total": 1, "unit": ""}
+        receive({**event, "done": 0})
         yield
-        receive({**told, "done": 1})
+        receive({**event, "done": 1})
 
 
 @contextmanager
 def events(as_json: bool, quiet: bool) -> Iterator[Receive]:
-    """A receiver of a run's events: JSON lines on stdout, bars on a terminal, lines where stderr is none, or nothing."""
+    """A receiver of a run's events: JSON lines on stdout, bars on a terminal, else lines on stderr, or nothing if quiet."""
     if as_json:
 
         def tell(event: dict[str, Any]) -> None:
@@ -274,7 +274,7 @@ def events(as_json: bool, quiet: bool) -> Iterator[Receive]:
 
 @contextmanager
 def ticking(follower: Follower, every: float) -> Iterator[Follower]:
-    """Lets a follower know of the time, from a thread of its own."""
+    """Calls a follower's `tick` regularly, from a thread."""
     over = threading.Event()
 
     def tick() -> None:
@@ -297,14 +297,14 @@ def _bars() -> Iterator[Bars]:
     from rich.text import Text
 
     class Left(ProgressColumn):
-        """What is done, and the time that is left; at the end the time that it took."""
+        """The work done and the time left; at the end the time that it took."""
 
         def render(self, task: Task) -> Text:
             phase: Phase = task.fields["phase"]
             at = time.monotonic()
             left = phase.left(at)
             when = clock(phase.ended - phase.began) if phase.ended else f"{clock(left)} left" if left is not None else ""
-            return Text(", ".join(filter(None, (phase.said, when, "" if phase.ended else phase.beside))), no_wrap=True)
+            return Text(", ".join(filter(None, (phase.said, when, "" if phase.ended else phase.extra))), no_wrap=True)
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), Left())
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as drawn:

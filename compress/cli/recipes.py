@@ -19,7 +19,7 @@ from compress.spec.recipe import Recipe
 from compress.spec.recipe_file import read
 
 _PLACEHOLDER = re.compile(r"<([A-Z][A-Z_]*)>")
-"""Of a value that a recipe leaves open."""
+"""A placeholder: a value that a recipe leaves open."""
 Name = Annotated[str, typer.Argument(help="A recipe that is installed, or a file.")]
 
 
@@ -48,7 +48,7 @@ def find(name: str) -> Path:
 
 
 def opened(name: str) -> Recipe:
-    """The recipe of that name or file. Raises RecipeError with every problem of it, those of options beside those of YAML."""
+    """The recipe of that name or file. Raises RecipeError with every problem in it, of YAML and of options together."""
     try:
         return read(find(name))
     except RecipeError as error:
@@ -64,7 +64,7 @@ def opened(name: str) -> Recipe:
 
 
 def to_set(recipe: Recipe) -> dict[str, str]:
-    """What a recipe leaves open: PASS.OPTION as --set has it, and what stands there for a value, such as `<TEXTS>.jsonl`."""
+    """The placeholders of a recipe: PASS.OPTION as in --set -> the text in place of a value, such as `<TEXTS>.jsonl`."""
     names = [line.name for line in recipe.lines]
     return {
         f"{line.name if names.count(line.name) == 1 else number}.{option}": str(word)
@@ -76,7 +76,7 @@ def to_set(recipe: Recipe) -> dict[str, str]:
 
 
 def settings(left: dict[str, str]) -> str:
-    """The options that fill placeholders, with words to put values for."""
+    """The --set options that fill placeholders, each with the placeholder's word as its value."""
     return " ".join(f"--set {option}={_PLACEHOLDER.sub(lambda found: found[1], word)}" for option, word in left.items())
 
 
@@ -87,7 +87,7 @@ def _title(path: Path) -> str:
 
 @guarded
 def ls() -> None:
-    """List the installed recipes, and what each leaves open."""
+    """List the installed recipes, and the placeholders of each."""
     known = installed()
     width = max(map(len, known), default=0)
     for name, path in known.items():

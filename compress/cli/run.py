@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("run")(verb)
+    app.command("run")(command)
 
 
 @guarded
-def verb(
+def command(
     model: options.Model,
     out: options.Out,
     recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.")] = None,
@@ -108,7 +108,7 @@ class RunFlags:
 
 
 def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
-    """Runs and prints; what `run` and the command of every pass share."""
+    """Runs a recipe and prints the result; shared by `run` and the command of every pass."""
     limit, json_, quiet = parse_size(flags.shard_size), flags.json_, flags.quiet
     refuse_placeholders(recipe)
     from compress.pipeline.resolve import resolve
@@ -152,7 +152,7 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
 
 
 def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Problem]:
-    """What is wrong, with the command that takes the steps that are there: as it was given but for OUT, or, of a pass, `run`."""
+    """The problems, with a command that reuses OUT's steps: the given one with another OUT, or `run` for a pass's command."""
     name = f"{out.name}-{error.format or 'other'}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     other = next(path for path in map(out.with_name, names) if not path.exists())
@@ -164,7 +164,7 @@ def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Pro
 
 
 def refuse_placeholders(recipe: Recipe) -> None:
-    """Raises RecipeError for what a recipe leaves open, all of it at once, with the command that gives it."""
+    """Raises RecipeError for all placeholders of a recipe at once, with the command that fills them."""
     from compress.cli.recipes import settings, to_set
 
     if left := to_set(recipe):
@@ -175,7 +175,7 @@ def refuse_placeholders(recipe: Recipe) -> None:
 
 
 def refuse_missing(passes: list[Pass]) -> None:
-    """Raises InputError for every text that passes name and that is not there."""
+    """Raises InputError for every file of texts that a pass names and that does not exist."""
     problems = [
         Problem(
             f"{pass_.pass_name()}.data: {source}", "a file", "no such file", "check the path; before a dataset's name write hf:"
@@ -205,7 +205,7 @@ def context(seed: int, dtype: str, device: str, threads: int | None, receive: ob
 
 
 def summary(result: Result) -> dict[str, object]:
-    """The last lines of a run as facts."""
+    """The summary of a run as JSON."""
     last = result.plan.steps[-1]
     touched = list(result.manifest.weights)
     return {
@@ -225,7 +225,7 @@ def summary(result: Result) -> dict[str, object]:
 
 
 def report(result: Result, given: list[Path]) -> None:
-    """The last lines of a run: where, before, after, bits per weight, what to do next; `given` are the outputs to take from."""
+    """Prints the summary of a run: where, before, after, bits per weight, what to do next. `given` are --steps."""
     from compress.pipeline.output_paths import steps_folder
 
     facts = summary(result)
@@ -249,14 +249,14 @@ def report(result: Result, given: list[Path]) -> None:
             console.fact("spent", f"{name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
     peak = console.size(result.manifest.measured["peak_resident_bytes"])
     console.fact("took", f"{result.seconds:.1f} s, peak memory {peak}")
-    # Commands are to be copied: each in a line of its own, whatever it takes.
+    # Commands are to be copied, so each is in one line, however long.
     print(f"next:     {next_command(result)}")
     if result.manifest.format != "canonical" and steps_folder(result.out).is_dir():
         print(f"clean:    {shlex.join(['compress', 'clean', str(result.out)])}")
 
 
 def next_command(result: Result) -> str:
-    """What a user would do now."""
+    """The command to run after this one."""
     from compress.checkpoint.reader import CALIBRATION
     from compress.spec.weight_state import State
 

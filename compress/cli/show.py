@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("show")(verb)
+    app.command("show")(command)
 
 
 @guarded
-def verb(
+def command(
     directory: Annotated[Path, typer.Argument(help="A checkpoint that compress made.")],
     layers: Annotated[bool, typer.Option("--layers", help="One row per weight, not per kind of weight.")] = False,
     details: options.Details = False,
@@ -52,13 +52,13 @@ def verb(
     tables(manifest, layers, details)
     console.notes(manifest.notes)
     measured = manifest.measured
-    if {"seconds", "peak_resident_bytes"} <= measured.keys():  # what is measured is not sealed, and may be cut out
+    if {"seconds", "peak_resident_bytes"} <= measured.keys():  # not in the fingerprint, so they may have been removed
         peak = console.size(measured["peak_resident_bytes"])
         console.fact("measured", f"{measured['seconds']} s in the last step, peak memory {peak}")
 
 
 def tables(manifest: Manifest, layers: bool, details: bool) -> None:
-    """A table for each state, a row for each kind of weight in it, and what the columns mean."""
+    """Prints a table for each state, with a row for each kind of weight, and what the columns mean."""
     groups: dict[str, dict[tuple[str, str], list[WeightRecord]]] = {}
     for name, record in manifest.weights.items():
         label = name if layers else re.sub(r"\d+", "*", name.removesuffix(".weight"))
@@ -72,8 +72,8 @@ def tables(manifest: Manifest, layers: bool, details: bool) -> None:
             print()
         console.table((state, *shown), [(label, *_cells(shape, records, shown)) for (label, shape), records in rows.items()])
     if groups:
-        dense_view = "bits: of each entry, scales and padding included; weight error: |W-W'|/|W|, least-largest"
-        console.fact("columns", dense_view + ("; output error: the same of W x on the calibration tokens" if outputs else ""))
+        legend = "bits: of each entry, scales and padding included; weight error: |W-W'|/|W|, least-largest"
+        console.fact("columns", legend + ("; output error: the same of W x on the calibration tokens" if outputs else ""))
 
 
 def _cells(shape: str, records: list[WeightRecord], columns: list[str]) -> list[str]:

@@ -25,11 +25,11 @@ TOKENS, WINDOW = 256, 64
 
 
 def register(app: typer.Typer) -> None:
-    app.command("verify")(verb)
+    app.command("verify")(command)
 
 
 @guarded
-def verb(
+def command(
     artifact: Annotated[
         str, typer.Argument(help="An artifact, or a checkpoint in any state.", metavar="ART", show_default=False)
     ],
@@ -45,16 +45,16 @@ def verb(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="The model below an adapter.")] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="What readers compute in; auto is their own.")
+        str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="Compute dtype of readers; auto is their own.")
     ] = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check hashes, decode every tensor, and compare a reader's logits with what the artifact means.
+    """Check hashes, decode every tensor, and compare a reader's logits with those of the decoded weights.
 
-    A reader that cannot live beside this transformers runs in an environment of its own, built once under the user's cache
+    A reader that needs another transformers runs in an environment of its own, built once under the user's cache
     (COMPRESS_CACHE moves it).
     """
     from compress.checkpoint.source import open_source
@@ -95,7 +95,7 @@ def verb(
 
 
 def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:
-    """What logits are compared on, [samples, length]."""
+    """The token ids that logits are compared on, [samples, length]."""
     import torch
 
     from compress.checkpoint.reader import size_of
@@ -118,7 +118,7 @@ def facts(reading: Reading) -> dict[str, Any]:
 
 
 def show_bytes(found: Bytes) -> None:
-    """The first two questions' answers."""
+    """Prints the results for bytes and decoding."""
     named = "as manifest.json names them" if found.named else "no manifest to compare them with"
     print(f"bytes:    {found.tensors} tensors, {named}")
     print(f"decodes:  {found.decoded} packed weights, all finite" if found.decoded else "decodes:  nothing is packed")
@@ -127,7 +127,7 @@ def show_bytes(found: Bytes) -> None:
 
 
 def show_reading(reading: Reading) -> None:
-    """The third question's answer."""
+    """Prints the result for the reader's logits."""
     versions = ", ".join(f"{name} {version}" for name, version in reading.versions.items())
     print(f"reader:   {reading.reader} ({versions})")
     for note in reading.notes:

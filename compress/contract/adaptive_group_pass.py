@@ -1,11 +1,11 @@
-"""Adaptive group pass: a quantizer that can choose a group for each matrix.
+"""Adaptive group pass: a quantizer that can choose a group size for each matrix.
 
-Kim et al., 2308.09723: begin with one scale per row, halve the groups as long as ranges shrink. The printed rule goes on
-while for any group new/old > alpha, which for ranges of magnitudes is always so (one half keeps the largest weight and has
-a ratio of 1), and so always ends at the smallest group. What it means to say, that finer groups have to earn their scales,
-is here by default: go on while the mean of new/old is *below* alpha, that is while rounding gets finer by 1 - alpha on
-average. Rows of a Gaussian have a mean of 0.95 at 4,096 columns and 0.92 at 128, so that the default divides what has
-outliers and leaves the rest. `some` goes on while one group gains that much; `paper` is the printed rule.
+Kim et al., 2308.09723: begin with one scale per row, and halve the groups as long as their ranges shrink. The printed rule goes
+on while new/old > alpha for any group. For ranges of magnitudes that always holds (one half keeps the largest weight, so its
+ratio is 1), so the printed rule always ends at the smallest group. The default here is the rule that the text describes: go on
+while the mean of new/old is *below* alpha, that is, while rounding gets finer by at least 1 - alpha on average. Gaussian rows
+have a mean of 0.95 at 4,096 columns and of 0.92 at 128, so the default halves the groups of matrices with outliers and leaves
+the others. `some` goes on while at least one group gains that much; `paper` is the printed rule.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 
 
 class AdaptiveGroupPass(QuantizingPass):
-    """Makes codes in groups that are given, or that each matrix chooses by its own values."""
+    """Makes codes with the scheme's group size, or with one that is chosen for each matrix by its values."""
 
     granularity: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="the scheme's group everywhere; or for each matrix its own: one scale per row, halved down to that"
+        "fixed", description="the scheme's group size; or one for each matrix: one scale per row, halved down to that"
     )
     alpha: float = Field(
-        0.9, gt=0, le=1, description="adaptive: groups are halved while their ranges, new to old, are below this share"
+        0.9, gt=0, le=1, description="adaptive: groups are halved while the ratio of new range to old is below this"
     )
     rule: Literal["mean", "some", "paper"] = Field(
-        "mean", description="adaptive: the mean over groups is below alpha, or that of some group; or the paper's any above alpha"
+        "mean", description="adaptive: mean or smallest (some) ratio of the groups below alpha; paper: any ratio above alpha"
     )
     share: Literal["readers", "none"] = Field(
-        "readers", description="adaptive: what readers want alike (q, k, v; gate, up; all experts) takes their finest, or none do"
+        "readers",
+        description="adaptive: matrices that readers fuse (q, k, v; gate, up; experts) take the finest group, or none",
     )
 
     @model_validator(mode="after")
@@ -66,7 +67,7 @@ class AdaptiveGroupPass(QuantizingPass):
 
 
 class AdaptiveGroups(Allocator):
-    """Chooses the group of each matrix by the ranges of its groups."""
+    """Chooses the group size of each matrix by the ranges of its groups."""
 
     gradients: ClassVar[bool] = False
 
@@ -77,7 +78,7 @@ class AdaptiveGroups(Allocator):
         """Columns of the smallest group."""
 
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
-        """One scale per row, its halvings, and last the scheme's group, for those that have to be alike and halve otherwise."""
+        """One scale per row, its halvings, and last the scheme's group, which matrices of other widths can share."""
         from compress.numerics.granularity import widths
 
         whole = replace(self.pass_.scheme, group=None)
@@ -88,7 +89,7 @@ class AdaptiveGroups(Allocator):
         return state, *(replace(state, scheme=replace(whole, group=group)) for group in finer)
 
     def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
-        """What the rule looks at for each halving: ranges of the new groups to those of the old."""
+        """The rule's number for each halving: the mean, smallest or largest ratio of new ranges to old ones."""
         from compress.numerics.granularity import halvings, widths
         from compress.numerics.outliers import split
 
@@ -99,19 +100,19 @@ class AdaptiveGroups(Allocator):
 
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
         found = {offer.weight.name: offer.states[self._halvings(offer)] for offer in offers}
-        companies: dict[str, list[Offer]] = defaultdict(list)
+        fused: dict[str, list[Offer]] = defaultdict(list)
         for offer in offers if self.pass_.share == "readers" else ():
-            companies["experts" if offer.weight.kind == "expert" else together(offer.weight.name)].append(offer)
-        for company in companies.values():
-            by_group = [{_group(state): state for state in offer.states[1:]} for offer in company]
-            finest = min((group for offer in company if (group := _group(found[offer.weight.name]))), default=0)
+            fused["experts" if offer.weight.kind == "expert" else together(offer.weight.name)].append(offer)
+        for members in fused.values():
+            by_group = [{_group(state): state for state in offer.states[1:]} for offer in members]
+            finest = min((group for offer in members if (group := _group(found[offer.weight.name]))), default=0)
             common = [group for group in by_group[0] if group <= finest and all(group in own for own in by_group)]
-            for offer, own in zip(company, by_group, strict=True) if common else ():
+            for offer, own in zip(members, by_group, strict=True) if common else ():
                 found[offer.weight.name] = own[max(common)]
         return found
 
     def _halvings(self, offer: Offer) -> int:
-        """How often the groups of a matrix are halved."""
+        """How many times the groups of a matrix are halved."""
         alpha = self.pass_.alpha
         for number, ratio in enumerate(offer.costs):
             if (ratio <= alpha) if self.pass_.rule == "paper" else (ratio >= alpha):

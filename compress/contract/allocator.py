@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from compress.contract.step_plan import StepPlan
 
 _ENTRY_BYTES = 256
-"""What headers and index say of a tensor at most, besides its name."""
+"""Most bytes that headers and index need for a tensor, besides its name."""
 _DO = f"name the {ALLOCATION[0]} of a step that has decided"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a weight may become, and what an allocator has found of each of that."""
+    """The states that a weight may take, and the allocator's cost of each."""
 
     weight: Weight
     states: tuple[State, ...]
@@ -35,56 +35,56 @@ class Offer:
 
 @dataclass(frozen=True)
 class Rest:
-    """What a checkpoint holds besides the weights that are decided on."""
+    """Sizes of everything in a checkpoint but the weights that are decided on."""
 
     numel: int
     nbytes: int
-    """Of its tensors."""
+    """Bytes of its tensors."""
     overhead_bytes: int
-    """Headers, index and config.json of the whole checkpoint, at most."""
+    """Most bytes of headers, index and config.json of the whole checkpoint."""
 
 
 class Allocator(ABC):
-    """Decides what each weight becomes, before bytes are laid out: by gradients of the loss, or by the weights alone."""
+    """Decides the state of each weight before shards are laid out, by gradients of the loss or by the weights alone."""
 
     gradients: ClassVar[bool] = True
-    """Whether `costs` asks for gradients of the loss."""
+    """Whether `costs` needs gradients of the loss."""
 
     @abstractmethod
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
-        """What a targeted weight may become. Raises Refusal with the reason. Reads no bytes."""
+        """The states that a targeted weight may take. Raises Refusal with the reason. Reads no bytes."""
 
     def largest(self, weight: Weight, state: State) -> State:
-        """The largest offer: what is planned until it is decided. Raises Refusal."""
+        """The offered state with most bytes, which a plan assumes before the decision. Raises Refusal."""
         return max(self.offers(weight, state), key=lambda after: sum(spec.nbytes for spec in specs(weight, after)))
 
     def known(self, weights: Sequence[Weight]) -> dict[str, State] | None:
-        """What was decided elsewhere, by name; None where that is still to be done. Raises InputError."""
+        """States by name from an earlier decision; None if there is none. Raises InputError."""
         return None
 
     def table_digest(self) -> str:
-        """The digest of where `known` has it from, or empty."""
+        """The digest of the table that `known` reads; empty if there is none."""
         return ""
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether a sweep over calibration tokens comes before its decision."""
+        """Whether its decision needs a gradient sweep over calibration tokens."""
         return self.gradients and not self.table_digest()
 
     @abstractmethod
     def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
-        """What it asks of a weight: with gradients, the loss that each offered state would cost.
+        """The numbers that `decide` needs for a weight; with gradients, the increase of the loss by each offered state.
 
         The weight comes in its dtype and its gradient in fp32, both [experts?, rows, columns].
         """
 
     @abstractmethod
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
-        """What every weight becomes; without costs, whether anything fits. Raises UsageError where nothing does."""
+        """The state of every weight; without costs it only checks that some choice fits. Raises UsageError if none does."""
 
 
 def rows_of(table: Path) -> list[dict[str, Any]]:
-    """The lines of a table. Raises InputError for what is none."""
+    """The rows of an allocation table. Raises InputError for a file that is no such table."""
     try:
         rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
         for row in rows:
@@ -98,12 +98,12 @@ def rows_of(table: Path) -> list[dict[str, Any]]:
 
 
 def read_table(table: Path) -> dict[str, State]:
-    """What a table says of each weight. Raises InputError."""
+    """The state of each weight in an allocation table. Raises InputError."""
     return {row["weight"]: State.parse(row["state"]) for row in rows_of(table)}
 
 
 def offers_of(step: StepPlan, weights: Sequence[Weight]) -> tuple[list[Offer], Rest]:
-    """What a step has to decide on, and what there is besides."""
+    """The offers of a step's weights, and the sizes of everything else."""
     allocator = step.pass_.allocator()
     assert allocator is not None
     touched = set(step.transformed)
@@ -112,7 +112,7 @@ def offers_of(step: StepPlan, weights: Sequence[Weight]) -> tuple[list[Offer], R
     offers = [Offer(w, allocator.offers(w, step.before[w.name])) for w in weights if w.name in touched]
     overhead = step.disk_bytes - step.payload_bytes
     for weight, states in ((offer.weight, offer.states) for offer in offers):
-        # A state with more tensors than the planned one has longer headers, though it may be smaller.
+        # A state with more tensors than the planned one has longer headers, even if its tensors are smaller.
         more = max(len(specs(weight, state)) for state in states) - len(step.specs(weight))
         overhead += more * (2 * len(weight.name) + _ENTRY_BYTES)
     return offers, Rest(sum(weight.numel for weight in others), nbytes, overhead)

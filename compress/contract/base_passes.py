@@ -1,4 +1,4 @@
-"""Base passes: options and refusals that quantizers, pruners, trainers share."""
+"""Base passes: options and refusals shared by quantizers, pruners and trainers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from compress.corpus import CorpusSpec
 
 Clip = Annotated[
-    Literal["none", "mse"], Field(description="range of a group: its largest magnitude, or a search for least squared error")
+    Literal["none", "mse"], Field(description="range of a group: its largest magnitude, or the one with least squared error")
 ]
 Ragged = Annotated[
     Literal["refuse", "divide", "channel"],
-    Field(description="columns that the group does not divide: refuse, take the largest group that does, or one scale per row"),
+    Field(description="if the group does not divide the columns: refuse, use the largest one that does, or one scale per row"),
 ]
 _SMALLEST_GROUP = 16
 
 
 def refuse_no_matrix(weight: Weight) -> None:
-    """Raises Refusal for what is not a matrix of weights that can be worked on."""
+    """Raises Refusal for a tensor that is not a matrix of floats whose orientation is known."""
     if weight.kind not in MATRICES:
         raise Refusal(f"a {weight.kind} tensor is not a matrix of weights", "leave it out of targets")
     if weight.unclear:
@@ -44,7 +44,7 @@ def refuse_no_matrix(weight: Weight) -> None:
 
 
 def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
-    """Raises Refusal where a scheme's rounding of activations would not happen as the model runs."""
+    """Raises Refusal if the scheme rounds activations but this weight's inputs would not be rounded when the model runs."""
     if weight.kind not in ("linear", "head"):
         raise Refusal(f"{scheme} rounds activations, which nothing here does for {weight.kind}s", "use a scheme with a16 for it")
     if weight.converted:
@@ -58,14 +58,14 @@ class CodeOptions(TargetedPass):
 
     ragged: Ragged = "refuse"
     least_zero: int = Field(
-        0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which has no word for 0"
+        0, ge=0, le=1, description="smallest zero point of asymmetric codes; 1 for the gptq format, which cannot store 0"
     )
     outliers: float = Field(
-        0.0, ge=0, lt=1, description="share of a matrix's entries, the largest, that are kept as they are beside the codes"
+        0.0, ge=0, lt=1, description="share of a matrix's entries, the largest ones, that are kept unrounded next to the codes"
     )
 
     def coded(self, weight: Weight, state: State, scheme: Scheme, outliers: float | None = None) -> State:
-        """What a weight is in codes of a scheme; `outliers` instead of the option. Raises Refusal."""
+        """A weight's state in codes of a scheme; `outliers` replaces the option of that name. Raises Refusal."""
         refuse_no_matrix(weight)
         if state.scheme is not None:
             raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
@@ -79,7 +79,7 @@ class CodeOptions(TargetedPass):
 
 
 def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
-    """The scheme with a group that divides a weight's columns. Raises Refusal."""
+    """The scheme, with another group if its own does not divide a weight's columns. Raises Refusal."""
     group, columns = scheme.group, weight.columns
     if group is None or columns % group == 0 or scheme.scales == "block":
         return scheme
@@ -95,7 +95,7 @@ def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
 
 
 class QuantizingPass(CodeOptions):
-    """Makes codes of one scheme of dense or masked weights."""
+    """Quantizes dense or masked weights to codes of one scheme."""
 
     scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4, nvfp4")
 
@@ -112,16 +112,16 @@ class QuantizingPass(CodeOptions):
 
 
 class FactoringPass(TargetedPass):
-    """Puts low-rank factors beside codes."""
+    """Adds low-rank factors to codes."""
 
     rank: int = Field(8, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
     ranks: tuple[str, ...] = Field(
-        (), description="other ranks for some, SELECTOR=RANK with selectors of targets, e.g. attention=32; the first that fits"
+        (), description="ranks of some weights, SELECTOR=RANK as in targets, e.g. attention=32; the first that matches counts"
     )
     bpw: float | None = Field(
-        None, gt=0, description="instead of rank, what the factors may take: bits for each weight of a matrix"
+        None, gt=0, description="instead of rank, the most that factors may take, in bits per weight of the matrix"
     )
-    factors: Literal["int8", "bf16"] = Field("bf16", description="what factors are stored in; int8 ones cannot be trained")
+    factors: Literal["int8", "bf16"] = Field("bf16", description="dtype of the stored factors; int8 ones cannot be trained")
 
     @field_validator("ranks", mode="before")
     @classmethod
@@ -143,12 +143,12 @@ class FactoringPass(TargetedPass):
         return self
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
-        # One that fits nothing is an error, as it is among targets.
+        # A selector that matches nothing is an error, as in targets.
         targets.select(weights, [text.rpartition("=")[0] for text in self.ranks])
         return super().chosen(weights)
 
     def lowrank(self, weight: Weight, state: State) -> Lowrank:
-        """What a weight in this state is to have beside it. Raises Refusal."""
+        """The low-rank factors that a weight in this state gets. Raises Refusal."""
         if state.sparsity is not None:
             raise Refusal(f"it is {state}, and factors would fill its zeros", "skip it, or do not prune")
         int8, most = self.factors == "int8", min(weight.rows, weight.columns)
@@ -172,10 +172,10 @@ class FactoringPass(TargetedPass):
 
 
 class PruningPass(TargetedPass):
-    """Makes zeros in dense weights."""
+    """Sets entries of dense weights to zero."""
 
     sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")
-    scope: Literal["matrix", "row"] = Field("matrix", description="what a share is taken of: the matrix, or each output's row")
+    scope: Literal["matrix", "row"] = Field("matrix", description="whether a share is one of the matrix, or of each output's row")
 
     def becomes(self, weight: Weight, state: State) -> State:
         refuse_no_matrix(weight)
@@ -187,7 +187,7 @@ class PruningPass(TargetedPass):
 
 
 class TextPass(Pass):
-    """What passes that read texts share: how sources are given, how they are told, and what is wrong with them."""
+    """Base of passes that read texts: parses, redacts and checks their sources."""
 
     data: tuple[str, ...]
 
@@ -197,13 +197,13 @@ class TextPass(Pass):
         return (value,) if isinstance(value, str | int | float) else value
 
     def redacted(self) -> Self:
-        """Files by their names: their content counts, as tokens, and folders of a machine are not told."""
+        """The pass with file names instead of paths: the tokens identify their content, and paths are private."""
         names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
         return self.model_copy(update={"data": names})
 
     @staticmethod
     def sound(draw: Callable[[], Any]) -> None:
-        """Raises Unsound for what `draw` cannot make a CorpusSpec of."""
+        """Raises Unsound with the problems for which `draw` cannot make a CorpusSpec."""
         try:
             draw()
         except UsageError as error:
@@ -211,7 +211,7 @@ class TextPass(Pass):
 
 
 class TrainingPass(TextPass, TrainPass):
-    """Trains weights by AdamW: dense ones, those between the zeros of masked ones, scales of codes, low-rank factors."""
+    """Trains by AdamW: dense weights, the non-zero entries of masked ones, scales of codes, low-rank factors."""
 
     data: tuple[str, ...] = Field(
         (), description="texts to train on, named as for calibrate; without them, the calibration tokens"
@@ -221,26 +221,26 @@ class TrainingPass(TextPass, TrainPass):
     length: int = Field(512, ge=2, description="tokens in each sample of data")
     packing: Literal["documents", "concatenate", "pad"] = Field(
         "documents",
-        description="fill samples with texts that do not see each other, with a stream of them, or with one and padding",
+        description="a sample holds several texts that do not attend to each other, a part of a stream, or one text and padding",
     )
     chat: bool = Field(False, description="records of data are conversations: apply the tokenizer's chat template")
-    field: str = Field("text", description="where a record of data has its text or its messages")
+    field: str = Field("text", description="field of a record that holds its text or its messages")
     split: str = Field("train", description="split of a dataset")
     epochs: int = Field(1, ge=1, description="how often each sample is seen")
-    batch: int = Field(16, ge=1, description="samples of an optimizer step, over all processes")
-    micro_batch: int = Field(4, ge=1, description="samples of one forward of one process")
-    lr: float = Field(1e-4, ge=0, le=1e30, description="highest learning rate of weights")
+    batch: int = Field(16, ge=1, description="samples in an optimizer step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="samples in one forward of one process")
+    lr: float = Field(1e-4, ge=0, le=1e30, description="peak learning rate of weights")
     scale_lr: float = Field(
-        5e-3, ge=0, le=1e30, description="highest learning rate of the scales of codes, as a share of each scale"
+        5e-3, ge=0, le=1e30, description="peak learning rate of the scales of codes, as a share of each scale"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    final: float = Field(0.0, ge=0, le=1, description="what the learning rate falls to, as a share of the highest")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
-    clip: float = Field(1.0, ge=0, description="largest norm of a step's gradient; 0 for any")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate decays")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises")
+    final: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on matrices only")
+    clip: float = Field(1.0, ge=0, description="gradients are scaled down to at most this norm; 0 for no limit")
     recompute: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third more work")
-    save_every: int = Field(100, ge=1, description="steps between states that a killed run goes on from")
+    save_every: int = Field(100, ge=1, description="steps between saved training states, from which a killed run resumes")
     targets: tuple[str, ...] = Field(
         ("all",),
         description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
@@ -258,7 +258,7 @@ class TrainingPass(TextPass, TrainPass):
         return self
 
     def redacted(self) -> Self:
-        """A teacher by its last part as well, for its content has a digest."""
+        """Also the teacher's name instead of its path; its content is identified by a digest."""
         named, teacher = super().redacted(), self.teacher_model()
         return named.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else named
 
@@ -279,7 +279,7 @@ class TrainingPass(TextPass, TrainPass):
         )  # fmt: skip
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
-        # Of what a word such as `all` means; tensors that the model does not take are no weights to train either.
+        # Selectors such as `all` also match tensors that cannot be trained, or that the model does not load.
         return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
 
     def becomes(self, weight: Weight, state: State) -> State:

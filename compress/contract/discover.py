@@ -1,6 +1,6 @@
 """Discover: passes found by path; captions read without importing anything.
 
-`passes/quantize/rtn.py` is the pass `quantize.rtn`. This is the one place that reaches upward, and it does so by name.
+`passes/quantize/rtn.py` is the pass `quantize.rtn`. This is the one place that imports from a higher floor, and by name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pass_files() -> dict[str, Path]:
 
 
 def names_passes(text: str) -> bool:
-    """Whether a text looks like passes in one line, and not like the name of a file."""
+    """Whether a text looks like a one-liner of passes, not like the name of a file."""
     return "|" in text or "(" in text or text.strip() in pass_files()
 
 

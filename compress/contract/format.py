@@ -26,21 +26,21 @@ class Verdict:
 
 
 class Format:
-    """Where the bits lie, for one reader. One subclass per folder of `kernels/`, in its `layout.py`."""
+    """How a reader's format stores weights. One subclass per folder of `kernels/`, in its `layout.py`."""
 
     name: ClassVar[str] = ""
     least_zero: ClassVar[int] = 0
-    """The smallest zero point that it can say."""
+    """The smallest zero point that it can store."""
     expands: ClassVar[bool] = False
-    """Whether it holds what codes mean, and not the codes: then it is read as another tool's."""
+    """Whether it stores the values of codes instead of the codes; such an artifact is read like another tool's."""
     holds: ClassVar[frozenset[str]] = frozenset()
-    """What may stand beside codes: outliers, lowrank."""
+    """What it can store next to codes: outliers, lowrank."""
 
     def __init__(self, dequantize: bool = False) -> None:
         self.dequantize = dequantize
 
     def reading(self, checkpoint: Checkpoint) -> Self:
-        """The same, for a checkpoint of which the tensors tell more than states do."""
+        """This format, adjusted to a checkpoint whose tensors tell more than its states."""
         return self
 
     def plain(self, weight: Weight, state: State) -> str:
@@ -48,10 +48,10 @@ class Format:
         return "" if state.scheme is not None else "it is not in codes"
 
     def refuse(self, weight: Weight, state: State) -> None:
-        """Raises Refusal where the reader cannot hold this weight in this state."""
+        """Raises Refusal if the format cannot hold this weight in this state."""
 
     def refuse_together(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
-        """(weight, reason, what to do) for what only shows when the whole model is seen."""
+        """(weight, reason, what to do) for each refusal that depends on the whole model."""
         return []
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
@@ -59,23 +59,23 @@ class Format:
         raise TypeError(f"{self.name} writes nothing")
 
     def file_of(self, name: str) -> str:
-        """The file of its own that a tensor lies in; empty for the shards of the model."""
+        """The extra file that a tensor is stored in; empty for the shards of the model."""
         return ""
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
-        """Tensors of this format whose bytes the canonical form has already: name here -> name there."""
+        """Tensors of this format with the same bytes as canonical ones: name here -> canonical name."""
         return {}
 
     def constants(self, weight: Weight, state: State) -> dict[str, torch.Tensor]:
-        """Tensors of this format that say nothing of the values, such as shapes."""
+        """Tensors of this format that do not depend on the values, such as shapes."""
         return {}
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
-        """Tensors by name, of codes in a state that tells no more than they do."""
+        """The tensors, by name, that hold codes; for formats that need nothing else of the state."""
         raise TypeError(f"{self.name} does not encode")
 
     def encode_as(self, weight: Weight, state: State, value: Any) -> dict[str, torch.Tensor]:
-        """Tensors by name, as `specs` says; of a QTensor, or of values [experts?, rows, columns] that are not in codes."""
+        """The tensors, by name, that `specs` lists, for a QTensor or for values [experts?, rows, columns] not in codes."""
         return self.encode(weight, value)
 
     def decode(self, weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor | torch.Tensor:
@@ -91,11 +91,11 @@ class Format:
         raise TypeError(f"{self.name} has no config")
 
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
-        """What config.json alone says of an artifact's weights in codes; empty where it says too little. Raises InputError."""
+        """An artifact's weights in codes, from config.json alone; empty if it does not say enough. Raises InputError."""
         return {}
 
     def files(self, model: Model, states: dict[str, State]) -> dict[str, str]:
-        """Texts of further files that a reader looks for, by name."""
+        """Texts of further files that the reader needs, by name."""
         return {}
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:

@@ -1,8 +1,8 @@
 """Fused groups: weights that readers fuse, and the largest magnitude in each.
 
-vLLM and SGLang make one matrix of q/k/v and of gate/up and take one scale for it. Schemes with a scale for a whole matrix
-(`nvfp4`, `fp8-tensor`) therefore choose it for all of them: a driver measures their largest magnitude when the first one's
-turn comes, reading each once more. Fused experts hold their gate and up already, and have a scale for each expert.
+vLLM and SGLang fuse q/k/v, and gate/up, into one matrix with one scale. Schemes with one scale for a whole matrix
+(`nvfp4`, `fp8-tensor`) therefore choose a common scale for these weights: an executor measures their largest magnitude when it
+comes to the first of them, reading each once more. Fused experts already hold gate and up; they have a scale for each expert.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
 }  # fmt: skip
-"""What readers call the matrix that they make of several."""
+"""Weight -> the name that readers give the fused matrix."""
 _ALSO = {"query": "qkv", "key": "qkv", "value": "qkv", "q": "qkv", "k": "qkv", "v": "qkv", "w1": "w13", "w3": "w13"}
 
 
 def together(name: str) -> str:
-    """The path of the matrix that a weight becomes part of, or its own."""
+    """The path of the fused matrix that a weight becomes part of, or its own path."""
     parent, _, last = name.removesuffix(".weight").rpartition(".")
     return f"{parent}.{(FUSED | _ALSO).get(last, last)}"
 
 
 class Peaks:
-    """Measures peers whose scheme, after a step, has a scale for a whole matrix; `read` gives a dense weight by its name."""
+    """Measures fused weights whose scheme after a step has one scale for a whole matrix. `read` gives a dense weight by name."""
 
     def __init__(self, weights: Iterable[Weight], after: Mapping[str, State], read: Callable[[str], torch.Tensor]) -> None:
         self._members: dict[str, list[str]] = defaultdict(list)
@@ -44,7 +44,7 @@ class Peaks:
         self._read, self._found, self._lock = read, dict[str, float](), Lock()
 
     def of(self, weight: Weight) -> Weight:
-        """The weight with its peak, if it needs one."""
+        """The weight, with the largest magnitude of its group as `peak` if its scheme needs it."""
         import torch
 
         from compress.numerics.rounding import largest

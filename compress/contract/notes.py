@@ -1,4 +1,4 @@
-"""Notes: the counted lines of a plan and of its problems."""
+"""Notes: the counted lines of a plan, and problems joined by reason."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
 
 
 def changed_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
-    """The weights that stay plain tensors with other values, by counted lines."""
+    """The weights that stay plain tensors but have other values, by counted lines."""
     return {name for note in notes if note.what in ("trained", "smoothed") for name in note.names}
 
 
 def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-    """What stays dense, by kind and tower, so that a reader of the manifest need not guess."""
+    """Counted lines for the weights that stay dense, by kind and tower."""
     reasons = {}
     for weight in weights:
         if states[weight.name] == DENSE:
@@ -32,7 +32,7 @@ def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]
 
 
 def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:
-    """Counted lines that hold for every step over a checkpoint."""
+    """Counted lines that are the same for every step over a checkpoint."""
     notes = []
     if model.unused:
         notes.append(Note("unused", "tensors that the model does not take; carried along", model.unused))
@@ -46,7 +46,7 @@ def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) 
 
 
 def folded(problems: list[Problem]) -> list[Problem]:
-    """Problems with one reason become one message that names the first weights and counts the rest."""
+    """Joins problems with the same reason into one that names the first weights and counts the rest."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
         place, _, name = problem.where.rpartition(": ")

@@ -1,8 +1,8 @@
-"""Pass base: what every pass answers, whatever its shape.
+"""Pass base: the methods and fields of every pass, whatever its shape.
 
 A pass module defines exactly one Pass class that is not abstract. Its fields are the recipe keys, the flags and the help text;
 its docstring's first line is its line in `compress list`. Modules of passes import torch inside their methods only, so that
-help and plans of recipes start fast. The shapes that a pass can have stand in shapes.py.
+help and plans of recipes start fast. The shapes that a pass can have are in shapes.py.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from compress.corpus import Corpus
 
 Executor = Literal["tokens", "stream", "sweep", "smooth", "train"]
-"""What lifts a pass to a directory: the pipeline itself for tokens, and modules of compress/executors/ for the rest."""
+"""What runs a pass over a checkpoint: the pipeline itself for tokens, a module of compress/executors/ for the rest."""
 
 
 @dataclass(frozen=True)
 class ExternalInputs:
-    """What passes may read besides the checkpoint, as it goes into a step's id."""
+    """Identities of what a pass may read besides the checkpoint; they go into a step's id."""
 
     tokens: str
     """Digest of the tokens that the step reads."""
     dtype: str
-    """What models compute in."""
+    """Compute dtype of models."""
     second_model: str = ""
     """Fingerprint of the other model that the step reads, if there is one."""
 
@@ -49,17 +49,17 @@ class Pass(BaseModel):
         frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
     )
     revision: ClassVar[int] = 1
-    """Raised by hand when the same options give other bytes."""
+    """Increased by hand when a change of code makes the same options give other bytes."""
     example: ClassVar[str] = ""
     """A recipe that ends in this pass, for its documentation and its tests; without one the pass works with its defaults."""
     example_family: ClassVar[str] = "llama"
     """The model_type that the example is for."""
     makes_tokens: ClassVar[bool] = False
-    """Whether it makes calibration tokens, and leaves weights where they are."""
+    """Whether it makes calibration tokens and changes no weight."""
     unpacks: ClassVar[bool] = False
     """Whether it reads a packed artifact; such a pass is the first of its recipe."""
     second_model: ClassVar[Literal["", "teacher", "dense"]] = ""
-    """Which other model it may read: one that teaches it, or the dense one that its codes were made from."""
+    """Which other model it may read: a teacher, or the dense model that the codes were made from."""
 
     @classmethod
     def pass_name(cls) -> str:
@@ -68,34 +68,34 @@ class Pass(BaseModel):
 
     @abstractmethod
     def executor(self) -> Executor:
-        """What lifts it to a directory."""
+        """What runs it over a checkpoint."""
 
     def worker(self) -> Pass:
-        """The pass that does the work: itself, or the one that it leaves it to."""
+        """The pass that does the work: itself, or the pass that it delegates to."""
         return self
 
     def allocator(self) -> Allocator | None:
-        """What decides the state of each weight before bytes are laid out; None where options say it already."""
+        """What decides the state of each weight before shards are laid out; None if the options alone decide."""
         return None
 
     def reads_tokens(self) -> bool:
-        """Whether it reads the calibration tokens that travel with the checkpoint."""
+        """Whether it reads the calibration tokens that are stored with the checkpoint."""
         return False
 
     def own_tokens(self, model: Checkpoint, seed: int) -> Corpus | None:
-        """Tokens of texts that it names itself, by the tokenizer of `model`. Raises InputError for texts that cannot be used."""
+        """Tokens of the texts that its options name, by the tokenizer of `model`. Raises InputError for unusable texts."""
         return None
 
     def source_notes(self) -> list[Note]:
-        """Counted lines about what it reads, which are also told when a run begins."""
+        """Counted lines about the texts that it reads; they are also printed when a run begins."""
         return []
 
     def external_inputs(self, found: ExternalInputs) -> dict[str, str]:
-        """What it reads besides the checkpoint, for the id of a step."""
+        """Identities of what it reads besides the checkpoint, for the id of its step."""
         return {}
 
     def how_to_use_less_memory(self) -> str:
-        """What a user can do where this machine has too little."""
+        """What a user can do if this machine has too little memory."""
         return "run it on fewer cores, as in `taskset -c 0 compress ...`"
 
     def line(self) -> Line:
@@ -104,11 +104,11 @@ class Pass(BaseModel):
         return Line(self.pass_name(), {key: _value(value) for key, value in options.items()})
 
     def redacted(self) -> Self:
-        """This pass as a manifest has it, without the folders of the machine that it ran on."""
+        """This pass as it is written into a manifest, without paths of the machine."""
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What of this pass goes into a step's id: every option, defaults included, and the revision."""
+        """This pass's part of a step's id: every option, defaults included, and the revision."""
         return {"pass": self.pass_name(), "revision": self.revision, "options": self.model_dump(mode="json")}
 
 
@@ -117,7 +117,7 @@ def _value(value: Any) -> Value:
 
 
 class WeightPass(Pass):
-    """What passes over weights have in common."""
+    """Base of passes that change weights."""
 
     @abstractmethod
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
@@ -125,10 +125,10 @@ class WeightPass(Pass):
 
     @abstractmethod
     def becomes(self, weight: Weight, state: State) -> State:
-        """What a targeted weight is after this pass. Raises Refusal with the reason. Reads no bytes."""
+        """The state of a targeted weight after this pass. Raises Refusal with the reason. Reads no bytes."""
 
     def layout(self, weights: Sequence[Weight], family: str, config: dict[str, Any]) -> Layout | None:
-        """The activations that it rescales, with all weights that write and read them; None for a pass that rescales none."""
+        """The activations that it rescales, with the weights that write and read them; None if it rescales none."""
         return None
 
     def target_format(self) -> Format | None:
@@ -136,11 +136,11 @@ class WeightPass(Pass):
         return None
 
     def workspace_bytes(self, weight: Weight) -> int:
-        """Memory for the work on one weight, besides its tensor before and after: byte codes and temporaries."""
+        """Memory that the work on one weight needs besides its old and new tensor: byte codes and temporaries."""
         return weight.numel * 3 // 2
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        """Counted lines for the manifest about choices this pass made; `states` are those after it."""
+        """Counted lines for the manifest about choices of this pass; `states` are the states after it."""
         return []
 
 

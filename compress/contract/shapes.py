@@ -1,15 +1,15 @@
-"""Shapes: the kinds of work that a pass can do, and what each hands over.
+"""Shapes: the kinds of work that a pass can do, and the methods of each.
 
     DataPass          texts become calibration tokens            executor: the pipeline
     TensorPass        data-free, weight by weight                executor: stream
-    LinearPass        weight by weight, from what it reads       executor: sweep
-    CompensatingPass  what codes have lost, from dense weights   executor: stream, or sweep for a LinearPass that observes
+    LinearPass        weight by weight, from its inputs          executor: sweep
+    CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
     SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
     TrainPass         the whole model, by gradients of a loss    executor: train
-    DelegatingPass    decides, and leaves the work to another    executor: that of its worker
+    DelegatingPass    decides, and delegates the work            executor: that of its worker
 
-A pass that trains one block at a time towards the outputs of its dense twin gets its shape here as well, and an executor
-beside `sweep`: what it says are the parameters of a block that are trained, and the loss between two outputs.
+A pass that trains one block at a time towards the outputs of its dense twin would get its shape here, and an executor
+next to `sweep`: it would name the parameters of a block that are trained, and the loss between two outputs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class DataPass(Pass):
-    """Makes calibration tokens. They travel with the checkpoint until it is packed; its weights stay where they are."""
+    """Makes calibration tokens. They are stored with the checkpoint until it is packed; its weights are not changed."""
 
     makes_tokens: ClassVar[bool] = True
 
@@ -43,7 +43,7 @@ class DataPass(Pass):
 
     @abstractmethod
     def tokens_at_most(self) -> tuple[int, int]:
-        """How many tokens it will make, and how many in a sample, for the plan of memory."""
+        """(most tokens that it makes, most in a sample), for the plan of memory."""
 
     @abstractmethod
     def own_tokens(self, model: Checkpoint, seed: int) -> Corpus: ...
@@ -60,11 +60,11 @@ class TensorPass(WeightPass):
 
     @abstractmethod
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        """The new value, and its relative error or None where it means the same; a dense value is [experts?, rows, columns]."""
+        """The new value, and its relative error, None if nothing is lost; a dense value is [experts?, rows, columns]."""
 
 
 class ObservingPass(TargetedPass):
-    """Work from statistics of what weights read."""
+    """Work from statistics of the inputs of weights."""
 
     @abstractmethod
     def statistic(self, width: int) -> Statistic:
@@ -72,14 +72,14 @@ class ObservingPass(TargetedPass):
 
     @abstractmethod
     def statistic_bytes(self, width: int) -> int:
-        """Memory of a statistic, and of what `prepare` makes of it while it works."""
+        """Memory of a statistic, including what `prepare` needs."""
 
     def prepare(self, statistic: Any) -> Any:
-        """What all weights that read the same inputs share; computed once."""
+        """Computes, once, from the statistic what all weights with the same inputs share."""
         return statistic
 
     def observes(self) -> bool:
-        """Whether it needs statistics at all; with options that need none, a pass that can do without is no sweep."""
+        """Whether it needs statistics with these options; if not, the pass is streamed."""
         return True
 
     def executor(self) -> Executor:
@@ -96,31 +96,31 @@ class ObservingPass(TargetedPass):
 
 
 class LinearPass(ObservingPass):
-    """Work on weights from statistics of what they read."""
+    """Solves weights from statistics of their inputs."""
 
     @abstractmethod
     def solve(self, tasks: Sequence[MatrixTask], prepared: Any) -> list[Solution]:
-        """The new values of weights that read the same inputs."""
+        """The new values of matrices that share their inputs, from what `prepare` returned."""
 
 
 class CompensatingPass(TargetedPass):
-    """Makes up for what rounding has lost, with the dense weights at hand that the codes were made from; see dense_parent.py."""
+    """Corrects the rounding of codes, given the dense weights that they were made from; see dense_parent.py."""
 
     second_model: ClassVar[Literal["", "teacher", "dense"]] = "dense"
 
     dense: str = Field(
-        "", description="what the codes were made from, a directory or a Hub id; needed only where no manifest tells"
+        "", description="the dense model of the codes, a directory or a Hub id; needed only if no manifest names it"
     )
 
     @abstractmethod
     def compensate(self, weight: Weight, q: QTensor, after: State, dense: torch.Tensor) -> tuple[QTensor, float]:
-        """The codes with what stands beside them, and the relative error; `dense` as [experts?, rows, columns]."""
+        """The codes with their correction (low-rank factors), and the relative error; `dense` is [experts?, rows, columns]."""
 
     def external_inputs(self, found: ExternalInputs) -> dict[str, str]:
         return super().external_inputs(found) | ({"dense": found.second_model} if found.second_model else {})
 
     def redacted(self) -> Self:
-        """A checkpoint by its last part: its content is in the lineage, and folders of a machine are not told."""
+        """The dense checkpoint's name instead of its path: the lineage identifies its content, and paths are private."""
         return self.model_copy(update={"dense": self.dense.rstrip("/").rpartition("/")[2]})
 
 
@@ -133,7 +133,7 @@ class TrainPass(TargetedPass):
         return "train"
 
     def texts(self) -> CorpusSpec | None:
-        """What to train on; None for the calibration tokens that travel with the checkpoint."""
+        """The texts to train on; None for the calibration tokens that are stored with the checkpoint."""
         return None
 
     @abstractmethod
@@ -141,12 +141,12 @@ class TrainPass(TargetedPass):
         """How to train."""
 
     def teacher_model(self) -> str | None:
-        """The model that teaches: a directory, a Hub id, or empty for the dense parent; None where there is none."""
+        """The teacher: a directory, a Hub id, or empty for the dense parent; None for no teacher."""
         return None
 
     @abstractmethod
     def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
-        """The sum over the batch's scored tokens, fp32; both are called like models of transformers."""
+        """The loss summed over the batch's scored tokens, fp32; both models are called like models of transformers."""
 
     def reads_tokens(self) -> bool:
         return self.texts() is None
@@ -166,7 +166,7 @@ class TrainPass(TargetedPass):
 
 
 class DelegatingPass(WeightPass):
-    """Chooses weights and states, and leaves the work on them to another pass."""
+    """Chooses weights and states, and delegates the work on them to another pass."""
 
     @abstractmethod
     def worker(self) -> Pass: ...

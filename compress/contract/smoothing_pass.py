@@ -1,6 +1,6 @@
 """Smoothing pass: rescales activations and keeps the function of the model.
 
-Activation by activation, from what flows through it; its driver is fold.
+It works activation by activation, from statistics of each; its executor is executors/smooth.py.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 
 class Matrix(NamedTuple):
-    """One that reads a space: a weight, or one expert of a fused one. `value` [out, in] in fp32."""
+    """One matrix that reads a space: a weight, or one expert of a fused one. `value` [out, in] in fp32."""
 
     weight: Weight
     value: torch.Tensor
 
 
 class SmoothingPass(ObservingPass):
-    """Divides the channels of spaces by numbers of its own where they are written, and multiplies them where they are read."""
+    """Divides the channels of spaces by numbers where they are written, and multiplies by them where they are read."""
 
     def executor(self) -> Executor:
         return "smooth"
 
     def layout(self, weights: Sequence[Weight], family: str, config: dict[str, Any]) -> Layout:
-        """The spaces that targeted weights read, of a model_type with that config.json. Raises InputError for one not known."""
+        """The spaces that targeted weights read. Raises InputError for a family (model_type) that is not known."""
         wanted = frozenset(weight.name for weight in self.chosen(weights) if weight.kind in MATRICES)
         return layout(weights, family, config, wanted)
 
     def targeted(self, weight: Weight) -> bool:
-        """Whether a weight is one that should round well, and not only one that something else is folded into."""
+        """Whether the smoothing is for this weight's sake; other weights of a space are only rescaled along."""
         named, spared = (any(matches(selector, weight) for selector in which) for which in (self.targets, self.skip))
         return named and not spared
 
@@ -50,4 +50,4 @@ class SmoothingPass(ObservingPass):
 
     @abstractmethod
     def balance(self, space: Space, matrices: Iterable[Matrix], prepared: Any) -> torch.Tensor | None:
-        """The numbers [space.width], above zero; None to leave a space as it is. Each matrix is asked for once."""
+        """The positive numbers [space.width]; None leaves a space unchanged. `matrices` can be iterated once."""

@@ -18,7 +18,7 @@ INTERPRETER_BYTES = 480 << 20
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One pass over one checkpoint: what every weight becomes, and where its bytes will lie."""
+    """One pass over one checkpoint: the state of every weight before and after, and the layout of the shards."""
 
     number: int
     pass_: Pass
@@ -29,18 +29,18 @@ class StepPlan:
     format: Format | None
     shards: list[Shard]
     texts: dict[str, str]
-    """config.json, and what else the format's reader looks for."""
+    """config.json, and other files that the format's reader needs, by name."""
     notes: tuple[Note, ...]
     resident_bytes: int
-    """Memory beyond the interpreter."""
+    """Memory in addition to INTERPRETER_BYTES."""
     scratch_bytes: int = 0
-    """Disk that is needed while it runs, and free again afterwards."""
+    """Temporary disk space while the step runs."""
     device_bytes: int = 0
-    """Memory of the GPU, if there is one to compute on; 0 for what the CPU does anyway."""
+    """GPU memory, if the run computes on a GPU; 0 for a step that always runs on the CPU."""
 
     @property
     def inherits(self) -> bool:
-        """Whether the weights stay where the step before has them."""
+        """Whether the step writes no weights, so that those of the step before hold."""
         return not self.shards
 
     @property
@@ -58,7 +58,7 @@ class StepPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the shards with their headers, the index and config.json; none where the weights stay where they are."""
+        """Bytes of the shards with their headers, the index and config.json; 0 for a step that writes no weights."""
         if self.inherits:
             return 0
         index = index_file(self.shards) or ("", "")
@@ -89,22 +89,22 @@ class Plan:
 
     @property
     def weights(self) -> list[Weight]:
-        """The weights that are written: tied duplicates left out."""
+        """The weights that are written, without tied duplicates."""
         return [weight for weight in self.model.weights if weight.name not in self.dropped]
 
     @property
     def disk_bytes(self) -> int:
-        """What the run adds to the disk at its end: every step and the output."""
+        """Disk space that the run has added when it ends: every step and the output."""
         return sum(step.disk_bytes for step in self.steps)
 
     @property
     def scratch_bytes(self) -> int:
-        """What a step needs of the disk beside that, while it runs."""
+        """Temporary disk space in addition, while a step runs."""
         return max((step.scratch_bytes for step in self.steps), default=0)
 
     @property
     def peak_bytes(self) -> int:
-        """Resident memory at most: the interpreter and what the largest step needs."""
+        """Peak resident memory: the interpreter and the largest step."""
         return INTERPRETER_BYTES + max((step.resident_bytes for step in self.steps), default=0)
 
     def bits(self, step: StepPlan, names: Sequence[str] | None = None) -> float:
@@ -114,7 +114,7 @@ class Plan:
 
 
 def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:
-    """Canonical tensors, or those of a format; what is dense stays as it is in both."""
+    """The tensors that hold a weight: canonical ones, or those of a format, which leaves some weights plain."""
     if fmt is None or fmt.plain(weight, state):
         return qtensor.specs(weight, state)
     return fmt.specs(weight, state)

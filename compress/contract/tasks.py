@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Statistic(Protocol):
-    """What is folded of the inputs that a weight reads; additive, so that processes can sum theirs."""
+    """A statistic of a weight's inputs; additive, so that processes can sum theirs."""
 
     tokens: int
 
     def add(self, x: torch.Tensor) -> None:
-        """Folds in inputs [tokens, width] of any float dtype."""
+        """Adds inputs [tokens, width] of any float dtype."""
 
     def parts(self) -> list[torch.Tensor]:
         """The sums, to be added up over processes in place."""
@@ -33,12 +33,12 @@ class MatrixTask:
     after: State
     value: torch.Tensor
     codes: QTensor | None = None
-    """For a CompensatingPass: what `value` has become, in the rows and columns of the quantized form."""
+    """For a CompensatingPass: the codes of `value`, in the rows and columns of the quantized form."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The new value of a matrix, a tensor [out, in] or codes [rows, columns], with squared norms of what it cost."""
+    """The new value of a matrix, a tensor [out, in] or codes [rows, columns], with its squared errors and norms."""
 
     value: torch.Tensor | QTensor
     lost: float
@@ -53,10 +53,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A few samples of training: the model's arguments, and which of its outputs count."""
+    """A few training samples: the model's arguments, and which of its logits are scored."""
 
     inputs: dict[str, torch.Tensor]
     positions: torch.Tensor
-    """Of the logits [samples * length, vocabulary], the rows that count: int64 [scored]."""
+    """The rows of the logits [samples * length, vocabulary] that are scored: int64 [scored]."""
     labels: torch.Tensor
     """The token that each of these rows should predict: int64 [scored]."""

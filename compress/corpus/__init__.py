@@ -1,18 +1,18 @@
 """Corpus: texts become token ids for calibration, fixed by a seed.
 
 Order. A source's documents are drawn uniformly without replacement. The order is a Fisher-Yates shuffle by SHA-256 of the
-seed, the source's content and a counter, so it is the same on any machine, and no source disturbs another: with more samples,
-or beside other sources, it goes on where it stood. The samples of all sources are shuffled into one another at the end.
+seed, the source's content and a counter, so it is the same on any machine. Sources do not affect each other: with more samples,
+or with other sources, the same documents are drawn first. In the end the samples of all sources are shuffled together.
 
-Packing. `concatenate` joins documents and cuts the stream into windows: every token is one that counts. Of a document that is
-longer than a sample a part of that length is taken, and another only when every document has given one. `pad` takes one
-document for each sample. Between texts stands EOS where the tokenizer has one (`join`), as in pretraining; conversations end
-as their template ends them. Each sample of these two begins with what the tokenizer puts before a text by itself (`bos`),
-nowhere else: that is how the model runs, and the first position, where attention sinks, is then the one that it meets in use.
-For conversations the template decides. `documents`, for training, cuts the same stream, but keeps its texts apart: a tensor
-`position_ids` begins at 0 with each document or part, whose EOS is its last token, and with each window. What the end of a
-window cuts off is a text by itself in the next. So every text, not only every sample, begins with what the tokenizer puts
-there. Attention must not reach back over a 0.
+Packing. `concatenate` joins documents and cuts the stream into windows, so no token is padding. From a document that is longer
+than a sample one part of that length is taken, and another only after every document has given one. `pad` takes one document
+for each sample. EOS separates texts if the tokenizer has one (`join`), as in pretraining; conversations end as their chat
+template ends them. Each sample of these two packings begins with the prefix that the tokenizer puts before a text (`bos`), and
+has it nowhere else: a model in use sees the same first position, where attention sinks form. For conversations the template
+decides. `documents`, for training, cuts the same stream but keeps its texts apart: a tensor `position_ids` begins at 0 with
+each document or part (EOS is its last token) and with each window. The rest of a text that a window's end cuts off is a text
+of its own in the next window. So every text, not only every sample, begins with the tokenizer's prefix. Attention must not
+cross a position of 0.
 
 Imports errors, checkpoint.
 """

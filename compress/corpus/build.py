@@ -28,16 +28,16 @@ _KEY = "corpus"
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """What was taken of a source. For the manifest: without folders of this machine."""
+    """What was drawn from a source, for the manifest: without paths of this machine."""
 
     name: str
     samples: int
     documents: int
     """Documents that went into the samples; rows of ready inputs."""
     total: int
-    """Documents that there are."""
+    """Documents in the source."""
     sha256: str | None = None
-    """Of a file's content; of a .gz, what is in it."""
+    """sha256 of a file's content; for a .gz of the unpacked content."""
     revision: str | None = None
     fingerprint: str | None = None
 
@@ -70,7 +70,7 @@ class Corpus:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        # One key of metadata, for safetensors keeps no order among several.
+        # One key of metadata only: safetensors does not keep the order of several.
         record = json.dumps({"digest": self.digest, "sources": [asdict(source) for source in self.sources]})
         try:
             save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, path, {_KEY: record})
@@ -138,13 +138,13 @@ def build_corpus(
 
 
 def build_for(spec: CorpusSpec, model: Checkpoint, seed: int) -> Corpus:
-    """The same with the tokenizer of a model, within the limits that its config.json describes."""
+    """`build_corpus` with the tokenizer of a model, within the limits of its config.json."""
     vocabulary, positions = size_of(model.config, "vocab_size"), size_of(model.config, "max_position_embeddings")
     return build_corpus(spec, model.path, seed, vocabulary=vocabulary, positions=positions, trusted=model.trusted)
 
 
 def _check_apart(sources: list[tuple[str, str]]) -> None:
-    """One content under two names would give the same samples twice. Raises InputError."""
+    """Raises InputError for two sources with the same content, which would give the same samples twice."""
     seen: dict[str, str] = {}
     for name, key in sources:
         if key in seen:

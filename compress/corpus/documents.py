@@ -1,8 +1,8 @@
-"""Documents: a source is counted and hashed once, and read where it is drawn.
+"""Documents: a source is counted and hashed once; documents are read when drawn.
 
-Of lines the offsets are kept, of parquet the row groups; nothing is parsed before it is drawn. A .txt is one text, cut at
-ends of lines into documents of about 64 KiB. stdin is lines of JSON if it begins with an object, else a text; it and .gz files
-are unpacked into a temporary file. Datasets are prepared by `datasets`, which keeps them on disk; no code of theirs is run.
+For files of lines the offsets are kept, for parquet the row groups; a document is parsed when it is drawn. A .txt is one text,
+cut at ends of lines into documents of about 64 KiB. stdin is lines of JSON if it begins with an object, else a text; stdin and
+.gz files are copied into a temporary file. `datasets` prepares datasets and keeps them on disk; their own code is never run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from compress.errors import CompressError, InputError, MachineError, did_you_mea
 
 _PIECE = 1 << 16
 _ROWS = 256
-"""Rows that are looked up together: a row group is decoded once for all of them."""
+"""Rows that are read together, so that a row group is decoded once for all of them."""
 _TEXT_TYPES = ("string", "large_string", "string_view")
 _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*(\[\s*)?\{")
 
@@ -43,9 +43,9 @@ class Documents(ABC):
     name: str
     """As the user wrote it; for messages."""
     label: str
-    """Without folders of this machine; for the manifest."""
+    """The name without paths of this machine; for the manifest."""
     key: str
-    """What seeds its draws: its content's digest; of a dataset its name, config and split."""
+    """Seeds its shuffle: the content's digest, or a dataset's name, config and split."""
     count: int
     sha256: str | None = None
     revision: str | None = None
@@ -105,7 +105,7 @@ def digest_of(stream: BinaryIO) -> str:
 
 
 def _open(source: str, stack: ExitStack) -> BinaryIO:
-    """A stream of the content that can be read at any place."""
+    """A seekable stream of the content."""
     if source == "-":
         raw: Any = sys.stdin.buffer
     else:
@@ -144,12 +144,12 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
 
 
 def not_text(where: str, field: str, got: str) -> InputError:
-    """What is said of a field that is no text."""
+    """The error for a field that is not a text."""
     return InputError(where, f"'{field}': a text", got, "set field to a text, or chat=true for conversations")
 
 
 class _Lines(Documents):
-    """JSON, one record a line; blank lines do not count."""
+    """JSON, one record in each line; blank lines are skipped."""
 
     def __init__(self, name: str, stream: BinaryIO, field: str) -> None:
         self.name, self.stream, self.field = name, stream, field
@@ -169,7 +169,7 @@ class _Lines(Documents):
                 raise InputError(self.where(0), "one JSON object a line", "an array", do)
 
     def where(self, number: int) -> str:
-        # Counted only when something is wrong: blank lines make it differ from the number.
+        # Because of blank lines the line differs from the number; it is counted only for a message.
         self.stream.seek(0)
         left, line = self.starts[number], 1
         while left and (piece := self.stream.read(min(left, 1 << 20))):
@@ -197,7 +197,7 @@ class _Lines(Documents):
 
 
 class _Pieces(Documents):
-    """A text, cut at ends of lines; a line of more than a piece is cut between characters."""
+    """A text, cut at ends of lines; a line longer than a piece is cut between characters."""
 
     def __init__(self, name: str, stream: BinaryIO) -> None:
         self.name, self.stream, self.ends = name, stream, array("Q")
@@ -232,7 +232,7 @@ class _Pieces(Documents):
 
 
 def kind_word(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """The type of a JSON value, in words."""
     kinds = {"NoneType": "null", "bool": "a truth value", "str": "a text", "list": "a list", "dict": "an object"}
     return kinds.get(type(value).__name__, "a number")
 
@@ -255,9 +255,9 @@ class _Parquet(Documents):
             raise MachineError(name, "pyarrow, which reads parquet", "it is not installed", do) from None
         self.name, self.field = name, field
         self.sha256 = self.key = digest_of(stream)
-        # pyarrow's errors derive from its own base, from OSError or from ValueError; a bad text is a UnicodeDecodeError.
+        # pyarrow's errors derive from its own base, from OSError or ValueError; undecodable text is a UnicodeDecodeError.
         self.errors = (pyarrow.ArrowException, OSError, ValueError)
-        with self._told():
+        with self._read_errors():
             self.file = pyarrow.parquet.ParquetFile(stream)
             schema, metadata = self.file.schema_arrow, self.file.metadata
             self.ends = list(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
@@ -269,7 +269,7 @@ class _Parquet(Documents):
             raise not_text(name, field, str(column))
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _read_errors(self) -> Iterator[None]:
         try:
             yield
         except self.errors as error:
@@ -284,7 +284,7 @@ class _Parquet(Documents):
             found: dict[int, Any] = {}
             for group, rows in wanted.items():
                 at = self.ends[group - 1] if group else 0
-                with self._told():
+                with self._read_errors():
                     for piece in self.file.iter_batches(_ROWS * 16, row_groups=[group], columns=[self.field]):
                         for number in rows:
                             if at <= number < at + piece.num_rows:
@@ -305,12 +305,12 @@ class _Dataset(Documents):
         path, config, revision = split_name(name)
         path = os.path.expanduser(path)
         folder = os.path.isdir(path)
-        # A builder's own name would take the files of the working directory, pickles among them.
+        # `datasets` takes the name of a file format as "all such files of the working directory", pickles included.
         if path in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
             do = f"name the file without hf:, or write hf:./{path} for a folder of that name"
             raise InputError(name, "a dataset's name", "the name of a file format", do)
         with _dataset_errors(name, split):
-            # Old versions of `datasets` run scripts where this is not false; new ones neither run them nor know the word.
+            # Old versions of `datasets` run scripts unless this is false; new ones never do, and do not know the option.
             known = inspect.signature(datasets.load_dataset_builder).parameters
             safe = {"trust_remote_code": False} if "trust_remote_code" in known else {}
             builder = datasets.load_dataset_builder(path, config, revision=revision, **safe)
@@ -322,7 +322,7 @@ class _Dataset(Documents):
         if not chat and getattr(feature, "dtype", None) not in _TEXT_TYPES:
             raise not_text(name, field, str(feature))
         self.name, self.field, self.count, self.rows = name, field, len(rows), rows.select_columns([field])
-        # Where a folder lies, and when its files were written, is no part of what was drawn.
+        # The path of a folder, and the times of its files, do not identify its content.
         named = f"hf:{os.path.basename(os.path.abspath(path))}" if folder else f"hf:{path}"
         self.label = f"{named}:{config}" if config else named
         self.key = f"{self.label} {split}"
@@ -337,21 +337,21 @@ class _Dataset(Documents):
 
 @contextmanager
 def _dataset_errors(name: str, split: str) -> Iterator[None]:
-    """Turns what `datasets` raises into a message; its own texts, and its warnings, may hold URLs that are signed."""
+    """Turns exceptions of `datasets` into our messages: its own texts and warnings may quote signed URLs."""
     loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         yield
-    except Exception as error:  # parsers and clients raise what they like
-        raise _told(name, split, error) from None
+    except Exception as error:  # parsers and clients may raise anything
+        raise _as_message(name, split, error) from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
-def _told(name: str, split: str, error: Exception) -> CompressError:
+def _as_message(name: str, split: str, error: Exception) -> CompressError:
     kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
     listed = re.search(r"\[[^\[\]]*\]", text)
     known = f"one of {listed[0][1:-1]}" if listed else "one of its own"

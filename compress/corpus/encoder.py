@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     import torch
 
 Sample = list[list[int]]
-"""The texts in a sample, each with positions of its own; only the packing `documents` has more than one."""
+"""The texts in a sample, each with its own positions; only the packing `documents` has more than one."""
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 _BATCH = 16
 _SPAN = 16
-"""Characters of a long document that are encoded for each token needed; more than tokens span on average."""
+"""Characters of a long document that are encoded per token needed; more than a token spans on average."""
 _USUAL_SPAN = 4
-"""Characters of a token, about: what is taken of a document at a time should be as long as a sample."""
+"""Characters per token, roughly: a part of a document should be about as long as a sample."""
 _MARGIN = 8
-"""Tokens before a cut in the text that the cut may have changed."""
+"""Tokens before a cut in the text that are dropped, because the cut may have changed them."""
 
 
 class Encoder:
-    """A tokenizer, and how `spec` has samples made with it. Raises InputError, UsageError.
+    """Makes samples as `spec` says, with a tokenizer. Raises InputError, UsageError.
 
-    Python that the folder brings for it is run only where it is `trusted`.
+    The folder's own Python files are run only if it is `trusted`.
     """
 
     def __init__(self, spec: CorpusSpec, folder: Path, trusted: bool = False) -> None:
@@ -44,7 +44,7 @@ class Encoder:
             references(folder)  # raises for another repository's code
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-        except Exception as error:  # whatever the library and its parsers raise for a broken file
+        except Exception as error:  # the library and its parsers may raise anything for a broken file
             do = (not trusted and would_run(folder)) or "copy its files again"
             raise InputError(str(folder), "a tokenizer that transformers can load", _first_line(error), do) from None
         self.bos, self.eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -62,7 +62,7 @@ class Encoder:
             raise UsageError("length", "room for tokens of a text", got, f"set length to more than {own}")
 
     def _affixes(self) -> tuple[list[int], list[int]]:
-        """What a sample begins with; and what a padded one ends with where the tokenizer ends texts by itself, as T5's does."""
+        """(tokens that begin a sample, tokens that end a padded one if the tokenizer ends texts by itself, as T5's does)."""
         if self.spec.bos == "always":
             return [self.bos], []
         if self.spec.bos == "never" or self.spec.chat:
@@ -76,13 +76,13 @@ class Encoder:
         return found
 
     def draw(self, source: Documents, count: int, key: str) -> tuple[list[Sample], int]:
-        """`count` samples of a source, not yet filled up, and how many documents went into them."""
+        """`count` samples of a source, not yet padded, and how many documents went into them."""
         if self.spec.packing == "pad":
             return self._one_each(source, source.read(shuffled(source.count, key)), count)
         return self._windows(source, key, count)
 
     def _parts(self, source: Documents, key: str) -> Iterator[tuple[int, str]]:
-        """Number and text of parts about as long as a sample: one of each document, then another of the long ones, and so on.
+        """(number, text) of parts about as long as a sample: one of each document, then another of each long one, and so on.
 
         Without that a few long documents would make up all samples.
         """
@@ -113,9 +113,9 @@ class Encoder:
             row: Sample = []
             room = length
             while room and i < len(texts):
-                # The window before may have ended within a prefix of several tokens.
+                # The previous window may have ended within a prefix of several tokens.
                 at = 0 if apart and not row and at < len(prefix) else at
-                # A document that begins just here may have brought its own.
+                # A document that begins exactly here has its own prefix.
                 lead = [] if row or texts[i][at : at + len(prefix)] == prefix else prefix
                 body = texts[i][at : at + room - len(lead)]
                 row.append(lead + body)
@@ -131,7 +131,7 @@ class Encoder:
         return rows, used
 
     def _texts(self, source: Documents, key: str, need: int) -> tuple[list[list[int]], int]:
-        """Texts of a stream of `need` tokens or more, if there are as many, and how many documents they are from.
+        """Texts with at least `need` tokens in all, or as many as there are, and how many documents they are from.
 
         Each ends with the EOS that joins it to the next, and with the packing `documents` begins with the prefix.
         """
@@ -165,7 +165,7 @@ class Encoder:
         return rows, count
 
     def _encode(self, texts: list[str], need: int) -> list[list[int]]:
-        """The ids of each text, none for a blank one; of one that is longer than `need` at least as many."""
+        """The ids of each text, none for a blank one; of a text longer than `need` tokens at least that many."""
         limit = (need + _MARGIN) * _SPAN
         found = self._ids([text[:limit] for text in texts])
         for i, text in enumerate(texts):
@@ -200,14 +200,14 @@ class Encoder:
                 raise InputError(source.where(number), expected, got, do)
         try:
             return str(self.tokenizer.apply_chat_template([_without_nulls(message) for message in value], tokenize=False))
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             do = "repair the conversation or take it out"
             raise InputError(
                 source.where(number), "a conversation that the chat template takes", _first_line(error), do
             ) from None
 
     def tensors(self, rows: list[Sample], vocabulary: int | None) -> dict[str, torch.Tensor]:
-        """Ids and mask [samples, length] of samples, filled up on the right; of packed documents also positions, from 0 in each
+        """Ids and mask [samples, length], padded on the right; with the packing `documents` also positions, from 0 in each
         text. Raises InputError for an unknown id."""
         import torch
 
@@ -229,7 +229,7 @@ class Encoder:
 
 
 def _word(text: str, at: int) -> int:
-    """The first place from `at` on where a word begins."""
+    """The first index from `at` on where a word begins."""
     if at == 0:
         return 0
     while at < len(text) and not text[at - 1].isspace():
@@ -238,7 +238,7 @@ def _word(text: str, at: int) -> int:
 
 
 def _without_nulls(part: dict[str, Any]) -> dict[str, Any]:
-    """A message, and parts of its content, less the nulls that parquet puts for what others have: a template sees values."""
+    """A message, and parts of its content, without the nulls that parquet adds for fields of other messages."""
     inner = [_without_nulls(p) if isinstance(p, dict) else p for p in part.get("content") or ()]
     kept = {key: value for key, value in part.items() if value is not None}
     return {**kept, "content": inner} if isinstance(part.get("content"), list) else kept

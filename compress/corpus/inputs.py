@@ -1,4 +1,4 @@
-"""Inputs: ready model inputs in a .safetensors file, rows first, checked."""
+"""Inputs: reads and checks ready model inputs in a .safetensors file, rows first."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_alike(sources: Sequence[Inputs]) -> None:
 def check_values(
     tensors: dict[str, torch.Tensor], name: str, vocabulary: int | None = None, positions: int | None = None
 ) -> None:
-    """Raises InputError for NaN or Inf, and for token ids that the model has no row or no position for."""
+    """Raises InputError for NaN or Inf, ids above the vocabulary, and more tokens than the model has positions."""
     import torch
 
     for key, tensor in tensors.items():

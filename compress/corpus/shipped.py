@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SAMPLES, LENGTH = 64, 512
-"""What is drawn of it by default: about two thirds of all there is."""
+"""Samples and length by default: about two thirds of the text."""
 
 
 def path() -> Path:
@@ -17,7 +17,7 @@ def path() -> Path:
 
 @lru_cache(maxsize=1)
 def told() -> str:
-    """Which text it is, and how to give another."""
+    """A line for people: which text this is, and how to give another."""
     content = path().read_bytes()
     return (
         f"the mixed text that ships with compress, {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}; "

@@ -1,4 +1,4 @@
-"""Spec: what to draw a corpus from, how it is shared out, the order of draws."""
+"""Spec: the sources of a corpus, each one's share of samples, the order of draws."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def kind_of(source: str) -> Kind | None:
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What to draw. The seed, the tokenizer and the model's limits come with `build`. Raises UsageError, with all problems."""
+    """What to draw; seed, tokenizer and the model's limits come with `build_corpus`. Raises UsageError with all problems."""
 
     data: tuple[str, ...]
     weights: tuple[float, ...] = ()
     """Share of the samples from each source, on any scale; none for equal shares."""
     field: str = "text"
-    """Where a record has its text, or its list of {role, content} with `chat`."""
+    """The field of a record that holds its text, or, with `chat`, its list of {role, content}."""
     split: str = "train"
     samples: int = 128
     length: int = 2048
@@ -52,8 +52,8 @@ class CorpusSpec:
     """Between the documents of a stream: EOS, nothing, or (auto) EOS between texts where the tokenizer has one."""
     chat: bool = False
     bos: Bos = "auto"
-    """At the start of a sample, and with `documents` of each document: BOS, none, or (auto) what the tokenizer or the chat
-    template begins with by itself."""
+    """At the start of a sample, or with `documents` of each document: BOS, none, or (auto) the prefix that the tokenizer or the
+    chat template adds by itself."""
 
     def __post_init__(self) -> None:
         if problems := [*self._wrong_data(), *self._wrong_numbers()]:
@@ -61,7 +61,7 @@ class CorpusSpec:
 
     @property
     def ready(self) -> bool:
-        """Whether the sources are model inputs, which need no tokenizer and have a length of their own."""
+        """Whether the sources are ready model inputs, which need no tokenizer and fix the length."""
         return kind_of(self.data[0]) == "ready"
 
     @property
@@ -126,10 +126,10 @@ def shares(samples: int, weights: Sequence[float]) -> list[int]:
 
 
 def shuffled(count: int, key: str) -> Iterator[int]:
-    """0 ... count-1 in an order that `key` decides; memory grows with what is taken, not with `count`."""
+    """0 ... count-1 in an order that depends on `key` only; memory grows with the numbers taken, not with `count`."""
     moved: dict[int, int] = {}
     for i in range(count):
-        # 256 bits modulo a count: the bias is beyond measure.
+        # 256 bits modulo a count: the bias is negligible.
         j = i + int.from_bytes(hashlib.sha256(f"{key}/{i}".encode()).digest(), "big") % (count - i)
         here = moved.pop(i, i)
         if j == i:

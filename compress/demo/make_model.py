@@ -78,7 +78,7 @@ def gather() -> list[Document]:
 
 
 def drop_copies(documents: list[Document]) -> list[Document]:
-    """Drop what mostly repeats a longer document, lest held-out text be trained on in another."""
+    """Drop documents that mostly repeat a longer one, so that no held-out text is trained on in a copy."""
     seen: set[str] = set()
     kept = []
     for document in sorted(documents, key=lambda d: (-len(d.text), d.name)):
@@ -93,7 +93,7 @@ def excerpts(documents: list[Document]) -> str:
     """JSON lines of about TEXT_BYTES of text, in hash order, documents cut at a line end."""
     rows, left = "", TEXT_BYTES
     for document in sorted(documents, key=lambda d: d.digest):
-        # Files with a notice of their own may have terms besides the PSF licence.
+        # Files with a copyright notice may have other terms than the PSF licence.
         if left < 1000 or "copyright" in document.text.lower() or len(document.text) < 2000:
             continue
         head = document.text.encode()[: min(EXCERPT_BYTES, left)]
@@ -104,7 +104,7 @@ def excerpts(documents: list[Document]) -> str:
 
 
 def train_tokenizer(documents: list[Document]) -> FastTokenizer:
-    """Train a byte-level BPE tokenizer that adds no special tokens of its own accord."""
+    """Train a byte-level BPE tokenizer that adds no special tokens by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -131,7 +131,7 @@ def batches(stream: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
         count = (len(stream) - shift - 1) // WINDOW // recipe.batch * recipe.batch
         starts = shift + WINDOW * torch.randperm(count, generator=generator)
         for chosen in starts.view(-1, recipe.batch):
-            # One token more than the window, so that WINDOW tokens are predicted.
+            # One more token than the window, so that WINDOW tokens are predicted.
             yield stream[chosen[:, None] + torch.arange(WINDOW + 1)]
 
 
@@ -183,7 +183,7 @@ def perplexity(folder: Path, texts: Path) -> tuple[float, int]:
 
 
 def save_model(folder: Path, model: LlamaForCausalLM, tokenizer: FastTokenizer) -> None:
-    """Write the bf16 checkpoint, without keys that say where it was made."""
+    """Write the bf16 checkpoint, without config keys that hold local paths."""
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
     tokenizer.save_pretrained(folder)
@@ -191,7 +191,7 @@ def save_model(folder: Path, model: LlamaForCausalLM, tokenizer: FastTokenizer) 
         settings = json.loads(path.read_text())
         for key in ("_name_or_path", "name_or_path", "is_local", "local_files_only"):
             settings.pop(key, None)
-        if "tokenizer_class" in settings:  # use the name that transformers 4 knows too
+        if "tokenizer_class" in settings:  # the name that transformers 4 knows, too
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -224,7 +224,7 @@ def main() -> None:
     recipe = Recipe(steps=options.steps, seed=options.seed)
     torch.set_num_threads(2)
     documents = gather()
-    # By names alone, so that the split does not depend on which other files there are.
+    # By a hash of names, so that the split does not depend on which other files exist.
     training = [d for d in documents if d.digest % 32 != 0]
     held_out = [d for d in documents if d.digest % 32 == 0]
     tokenizer = train_tokenizer(training)

@@ -1,6 +1,6 @@
-"""Backend report: what runs packed weights on this machine, and why not faster.
+"""Backend report: which backend runs packed weights here, and why no faster one.
 
-Every answer is a backend's own: those that are passed over say why, and nothing here knows what any of them can do.
+Each backend answers for itself whether it can run a weight, and if not, why; this file knows none of their limits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from compress.runtime.fuse_experts import stacks
 from compress.spec.weight_state import State, Weight
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""What activations may be in, and what files call it."""
+"""Dtypes of activations -> their names in safetensors files."""
 _ROWS, _COLUMNS, _EXPERTS = 4096, 4096, 8
 _SCHEMES = (
     "w4a16g128", "w4a16g128-asym", "w4a16", "w3a16g128", "w3a16g128-asym", "w2a16g64", "w2a16g64-asym", "w8a16g128", "w8a16",
@@ -44,7 +44,7 @@ _PLAIN = "codes(w4a16g128)"
 
 @dataclass(frozen=True)
 class Use:
-    """Weights that are alike, and what they are used for."""
+    """Weights of one kind, and how they are used (linear, embedding, experts, ...)."""
 
     work: Work
     weights: int = 1
@@ -59,7 +59,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Answer:
-    """Which backend runs a use, None where none does, and why each before it does not."""
+    """The backend that runs a use, None if none does, and the reasons of the faster ones that do not."""
 
     use: Use
     backend: str | None
@@ -67,7 +67,7 @@ class Answer:
 
 
 def families(dtype: str, device: str) -> Iterator[Use]:
-    """A linear of each kind of scheme there is, and the other uses of one; scales are those of a model in `dtype`."""
+    """A linear in each scheme, and every other use for one scheme; scales as in a model of `dtype`."""
     plain = State.parse(_PLAIN)
     for scheme in _SCHEMES:
         yield _use(State.parse(f"codes({scheme})"), dtype, device)
@@ -88,14 +88,14 @@ def _use(state: State, dtype: str, device: str, **used: Any) -> Use:
 
 
 def _scales(dtypes: Mapping[str, str]) -> torch.dtype:
-    """What scales are stored in, or values that have none; `dtypes` of the parts."""
+    """The dtype of scales, or of values without scales, from the `dtypes` of a weight's parts."""
     return torch_dtype(dtypes.get("scale", dtypes["tiles"]))
 
 
 def artifact_uses(checkpoint: Checkpoint, device: str, dtype: str | None = None) -> list[Use]:
-    """Those of an artifact's weights, counted; nothing but headers is read. Raises InputError for one that is not native.
+    """The uses of an artifact's weights, with counts, from headers alone. Raises InputError for one that is not native.
 
-    `dtype` is what activations are in, that of config.json if it is None.
+    `dtype` is that of activations; None stands for that of config.json.
     """
     refuse_other(checkpoint)
     model: Any = meta_model(checkpoint)
@@ -124,13 +124,13 @@ def artifact_uses(checkpoint: Checkpoint, device: str, dtype: str | None = None)
 
 
 def answer(use: Use, backend: str | None = None) -> Answer:
-    """Of the backend of that name, or of all, the fastest first. Raises UsageError for a name that is none."""
+    """Asks the backend of that name, or all, the fastest first. Raises UsageError for an unknown name."""
     taken, refused = ask(use.work, backend)
     return Answer(use, taken.name if taken else None, {name: refusal.reason for name, refusal in refused.items()})
 
 
 def alike(answers: list[Answer]) -> list[Answer]:
-    """Those of weights that differ in nothing but size, added up."""
+    """Merges the answers for weights that differ only in size, and adds up their counts."""
     found: dict[tuple[Any, ...], Answer] = {}
     for one in answers:
         key = (one.use.what, one.use.work.dtype, one.backend, *one.passed_over.items())
@@ -140,7 +140,7 @@ def alike(answers: list[Answer]) -> list[Answer]:
 
 
 def machine() -> dict[str, Any]:
-    """What there is to run on, and with which versions; words where there is nothing."""
+    """CPU, GPUs, drivers and versions; a text with the reason for each that is missing."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     found: dict[str, Any] = {
         "cpu": processor(), "isa": isa(), "threads": torch.get_num_threads(), "memory_bytes": machine_bytes(),
@@ -156,7 +156,7 @@ def machine() -> dict[str, Any]:
 
 
 def default_device() -> str:
-    """Where weights go if nobody says."""
+    """The device of weights by default."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -175,14 +175,14 @@ def processor() -> str:
 
 
 def runs_on(device: str) -> str:
-    """What a number that is measured there stands beside."""
+    """Processor and versions, printed next to numbers that are measured on a device."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     return f"{processor()}, {isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def version(package: str) -> str:
-    """The version that is installed."""
+    """The installed version of a package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -190,7 +190,7 @@ def version(package: str) -> str:
 
 
 def code(capability: cubins.Capability) -> str:
-    """From where kernels in CUDA C++ get their code, the first choice first."""
+    """The sources of machine code for kernels in CUDA C++, in order of preference."""
     there = [cubins.archive(target).name for target in cubins.targets(capability) if cubins.archive(target).is_file()]
     return ", then ".join([*there, f"NVRTC {_nvrtc()}"])
 
@@ -207,7 +207,7 @@ def _driver() -> str:
 
 
 def _no_cuda() -> str:
-    """Why nothing runs on a GPU; nothing where it does."""
+    """Why no GPU can be used; empty if one can."""
     try:
         usable("cuda")
     except Refusal as refusal:

@@ -1,9 +1,9 @@
-"""Bench: tokens a second of a packed model, beside the dense one.
+"""Bench: tokens a second of a packed model, compared with the dense one.
 
-Prompts go through the model in one forward; then tokens are generated greedily with a cache of keys and values, each from
-the one before. On a GPU the cache is static and a step is the replay of a CUDA graph; on the CPU it is the one that
-transformers takes. Every round runs all models, one after the other. Before anything is timed, the packed model's logits are
-compared with those of what its codes mean, in fp32, computed with one block of it in memory.
+Prompts go through the model in one forward; then tokens are generated greedily, one at a time, with a cache of keys and
+values. On a GPU the cache is static and a step replays a CUDA graph; on the CPU it is transformers' default cache. Every
+round runs all models, one after the other. Before anything is timed, the packed model's logits are compared with those of
+the dequantized weights in fp32, computed with one block in memory.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 ALLOWED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
-"""Largest |packed - meant| / |meant| of logits, by what the packed model computes in; meant is in fp32."""
+"""Allowed |packed - meant| / |meant| of logits, by the packed model's dtype; `meant` are dequantized weights in fp32."""
 PACKED, DENSE = "packed", "dense"
 PROMPT, DECODE = "prompt", "decode"
 _CHECKED = 32
 """Tokens whose logits are compared."""
 _WARM = 3
-"""Steps before a graph is captured."""
+"""Warm-up steps before a graph is captured."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Settings:
     prompt: int = 512
     """Tokens of a prompt."""
     new: int = 64
-    """Tokens that are generated after it."""
+    """Tokens that are generated after the prompt."""
     batches: tuple[int, ...] = (1, 8, 32)
     rounds: int = 3
     device: str = "cpu"
@@ -61,19 +61,19 @@ class Settings:
     backend: str | None = None
     seed: int = 0
     repack: bool = False
-    """Whether an artifact of another tool is packed while it is read."""
+    """Whether an artifact of another tool is packed while it is loaded."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a model that has been loaded and has read one token. What the system does not tell is None."""
+    """Memory of a model after loading and one token; None where the system does not report it."""
 
     tensor_bytes: int
-    """Parameters and buffers, those that are shared counted once."""
+    """Bytes of parameters and buffers, shared ones counted once."""
     resident_bytes: int | None
-    """By how much the process grew."""
+    """Growth of the process's resident memory."""
     peak_bytes: int | None
-    """By how much it grew on the way at most."""
+    """Its peak growth during loading."""
     gpu_bytes: int | None = None
     gpu_peak_bytes: int | None = None
 
@@ -109,7 +109,7 @@ class Speed:
 
 
 def check_settings(checkpoints: Sequence[Checkpoint], settings: Settings) -> None:
-    """What can be said before anything is loaded. Raises CompressError."""
+    """Checks everything that can be checked before a model is loaded. Raises CompressError."""
     check_device(settings.device)
     if not settings.repack:
         refuse_other(checkpoints[0], "--repack")
@@ -129,7 +129,7 @@ def check_settings(checkpoints: Sequence[Checkpoint], settings: Settings) -> Non
 
 
 def prompts(checkpoints: Sequence[Checkpoint], settings: Settings, data: str | None) -> torch.Tensor:
-    """Ids [largest batch, prompt]: the first windows of a text, else random ones. Raises InputError for a text too short."""
+    """Ids [largest batch, prompt]: the first windows of a text, else random ids. Raises InputError for a text too short."""
     most = max(settings.batches)
     if data is not None:
         folder = tokenizer_folder(checkpoints[1] if len(checkpoints) > 1 else None, checkpoints[0])
@@ -163,7 +163,7 @@ def _loaded(label: str, settings: Settings, load: Callable[[], nn.Module]) -> Su
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     model: Any = load().eval()
-    # Files that are mapped are in memory once they are read.
+    # Pages of mapped files count as resident once they are read, so one token is run first.
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     trim_memory()
@@ -174,32 +174,32 @@ def _loaded(label: str, settings: Settings, load: Callable[[], nn.Module]) -> Su
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Parameters and buffers, those that share memory counted once."""
+    """Bytes of parameters and buffers; those that share memory are counted once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process has resident, where the system tells (Linux)."""
+    """Resident memory of this process; None where the system does not report it (all but Linux)."""
     told = Path("/proc/self/statm")
     return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.is_file() else None
 
 
 def _forget_peak() -> None:
-    """Lets the peak begin anew, where the system knows how (Linux)."""
+    """Resets the system's record of peak memory, on Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 @torch.no_grad()
 def check(checkpoint: Checkpoint, subject: Subject, ids: torch.Tensor) -> float:
-    """|packed - meant| / |meant| of logits on some of the ids. Raises FormatError where it is more than rounding."""
+    """|packed - meant| / |meant| of logits on some of the ids. Raises FormatError if rounding does not explain it."""
     some = ids[:1, :_CHECKED]
     dense_view = Forward(checkpoint, rounded=False).logits([some])
     meant = next(dense_view).float()
     dense_view.close()
     found = subject.model(input_ids=some.to(subject.model.device), use_cache=False).logits.float().cpu()
     difference, allowed = float((found - meant).norm() / meant.norm()), ALLOWED[dtype_name(subject.model)]
-    # Written so that a difference that is no number is refused as well.
+    # Written so that a NaN is refused as well.
     if not difference <= allowed:
         expected = f"logits within {allowed:g} of what its codes mean (relative, {dtype_name(subject.model)})"
         do = "name another --backend; `compress verify --reader native` tells more"
@@ -208,14 +208,14 @@ def check(checkpoint: Checkpoint, subject: Subject, ids: torch.Tensor) -> float:
 
 
 def dtype_name(model: Any) -> str:
-    """What a model computes in."""
+    """The compute dtype of a model."""
     return str(model.dtype).removeprefix("torch.")
 
 
 class Decoder:
     """Greedy decoding by one model, of prompts of one shape.
 
-    With `static` keys and values lie in a place of fixed size, as a CUDA graph needs it.
+    With `static` the cache has a fixed size, which a CUDA graph needs.
     """
 
     def __init__(self, model: Any, ids: torch.Tensor, new: int, static: bool) -> None:
@@ -231,7 +231,7 @@ class Decoder:
         self.static, self.how, self.advance = static, "eager", self.step
 
     def prompt(self) -> None:
-        """Runs the prompts from an empty cache; `token` [batch, 1] is then what follows each."""
+        """Runs the prompts from an empty cache; `token` [batch, 1] is then the next token of each."""
         if self.static:
             self.cache.reset()
         else:
@@ -248,7 +248,7 @@ class Decoder:
         return best
 
     def capture(self) -> None:
-        """Makes `advance` the replay of a CUDA graph; where that fails, `how` says why it stays what it was."""
+        """Makes `advance` replay a CUDA graph; if none can be captured, it stays eager and `how` says why."""
         self.prompt()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -269,7 +269,7 @@ class Decoder:
         self.advance, self.how = graph.replay, "graph"
 
     def _tokens(self, advance: Callable[[], None]) -> list[list[int]]:
-        """Some that follow each prompt."""
+        """The first few tokens after each prompt, to compare graph and eager."""
         self.prompt()
         found = []
         for _ in range(_WARM):

@@ -1,7 +1,7 @@
 """Diff: how far the weights of two checkpoints are apart, in any state.
 
-A weight's error is |A - B| / |A| in the Frobenius norm, of what each side means: codes are expanded. One weight of each side
-is in memory at a time, and sums are in fp64.
+A weight's error is |A - B| / |A| in the Frobenius norm, with codes dequantized. One weight of each side is in memory at a time,
+and sums are in fp64.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Difference:
 
     @property
     def error(self) -> float:
-        """Over all weights that were compared; NaN without any."""
+        """The error over all compared weights together; NaN if there are none."""
         return math.nan if not self.rows else ratio(sum(row.lost for row in self.rows), sum(row.norm for row in self.rows))
 
     @property
@@ -62,7 +62,7 @@ class Difference:
 
 
 def ratio(lost: float, norm: float) -> float:
-    """The root of a ratio of squares; nothing lost of nothing is nothing."""
+    """The square root of a ratio of squares; 0 if both are 0."""
     if norm == 0:
         return math.inf if lost > 0 else lost
     return math.sqrt(lost / norm)
@@ -101,6 +101,6 @@ def _squares(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 
 def _state(checkpoint: Checkpoint, name: str) -> str:
-    """What the manifest says of a weight; packing keeps it."""
+    """A weight's state by the manifest, which packing keeps."""
     records = checkpoint.manifest.weights if checkpoint.manifest else {}
     return records[name].state if name in records else "dense"

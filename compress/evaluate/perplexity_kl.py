@@ -4,8 +4,8 @@ Windows of `length` tokens without overlap, no BOS added, the first token of a w
 reads the first half of a window and is scored on the second; a masked language model is compared at every token and has no
 perplexity. Both models run side by side, block by block; nothing but numbers per token is kept.
 
-Every number has a standard error that takes windows as independent: of a mean, the spread of its windows' means over the
-root of their number; of a perplexity, that of its logarithm times itself; of a quantile, half the distance between the
+Every number has a standard error that assumes independent windows. For a mean it is the spread of its windows' means over the
+root of their number; for a perplexity that of its logarithm, times itself; for a quantile half the distance between the
 quantiles that lie a standard error of its share away on either side (Woodruff 1952).
 """
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from compress.checkpoint.reader import Checkpoint
 
 _BATCH_TOKENS = 2048
-"""Tokens in one forward: enough for the matrix products, little beside a block."""
+"""Tokens in one forward: enough for efficient products, but small compared with a block's weights."""
 _LOGIT_BYTES = 256 << 20
-"""Logits of one batch of one model; a single window may have more."""
+"""Bytes of logits of one batch of one model; a single window may have more."""
 _HELD_BYTES = 1 << 30
-"""Hidden states of the windows that move through the blocks together, of both models."""
+"""Bytes of hidden states of the windows that go through the blocks together, for both models."""
 _CHUNK = 1 << 20
-"""Logits that are compared at a time; what is in between fits a cache."""
+"""Logits that are compared at a time, so that temporaries fit a cache."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error; NaN for what there is none of, such as the error of a single window."""
+    """A number and its standard error; NaN for one that does not exist, such as the error of a single window."""
 
     value: float = math.nan
     error: float = math.nan
@@ -55,13 +55,13 @@ class Quality:
     """Tokens that count."""
     scoring: str
     perplexity: Estimate
-    """Of the artifact; a masked language model has none."""
+    """Perplexity of the artifact; a masked language model has none."""
     source_perplexity: Estimate = Estimate()
     kl: Estimate = Estimate()
     kl_median: Estimate = Estimate()
     kl_p99: Estimate = Estimate()
     top1: Estimate = Estimate()
-    """Share of scored tokens where both models' likeliest token is the same."""
+    """Share of scored tokens for which both models have the same likeliest token."""
 
     @property
     def protocol(self) -> str:
@@ -79,7 +79,7 @@ def compare(
     sides = [Forward(checkpoint, device=device) for checkpoint in (source, artifact) if checkpoint is not None]
     _check(sides, windows)
     length, last = windows.shape[1], sides[-1]
-    # Batches go through a block side by side, on a few cores each: one operation on all cores waits for the slowest of them.
+    # Several batches go through a block at once, on a few cores each: an operation on all cores waits for the slowest core.
     threads, at_once = torch.get_num_threads(), max(1, _BATCH_TOKENS // length)
     most = 1 if batch or device.type != "cpu" else min(threads, at_once, len(windows))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
@@ -119,7 +119,7 @@ def _check(sides: list[Forward], windows: torch.Tensor) -> None:
     if length < least:
         raise UsageError("length", f"at least {least}", f"{length}", "256 is usual")
     for side in sides:
-        # A half of a window goes into each side of an encoder-decoder.
+        # In an encoder-decoder each side gets half of a window.
         factor = 2 if side.encoder_decoder else 1
         positions = side.positions()
         if positions is not None and -(-length // factor) > positions:
@@ -128,7 +128,7 @@ def _check(sides: list[Forward], windows: torch.Tensor) -> None:
 
 
 class _Share:
-    """How far a group of batches is, counted in blocks."""
+    """Reports the progress of a group of batches, counted in blocks."""
 
     def __init__(self, progress: Callable[[float], None], start: float, part: float, sides: list[Forward]) -> None:
         self.progress, self.start = progress, start
@@ -140,24 +140,24 @@ class _Share:
 
 
 class _Tally:
-    """Numbers of every scored token: surprise of each side and, of two, KL and whether their likeliest tokens agree."""
+    """Numbers for every scored token: the surprise of each side; for two sides also KL and whether their top-1 agree."""
 
     def __init__(self, sides: list[Forward]) -> None:
         self.sides = sides
         self.found: list[torch.Tensor] = []
 
     def add(self, ids: torch.Tensor, streams: list[Generator[torch.Tensor]], team: Executor | None) -> None:
-        """Takes the next logits of each side, those of the windows `ids`."""
+        """Adds the numbers of windows `ids`, from the next logits of each side."""
         logits = [next(stream) for stream in streams]
         first, last = self.sides[0], self.sides[-1]
         if len(sizes := {part.shape[-1] for part in logits}) > 1:
             raise InputError(last.label, f"logits for as many tokens as {first.label} has", " and ".join(map(str, sizes)))
         if first.encoder_decoder:
             ids = ids[:, ids.shape[1] // 2 :]
-        # The target of a masked model tells nothing but whether its logits are numbers.
+        # For a masked model the target only serves to check that its logits are finite.
         targets = (ids[:, 1:] if first.causal else ids).to(logits[0].device)
         scored = targets.shape[1]
-        # One tensor for all: small ones made on the way would keep the memory between them from being used again.
+        # One tensor for all numbers: many small ones would fragment the memory.
         numbers = torch.empty(4 if len(logits) == 2 else 1, *targets.shape, device=targets.device)
         step = max(1, _CHUNK // logits[0].shape[-1])
         places = [(window, slice(at, min(at + step, scored))) for window in range(len(ids)) for at in range(0, scored, step)]
@@ -195,18 +195,18 @@ class _Tally:
 
 @torch.no_grad()
 def _rows(logits: list[torch.Tensor], targets: torch.Tensor, out: torch.Tensor) -> None:
-    """Numbers [.., tokens] from logits [tokens, vocabulary] of each side."""
+    """Fills `out` [.., tokens] from logits [tokens, vocabulary] of each side."""
     logs = [part.float().log_softmax(-1) for part in logits]
     for number, log in enumerate(logs):
         out[number] = -log.gather(-1, targets[:, None])[:, 0]
     if len(logs) == 2:
         p, q = logs
-        # The index of a maximum comes several times faster with it than alone.
+        # `max` gives the index several times faster than `argmax`.
         out[3] = logits[0].max(-1).indices == logits[1].max(-1).indices
         cost = torch.sub(p, q, out=q)
         out[2] = p.exp().mul_(cost).sum(-1)
         if bool(out[2].isnan().any()):
-            # A token that the source rules out (log 0) costs nothing, whatever the artifact thinks of it.
+            # A token that the source gives probability 0 adds nothing, whatever the artifact's probability.
             out[2] = (p.exp() * cost).masked_fill_(p == -math.inf, 0).sum(-1)
 
 
@@ -224,7 +224,7 @@ def perplexity(surprise: torch.Tensor) -> Estimate:
 
 
 def quantile(numbers: torch.Tensor, share: float) -> Estimate:
-    """The value that `share` of [windows, tokens] do not exceed, interpolated."""
+    """The quantile `share` of [windows, tokens], interpolated."""
     ordered = numbers.double().flatten().sort().values
 
     def at(position: float) -> float:

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One checkpoint of a run: what it weighs, how well it does, how long it took."""
+    """One checkpoint of a run: its size, its quality, and the time that it took."""
 
     name: str
-    """Of the pass that made it; `source` for the source itself."""
+    """Name of the pass that made it; `source` for the source itself."""
     nbytes: int
     """Of its tensors."""
     bits: float
-    """Per weight, over those that the run has pruned or quantized in the end; scales and padding included."""
+    """Bits per weight, scales and padding included, over the weights that the run prunes or quantizes."""
     perplexity: Estimate
     quality: Quality | None = None
-    """None for the source, which everything is compared with."""
+    """Its quality against the source; None for the source itself."""
     seconds: float | None = None
-    """What making it took."""
+    """Time of the step that made it."""
 
     @property
     def kl(self) -> float:
@@ -41,18 +41,18 @@ class Measured:
         return self.quality.kl.value if self.quality is not None else 0.0
 
     def drawn(self, name: str) -> Stage:
-        """This as a bar of a picture."""
+        """This stage as a bar of the picture."""
         kl, error = (None, None) if self.quality is None else (self.kl, self.quality.kl.error)
         return Stage(name, self.nbytes, self.bits, self.perplexity.value, kl, error)
 
 
 def place_of(result: Result, pass_name: str) -> Path:
-    """Where the last step of a run that `pass_name` made lies. Raises InputError where it was removed."""
+    """The directory of the last step that `pass_name` made in a run. Raises InputError if it was removed."""
     return _places(result)[max(i for i, step in enumerate(result.plan.steps) if step.name == pass_name)]
 
 
 def _places(result: Result) -> list[Path]:
-    """Where each step lies. Raises InputError where steps were removed."""
+    """The directory of each step. Raises InputError if steps were removed."""
     steps, folder = result.plan.steps, steps_folder(result.out)
     lines = result.manifest.lineage[-len(steps) :]
     kept = [folder / f"{step.number}-{step.name}-{line.id[:8]}" for step, line in zip(steps, lines, strict=True)]
@@ -63,9 +63,9 @@ def _places(result: Result) -> list[Path]:
 
 
 def measure_stages(result: Result, source: Checkpoint, windows: torch.Tensor) -> list[Measured]:
-    """The checkpoint that a run read, and every one that it made, on `windows` [count, length] against `source`.
+    """Measures the run's source and every checkpoint that it made on `windows` [count, length], against `source`.
 
-    What a step leaves where it is, as calibration does weights, is no stage. Raises CompressError.
+    A step that writes no weights, such as calibration, is no stage. Raises CompressError.
     """
     plan, touched = result.plan, list(result.manifest.weights)
     stages = []

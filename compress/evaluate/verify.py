@@ -1,8 +1,8 @@
-"""Verify: an artifact's bytes, what they decode to, what its reader computes.
+"""Verify: checks an artifact's bytes, its decoded weights and a reader's logits.
 
-Three questions, each worth nothing without the one before. Are the bytes those that the manifest names? Does every tensor
-decode to numbers, with the zeros it promises, and does what config.json alone says of them mean the same as what our
-manifest says? Does the reader's own code, from the files alone, compute the logits that this meaning gives?
+Three checks, each of which relies on the one before. Are the bytes those that the manifest names? Does every tensor decode to
+finite numbers, with the zeros that its state promises, and does config.json alone describe the same weights as our manifest?
+Does the reader's own code, from the files alone, compute the logits of the decoded weights?
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
     from compress.importers import Packed
 
 _ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 1e-2}
-"""How far logits may differ, as a share of the largest: readers multiply in another order, and some in half precision."""
+"""Allowed difference of logits, as a share of the largest: readers sum in another order, and some in half precision."""
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What the first two questions found."""
+    """The result of the first two checks."""
 
     tensors: int
     named: bool
     """Whether a manifest says what the bytes should be."""
     decoded: int
-    """Weights in codes, or in another tool's numbers, that decode."""
+    """How many weights in codes, or in another tool's format, decode."""
     corrected: tuple[tuple[str, int], ...] = ()
-    """Labels of other tools that say something else than what is stored, and on how many weights."""
+    """Where another tool's config contradicts the stored tensors, and for how many weights."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the third found."""
+    """The result of the third check."""
 
     reader: str
     dtype: str
-    """What both have computed in."""
+    """The compute dtype of both."""
     versions: dict[str, str]
     notes: tuple[str, ...]
     tokens: int
     difference: float
-    """Largest difference of logits."""
+    """Largest difference between logits."""
     largest: float
     """Largest logit."""
     kl: float
@@ -71,10 +71,10 @@ class Reading:
 
 
 def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
-    """Reads every byte and decodes every weight. Raises InputError or FormatError for what is not as it should be."""
+    """Reads every byte and decodes every weight. Raises InputError or FormatError for any that is wrong."""
     scan_source(checkpoint, ctx)
     dense_view = DenseView(checkpoint)
-    # What config.json alone says: a reader has no manifest.
+    # By config.json alone, because a reader has no manifest.
     told = open_foreign(checkpoint).weights if dense_view.format is not None and method_of(checkpoint) in METHODS else {}
     problems = []
     for number, name in enumerate(dense_view.logical, 1):
@@ -95,7 +95,7 @@ def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
 
 
 def _wrong(dense_view: DenseView, name: str, told: dict[str, Packed]) -> Problem | None:
-    """What is wrong with one weight."""
+    """The problem with one weight, None if there is none."""
     from compress.numerics import masks
 
     where, do = f"'{name}'", "make the artifact anew"
@@ -131,8 +131,8 @@ def read_with(
 ) -> Reading:  # fmt: skip
     """Logits of the reader's own code for ids [samples, length], against those of our own reading.
 
-    `dtype` is what both compute in; auto is what the reader does by itself. Python of the artifact's own is run by both
-    only where it is `trusted`.
+    `dtype` is the compute dtype of both; auto is the reader's own. Python files of the artifact are run by both
+    only if it is `trusted`.
 
     Raises FormatError for an artifact that the reader refuses or computes something else from, MachineError for a reader that
     cannot be run.
@@ -151,7 +151,7 @@ def read_with(
         manifest = Manifest.read(base or artifact)
         known = [n.reason for n in (manifest.notes if manifest else ()) if n.what == "not read" and f"by {reader}:" in n.reason]
         raise FormatError(replace(p, do=f"it is known, {known[0]}") if known else p for p in error.problems) from None
-    # Readers multiply by what codes mean as it is, unless they expand them while they load.
+    # Readers multiply by unrounded dequantized values, unless they expand codes while loading.
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
     ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted).logits

@@ -1,4 +1,4 @@
-"""Executors: what lifts a pass from a weight or block to a checkpoint.
+"""Executors: run a pass over a whole checkpoint, by weight, block or model.
 
 Imports errors, spec, threads, context, device, plots, numerics, checkpoint, corpus, architecture, contract, layerwise.
 """

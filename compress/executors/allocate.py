@@ -1,9 +1,9 @@
-"""Allocate: what each weight becomes, before its bytes are laid out.
+"""Allocate: decides the state of each weight before shards are laid out.
 
-What was decided stands in a table beside the step's directory as soon as it is known, so that a crash while weights are
-written does not cost another sweep; in the end the table and its picture lie in the directory that was made.
+The decision is written to a table beside the step's directory at once, so that a crash while weights are written does not
+cost another sweep. In the end the table and its picture lie in the directory that the step makes.
 
-    allocation.jsonl   a weight each: its state, bytes, and what each state that was offered would have cost
+    allocation.jsonl   a line for each weight: its state, bytes, and the cost of each offered state
     allocation.svg     bits over the blocks
 """
 
@@ -34,7 +34,7 @@ LINES, PICTURE = ALLOCATION
 def allocate(
     step: StepPlan, weights: Sequence[Weight], source: Checkpoint, tokens: Path | None, table: Path, ctx: Context
 ) -> dict[str, State]:
-    """What every weight of a step becomes: by its own table, if a run has left one, by that it was given, or anew."""
+    """The state of every weight after a step: by the table of an interrupted run, by a given table, or by a new decision."""
     allocator = step.pass_.allocator()
     assert allocator is not None
     offers, rest = offers_of(step, weights)
@@ -59,7 +59,7 @@ def by_gradients(
     step: StepPlan, allocator: Allocator, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path,
     ctx: Context,
 ) -> list[Offer]:  # fmt: skip
-    """The offers with what each would cost; hidden states that have to wait do so in `folder`."""
+    """The offers with their costs from gradients; `folder` holds hidden states during the sweep."""
     assert tokens is not None
     from compress.corpus import Corpus
     from compress.device import device_of
@@ -84,7 +84,7 @@ def by_gradients(
         costs[weight.name] = allocator.costs(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
     most = batch_tokens(source.config)
-    # GradientSweep knows of no step.
+    # GradientSweep does not know the step's name.
     named = replace(ctx, events=lambda event: ctx.events({**event, "step": step.name}))
     batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
     loss = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named).run(batches, take)
@@ -93,7 +93,7 @@ def by_gradients(
 
 
 def by_values(allocator: Allocator, offer: Offer, source: Checkpoint) -> Offer:
-    """An offer with what the allocator asks of its weight."""
+    """An offer with its costs from the weight's values."""
     value = qtensor.as_matrix(offer.weight, source.read(offer.weight.name))
     return replace(offer, costs=allocator.costs(offer, value, None))
 

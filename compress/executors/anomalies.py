@@ -1,10 +1,10 @@
-"""Anomalies: what is odd in a weight that a pass has made, counted by name.
+"""Anomalies: finds suspicious values in a weight that a pass has made.
 
     large error    |W - W'| is more than half of |W|
     zero rows      an output whose every weight has become zero, and was not
     clamped        groups whose scale is the smallest or the largest number that its dtype has
 
-Numbers that are not finite are an error: whatever shares their scale is lost.
+Numbers that are not finite are an error: all weights that share their scale are lost.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ WORDS = ("large error", "zero rows", "clamped")
 def watch(
     weight: Weight, value: Any, error: float | None, before: Callable[[], Any], do: str = "skip it, or choose other options"
 ) -> list[tuple[str, str]]:
-    """(what, reason) of all that is odd in `value`, codes or a tensor [experts?, rows, columns].
+    """(what, reason) for each anomaly in `value`, codes or a tensor [experts?, rows, columns].
 
-    `error` is the relative one; `before` gives what the weight was, in either form. Raises InputError for NaN and Inf.
+    `error` is the relative error; `before` returns the weight before the pass, in either form. Raises InputError for NaN and Inf.
     """
     coded = isinstance(value, QTensor)
     factors = [value.lowrank.left, value.lowrank.right] if coded and value.lowrank is not None else []
@@ -48,6 +48,6 @@ def watch(
 
 
 def _filled(weight: Weight, value: Any) -> torch.Tensor:
-    """Which outputs have a weight that is not zero, bool [experts?, outputs]."""
+    """Which outputs have a non-zero weight, bool [experts?, outputs]."""
     nonzero = value.nonzero() if isinstance(value, QTensor) else value != 0
     return along_inputs(weight, nonzero).any(-1)

@@ -1,10 +1,10 @@
-"""Backward batch: one batch of a gradient sweep, and gradients on their way.
+"""Backward batch: one batch of a gradient sweep, and its gradients between blocks.
 
-Blocks run without a graph. Autograd records only what transformers' own code does between them (most often nothing): a
-block's outputs enter that graph through a Gate, which in the backward pass sets their gradients aside for the block, and
-where they are read again is remembered as an edge of the graph, which holds no values. So whatever a block returns may be
-read by any later one: hidden states, an encoder's output, position biases. What it leaves elsewhere for others, in a cache
-or a dict that it was given, has no gradient there, and is refused.
+Blocks run without a graph. Autograd records only what transformers' own code does between blocks (most often nothing). A
+block's outputs enter that graph through a Gate, which in the backward pass stores their gradients for the block; the
+inputs of later blocks are remembered as edges of the graph, which hold no values. So any later block may read what a block
+returns: hidden states, an encoder's output, position biases. A tensor that a block passes on in another way, in a cache or a
+dict among its arguments, would get no gradient, so such a block is refused.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ _LOGITS = 1 << 22
 
 
 class _Output(NamedTuple):
-    """Stands for an output of the block before."""
+    """Placeholder for an argument that is an output of the block before."""
 
     number: int
 
 
 class _Kept(NamedTuple):
-    """Stands for a tensor in the spill file."""
+    """Placeholder for an argument that is stored in the spill file."""
 
     key: Any
 
 
 @dataclass
 class _Stop:
-    """One block on one batch: its arguments as a tree, and the edges that their gradients flow back through."""
+    """One block on one batch: its flattened arguments, and the graph edges through which their gradients flow back."""
 
     spec: TreeSpec
     leaves: list[Any]
     edges: dict[int, GradientEdge] = field(default_factory=dict)
-    """By the place of an argument among the leaves."""
+    """Edges by an argument's index among the leaves."""
 
 
 class _Gate(torch.autograd.Function):
-    """A block's output on its way into the graph between blocks."""
+    """Puts a block's output into the graph between blocks; its backward hands the gradient to `deliver`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor, deliver: Callable[[torch.Tensor], None]) -> torch.Tensor:
@@ -66,14 +66,14 @@ class _Gate(torch.autograd.Function):
 
 
 class BackwardBatch:
-    """One batch: the blocks that it has passed, and the gradients that wait for them."""
+    """One batch: the blocks that it has gone through, and the gradients of their outputs."""
 
     def __init__(
         self, number: int, batch: Batch, meta_model: MetaModel, hooks: ForwardHooks, offload: HiddenStateOffload, spill: Spill
     ) -> None:
         self.number, self.batch = number, batch
         self.hooks, self.offload, self.spill = hooks, offload, spill
-        self.journey = StepwiseForward(meta_model, batch.inputs)
+        self.forward = StepwiseForward(meta_model, batch.inputs)
         self.call: Call | None = None
         self.stops: list[_Stop] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -84,12 +84,12 @@ class BackwardBatch:
 
     def advance(self, *output: Any) -> None:
         """Goes on to the next block; `call` is None at the end."""
-        self.call = self.journey.advance(*output)
+        self.call = self.forward.advance(*output)
         if self.call is not None:
             self.offload.park(self, self.call)
 
     def first_run(self, keep: bool) -> Any:
-        """The output of the block it is at, on its way into the graph; `keep` sets the arguments aside."""
+        """Runs the current block and returns its output, put into the graph; with `keep` all of its arguments are stored."""
         assert self.call is not None
         self.offload.fetch(self)
         leaves, spec = tree_flatten((self.call.args, self.call.kwargs))
@@ -106,7 +106,7 @@ class BackwardBatch:
         return tree_unflatten(self._outputs, shape)
 
     def _pure(self, leaves: list[Any], spec: TreeSpec) -> Any:
-        """The block's output. Raises CoverageError for one that reads or leaves tensors in what it is given."""
+        """The current block's output. Raises CoverageError for one that shares tensors through a cache or dict it is given."""
         assert self.call is not None
         block = self.call.block
         args, kwargs = tree_unflatten(leaves, spec)
@@ -127,7 +127,7 @@ class BackwardBatch:
         return _Gate.apply(self._anchor, value, lambda grad: self.spill.add(key, grad))  # type: ignore[no-untyped-call]
 
     def _noted(self, leaf: Any, place: int, keep: bool) -> Any:
-        """What stands for an argument: an output of the block before, a name in the spill file, or itself."""
+        """The record of an argument: a placeholder for a tensor, or the argument itself."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if not keep and (same := [n for n, output in enumerate(self._outputs) if output is leaf]):
@@ -138,7 +138,7 @@ class BackwardBatch:
         return known[1]
 
     def _set_aside(self, step: int, place: int, tensor: torch.Tensor) -> _Kept:
-        """Puts an argument in the spill file until the backward pass has been at `step`, where it is used first."""
+        """Puts an argument in the spill file. The backward pass drops it after `step`, the first block that uses it."""
         key = ("input", self.number, step, place)
         self.spill.put(key, tensor)
         self._used_first.setdefault(step, []).append(key)
@@ -146,8 +146,8 @@ class BackwardBatch:
 
     def finish(self, weight: float) -> float:
         """Sends the gradient of the loss, `weight` for each scored token, into the graph. Returns the sum of the losses."""
-        logits, ids = getattr(self.journey.output, "logits", None), self.batch.ids
-        self.journey.output = None
+        logits, ids = getattr(self.forward.output, "logits", None), self.batch.ids
+        self.forward.output = None
         self._outputs, self._seen = [], {}
         if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
             got = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else "none"
@@ -155,7 +155,7 @@ class BackwardBatch:
             raise InputError("the model", f"logits for every token, {list(ids.shape)}", got, do)
         places = self.batch.scored.flatten().nonzero()[:, 0]
         labels = ids.roll(-1, dims=1).flatten()[places]
-        # The gradient takes the place of the logits, which nothing reads any more: they are the largest tensor there is.
+        # The gradient overwrites the logits, the largest tensor of all, which are not needed any more.
         grad, loss = logits.detach(), 0.0
         flat = grad.flatten(0, 1)
         step = max(1, _LOGITS // flat.shape[-1])
@@ -171,16 +171,16 @@ class BackwardBatch:
         return loss
 
     def run_again(self, block: Block, step: int, leaves: list[Any]) -> list[Any]:
-        """The block's outputs, flat."""
+        """Runs a block again with these arguments; its outputs, flattened."""
         args, kwargs = tree_unflatten(leaves, self.stops[step].spec)
         return list(tree_flatten(self.hooks.visit(Call(block, args, kwargs)).finish())[0])
 
     def arguments(self, step: int) -> list[Any]:
-        """What the block was called with at `step`."""
+        """The arguments of the block at `step`, flattened."""
         return [self.spill.get(leaf.key) if isinstance(leaf, _Kept) else leaf for leaf in self.stops[step].leaves]
 
     def carry(self, block: Block, step: int) -> None:
-        """Computes again what the block after the one at `step` was called with."""
+        """Runs the block at `step` again, to restore the arguments of the next one."""
         outputs, after = self.run_again(block, step, self.arguments(step)), self.stops[step + 1]
         after.leaves = [
             self._set_aside(step + 1, place, outputs[leaf.number]) if isinstance(leaf, _Output) else leaf
@@ -188,7 +188,7 @@ class BackwardBatch:
         ]
 
     def go_back(self, block: Block, step: int) -> None:
-        """Adds this batch's share to the gradients of the block's weights, and sends those of its inputs on their way."""
+        """Adds this batch's gradients to those of the block's weights, and stores the gradients of its inputs."""
         stop, leaves = self.stops[step], self.arguments(step)
         for key in self._used_first.pop(step, ()):
             self.spill.drop(key)
@@ -212,29 +212,29 @@ class BackwardBatch:
                 self.spill.add(("edge", self.number, edge.node, edge.output_nr), leaves[place].grad)
 
     def _flush(self, step: int) -> None:
-        """Sends gradients through the graph from what was first read at `step`; all of its readers have been there."""
+        """Sends gradients into the graph at edges first read at `step`, once all blocks that read them have added theirs."""
         edges = [edge for edge, first in self._first.items() if first == step and ("edge", self.number, *edge) in self.spill]
         grads = [self.spill.get(("edge", self.number, *edge)) for edge in edges]
         for edge in edges:
             self.spill.drop(("edge", self.number, *edge))
-        # Parts of the graph may be shared with what was first read at another step.
+        # The graph is kept, because edges first read at another step may share parts of it.
         torch.autograd.backward([GradientEdge(*edge) for edge in edges], grads, retain_graph=True)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the hidden states that the block it is at is called with."""
+        """Bytes of the largest tensor among the current block's arguments: the hidden states."""
         assert self.call is not None
         given = tree_flatten((self.call.args, self.call.kwargs))[0]
         return max((t.nbytes for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()), default=0)
 
     def leave(self) -> None:
-        """Ends what comes before the first block."""
+        """Sends gradients to what comes before the first block, and ends the forward."""
         self._flush(0)
-        self.journey.leave()
+        self.forward.leave()
 
 
 def _holds(value: Any, depth: int = 3) -> bool:
-    """Whether an object has tensors in it; a module's own are its weights."""
+    """Whether an object holds tensors; those of a module are its weights and do not count."""
     if isinstance(value, torch.Tensor):
         return True
     if depth == 0 or isinstance(value, torch.nn.Module):

@@ -1,8 +1,8 @@
 """Dense parent: the dense weights that codes were made from.
 
-Of a weight that this run has quantized, what the step read that did so: pruned and trained as it was then. Of one that came
-in codes already, the checkpoint that the pass names, or else the model of the Hub that the manifest tells of; either has to
-be one that the lineage names.
+For a weight that this run has quantized, it is the weight that the quantizing step read, pruned and trained as it was then. For
+one that the source already had in codes, it comes from the checkpoint that the pass names, or else from the model of the Hub
+that the manifest names; either must be in the lineage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DenseParent:
-    """Gives the dense weights of a step. `past` are the checkpoints that all steps up to it read, in order."""
+    """Reads the dense weights for a step. `past` are the checkpoints that the steps up to it read, in order."""
 
     def __init__(self, step: StepPlan, plan: Plan, past: Sequence[Checkpoint], outside: Teacher | None) -> None:
         self._homes: dict[str, Checkpoint] = {}
@@ -36,7 +36,7 @@ class DenseParent:
             made = _last_dense(name, step, plan)
             assert made is not None or outside is not None
             self._homes[name] = past[made] if made is not None else outside.checkpoint  # type: ignore[union-attr]
-            # Before threads ask for it.
+            # Opens the file before threads share it.
             self._homes[name].descriptor(self._homes[name].refs[name].file)
 
     def read(self, weight: Weight) -> torch.Tensor:
@@ -45,13 +45,13 @@ class DenseParent:
 
 
 def _last_dense(name: str, step: StepPlan, plan: Plan) -> int | None:
-    """The last of the steps before that read a weight in no codes, None where all have read codes."""
+    """The last earlier step that read a weight without codes; None if all of them read codes."""
     before = range(step.number - 1)
     return next((number for number in reversed(before) if plan.steps[number].before[name].scheme is None), None)
 
 
 def open_dense_parent(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Context) -> Teacher | None:
-    """The dense model below a source in codes, None where the run has quantized all weights itself. Raises CompressError."""
+    """The dense model of a source in codes; None if this run has quantized all weights itself. Raises CompressError."""
     assert isinstance(step.pass_, CompensatingPass)
     lost = [name for name in step.transformed if _last_dense(name, step, plan) is None]
     name, where = step.pass_.dense, f"{step.name}.dense"

@@ -6,7 +6,7 @@ from compress.executors.step_run import StepRun
 
 
 def execute(run: StepRun) -> dict[str, float]:
-    """Writes every weight of a step that the journal does not have yet. Returns seconds by what they were spent on."""
+    """Writes every weight of a step that is not journaled yet. Returns the seconds of each kind of work."""
     executor = run.pass_.executor()
     if executor == "sweep":
         from compress.executors.sweep import sweep

@@ -1,9 +1,10 @@
 """Gradients of a language model's loss, with one block in memory.
 
-The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the dtype of the
-meta model; what they add to the gradient of a weight is added up in fp32. Forward, every batch goes from block to block
-(backward_batch.py). Backward, blocks come in the reverse order; each is loaded, runs every batch again with a graph, and is
-released. The arguments of every few blocks are on disk (`stride` in memory_estimate.py); those between are computed again from there.
+The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
+meta model's dtype; gradients of a weight are summed in fp32.
+Forward, every batch goes from block to block (backward_batch.py). Backward, blocks come in reverse order; each is loaded, runs
+every batch again with a graph, and is released. Arguments are stored on disk for every few blocks only (`stride` in
+memory_estimate.py); for the blocks between they are computed again from there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Take = Callable[[Weight, torch.Tensor], None]
 
 
 class GradientSweep:
-    """Gradients of `weights`; what has to be set aside lies in `folder`."""
+    """Computes gradients of `weights`; `folder` holds tensors that are stored in between."""
 
     def __init__(self, meta_model: MetaModel, weights: list[Weight], folder: Path, ctx: Context) -> None:
         self.meta_model, self.weights, self.folder, self.ctx = meta_model, weights, folder, ctx
@@ -45,7 +46,7 @@ class GradientSweep:
             for block in meta_model.blocks
         }
         self._sums: dict[str, torch.Tensor] = {}
-        self._lent: list[torch.nn.Parameter] = []
+        self._required: list[torch.nn.Parameter] = []
         self._paths = {path for weight in self._outside for path in self._made_of(weight)}
 
     def run(self, batches: list[Batch], take: Take) -> float:
@@ -55,12 +56,12 @@ class GradientSweep:
             raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
         spill = Spill(self.folder / str(self.ctx.rank))
         offload = HiddenStateOffload(self.folder, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
-        undo = self._lend()
+        undo = self._require_outside()
         try:
-            with ForwardHooks(self.meta_model) as roads:
-                routes = [BackwardBatch(n, batch, self.meta_model, roads, offload, spill) for n, batch in enumerate(batches)]
-                blocks, every, loss = self._forward(routes, 1 / total)
-                self._backward(routes, blocks, every, take)
+            with ForwardHooks(self.meta_model) as hooks:
+                walks = [BackwardBatch(n, batch, self.meta_model, hooks, offload, spill) for n, batch in enumerate(batches)]
+                blocks, every, loss = self._forward(walks, 1 / total)
+                self._backward(walks, blocks, every, take)
             self._take(self._outside, sorted(self._paths), take)
         finally:
             undo()
@@ -71,29 +72,29 @@ class GradientSweep:
                 self.folder.rmdir()
         return self._sum(loss) / total
 
-    def _forward(self, routes: list[BackwardBatch], weight: float) -> tuple[list[Block], int, float]:
-        """The blocks in the order of a forward, every how many of them are kept, and this process's sum of losses."""
+    def _forward(self, walks: list[BackwardBatch], weight: float) -> tuple[list[Block], int, float]:
+        """(blocks in order, distance of blocks whose arguments are stored, this process's sum of losses)."""
         blocks: list[Block] = []
         loss = 0.0
         with torch.enable_grad():
-            for route in routes:
-                route.advance()
-            every = stride(len(self.meta_model.blocks), sum(route.state_bytes for route in routes))
-            while (call := routes[0].call) is not None:
+            for walk in walks:
+                walk.advance()
+            every = stride(len(self.meta_model.blocks), sum(walk.state_bytes for walk in walks))
+            while (call := walks[0].call) is not None:
                 if call.block in blocks:
                     expected, got = "each block once in a forward", "a block that runs again"
                     raise CoverageError(call.block.path, expected, got, "use a pass that needs no gradients")
                 with self._loaded(call.block):
-                    for route in routes:
-                        assert route.call is not None
-                        assert route.call.block == call.block
-                        output = route.first_run(len(blocks) % every == 0)
-                        # Nothing may hold the old hidden states any longer.
-                        route.call = None
-                        route.advance(output)
+                    for walk in walks:
+                        assert walk.call is not None
+                        assert walk.call.block == call.block
+                        output = walk.first_run(len(blocks) % every == 0)
+                        # Frees the old hidden states.
+                        walk.call = None
+                        walk.advance(output)
                         del output
-                        if route.call is None:
-                            loss += route.finish(weight)
+                        if walk.call is None:
+                            loss += walk.finish(weight)
                 blocks.append(call.block)
                 del call
                 self._tell("forward", blocks)
@@ -101,32 +102,32 @@ class GradientSweep:
             raise InputError("the loss on the calibration tokens", "a finite number", f"{loss}", "look at the source")
         return blocks, every, loss
 
-    def _backward(self, routes: list[BackwardBatch], blocks: list[Block], every: int, take: Take) -> None:
+    def _backward(self, walks: list[BackwardBatch], blocks: list[Block], every: int, take: Take) -> None:
         self._tell("backward", [])
         for start in range((len(blocks) - 1) // every * every, -1, -every):
             stop = min(len(blocks), start + every)
             for step in range(start, stop - 1):
                 with self._loaded(blocks[step]), torch.no_grad():
-                    for route in routes:
-                        route.carry(blocks[step], step)
+                    for walk in walks:
+                        walk.carry(blocks[step], step)
             for step in range(stop - 1, start - 1, -1):
                 with self._loaded(blocks[step]):
-                    self._one_block(routes, blocks[step], step, take)
+                    self._one_block(walks, blocks[step], step, take)
                 self._tell("backward", blocks[step:])
-        for route in routes:
-            route.leave()
+        for walk in walks:
+            walk.leave()
 
-    def _one_block(self, routes: list[BackwardBatch], block: Block, step: int, take: Take) -> None:
+    def _one_block(self, walks: list[BackwardBatch], block: Block, step: int, take: Take) -> None:
         mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
         parameters = {path for weight in mine for path in self.meta_model.made_of(weight.name)}
         for path in parameters:
             self._ask(path, self.meta_model.module.get_parameter(path))
-        for route in routes:
-            route.go_back(block, step)
+        for walk in walks:
+            walk.go_back(block, step)
         self._take(mine, sorted(parameters), take)
 
     def _ask(self, path: str, parameter: torch.nn.Parameter) -> None:
-        """Makes a parameter ask for its gradient, and adds up what each batch has for it."""
+        """Makes a parameter require its gradient, and sums it over batches."""
         parameter.requires_grad_(True)
 
         def add(loaded: torch.Tensor) -> None:
@@ -138,7 +139,7 @@ class GradientSweep:
         parameter.register_post_accumulate_grad_hook(add)
 
     def _take(self, weights: list[Weight], paths: list[str], take: Take) -> None:
-        """Hands over the gradients of `weights`, which these parameters are made of."""
+        """Calls `take` with the gradients of `weights`, from those of the parameters that they become."""
         grads: dict[str, torch.Tensor] = {}
         logical, kept = self.meta_model.dense_view.logical, self.meta_model.model.duplicates
         for path in paths:
@@ -159,8 +160,8 @@ class GradientSweep:
                 raise CoverageError(weight.name, "a weight that the loss depends on", "a gradient of zeros", do)
             take(weight, grad)
 
-    def _lend(self) -> Callable[[], None]:
-        """Makes parameters outside of blocks ask for gradients whenever their modules are called. Returns what undoes it."""
+    def _require_outside(self) -> Callable[[], None]:
+        """Makes parameters outside of blocks require gradients once their modules are called. Returns a function to undo it."""
         hooks = []
         for path in sorted(self._paths):
             owner, _, attribute = path.rpartition(".")
@@ -169,20 +170,20 @@ class GradientSweep:
                 parameter = module.get_parameter(attribute)
                 if not parameter.requires_grad:
                     self._ask(path, parameter)
-                    self._lent.append(parameter)
+                    self._required.append(parameter)
 
             hooks.append(self.meta_model.module_at(owner).register_forward_pre_hook(hook))
 
         def undo() -> None:
             for handle in hooks:
                 handle.remove()
-            for parameter in self._lent:
+            for parameter in self._required:
                 parameter.requires_grad_(False)
 
         return undo
 
     def _made_of(self, weight: Weight) -> list[str]:
-        """The parameters that a weight becomes, those of its copies on disk included."""
+        """The parameters that a weight and its copies on disk become."""
         copies = [alias for alias, kept in self.meta_model.model.duplicates.items() if kept == weight.name]
         return [path for name in (weight.name, *copies) for path in self.meta_model.made_of(name)]
 

@@ -1,8 +1,9 @@
-"""Smooth: lifts a smoothing pass to directories: rescales writers and readers.
+"""Smooth: runs a smoothing pass over a checkpoint: rescales writers and readers.
 
-A sweep in which nothing changes on the way, for the function is kept: what every space of a block holds is observed, the
-pass names its numbers, and the weights of the block are written once, with all their rows and columns rescaled in fp32.
-A norm is divided first, as it will be stored, and its readers are multiplied by what that really was, so that only they round.
+A sweep that does not replace weights in the model, since smoothing keeps its function. For every block the activations of its
+spaces are observed, the pass computes the numbers, and each weight is written once, with its rows and columns rescaled in fp32.
+A norm is divided and rounded to its stored dtype first; its readers are multiplied by the divisor that results from that, so
+that the rounding of the norm cancels.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from compress.spec.weight_state import Weight
 
 
 def smooth(run: StepRun) -> dict[str, float]:
-    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on."""
+    """Writes every weight that is not journaled yet. Returns the seconds of each kind of work."""
     return sweep_by(run, SmoothingSweep)
 
 
@@ -42,7 +43,7 @@ class SmoothingSweep(Sweep):
         found = self.smoothing.layout(model.weights, model.family, self.meta_model.dense_view.checkpoint.config)
         self.layout = found.within(set(self.step.transformed))
 
-    def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
+    def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
         if all(self.writer.is_done(weight.name) for weight in weights):
             return len(weights)
         self.rows: dict[str, torch.Tensor] = {}
@@ -57,7 +58,7 @@ class SmoothingSweep(Sweep):
         readers = (weight for weight in inside if weight.kind in ("linear", "router") and weight.attribute == "weight")
         forget = self.hooks.watch({weight.module: False for weight in readers} | {key[0]: True for key in spaces if key[1]})
         with self.spent("forward"):
-            alike = read_alike(scout.survey(), path)
+            alike = read_alike(probe.survey(), path)
         for group in alike:
             for space in [space for key in group if not key[1] for space in spaces.pop(key, ())]:
                 _check(space, group)
@@ -73,7 +74,7 @@ class SmoothingSweep(Sweep):
         return 0
 
     def experts_of(self, key: Key, spaces: dict[int | None, Space]) -> None:
-        """What flows inside of routed experts, each by itself."""
+        """Rescales the spaces inside routed experts, each expert by itself."""
         width = next(iter(spaces.values())).readers[0].in_features
         for statistics in self.observe_experts(key, sorted(e for e in spaces if e is not None), width):
             for expert, statistic in statistics.items():
@@ -91,7 +92,7 @@ class SmoothingSweep(Sweep):
                 statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.meta_model.device))
 
     def rescale(self, space: Space, statistic: Any) -> None:
-        """Notes by what the rows and columns of a space's weights are divided and multiplied."""
+        """Computes a space's numbers, and records them for the rows and columns of its weights."""
         with self.spent("factor"):
             prepared = self.prepare(space.readers[0], statistic)
         with self.spent("solve"):
@@ -110,19 +111,19 @@ class SmoothingSweep(Sweep):
             self.times(self.columns, reader, space.spread(s))
 
     def divided(self, space: Space, s: torch.Tensor) -> torch.Tensor:
-        """Divides a norm; returns by what it really was divided, once its weight is stored."""
+        """Divides a norm by `s`; returns the divisor that results after its weight is rounded to the stored dtype."""
         stored = self.meta_model.stored(space.writer.name)
         plus = 1.0 if space.how == "norm+1" else 0.0
         before = stored.float() + plus
         new = (before / s - plus).to(stored.dtype)
         really = torch.where(before == 0, s, before / (new.float() + plus))
-        # A weight that would vanish stays as it is.
+        # A weight that would become zero or infinite is not changed.
         lost = ~(torch.isfinite(really) & (really > 0))
         self.norms[space.writer.name] = torch.where(lost, stored, new)
         return torch.where(lost, 1.0, really)
 
     def matrices(self, space: Space) -> Iterator[Matrix]:
-        """What reads a space and is targeted."""
+        """The targeted matrices that read a space."""
         for reader in space.readers:
             if reader.name in self.layout.wanted:
                 value = self.current(reader)
@@ -131,18 +132,18 @@ class SmoothingSweep(Sweep):
 
     @staticmethod
     def times(factors: dict[str, torch.Tensor], weight: Weight, by: torch.Tensor) -> None:
-        """Multiplies what a weight will be divided or multiplied by."""
+        """Multiplies the recorded factor of a weight by another one."""
         factors[weight.name] = factors[weight.name] * by if weight.name in factors else by
 
     def current(self, weight: Weight) -> torch.Tensor:
-        """A weight [experts?, out, in], or a bias [out], in fp32, with what it has been rescaled by so far."""
+        """A weight [experts?, out, in], or a bias [out], in fp32, with the factors recorded so far."""
         value = _oriented(weight, self.meta_model.stored(weight.name)).float()
         if (rows := self.rows.get(weight.name)) is not None:
             value = value / (rows if value.dim() == 1 else rows[:, None])
         return value * self.columns[weight.name] if weight.name in self.columns else value
 
     def put(self, weight: Weight) -> None:
-        """Writes a weight as it has become, and journals it."""
+        """Writes the rescaled weight, and journals it."""
         with self.spent("write"):
             if self.ctx.rank != sum(weight.name.encode()) % self.ctx.world_size:
                 return
@@ -157,19 +158,19 @@ class SmoothingSweep(Sweep):
 
 
 def _oriented(weight: Weight, value: torch.Tensor) -> torch.Tensor:
-    """A stored tensor with its outputs before its inputs; its own inverse."""
+    """A stored tensor as [out, in], or back; the function is its own inverse."""
     return value.T if weight.transposed and weight.experts is None else as_matrix(weight, value)
 
 
 def _key(space: Space) -> Key:
-    """Where a space is seen."""
+    """The reader at which a space is observed."""
     if space.expert is not None:
         return space.readers[0].module, MIDDLE
     return next(reader.module for reader in space.readers if reader.kind != "expert"), ""
 
 
 def _check(space: Space, group: list[Key]) -> None:
-    """What reads a space must be what the table says. Raises CoverageError."""
+    """Raises CoverageError unless the observed readers of a space are those of the table."""
     named = {reader.module for reader in space.readers if reader.kind != "expert"}
     if wrong := sorted(named ^ {path for path, which in group if not which}):
         expected = f"{space.name} to be read by {', '.join(sorted(named))}, and by nothing else"

@@ -1,4 +1,4 @@
-"""Step run: one step on its way: what it reads, the writer that it fills."""
+"""Step run: one step that is executed: what it reads, the writer that it fills."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class StepRun:
     step: StepPlan
     source: Checkpoint
     weights: Sequence[Weight]
-    """Those that are to be written; none for a step that only makes tokens."""
+    """The weights to write; none for a step that only makes tokens."""
     digests: dict[str, str]
-    """Of `source`'s tensors."""
+    """sha256 of `source`'s tensors."""
     writer: Writer
     ctx: Context
     tokens: Path | None = None
-    """The tokens that the step reads, where it reads any."""
+    """The file of the tokens that the step reads, if it reads any."""
     teacher: Checkpoint | None = None
     dense_parent: DenseParent | None = None
-    """What a pass that compensates asks for the dense weights of codes."""
+    """Reads dense weights for a CompensatingPass."""
     dense_view: DenseView | None = None
-    """What a packed source means to the pass that unpacks it."""
+    """Reads a packed source for the pass that unpacks it."""
 
     @property
     def pass_(self) -> Pass:
@@ -52,7 +52,7 @@ class StepRun:
         return [weight for weight in self.weights if weight.name in names]
 
     def untouched(self) -> StepRun:
-        """The same for the weights that are carried over as they are."""
+        """The same run, limited to the weights that are copied unchanged."""
         names = set(self.step.transformed)
         return replace(self, weights=[weight for weight in self.weights if weight.name not in names])
 

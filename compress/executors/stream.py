@@ -1,8 +1,8 @@
-"""Stream: lifts a TensorPass to directory in, directory out.
+"""Stream: runs a data-free pass over a checkpoint, one weight at a time.
 
-Every weight is one of three cases: its bytes are carried over inside the kernel (nothing changes), moved part by
-part (a format that stores the same streams under other names), or loaded, transformed and written. Weights are
-shared out over ranks by size; every rank writes its own at places that the headers fixed beforehand.
+There are three cases of weights: the bytes are copied inside the operating system's kernel (nothing changes), copied part by
+part (a format that stores the same bytes under other names), or loaded, transformed and written. Weights are
+distributed over ranks by size; every rank writes its own at offsets that the headers fix beforehand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compress.threads import workers
 
 
 def stream(run: StepRun) -> None:
-    """Writes every weight that the journal does not have yet."""
+    """Writes every weight that is not journaled yet."""
     step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
     mine = share(run.weights, ctx.rank, ctx.world_size)
     total = sum(weight.nbytes for weight in mine)
@@ -56,7 +56,7 @@ def stream(run: StepRun) -> None:
 
 
 def share(weights: Sequence[Weight], rank: int, world_size: int) -> Sequence[Weight]:
-    """This rank's weights, in stored order: largest first to the rank with the least so far."""
+    """This rank's weights, in stored order; each weight, largest first, goes to the rank with the fewest bytes so far."""
     if world_size == 1:
         return weights
     loads = [0] * world_size
@@ -69,7 +69,7 @@ def share(weights: Sequence[Weight], rank: int, world_size: int) -> Sequence[Wei
 
 
 def _move(run: StepRun, weight: Weight, touched: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """Writes one weight; returns the digests of what was written and what the journal says of it besides."""
+    """Writes one weight; returns the digests of its tensors, and other facts for the journal."""
     step, source, writer = run.step, run.source, run.writer
     before, after = step.before[weight.name], step.after[weight.name]
     names = [spec.name for spec in qtensor.specs(weight, before)]
@@ -104,7 +104,7 @@ def _move(run: StepRun, weight: Weight, touched: bool) -> tuple[dict[str, str], 
 
 
 def _value(run: StepRun, weight: Weight) -> Any:
-    """A weight as its pass is given it: a QTensor, or dense [experts?, rows, columns]."""
+    """A weight in the form that its pass gets: a QTensor, or dense [experts?, rows, columns]."""
     before = run.step.before[weight.name]
     if run.dense_view is not None:
         q = run.dense_view.qtensor(weight.name)
@@ -114,7 +114,7 @@ def _value(run: StepRun, weight: Weight) -> Any:
 
 
 def _transformed(run: StepRun, weight: Weight, value: Any) -> tuple[Any, dict[str, Any]]:
-    """What the pass makes of a weight, and its errors as far as there are any."""
+    """The pass's result for a weight, and its errors if there are any."""
     pass_, after = run.pass_, run.step.after[weight.name]
     if isinstance(pass_, CompensatingPass):
         assert run.dense_parent is not None
@@ -126,7 +126,7 @@ def _transformed(run: StepRun, weight: Weight, value: Any) -> tuple[Any, dict[st
 
 
 def check_mask(weight: Weight, sparsity: Sparsity, value: Any) -> None:
-    """A pass that was to keep, or to make, a pattern of zeros must have done so."""
+    """Raises AssertionError unless `value` has the pattern of zeros that the pass had to keep or make."""
     from compress.numerics import masks
 
     nonzero = value.nonzero() if isinstance(value, qtensor.QTensor) else value != 0

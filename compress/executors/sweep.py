@@ -1,9 +1,9 @@
-"""Sweep: lifts an ObservingPass to directories; one block in memory at a time.
+"""Sweep: runs an ObservingPass over a checkpoint, one block in memory at a time.
 
-For each block: load it, send every batch to the first inputs that its weights read, fold their statistics, solve the
-weights, put the new values in their place, and send the batches on; what a weight is calibrated on thus comes from weights
-that are already solved, inside the block as well as before it. Weights that read the same tensor share a statistic,
-which the first forward of the block finds out; every routed expert has one of its own, over its own tokens.
+For each block: load it, run every batch up to the first inputs that its weights read, add them to the statistics, solve these
+weights, replace them in the model, and run the batches on. So the inputs that a weight is calibrated on come from weights
+that are already solved, inside the block as well as before it. Weights that read the same tensor share a statistic; a first
+forward of the block finds out which do. Every routed expert has a statistic of its own, over its own tokens.
 
 A solved weight is written and journaled at once. After a crash it is read back, and only its outputs are computed again.
 """
@@ -45,16 +45,16 @@ from compress.spec.weight_state import State, Weight, blocks
 _STACKED_ROWS = 4096
 
 Part = tuple[Weight, int | None]
-"""A matrix of a weight: the weight and, where it holds all experts, which one."""
+"""One matrix: its weight, and the number of the expert if the weight holds all experts."""
 
 
 def sweep(run: StepRun) -> dict[str, float]:
-    """Writes every weight that the journal does not have yet. Returns seconds by what they were spent on."""
+    """Writes every weight that is not journaled yet. Returns the seconds of each kind of work."""
     return sweep_by(run, Sweep)
 
 
 def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
-    """The same by a sweep of that kind."""
+    """`sweep` with another class of Sweep."""
     stream(run.untouched())
     source, ctx = run.source, run.ctx
     meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config), device_of(ctx))
@@ -67,7 +67,7 @@ def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
 
 
 class Sweep:
-    """One sweep over the blocks; `block` is what it does with each."""
+    """One sweep over the blocks; `block` handles each of them."""
 
     def __init__(self, run: StepRun, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch]) -> None:
         assert isinstance(run.pass_, ObservingPass)
@@ -82,21 +82,21 @@ class Sweep:
         self.seconds[on] += time.perf_counter() - started
 
     def all_blocks(self, weights: list[Weight]) -> None:
-        """Every block that has to be passed, until no weight is left."""
+        """Goes through the blocks until all weights are solved."""
         self.peaks = Peaks(weights, self.step.after, self.meta_model.dense_view.dense)
         remaining = {weight.name: weight for weight in weights}
         total = sum(weight.nbytes for weight in weights)
         offload = HiddenStateOffload(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
         offload.clear()
-        # A single sample goes ahead and finds out what reads what.
-        scout = BatchWalk(self.batches[0].first(), self.hooks, offload)
+        # A single sample runs first, to find out which weights read which tensors.
+        probe = BatchWalk(self.batches[0].first(), self.hooks, offload)
         self.walks = [BatchWalk(batch, self.hooks, offload) for batch in self.batches]
-        for walk in (scout, *self.walks):
+        for walk in (probe, *self.walks):
             with self.spent("forward"):
                 walk.set_out()
         seen: set[str] = set()
-        while remaining and scout.call is not None:
-            block = scout.call.block
+        while remaining and probe.call is not None:
+            block = probe.call.block
             if block.path in seen:
                 raise CoverageError(
                     block.path, "each block once in a forward", "a block that runs again", "use a pass without data"
@@ -106,7 +106,7 @@ class Sweep:
             with self.spent("load"):
                 self.meta_model.load(block.path)
             mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
-            kept = self.block(block.path, mine, scout) if mine else 0
+            kept = self.block(block.path, mine, probe) if mine else 0
             for weight in mine:
                 del remaining[weight.name]
             self.ctx.tell(
@@ -116,12 +116,12 @@ class Sweep:
             )  # fmt: skip
             if not remaining:
                 break
-            for walk in (scout, *self.walks):
+            for walk in (probe, *self.walks):
                 with self.spent("forward"):
                     walk.go_on()
             self.meta_model.release(block.path)
             trim_memory()
-        for walk in (scout, *self.walks):
+        for walk in (probe, *self.walks):
             walk.leave()
         offload.clear()
         if remaining:
@@ -130,12 +130,12 @@ class Sweep:
                 "skip them, or calibrate on inputs that do",
             )  # fmt: skip
 
-    def block(self, path: str, weights: list[Weight], scout: BatchWalk) -> int:
-        """Solves the weights of one block, inputs by inputs; returns how many an earlier run had solved."""
+    def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
+        """Solves the weights of one block, one input tensor after the other; returns how many were journaled already."""
         readers = {weight.name: self.readers(weight) for weight in weights}
         forget = self.hooks.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
-            spaces = read_alike(scout.survey(), path)
+            spaces = read_alike(probe.survey(), path)
         held = {weight.name: [space for space in spaces if not readers[weight.name].isdisjoint(space)] for weight in weights}
         if missed := [name for name, found in held.items() if not found]:
             raise CoverageError(
@@ -152,7 +152,7 @@ class Sweep:
             for weight in solved:
                 self.round_inputs(weight)
             kept += len(solved)
-            trim_memory()  # batches come to tensors of other sizes, which gaps left by these would not hold
+            trim_memory()  # the gaps left by these tensors do not fit those of the next batches
             if pending:
                 solve = self.experts if space[0][1] else self.linears
                 solve(space[0], pending)
@@ -160,20 +160,20 @@ class Sweep:
         return kept
 
     def readers(self, weight: Weight) -> set[Key]:
-        """Who reads what a weight is calibrated on: its modules, or the experts that it belongs to."""
+        """The readers of the inputs that a weight is calibrated on: its modules, or the experts that it belongs to."""
         if weight.kind == "expert" and weight.attribute != "weight":
             return {(weight.module, MIDDLE if weight.attribute.startswith("down") else INPUT)}
         return {(path, "") for path in self.meta_model.readers(weight.name)}
 
     def linears(self, key: Key, weights: list[Weight]) -> None:
-        """Weights that read one tensor: one statistic, then all of them."""
+        """Solves the weights that read one tensor, from one statistic."""
         statistic = self.observe(key, weights[0])
         solved = self.solve([(weight, None) for weight in weights], {None: statistic})
         for weight in weights:
             self.keep(weight, {None: solved.pop((weight.name, None))})
 
     def observe(self, key: Key, weight: Weight) -> Any:
-        """The statistic of what a weight reads."""
+        """The statistic of a weight's inputs over all batches."""
         statistic = made_on(self.meta_model.device, self.pass_.statistic, weight.in_features)
         for x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
@@ -186,7 +186,7 @@ class Sweep:
         return statistic
 
     def experts(self, key: Key, weights: list[Weight]) -> None:
-        """Weights of routed experts: a statistic for each expert, as many at a time as the budget allows."""
+        """Solves weights of routed experts, from a statistic for each expert."""
         parts = [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
         found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
         for statistics in self.observe_experts(key, sorted({expert for _, expert in parts}), weights[0].in_features):
@@ -198,7 +198,7 @@ class Sweep:
                     self.keep(weight, found.pop(weight.name))
 
     def observe_experts(self, key: Key, experts: list[int], width: int) -> Iterator[dict[int, Any]]:
-        """The statistics of what routed experts read, as many at a time as the budget allows."""
+        """The statistics of the inputs of routed experts, as many at a time as the memory budget allows."""
         at_once = max(1, STATISTICS_BYTES // self.pass_.statistic_bytes(width))
         for start in range(0, len(experts), at_once):
             some = experts[start : start + at_once]
@@ -214,9 +214,9 @@ class Sweep:
             yield statistics
 
     def inputs(self, key: Key) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
-        """What every batch has to say to a reader, and which of its tokens count (None: all).
+        """The inputs of a reader in each batch, and which of its tokens count (None: all).
 
-        Batches stay where they are, so that a block is run once; those whose activations exceed the budget start again.
+        Batches pause inside the block, so that it runs once; those whose activations exceed the budget restart it later.
         """
         held = 0
         for walk in self.walks:
@@ -243,7 +243,7 @@ class Sweep:
             statistic.tokens = int(tokens)
 
     def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
-        """Solutions by weight and expert. The work is shared out over processes, and everybody gets all results."""
+        """Solutions by weight and expert. Processes share the work, and every one gets all results."""
         assert isinstance(self.pass_, LinearPass)
         loads = [0] * self.ctx.world_size
         mine: dict[tuple[str, int | None], Solution] = {}
@@ -269,7 +269,7 @@ class Sweep:
         return found
 
     def prepare(self, weight: Weight, statistic: Any) -> Any:
-        """What the pass makes of a statistic. Raises InputError where an input was not finite."""
+        """What the pass prepares from a statistic. Raises InputError if an input was not finite."""
         try:
             return self.pass_.prepare(statistic)
         except ValueError as error:
@@ -277,7 +277,7 @@ class Sweep:
             raise InputError(where, "finite activations", str(error), "try --dtype float32, or look at the source") from None
 
     def task(self, weight: Weight, expert: int | None) -> MatrixTask:
-        """One matrix of a weight, and what it has become where a pass compensates."""
+        """One matrix of a weight to solve; for a CompensatingPass with its codes."""
         after = self.step.after[weight.name]
         if self.dense_parent is None:
             return MatrixTask(self.peaks.of(weight), after, self.matrix(weight, expert))
@@ -296,7 +296,7 @@ class Sweep:
         return (stored.T if weight.transposed else stored).to(self.meta_model.device)
 
     def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> None:
-        """Writes a solved weight, journals it, and puts it in its place in the block."""
+        """Writes a solved weight, journals it, and replaces it in the block."""
         ordered = [solutions[expert] for expert in sorted(solutions, key=lambda e: e or 0)]
         value = _joined(weight, [solution.value for solution in ordered])
         after = self.step.after[weight.name]
@@ -314,7 +314,7 @@ class Sweep:
         self.round_inputs(weight)
 
     def round_inputs(self, weight: Weight) -> None:
-        """The block goes on with what a solved weight will read as the model runs."""
+        """From now on rounds the inputs of a solved weight, as they will be when the model runs."""
         scheme = self.step.after[weight.name].scheme
         if scheme is not None and scheme.inputs:
             for path in self.meta_model.readers(weight.name):
@@ -322,13 +322,13 @@ class Sweep:
                 module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], scheme), *inputs[1:]))
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
-        """The block goes on with what the weights have become."""
+        """Replaces weights in the block by their new values."""
         if weights:
             with self.spent("load"):
                 self.meta_model.replace(weights)
 
     def read_back(self, weight: Weight) -> torch.Tensor:
-        """A weight that an earlier run has solved."""
+        """The dense value of a weight that an earlier run has solved."""
         after = self.step.after[weight.name]
         parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
         value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
@@ -343,7 +343,7 @@ def _expert(weight: Weight) -> int:
 
 
 def _stacks(parts: list[Part]) -> list[list[Part]]:
-    """Matrices that are solved at once, because they read the same and are small: many rows cost little more than few."""
+    """Groups small matrices with the same inputs, to solve them at once: many rows cost little more than few."""
     stacks: list[list[Part]] = []
     for part in sorted(parts, key=lambda part: (part[1] or 0, part[0].name)):
         last = stacks[-1] if stacks and stacks[-1][0][1] == part[1] else []
@@ -355,14 +355,14 @@ def _stacks(parts: list[Part]) -> list[list[Part]]:
 
 
 def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:
-    """Readers grouped by the tensor that they read, in the order of a forward."""
+    """Groups readers by the tensor that they read, in the order of a forward."""
     spaces: dict[Any, list[Key]] = {}
     keys: set[Key] = set()
     for key, x in seen:
         if key in keys:
             raise CoverageError(f"{path}: {key[0]}", "a weight that a forward uses once", "one that it uses again", "skip it")
         keys.add(key)
-        # Modules that view one tensor in different shapes read the same.
+        # Views of one tensor in different shapes are the same input.
         same = (x.data_ptr(), x.numel(), x.shape[-1], x._version) if isinstance(x, torch.Tensor) else key
         spaces.setdefault(same, []).append(key)
     return list(spaces.values())
@@ -378,14 +378,14 @@ def _joined(weight: Weight, values: list[Any]) -> Any:
 
 
 def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
-    """A new value in the stored shape and dtype, as a reader would have it."""
+    """A new value, dequantized, in the stored shape and dtype."""
     if isinstance(value, qtensor.QTensor):
         value = value.dequantize().to(torch_dtype(weight.dtype))
     return qtensor.as_matrix(weight, value)
 
 
 def _facts(solutions: list[Solution]) -> dict[str, float]:
-    """What the journal says of a weight: relative errors over all of its matrices."""
+    """A weight's facts for the journal: relative errors over all of its matrices."""
     sums = {
         "error": (sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
         "output_error": (sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),

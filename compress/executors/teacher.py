@@ -1,7 +1,7 @@
-"""Teacher: the model that a training pass learns from, and what it is.
+"""Teacher: finds, opens and identifies the model that a training pass learns from.
 
-Without a name it is the dense model that the student was made from: the one that the run reads, or, where that has been
-pruned, quantized or trained already, the model of the Hub that its manifest tells of.
+Without a name it is the dense model that the student was made from: the run's source, or, if that has already been
+pruned, quantized or trained, the model of the Hub that its manifest names.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Co
         return None
     if not name:
         return Teacher(source, scan.fingerprint)
-    # A dense parent is named by a manifest, not by the user, who has not said to trust it.
+    # A dense parent is named by a manifest, not by the user, so its code is not trusted.
     teacher = open_source(name, source.trusted and bool(pass_.teacher_model()))
     tell_code(teacher, ctx)
     from compress.layerwise.eval_windows import tokenizer_folder
 
-    tokenizer_folder(teacher, source)  # raises where tokens mean something else
+    tokenizer_folder(teacher, source)  # raises if the teacher's tokenizer differs
     quiet = replace(ctx, events=lambda event: None)
-    # One process reads every byte, and tells the others.
+    # One process reads every byte and broadcasts the fingerprint.
     return Teacher(teacher, ctx.broadcast(scan_source(teacher, quiet).fingerprint if ctx.is_main else None))
 
 
 def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
-    """How many weights the teacher has, from headers only; 0 where there is none. Raises CompressError."""
+    """Number of the teacher's parameters, from headers only; 0 without a teacher. Raises CompressError."""
     name = _name(pass_, source)
     if name is None:
         return 0
@@ -55,7 +55,7 @@ def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
 
 
 def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
-    """What to open: None for no teacher, empty for `source` itself."""
+    """The name to open: None for no teacher, empty for `source` itself."""
     name = pass_.teacher_model()
     manifest = source.manifest
     if name or name is None or manifest is None or not is_changed(source):
@@ -69,6 +69,6 @@ def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
 
 
 def is_changed(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is another model than the one it was made from."""
+    """Whether a checkpoint's weights differ from those of the model that it was made from."""
     manifest = checkpoint.manifest
     return manifest is not None and bool(manifest.weights or trained_by(manifest.notes))

@@ -1,8 +1,8 @@
 """What a compressed-tensors config says of a module: bits, groups, format.
 
-Of the targets that match a module, an exact name is taken before a regex (`re:`, from the start; the first in the
-alphabet) and that before a class. Classes are not known from headers: names that speak of an embedding take the
-target Embedding, all others the other ones. Tensors tell what is quantized; one that `ignore` speaks of no reader finds.
+If several targets match a module, an exact name wins over a regex (`re:`, matched from the start; the alphabetically first
+one), and a regex over a class. Headers do not tell classes: modules whose name suggests an embedding take the target
+Embedding, all others the other classes. Stored tensors tell what is quantized; no reader finds one that `ignore` names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of the weights of one group of modules."""
+    """Quantization arguments of the weights of one config group."""
 
     where: str
     format: str
@@ -40,7 +40,7 @@ class Arguments:
     block: tuple[int, int]
     activations: bool
     inputs: str
-    """What a scheme here calls the rounding of activations, empty where none has it."""
+    """The rounding of activations as a scheme names it (int8 or fp8); empty if no scheme has it."""
 
     def bad(self, where: str, expected: str, got: str) -> InputError:
         return InputError(f"{self.where}: {where} (compressed-tensors)", expected, got)
@@ -68,11 +68,11 @@ class Targets:
     every: frozenset[Arguments]
     ignored: tuple[tuple[str, re.Pattern[str] | None], ...]
     caches: bool
-    """Whether attention has scales of its own: for the KV cache, or in a group without weights."""
+    """Whether attention has scales of its own, for the KV cache or in a group without weights."""
 
     @classmethod
     def read(cls, stored: Stored, config: dict[str, Any]) -> Targets:
-        """Those of a config. Raises InputError."""
+        """The targets of a config. Raises InputError."""
         _refuse(stored, config)
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
@@ -88,7 +88,7 @@ class Targets:
         return cls(exact, compiled, classes, frozenset(args for _, args in pairs), _ignored(stored, config), caches)
 
     def of(self, stored: Stored, module: str) -> Arguments:
-        """The arguments of one module. Raises InputError where no group speaks of it."""
+        """The arguments of one module. Raises InputError if no group targets it."""
         for name, pattern in self.ignored:
             if name == module or (pattern is not None and pattern.match(module)):
                 raise stored.bad_config(f"{module}, which is packed, outside of ignore", f"'{name}'")
@@ -102,7 +102,7 @@ class Targets:
             if ("Embedding" in target) == embedding:
                 return args
         if len(self.every) == 1:
-            # Names on disk may differ from the module's; with one set of arguments there is nothing to choose.
+            # Names on disk may differ from module names, but if all groups have the same arguments, these apply.
             return next(iter(self.every))
         raise stored.bad_config(f"a group of config_groups that targets {module}", "none")
 
@@ -119,7 +119,7 @@ def _refuse(stored: Stored, config: dict[str, Any]) -> None:
 
 
 def _group(stored: Stored, name: str, group: Any, top: Any) -> list[tuple[str, Arguments]]:
-    """The targets of one group, none where it leaves weights alone."""
+    """The targets of one group; none if it does not quantize weights."""
     if not isinstance(group, dict):
         raise stored.bad_config(f"an object in config_groups.{name}", group, "write the preset's arguments out")
     targets = group.get("targets")
@@ -162,7 +162,7 @@ def _arguments(stored: Stored, name: str, group: dict[str, Any], kind: Any) -> A
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise stored.bad_config(f"a group_size above 0 in {here}", size)
     block = weights.get("block_structure")
-    # What compressed-tensors itself takes where no strategy is named.
+    # The defaults of compressed-tensors if no strategy is named.
     default = "tensor" if weights.get("group_size") is None else "group" if size else "channel"
     strategy = weights.get("strategy") or default
     if strategy not in _STRATEGIES:
@@ -180,7 +180,7 @@ def _arguments(stored: Stored, name: str, group: dict[str, Any], kind: Any) -> A
 
 
 def _inputs(group: dict[str, Any], strategy: str) -> str:
-    """int8 or fp8 for symmetric activations of 8 bits with a scale per token, or with blocks per 128 of a token."""
+    """int8 or fp8 for symmetric 8-bit activations with a scale per token, or with block weights per 128 inputs of a token."""
     said = group.get("input_activations")
     if not isinstance(said, dict) or group.get("output_activations") or said.get("dynamic") is not True:
         return ""

@@ -5,9 +5,9 @@ A linear [out, in] with groups of g inputs (-1: one group) is stored as
     NAME.qzeros   int32 [in / g, out / 8]   the zero point itself, no minus one; absent in some symmetric files
     NAME.scales   fp16 [in / g, out]
 Nibble j of a word, counted from the lowest, holds output [0, 2, 4, 6, 1, 3, 5, 7][j] of its eight.
-w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]), multiplied in the dtype of the scales: fp32 holds the product, so
-QTensor's meaning rounded to that dtype is the same. Zeros that are all 8 mean the symmetric scheme. The layouts
-gemv, gemv_fast, marlin and exllama order words otherwise and are refused.
+w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]), multiplied in the dtype of the scales: fp32 holds the product exactly, so
+QTensor's value rounded to that dtype is the same. If all zeros are 8, the scheme is symmetric. The layouts
+gemv, gemv_fast, marlin and exllama order words in another way and are refused.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 A weight of 4 bits [out, in], flattened row by row in blocks of B elements, the even one in the high nibble:
     NAME                                     uint8 [numel / 2, 1], or the same bytes under another dtype
     NAME.absmax                              fp32 [blocks], or uint8 under double quantization
-    NAME.quant_map                           fp32 [16], which readers do not look at
+    NAME.quant_map                           fp32 [16], which readers ignore
     NAME.quant_state.bitsandbytes__nf4|fp4   JSON as bytes: shape, dtype, blocksize, nested_*
     NAME.nested_absmax, NAME.nested_quant_map    fp32: absmax = map[u] * nested_absmax + nested_offset, blocks of 256
-w = code * absmax in fp32, rounded to the dtype of the JSON, then to the model's. int8: NAME int8 [out, in] and SCB
-fp32 [out] beside it, w = (q * SCB) * 7.874015718698502e-3 in fp32 (bitsandbytes' int8_vectorwise_dequant), which no
-scale SCB / 127 repeats bit for bit, so it is dense. A Conv1D was turned over before it was quantized. Blocks of NF4 are groups
-of columns where they divide a row and each has a scale of its own that the weight's dtype can hold.
+w = code * absmax in fp32, rounded to the dtype of the JSON, then to the model's. int8: NAME int8 [out, in] with SCB
+fp32 [out], w = (q * SCB) * 7.874015718698502e-3 in fp32 (bitsandbytes' int8_vectorwise_dequant). No single
+scale SCB / 127 gives these bits, so it becomes dense. A Conv1D is transposed before it is quantized. NF4 blocks become groups
+of columns if they divide a row, and the weight's dtype can hold the scale of each.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class State:
-    """What the JSON says of one weight."""
+    """The quant_state of one weight."""
 
     kind: str
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
 
 
 def _turn(stored: Stored, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-    """Stored shape of the dense weight, and whether it is turned over."""
+    """Stored shape of the dense weight, and whether it is transposed."""
     turned = stored.conv1d(name.rpartition(".")[0]) and len(shape) == 2
     return (shape[::-1] if turned else shape), turned
 
@@ -143,7 +143,7 @@ def _codes() -> dict[str, torch.Tensor]:
 
 
 def _check_map(stored: Stored, name: str, kind: str) -> None:
-    """Readers take their own code book, so one that differs would be read as another weight."""
+    """Raises InputError for another code book than bitsandbytes' own, which readers use without checking."""
     said = stored.peek(name)
     if said is not None and not torch.allclose(said, _codes()[kind], rtol=0, atol=1e-4):
         raise stored.bad(name, f"bitsandbytes' own code book of {kind}", str([round(v, 4) for v in said.tolist()]))

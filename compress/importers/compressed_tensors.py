@@ -15,11 +15,11 @@ naive-quantized is int- or float-quantized, by its dtype; mixed-precision names 
 [1], [O, 1], [O, I/g] or [O/h, I/w] for the strategies tensor, channel, group, block.
 
 The reader (0.20's decompress) multiplies in the dtype of weight_scale, which transformers casts to the model's as it
-loads: integers below 256 and their product with a 16-bit scale are exact in fp32, so QTensor's meaning, rounded
-once to the weight's dtype, is the same. mx formats are multiplied in bf16
-and nvfp4 in fp32 and rounded to bf16; what comes out is then rounded to config.json's dtype.
-Activations that are rounded per token are part of the scheme; other quantization of activations, that of experts and of
-the KV cache are dropped, with a note: the weights are read alone.
+loads: integers below 256 and their product with a 16-bit scale are exact in fp32, so QTensor's value, rounded
+once to the weight's dtype, is the same. The mx formats are multiplied in bf16,
+nvfp4 in fp32 and rounded to bf16; the result is then rounded to config.json's dtype.
+Rounding of activations per token becomes part of the scheme. Other quantization of activations, that of experts' inputs and
+of the KV cache is dropped, with a note.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _packed_integers(stored: Stored, module: str, args: Arguments) -> Packed:
 def _integers(
     stored: Stored, module: str, args: Arguments, shape: tuple[int, ...], packed: list[str] | None = None, note: str = ""
 ) -> Packed:
-    """Codes of either form: packed in words, or one in each byte."""
+    """A weight of integer codes, packed in words or one in each byte."""
     if not args.integer:
         raise stored.bad_config(f"type int for {module}, whose format is {args.format}", "float")
     rows, columns = shape
@@ -140,7 +140,7 @@ def _integers(
 
 
 def _empty_zeros(stored: Stored, module: str) -> list[str]:
-    """Zero points that old versions stored for symmetric weights. Raises InputError where they are not zeros."""
+    """Zero points that old versions stored for symmetric weights. Raises InputError unless they are zeros."""
     name = f"{module}.weight_zero_point"
     said = stored.peek(name) if name in stored.refs else None
     if said is not None and bool(said.float().any()):
@@ -149,11 +149,11 @@ def _empty_zeros(stored: Stored, module: str) -> list[str]:
 
 
 def _order(stored: Stored, name: str, group: int, columns: int) -> tuple[Order, str]:
-    """Which group each input belongs to, and a note."""
+    """The group of each input, and a note."""
     index = stored.peek(name)
     if index is None:
         return Order(scattered=True), NOT_HERE
-    # The old reader took a -1 anywhere for an index that was never filled.
+    # The old reader took an index with a -1 anywhere for one that was never filled.
     if int(index.min()) == -1:
         return IN_ORDER, ""
     return order_of(stored, name, index, group, -(-columns // group)), ""
@@ -184,22 +184,22 @@ def _read_integers(
 
 
 def _unsigned(signed: torch.Tensor, args: Arguments, name: str) -> torch.Tensor:
-    """uint8 codes from signed ones. Raises InputError for one that has no such code."""
+    """uint8 codes from signed ones. Raises InputError for a number outside of the bits."""
     middle = 1 << (args.bits - 1)
     low, high = int(signed.min()), int(signed.max())
     if low < -middle or high >= middle:
         raise args.bad(name, f"whole numbers of {args.bits} bits, {-middle} to {middle - 1}", f"{low} to {high}")
-    # In bytes the offset wraps to what it should be.
+    # In bytes the addition wraps to the right code.
     return signed.to(torch.int8).view(torch.uint8) + middle
 
 
 def _with_inputs(scheme: Scheme | None, module: str, args: Arguments) -> Scheme | None:
-    """The scheme with the rounding of activations; experts, which transformers fuses, have none here."""
+    """The scheme with the rounding of activations; without it for experts, which transformers fuses."""
     return scheme if scheme is None or ".experts." in module else replace(scheme, inputs=args.inputs)
 
 
 def _spread(scale: torch.Tensor, args: Arguments, rows: int) -> torch.Tensor:
-    """Scales or zero points [rows, groups] from those of any strategy."""
+    """Scales or zero points of any strategy, expanded to [rows, groups]."""
     if args.strategy == "tensor":
         return scale.reshape(1, 1).expand(rows, 1)
     if args.strategy == "block":
@@ -218,7 +218,7 @@ def _fp8(stored: Stored, module: str, args: Arguments) -> Packed:
     width = group or columns
     known = {("tensor", (0, 0)): "fp8-tensor", ("channel", (0, 0)): "fp8", ("block", (BLOCK, BLOCK)): "fp8-block"}
     text = known.get((args.strategy, args.block))
-    # Other scales would be multiplied, and the product rounded, in another dtype than the weight's.
+    # With scales of another dtype the product would be rounded to another dtype than the weight's.
     scheme = Scheme.parse(text) if text and scale.dtype in (dtype, "F32") else None
     scheme = _with_inputs(scheme, module, args)
 

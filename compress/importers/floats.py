@@ -22,13 +22,13 @@ def pairs(packed: torch.Tensor) -> torch.Tensor:
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """2^(u - 127) in fp32 from bytes u; 255 becomes infinity, as compressed-tensors and transformers have it."""
+    """2^(u - 127) in fp32 from bytes u; 255 becomes infinity, as in compressed-tensors and transformers."""
     bits = exponents.view(torch.uint8).to(torch.int32)
     powers = (bits << 23).view(torch.float32)
-    # The smallest is below fp32's normal range, where the exponent's field alone does not say it.
+    # 2^-127 is subnormal in fp32, so the exponent field alone cannot express it.
     return torch.where(bits == 0, torch.tensor(2.0**-127), powers)
 
 
 def spread(scale: torch.Tensor, block: tuple[int, int], rows: int, columns: int) -> torch.Tensor:
-    """Scales [blocks down, blocks along] at every entry of [rows, columns]; last blocks may be cut short."""
+    """Scales [blocks down, blocks along] expanded to [rows, columns]; last blocks may be cut short."""
     return scale.repeat_interleave(block[0], dim=0)[:rows].repeat_interleave(block[1], dim=1)[:, :columns]

@@ -5,10 +5,10 @@
 DeepSeek-V4 calls a scale `.scale`, Mistral `.qscale_weight`, an embedding `.weight_scale`. Experts may be pairs of
 E2M1 in int8 [out, in / 2] with E8M0 scales [out, in / 32] (`expert_dtype: fp4`).
 w = weight * scale in fp32, rounded once to the dtype of the model, as DeepSeek's weight_dequant and transformers'
-Fp8Dequantize do. Blocks are those of weight_block_size, where last ones may be cut short, if the grid of scales
-fits them; else, as in transformers, what divides the weight into the grid. Codes are kept where blocks are of 128 by 128,
-rows or the whole matrix, and E2M1 where scales are of 32; others are dense, and fused experts, because nothing here
-tells how they lie. Scales of activations are dropped.
+Fp8Dequantize do. Blocks have the size weight_block_size if the grid of scales fits it (last ones may be cut short);
+else, as in transformers, the grid divides the weight evenly. Codes are kept for blocks of 128 by 128, rows or the whole
+matrix, and for E2M1 with scales per 32. Other weights become dense, and fused experts too, because nothing tells their
+orientation. Scales of activations are dropped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
 
 
 def _scale(stored: Stored, name: str) -> str:
-    """The name of a weight's scale, empty where it has none."""
+    """The name of a weight's scale, empty if it has none."""
     module, _, attribute = name.rpartition(".")
     names = [name + suffix for suffix in _SCALE_NAMES]
     names += [module + suffix for suffix in _MODULE_SCALES] if attribute == "weight" else []
@@ -85,7 +85,7 @@ def _weight(stored: Stored, name: str, block: tuple[int, int] | None) -> Packed:
 
 
 def _scheme(weight: TensorRef, scale: TensorRef, block: tuple[int, int], shape: tuple[int, ...]) -> Scheme | None:
-    """The scheme with these numbers, None where there is none."""
+    """The scheme with these values, None if no scheme has them."""
     if weight.dtype in _FP4:
         return Scheme.parse("mxfp4") if block == (1, 32) and scale.dtype in ("F8_E8M0", "U8") else None
     known = {(BLOCK, BLOCK): "-block", shape: "-tensor", (1, shape[1]): ""}
@@ -132,7 +132,7 @@ def _read(
 
 
 def _piece(matrix: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], columns: int, rows: slice) -> torch.Tensor:
-    """Some rows, from the start of a block, in fp32."""
+    """The dense values of some rows, which begin at a block, in fp32."""
     values = pairs(matrix[rows]) if matrix.dtype == torch.int8 else matrix[rows].float()
     grid = scale[rows.start // block[0] : -(-rows.stop // block[0])]
     return values * spread(grid, block, len(values), columns)

@@ -7,15 +7,15 @@ A linear [out, in] with b bits and groups of g inputs (-1: one group) is stored 
     NAME.g_idx    int32 [in]                             group of each input; i // g unless desc_act
 w[n, k] = scales[g, n] * (q[k, n] - zero[g, n]) with g = g_idx[k], multiplied in the dtype of the scales.
 
-Zero points: `gptq_v2` stores them, `gptq` (v1) stores zero - 1. A v1 field of all ones, which an asymmetric zero
-of 0 leaves, has no one meaning: the reader that adds to each field reads (field + 1) mod 2^b = 0 and so do we;
-GPTQModel's adds a constant to the packed word, where a carry changes the neighbour. A note counts such weights.
-A symmetric checkpoint whose zeros are those of the other version is labelled wrongly (vLLM #38966) and read by its
-zeros. Zeros that are all the middle mean the symmetric scheme, whatever the config says.
+Zero points: `gptq_v2` stores them, `gptq` (v1) stores zero - 1. In v1 an asymmetric zero point of 0 becomes a field of
+all ones, which readers disagree on: those that add to each field read (field + 1) mod 2^b = 0, and so do we;
+GPTQModel adds a constant to the packed word, where a carry changes the neighbour. A note counts such weights.
+A symmetric checkpoint whose zeros are those of the other version is mislabelled (vLLM #38966) and read by its
+zeros. If all zeros are the middle code, the scheme is symmetric, whatever the config says.
 
-g_idx: where each run of g inputs has one group, codes are kept and scales follow it; else (desc_act) the weight
-becomes dense, since no scheme has inputs out of order. A g_idx of zeros alone beside several groups, with
-desc_act off, was never filled and is left out, as text-generation-inference does.
+g_idx: if each run of g inputs belongs to one group, codes are kept and scales are reordered; else (desc_act) the weight
+becomes dense, since no scheme has inputs out of order. If there are several groups, desc_act is off and g_idx is all
+zeros, it was never filled and is ignored, as in text-generation-inference.
 `dynamic` overrides bits, group_size and sym per module: the first regex that matches from the start decides.
 """
 
@@ -49,13 +49,13 @@ _ALL_ONES = "zero points of all ones in v1, which readers do not agree on, were 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the config says of one module."""
+    """Quantization settings of one module, by the config."""
 
     bits: int
     group: int | None
     symmetric: bool
     offset: int
-    """1 where stored zero points lack one."""
+    """1 if stored zero points are one too small (v1), else 0."""
     reordered: bool
 
 
@@ -71,7 +71,7 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
 
 
 def _format(stored: Stored, config: dict[str, Any]) -> int:
-    """What to add to stored zero points. Raises InputError for a packing that is not known."""
+    """The number to add to stored zero points. Raises InputError for an unknown packing."""
     name = config.get("format") or config.get("checkpoint_format") or "gptq"
     name = "marlin" if config.get("is_marlin_format") else name
     if not isinstance(name, str) or name not in _FORMATS:
@@ -94,7 +94,7 @@ def _terms(stored: Stored, config: dict[str, Any], module: str, offset: int) -> 
 
 
 def _override(stored: Stored, dynamic: Any, module: str) -> dict[str, Any]:
-    """What `dynamic` says of one module."""
+    """The settings in `dynamic` for one module."""
     if not isinstance(dynamic, dict):
         raise stored.bad_config("an object in dynamic", dynamic)
     for pattern, values in dynamic.items():
@@ -143,7 +143,7 @@ def _weight(stored: Stored, module: str, terms: Terms) -> Packed:
 
 
 def _zeros(stored: Stored, name: str, terms: Terms, rows: int) -> tuple[int, bool, str]:
-    """What to add to the stored zero points, whether all are then the middle, and a note."""
+    """(number to add to the stored zero points, whether all are then the middle code, a note)."""
     words = stored.peek(name)
     if words is None:
         return terms.offset, terms.symmetric, NOT_HERE
@@ -160,7 +160,7 @@ def _zeros(stored: Stored, name: str, terms: Terms, rows: int) -> tuple[int, boo
 
 
 def _order(stored: Stored, name: str, terms: Terms, columns: int, groups: int) -> tuple[Order, str]:
-    """Which group each input belongs to, and a note."""
+    """The group of each input, and a note."""
     index = stored.peek(name)
     if index is None:
         return (Order(scattered=True) if terms.reordered and groups > 1 else IN_ORDER), NOT_HERE

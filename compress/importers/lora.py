@@ -1,7 +1,7 @@
-"""Lora: what PEFT's config says an adapter's product is multiplied by.
+"""Lora: the factor of an adapter's product, from PEFT's config.
 
-alpha / r, or alpha / sqrt(r) with rslora (Hu et al., 2106.09685; Kalajdzievski, 2312.03732). Patterns give modules ranks and
-alphas of their own.
+It is alpha / r, or alpha / sqrt(r) with rslora (Hu et al., 2106.09685; Kalajdzievski, 2312.03732). Patterns may give modules
+ranks and alphas of their own.
 """
 
 from __future__ import annotations

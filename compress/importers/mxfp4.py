@@ -3,7 +3,7 @@
     NAME_blocks   uint8 [experts, out, in / 32, 16]   pairs of E2M1, the even input in the low nibble
     NAME_scales   uint8 [experts, out, in / 32]       E8M0: 2^(u - 127)
 NAME (`experts.gate_up_proj`) is then [experts, in, out]: convert_moe_packed_tensors of transformers ends with that
-transpose. A value times its power is exact, but at the ends of the range, and is rounded to the model's dtype.
+transpose. A value times its power of two is exact except at the ends of the range, and is rounded to the model's dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packed: one weight of another tool, and what decoders ask of a checkpoint."""
+"""Packed: one weight of another tool, and the checks that all decoders share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from compress.spec.scheme import Scheme
 
 Reader = Callable[[str], "torch.Tensor"]
-"""A tensor on disk by its name."""
+"""Reads a tensor on disk by its name."""
 _MOST_PROBLEMS = 20
 _CHUNK = 1 << 20
-"""Elements decoded at a time, so that temporaries stay small beside the result."""
+"""Elements decoded at a time, so that temporaries stay small compared with the result."""
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "half": "F16", "float": "F32"}
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -34,43 +34,43 @@ class Packed:
     """One weight as another tool has stored it."""
 
     name: str
-    """Of the dense weight, `model.layers.0.self_attn.q_proj.weight`."""
+    """Name of the dense weight, such as `model.layers.0.self_attn.q_proj.weight`."""
     dtype: str
-    """safetensors dtype of the dense weight that it stands for: config.json's, else the scales'."""
+    """safetensors dtype of the dense weight: config.json's, else that of the scales."""
     shape: tuple[int, ...]
     """Stored shape of that dense weight."""
     scheme: Scheme | None
-    """None: no scheme here has these numbers, and `read` gives a dense tensor."""
+    """Its scheme; None if no scheme has these values, and `read` returns a dense tensor."""
     parts: tuple[str, ...]
-    """The tensors on disk that it is made of."""
+    """The tensors on disk that hold it."""
     read: Callable[[Reader], QTensor | torch.Tensor]
-    """The weight, from a reader of stored tensors: dense ones in `shape` and `dtype`, or in fp32 where readers add in it."""
+    """Decodes it, given a reader of stored tensors; dense weights are in `shape` and `dtype`, or fp32 if readers add in fp32."""
     note: str = ""
-    """Why codes are not kept, or what was corrected."""
+    """Why codes are not kept, or what was corrected while reading."""
     transposed: bool = False
     """Whether the dense weight is [experts, in, out]; codes have outputs in rows."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """What a checkpoint of another tool holds. Tensors that are not in `parts` are what they seem."""
+    """The quantized weights of another tool's checkpoint. Tensors that are not in `parts` are plain."""
 
     method: str
     weights: dict[str, Packed]
     parts: frozenset[str]
-    """Every tensor on disk that belongs to a weight, those that are dropped included (g_idx, input_scale)."""
+    """Every tensor on disk that belongs to a quantized weight, including dropped ones (g_idx, input_scale)."""
     notes: tuple[Note, ...] = ()
-    """Notes of the weights, counted, and of what was dropped."""
+    """Counted notes of the weights and of dropped tensors."""
 
 
 class Stored:
-    """A checkpoint under its headers, with the checks and the choice of dtype that all methods share."""
+    """A checkpoint's headers, with the checks and the choice of dtype that all decoders share."""
 
     def __init__(self, checkpoint: Checkpoint, method: str, file: str = "config.json") -> None:
         self.checkpoint, self.method, self.file = checkpoint, method, file
         self.refs = checkpoint.refs
         self.dtype = _dtype(checkpoint.config)
-        """config.json's dtype, None where it names none."""
+        """config.json's dtype, None if it names none."""
 
     def bad(self, where: str, expected: str, got: str, do: str = "") -> InputError:
         return InputError(f"{self.checkpoint.path}: {where} ({self.method})", expected, got, do)
@@ -79,7 +79,7 @@ class Stored:
         return InputError(str(self.checkpoint.path / self.file), expected, str(got), do)
 
     def ref(self, name: str, dtypes: Iterable[str] = FLOATS, *shapes: Sequence[int]) -> TensorRef:
-        """The header's entry, of one of these dtypes and, if any are given, of one of these shapes."""
+        """The header's entry. Raises InputError unless it has one of these dtypes and, if given, one of these shapes."""
         ref = self.refs.get(name)
         if ref is None:
             raise self.bad(name, "a tensor of this name", "none", "fetch the checkpoint again, or make it anew")
@@ -90,18 +90,18 @@ class Stored:
         return ref
 
     def matrix(self, name: str, dtypes: Iterable[str] = FLOATS) -> TensorRef:
-        """The header's entry of a tensor of two dimensions that is not empty."""
+        """The header's entry. Raises InputError unless it has two dimensions and is not empty."""
         ref = self.ref(name, dtypes)
         if len(ref.shape) != 2 or not math.prod(ref.shape):
             raise self.bad(name, "a tensor of two dimensions", f"shape {list(ref.shape)}")
         return ref
 
     def here(self, name: str) -> bool:
-        """Whether a tensor's bytes are on this machine: the shards of a plan over the Hub are not."""
+        """Whether a tensor's bytes are on this machine; for a plan of a Hub model they are not."""
         return (self.checkpoint.path / self.refs[name].file).is_file()
 
     def peek(self, name: str) -> torch.Tensor | None:
-        """A small tensor that decides a meaning, None where its bytes are not on this machine."""
+        """A small tensor that decoding depends on; None if its bytes are not on this machine."""
         return self.checkpoint.read(name) if self.here(name) else None
 
     def dense_dtype(self, scale: str = "BF16") -> str:
@@ -109,7 +109,7 @@ class Stored:
         return self.dtype or (scale if scale in FLOATS else "BF16")
 
     def code_dtype(self, scale: str) -> tuple[str, str]:
-        """The dtype of a weight kept in codes, and a note where it is not config.json's.
+        """The dtype of a weight that stays in codes, and a note if it is not config.json's.
 
         Canonical scales have the weight's dtype, so a dtype that cannot hold them would change the weight.
         """
@@ -120,7 +120,7 @@ class Stored:
         return ref.dtype, f"{wanted} cannot hold its {ref.dtype} scales, so the weight stands in {ref.dtype}"
 
     def _holds(self, ref: TensorRef, dtype: str) -> bool:
-        """Whether every value of a tensor is one of `dtype`; reads until one is not."""
+        """Whether `dtype` can hold every value of a tensor exactly."""
         if not self.here(ref.name):
             return False
         rows = ref.shape[0] if ref.shape else 1
@@ -133,12 +133,12 @@ class Stored:
         return True
 
     def conv1d(self, module: str) -> bool:
-        """Whether transformers holds a module as Conv1D, whose dense weight lies [in, out]; its quantizers turn it over."""
+        """Whether a module is a Conv1D of transformers, whose dense weight is [in, out]; its quantizers transpose it."""
         known = str(self.checkpoint.config.get("model_type")) in _CONV1D_MODELS
         return known and module.rpartition(".")[2] in _CONV1D_MODULES
 
     def gather(self, names: Iterable[str], decode: Callable[[str], Packed]) -> dict[str, Packed]:
-        """Decodes every name. Raises InputError with all that is wrong at once, and where nothing was found."""
+        """Decodes every name. Raises InputError with all problems at once, or if there is nothing to decode."""
         found: dict[str, Packed] = {}
         problems: list[Problem] = []
         for name in names:
@@ -156,14 +156,14 @@ class Stored:
         return found
 
     def foreign(self, weights: dict[str, Packed], dropped: Iterable[str] = (), notes: Iterable[Note] = ()) -> Foreign:
-        """The checkpoint's answer, with the notes of its weights counted."""
+        """The decoded checkpoint, with the notes of its weights counted."""
         noted = counted("foreign", {packed.name: packed.note for packed in weights.values() if packed.note})
         parts = {part for packed in weights.values() for part in packed.parts} | set(dropped)
         return Foreign(self.method, weights, frozenset(parts), (*noted, *notes))
 
 
 def _dtype(config: dict[str, Any]) -> str | None:
-    """safetensors dtype that config.json names for the weights."""
+    """The safetensors dtype of weights by config.json."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):

@@ -1,8 +1,8 @@
-"""A LoRA adapter in loftq_init/ beside its base, as LoftQ's artifacts have it.
+"""A LoRA adapter in loftq_init/ next to its base, as in LoftQ's artifacts.
 
     base_model.model.PATH.lora_A.weight  [r, in] and lora_B.weight [out, r]  of the module PATH
-w = base + alpha / r B A, with alpha / sqrt(r) for rslora, and patterns for modules of their own, as
-compress/evaluate/readers/adapter.py reads it. No scheme has these numbers, so such a weight is dense; readers add in fp32.
+w = base + alpha / r B A, with alpha / sqrt(r) for rslora, and patterns for single modules, as
+compress/evaluate/readers/adapter.py applies it. No scheme has such values, so the weight is dense; readers add in fp32.
 """
 
 from __future__ import annotations

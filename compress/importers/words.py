@@ -1,4 +1,4 @@
-"""Codes in words of int32, groups out of order, and the weight they mean."""
+"""Codes in int32 words, groups out of order, and their dequantized weight."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def along_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """int32 words [rows, words], a bit stream per row -> uint8 codes [rows, columns]."""
     codes = torch.empty(words.shape[0], columns, dtype=torch.uint8)
     for rows in steps(words.shape[0], columns):
-        # A clone, because a dimension of one counts as contiguous with strides that cannot be viewed as bytes.
+        # Cloned: a dimension of one counts as contiguous whatever its stride, which may prevent the view as bytes.
         stream = words[rows].clone(memory_format=torch.contiguous_format).view(torch.uint8)
         codes[rows] = bitstream.unpack(stream, bits, columns)
     return codes
 
 
 def down_rows(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
-    """int32 words [words, columns], a bit stream down each column -> uint8 codes [columns, rows]: turned over."""
+    """int32 words [words, columns], a bit stream down each column -> uint8 codes, transposed [columns, rows]."""
     return along_rows(words.T, bits, rows)
 
 
 def scheme_for(bits: int, group: int | None, symmetric: bool) -> Scheme | None:
-    """The scheme with these numbers, None where there is none."""
+    """The integer scheme with these properties, None if there is none."""
     if bits not in BITS or (group is not None and group < LEAST_GROUP):
         return None
     return Scheme(bits, group, symmetric)
@@ -44,19 +44,19 @@ def scheme_for(bits: int, group: int | None, symmetric: bool) -> Scheme | None:
 
 @dataclass(frozen=True)
 class Order:
-    """Which group each input belongs to."""
+    """The group of each input."""
 
     runs: tuple[int, ...] | None = None
-    """The group of each run of inputs, None where they are in order."""
+    """The group of each run of inputs; None if groups are in order."""
     scattered: bool = False
-    """Whether some run has inputs of several groups, so that only g_idx itself can say it."""
+    """Whether a run has inputs of several groups, so that g_idx is needed as a whole."""
 
 
 IN_ORDER = Order()
 
 
 def order_of(stored: Stored, name: str, index: torch.Tensor, group: int, groups: int) -> Order:
-    """What a g_idx says. Raises InputError for a group that is not there."""
+    """The order in a g_idx. Raises InputError for the number of a group that does not exist."""
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= groups:
         raise stored.bad(name, f"groups from 0 to {groups - 1}", f"{low} to {high}")
@@ -72,9 +72,9 @@ def expand(
 ) -> torch.Tensor:
     """`scale * (code - zero)`, [rows, columns], from codes of that shape and scales [rows, groups].
 
-    `index` int64 [columns] is the group of each column. The difference is exact in every dtype of scales here and
-    fp32 holds the product of it with a 16-bit scale, so one rounding to the scales' dtype is what readers do that
-    multiply in it.
+    `index` int64 [columns] is the group of each column. The difference is exact in every dtype of scales, and fp32
+    holds its product with a 16-bit scale, so one rounding to the scales' dtype equals the multiplication in that
+    dtype which readers do.
     """
 
     def piece(rows: slice) -> torch.Tensor:
@@ -87,7 +87,7 @@ def expand(
 def by_rows(
     shape: tuple[int, ...], dtype: torch.dtype, piece: Callable[[slice], torch.Tensor], multiple: int = 1
 ) -> torch.Tensor:
-    """A matrix [rows, columns] made of pieces of rows, so that no temporary has its size."""
+    """A matrix [rows, columns] computed some rows at a time, to keep temporaries small."""
     out = torch.empty(shape, dtype=dtype)
     for rows in steps(shape[0], shape[1], multiple):
         out[rows] = piece(rows).to(dtype)

@@ -1,4 +1,4 @@
-"""Batch walk: where one batch of a sweep is, and what it holds there."""
+"""Batch walk: takes one batch of a sweep through the model, block by block."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from compress.layerwise.stepwise import Call, ForwardHooks, Key, StepwiseForward
 
 
 class BatchWalk:
-    """Goes from block to block with `go_on`; inside a block it waits where `until` sends it."""
+    """Goes from block to block with `go_on`; inside a block `until` runs it up to a reader, where it pauses."""
 
     def __init__(self, batch: Batch, hooks: ForwardHooks, offload: HiddenStateOffload) -> None:
-        self.batch, self._roads, self._parking = batch, hooks, offload
-        self._journey = StepwiseForward(hooks.meta_model, batch.inputs)
+        self.batch, self._hooks, self._offload = batch, hooks, offload
+        self._forward = StepwiseForward(hooks.meta_model, batch.inputs)
         self.call: Call | None = None
         self._visit: Visit | None = None
 
     def set_out(self) -> None:
         """Goes to the first block."""
-        self._arrive(self._journey.advance())
+        self._arrive(self._forward.advance())
 
     def go_on(self) -> None:
-        """Ends the block and goes to the next one; `call` is None where there is none."""
+        """Finishes the block and goes to the next one; `call` is None at the end of the model."""
         output = self._inside().finish()
-        # Nothing may hold the old hidden states any longer.
+        # Frees the old hidden states.
         self.call = self._visit = None
-        self._arrive(self._journey.advance(output))
+        self._arrive(self._forward.advance(output))
 
     def until(self, key: Key) -> torch.Tensor | Routed:
-        """What the reader `key` is about to read. Raises LookupError if this batch never gets there."""
+        """Runs up to the reader `key`; returns its input. Raises LookupError if this batch never reaches it."""
         return self._inside().until(key)
 
     def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
-        """Everything that is read in this block, in order."""
+        """All readers of this block with their inputs, in order."""
         return self._inside().survey()
 
     def step_back(self) -> None:
-        """Gives up what it holds inside the block; it starts at the beginning when it is asked again."""
+        """Drops the activations inside the block; when it is needed again, the block is run from its start."""
         if self._visit is not None and self.call is not None:
             self._visit.drop()
-            self._parking.park(self, self.call, unchanged=True)
+            self._offload.park(self, self.call, unchanged=True)
 
     def leave(self) -> None:
-        """Ends the forward where it is."""
+        """Aborts the forward."""
         if self._visit is not None:
             self._visit.drop()
         self.call = self._visit = None
-        self._journey.leave()
+        self._forward.leave()
 
     def _arrive(self, call: Call | None) -> None:
         self.call = call
         if call is not None:
-            self._visit = self._roads.visit(call)
-            self._parking.park(self, call)
+            self._visit = self._hooks.visit(call)
+            self._offload.park(self, call)
 
     def _inside(self) -> Visit:
         assert self._visit is not None
-        self._parking.fetch(self)
+        self._offload.fetch(self)
         return self._visit

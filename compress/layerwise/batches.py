@@ -1,7 +1,7 @@
-"""Batches: calibration tensors as a model's arguments, and which tokens count.
+"""Batches: calibration tensors as arguments of a model, and which tokens count.
 
-Texts are `input_ids` [samples, length] with an `attention_mask`; an encoder-decoder reads the first half of a sample
-and continues it with the second. Inputs that were made elsewhere (audio features) go in by their own names.
+Texts are `input_ids` [samples, length] with an `attention_mask`; an encoder-decoder encodes the first half of a sample
+and decodes the second. Ready inputs (such as audio features) are passed under their own names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.layerwise.stepwise import Call
 
 @dataclass(frozen=True)
 class Batch:
-    """Keyword arguments of a model, and its masks: of the tokens, and of those of the decoder where there are two."""
+    """Keyword arguments of a model, and masks of the tokens that count: the encoder's and, if there is one, the decoder's."""
 
     inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
@@ -32,13 +32,13 @@ class Batch:
 
     @property
     def scored(self) -> torch.Tensor:
-        """Which of them are followed by one to predict, bool [samples, length]."""
+        """Which of these tokens have a next one to predict, bool [samples, length]."""
         mask = self.decoder_mask if "decoder_input_ids" in self.inputs else self.mask
         mask = torch.ones_like(self.ids) if mask is None else mask
         return followed(mask.bool(), self.inputs.get("position_ids"))
 
     def first(self) -> Batch:
-        """Its first sample alone."""
+        """The first sample as a batch."""
         masks = [None if mask is None else mask[:1] for mask in (self.mask, self.decoder_mask)]
         return Batch({name: value[:1] for name, value in self.inputs.items()}, *masks)
 
@@ -46,7 +46,7 @@ class Batch:
         """Which rows of `x` [batch, length, width] count, bool [batch * length]; x is None for routed experts."""
         mask = self.decoder_mask if call.block.stack.startswith("decoder") and "decoder_input_ids" in self.inputs else self.mask
         if x is not None and "decoder_input_ids" in self.inputs:
-            # Cross attention reads what the encoder made, which the decoder's blocks get as it is.
+            # Cross attention reads the encoder's output, which the decoder's blocks get as an argument.
             given = [value for value in (*call.args[1:], *call.kwargs.values()) if isinstance(value, torch.Tensor)]
             if any(value.data_ptr() == x.data_ptr() for value in given):
                 mask = self.mask
@@ -55,12 +55,12 @@ class Batch:
         return mask.reshape(-1).bool()
 
     def held_bytes(self, x: torch.Tensor) -> int:
-        """Memory that a batch holds while it waits inside a block: what is read, what comes back to it, its inputs."""
+        """Memory of a batch that is paused inside a block: the reader's input, its output, the block's arguments."""
         return 3 * x.nbytes
 
 
 def followed(mask: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens have a next one in the same text; `mask` [samples, length] are those that count, `places` their positions."""
+    """Which tokens have a next one in the same text. `mask` [samples, length]: tokens that count; `places`: positions."""
     found = torch.zeros_like(mask)
     found[:, :-1] = mask[:, 1:] & mask[:, :-1]
     if places is not None:
@@ -72,7 +72,7 @@ def cut(
     tensors: dict[str, torch.Tensor], model: Any, rank: int, world_size: int, dtype: torch.dtype, device: torch.device = CPU,
     most: int = BATCH_TOKENS,
 ) -> list[Batch]:  # fmt: skip
-    """This rank's batches of `most` tokens on a device; the cuts are the same for any number of processes that suffice."""
+    """This rank's batches, of at most `most` tokens, on a device; how samples are cut does not depend on the number of ranks."""
     samples = len(next(iter(tensors.values())))
     if samples < world_size:
         raise InputError("calibration", f"at least a sample for each of {world_size} processes", f"{samples}")
@@ -92,6 +92,6 @@ def _batch(tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, dev
             **{f"decoder_{name}": value[:, half:] for name, value in inputs.items()},
         }
     masks = {name: inputs.pop(name) for name in list(inputs) if name in ("attention_mask", "decoder_attention_mask")}
-    # Without padding there is nothing to mask, and attention has faster ways to be causal.
+    # Without padding no mask is given: attention then has faster causal kernels.
     partial = {name: mask.to(device) for name, mask in masks.items() if not bool(mask.all())}
     return Batch({**moved(inputs, device), **partial}, partial.get("attention_mask"), partial.get("decoder_attention_mask"))

@@ -1,8 +1,8 @@
-"""Dense view: a checkpoint in any state, seen as the dense weights it means.
+"""Dense view: reads a checkpoint in any state as dense weights.
 
-Dense, masked, canonical codes, or packed, by us or by another tool: `logical` names the same weights, and `dense` reads
-one of them. Codes are expanded by QTensor.dequantize, the one meaning they have, and rounded to the dtype of the weight
-they were made from, as readers do.
+Whether weights are dense, masked, canonical codes, or packed by us or by another tool: `logical` has the same names, and
+`dense` reads one weight. Codes are expanded by QTensor.dequantize, which defines their values, and rounded to the dtype of
+the weight that they were made from, as readers do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class DenseView:
     """Raises InputError for a packed checkpoint that cannot be read.
 
-    Some readers multiply by what codes mean as it is: `rounded` is False for what they compute, fp32 whatever is stored.
+    Some readers multiply by unrounded dequantized values: with `rounded` False weights are these, in fp32 whatever is stored.
     """
 
     def __init__(self, checkpoint: Checkpoint, rounded: bool = True) -> None:
@@ -49,12 +49,12 @@ class DenseView:
 
     @property
     def packed(self) -> bool:
-        """Whether weights lie as a reader wants them, and not in the canonical form."""
+        """Whether weights are in a format for readers, not in the canonical form."""
         return self.format is not None or self.foreign is not None
 
     @cached_property
     def weights(self) -> dict[str, tuple[Weight, State]]:
-        """Every weight whose bytes are packed, or codes: its shape as passes see it, and its state."""
+        """Every weight that is packed or in codes, with its state; shapes are those of the dense weight."""
         if self.foreign is not None:
             return {
                 p.name: (
@@ -75,7 +75,7 @@ class DenseView:
         return self._checked({name: told for name, told in known.items() if name not in there or not plain(*told)})
 
     def _checked(self, weights: dict[str, tuple[Weight, State]]) -> dict[str, tuple[Weight, State]]:
-        """The same, if the tensors are there that such weights have."""
+        """Returns `weights`. Raises InputError if their tensors are missing or differ."""
         if self.format is None:
             return weights
         for spec, state in [(spec, told[1]) for told in weights.values() for spec in self.format.specs(*told)]:
@@ -88,7 +88,7 @@ class DenseView:
 
     @cached_property
     def _states(self) -> dict[str, State]:
-        """What our manifest says of weights."""
+        """The states in our manifest."""
         manifest = self.checkpoint.manifest
         return {name: State.parse(record.state) for name, record in manifest.weights.items()} if manifest else {}
 
@@ -99,7 +99,7 @@ class DenseView:
             return self.checkpoint.logical
         if self.foreign is not None:
             owners = {part: packed.name for packed in self.foreign.weights.values() for part in packed.parts}
-            # What a format has besides, such as scales of activations, is no weight.
+            # Further tensors of a format, such as scales of activations, are not weights.
             dropped = self.foreign.parts - owners.keys()
         else:
             owners, dropped = {spec.name: name for name in self.weights for spec in self.specs(name)}, frozenset()
@@ -117,7 +117,7 @@ class DenseView:
         return found
 
     def is_packed(self, name: str) -> bool:
-        """Whether a weight lies otherwise than as a plain tensor."""
+        """Whether a weight is stored as something else than a plain tensor."""
         return name in self.weights or (self.foreign is not None and name in self.foreign.weights)
 
     def specs(self, name: str) -> list[TensorSpec]:
@@ -126,7 +126,7 @@ class DenseView:
         return self.format.specs(weight, state) if self.format else qtensor.specs(weight, state)
 
     def qtensor(self, name: str) -> QTensor | None:
-        """The codes of a weight, None where it has none."""
+        """The codes of a weight, None if it has none."""
         if name not in self.weights or self.weights[name][1].scheme is None:
             return None
         if self.foreign is not None:
@@ -159,9 +159,9 @@ class DenseView:
         return qtensor.as_matrix(weight, q.dequantize()).to(self.dtype_of(weight)).contiguous()
 
     def dtype_of(self, weight: Weight) -> torch.dtype:
-        """What a weight in codes is rounded to when it is expanded."""
+        """The dtype that an expanded weight is rounded to."""
         return torch_dtype(weight.dtype) if self.rounded else torch.float32
 
     def resolve(self, model: nn.Module) -> weight_map.Model:
-        """The place of every weight in `model`. Raises InputError with everything that does not fit."""
+        """Places every weight in `model`. Raises InputError with everything that does not fit."""
         return weight_map.place(self.checkpoint, self.logical, model, allow_dtype_mismatch=True)

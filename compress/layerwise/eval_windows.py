@@ -1,7 +1,7 @@
 """Eval windows: an evaluation text as token ids, in windows of one length.
 
 A file's documents are encoded one by one, without special tokens, and joined in order with nothing between them. Windows do
-not overlap; what is left at the end is not used.
+not overlap; tokens after the last full window are not used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TOKENIZERS = ("tokenizer", "vocab", "spiece", "tekken")
 
 
 def check_data(data: str, length: int, limit: int | None = None) -> CorpusSpec:
-    """What can be said of a text before any model is opened. Raises InputError for a file that is not there, UsageError."""
+    """Checks a text's name and sizes before a model is opened. Raises InputError for a missing file, UsageError."""
     spec = CorpusSpec((data,), field=FIELD, length=length, join="none", bos="never")
     if kind_of(data) not in ("lines", "text"):
         raise UsageError("data", "a .jsonl file with a field 'text', or a .txt", f"'{data}'", "convert it to one of them")
@@ -67,12 +67,12 @@ def token_windows(
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """What a tokenizer is made from: where it is the same, nothing needs to be made."""
+    """The files that define a tokenizer; if two models have the same ones, no tokenizer needs to be built."""
     return {f: (checkpoint.path / f).read_bytes() for f in checkpoint.side_files if f.startswith(_TOKENIZERS)}
 
 
 def tokenizer_folder(source: Checkpoint | None, artifact: Checkpoint) -> Path:
-    """Where to take the tokenizer from: the source, if it has one. Raises InputError if the artifact has another one."""
+    """The folder of the tokenizer: the source's, if it has one. Raises InputError if the artifact's differs."""
     owners = [c for c in (source, artifact) if c is not None and any(file.startswith(_TOKENIZERS) for file in c.side_files)]
     if len(owners) == 2 and _tokenizer_files(owners[0]) != _tokenizer_files(owners[1]):
         from compress.layerwise.logits import label_of

@@ -1,7 +1,7 @@
 """Logits of a checkpoint in any state, with one block in memory.
 
-A group of batches moves through the model together: each block is loaded once for all of them, then released, and only
-their hidden states stay. Logits are made one batch at a time, when they are asked for.
+A group of batches goes through the model together: each block is loaded once for all of them, then released, and only
+their hidden states stay. Logits are computed one batch at a time, when they are requested.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import Call, ForwardHooks, StepwiseForward
 
 _TOGETHER_BYTES = 256 << 20
-"""Weights of a block, in fp32, that are read side by side; those of a larger one are read one after the other."""
+"""Bytes of a block in fp32 up to which its weights are read in parallel; those of a larger one are read in turn."""
 
 
 class Forward:
     """A language model in fp32, on a device. Raises InputError for one without logits at every token.
 
-    Without `rounded`, codes mean what they are, not rounded to the dtype that they were made from.
+    Without `rounded`, dequantized weights are not rounded to the dtype that the codes were made from.
     """
 
     def __init__(self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU) -> None:
@@ -38,7 +38,7 @@ class Forward:
         try:
             self.meta_model = MetaModel(DenseView(checkpoint, rounded), torch.float32, device)
         except InputError as error:
-            # Two models are read side by side: a message about a tensor must say whose.
+            # Two models are compared, so a message about a tensor must name its model.
             raise InputError(
                 p if p.where.startswith(self.label) else replace(p, where=f"{self.label}: {p.where}") for p in error.problems
             ) from None
@@ -55,9 +55,9 @@ class Forward:
         self.causal = self.encoder_decoder or not is_masked(kind)
 
     def positions(self) -> int | None:
-        """How long an input may be, None where nothing says."""
+        """The longest input of the model, None if it names no limit."""
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
-        # Where padding has a position, those before it are never used.
+        # If positions have a padding index, positions up to it are never used.
         limits += [
             part.num_embeddings - part.padding_idx - 1
             for path, part in self.model.named_modules()
@@ -66,7 +66,7 @@ class Forward:
         return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
     def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The model's arguments for windows [batch, length], where it computes."""
+        """The model's arguments for windows [batch, length], on its device."""
         ids = ids.to(self.meta_model.device)
         if not self.encoder_decoder:
             return {"input_ids": ids}
@@ -74,7 +74,7 @@ class Forward:
         return {"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]}
 
     def held_bytes(self, ids: torch.Tensor) -> int:
-        """Memory that a batch holds between blocks: what a block is called with, and what comes out of it."""
+        """Memory of a batch between blocks: the arguments and the output of a block."""
         forward = StepwiseForward(self.meta_model, self.inputs(ids))
         with ForwardHooks(self.meta_model):
             call = forward.advance()
@@ -88,33 +88,33 @@ class Forward:
     ) -> Generator[torch.Tensor]:
         """Logits of each batch of `windows`, in order; `passed` is called after each block. Close it to release the head.
 
-        A `team` reads a block's weights side by side, and takes batches through it side by side.
+        A `team` of threads reads a block's weights, and runs the batches through it, in parallel.
         """
         spread = map if team is None else team.map
-        journeys = [StepwiseForward(self.meta_model, self.inputs(ids)) for ids in windows]
-        waiting: list[tuple[Any, ...]] = [()] * len(journeys)
+        forwards = [StepwiseForward(self.meta_model, self.inputs(ids)) for ids in windows]
+        waiting: list[tuple[Any, ...]] = [()] * len(forwards)
         try:
             with ForwardHooks(self.meta_model) as hooks:
-                while (call := journeys[0].advance(*waiting[0])) is not None:
-                    calls = [call, *(other for j, w in zip(journeys[1:], waiting[1:]) if (other := j.advance(*w)))]
-                    assert [other.block for other in calls] == [call.block] * len(journeys)
+                while (call := forwards[0].advance(*waiting[0])) is not None:
+                    calls = [call, *(other for j, w in zip(forwards[1:], waiting[1:]) if (other := j.advance(*w)))]
+                    assert [other.block for other in calls] == [call.block] * len(forwards)
                     self.meta_model.release_visitors()
                     nbytes = sum(4 * p.numel() for p in self.meta_model.module_at(call.block.path).parameters())
                     self.meta_model.load(call.block.path, spread if nbytes <= _TOGETHER_BYTES else map)
                     waiting = [(output,) for output in spread(partial(_finish, hooks), calls)]
                     self.meta_model.release(call.block.path)
-                    # What a block leaves behind would else add up, block after block.
+                    # Otherwise gaps in freed memory would add up, block after block.
                     trim_memory()
                     del calls
                     passed()
-                yield self._output(journeys[0])
-                for number in range(1, len(journeys)):
-                    end = journeys[number].advance(*waiting[number])
+                yield self._output(forwards[0])
+                for number in range(1, len(forwards)):
+                    end = forwards[number].advance(*waiting[number])
                     assert end is None
                     waiting[number] = ()
-                    yield self._output(journeys[number])
+                    yield self._output(forwards[number])
         finally:
-            for forward in journeys:
+            for forward in forwards:
                 forward.leave()
             self.meta_model.release_visitors()
 
@@ -130,17 +130,17 @@ class Forward:
 
 @torch.no_grad()
 def _finish(hooks: ForwardHooks, call: Call) -> Any:
-    """A block's output; whether gradients are kept is said anew in every thread."""
+    """A block's output. `no_grad` is a setting of each thread, so it is set here."""
     return hooks.visit(call).finish()
 
 
 def label_of(checkpoint: Checkpoint) -> str:
-    """What messages call a checkpoint: its Hub id, or its directory."""
+    """The name of a checkpoint in messages: its Hub id, or its directory."""
     return checkpoint.name if checkpoint.origin else str(checkpoint.path)
 
 
 def is_masked(kind: str) -> bool:
-    """Whether a class of transformers predicts each token from both sides of it."""
+    """Whether a class of transformers is a masked language model, which predicts a token from both sides."""
     from transformers.models.auto import modeling_auto as auto
 
     return kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

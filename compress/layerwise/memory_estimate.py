@@ -1,4 +1,4 @@
-"""Memory estimate: what a sweep or a training run needs, and its dtype."""
+"""Memory estimate: memory of a sweep or a training run, and its compute dtype."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     import torch
 
 MAX_WORKERS = 4
-"""Tensors that are worked on at the same time, at most."""
+"""Most tensors that are worked on at the same time."""
 BATCH_TOKENS = 4096
-"""Tokens in one forward of a sweep: enough for the matrix products, little beside a block."""
+"""Tokens in one forward of a sweep: enough for efficient products, but small compared with a block's weights."""
 HELD_BYTES = 1 << 30
-"""Activations held inside a block; batches beyond it run the block again for every statistic."""
+"""Bytes of activations held inside a block; batches beyond it run the block again for every statistic."""
 BETWEEN_BYTES = 2 << 30
-"""Hidden states held between blocks; those beyond it wait in a file."""
+"""Bytes of hidden states held between blocks; those beyond it are offloaded."""
 DEVICE_BYTES = 256 << 20
-"""What products and factorizations of a GPU's libraries work in, and what its allocator leaves between blocks."""
+"""Bytes of workspace of a GPU's libraries for products and factorizations, and of gaps of its allocator."""
 STATISTICS_BYTES = 2 << 30
-"""Statistics of routed experts held at a time; more experts take more rounds."""
+"""Bytes of statistics of routed experts held at a time; more experts take more rounds."""
 LOGIT_BYTES = 256 << 20
-"""Logits of one batch of a reverse sweep, in fp32."""
+"""Bytes of logits of one batch of a gradient sweep, in fp32."""
 
 
 def batch_tokens(config: dict[str, Any]) -> int:
-    """Tokens in one batch of a reverse sweep, which has logits for all of them; a sample is never cut."""
+    """Tokens in one batch of a gradient sweep, which has logits for all of them; a sample is never cut."""
     return max(1, min(BATCH_TOKENS, LOGIT_BYTES // (4 * max(1, size_of(config, "vocab_size") or 0))))
 
 
 def computing(dtype: str, config: dict[str, Any], device: torch.device | None = None) -> torch.dtype:
-    """What a forward computes in. `auto` is bfloat16 for such a checkpoint where the device multiplies in it, else float32."""
+    """The compute dtype. `auto` is bfloat16 if the checkpoint has it and the device multiplies in it, else float32."""
     import torch
 
     from compress.device import CPU, has_bf16
@@ -53,7 +53,7 @@ def computing(dtype: str, config: dict[str, Any], device: torch.device | None = 
 def sweep_bytes(
     pass_: ObservingPass, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> int:
-    """Resident bytes beyond the interpreter: a block, its statistics and solutions, the tokens' activations, the rest."""
+    """Resident bytes beyond the interpreter: a block, its statistics and solutions, activations, weights outside of blocks."""
     blocks: dict[tuple[str, int | None], int] = defaultdict(int)
     outside = head = 0
     for weight in weights:
@@ -74,7 +74,7 @@ def sweep_bytes(
 
 
 def _at_once(weight: Weight, pass_: ObservingPass) -> int:
-    """Statistics that are in memory together with the one of this weight."""
+    """How many statistics are in memory together with that of this weight, its own included."""
     if weight.kind != "expert":
         return 1
     fits = max(1, STATISTICS_BYTES // pass_.statistic_bytes(weight.in_features))
@@ -82,31 +82,31 @@ def _at_once(weight: Weight, pass_: ObservingPass) -> int:
 
 
 def stride(blocks: int, state_bytes: int) -> int:
-    """Every how many blocks a reverse sweep keeps what they are called with: each if that is little, else the least in all."""
+    """A gradient sweep stores the arguments of every n-th block: n = 1 if they are small, else the n of least memory."""
     return 1 if blocks * state_bytes <= BETWEEN_BYTES else max(1, math.isqrt(blocks))
 
 
 def reverse_bytes(
     weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> tuple[int, int]:
-    """(resident bytes beyond the interpreter, bytes on disk) of a reverse sweep.
+    """(resident bytes beyond the interpreter, bytes on disk) of a gradient sweep.
 
-    A block with its gradients and what a batch leaves for its backward pass, or the last block with the head, its gradient
-    and a batch's logits; on disk hidden states of every few blocks, and those of one more segment, and gradients.
+    In memory: a block with its gradients and a batch's autograd graph, or the last block with the head, its gradient
+    and a batch's logits. On disk: hidden states of every n-th block and of all blocks of one segment, and gradients.
     """
     batch = min(tokens, batch_tokens(config))
     blocks: dict[tuple[str, int | None], int] = defaultdict(int)
     graphs: dict[tuple[str, int | None], int] = defaultdict(int)
     wanted, outside, head = {weight.name for weight in touched}, 0, 0
     for weight in weights:
-        # Where transformers fuses or splits, places of numbers and a second copy.
+        # Where transformers fuses or splits: the index of each number, and a second copy.
         asked = 4 + element_bytes + (20 if weight.converted else 0)
         nbytes = (element_bytes + asked * (weight.name in wanted)) * weight.numel
         if weight.block is not None:
             place = weight.stack, weight.block
             blocks[place] += nbytes
             if len(weight.shape) > 1:
-                # A router sends a token to a few experts; two is usual, of which each is counted that is fused.
+                # A router usually sends a token to two experts, so fused experts count twice.
                 share = 2 if weight.experts else 1
                 graphs[place] += 3 * batch * (weight.in_features + weight.out_features) * share * element_bytes
         elif weight.kind in ("embedding", "head"):
@@ -116,7 +116,7 @@ def reverse_bytes(
     text = config.get("text_config") or config
     hidden = int(text.get("hidden_size") or text.get("d_model") or max((w.in_features for w in touched), default=0))
     state = tokens * hidden * element_bytes
-    # Their gradient takes their place, some rows at a time.
+    # The gradient overwrites the logits, some rows at a time.
     logits = 2 * batch * int(text.get("vocab_size") or 0) * element_bytes + (64 << 20)
     block = max(blocks.values(), default=0)
     resident = max(block + max(graphs.values(), default=0), block + head + logits) + 2 * min(BETWEEN_BYTES, state) + outside
@@ -130,8 +130,8 @@ def train_bytes(
 ) -> tuple[int, int]:  # fmt: skip
     """(resident bytes beyond the interpreter, bytes of states on disk) of one process; `sample` is a sample's tokens.
 
-    fp32 weights, gradients and two moments; codes with what they expand to; the teacher; what the backward pass needs of
-    the forward; the logits.
+    fp32 weights, gradients and two moments; codes with their expanded weights; the teacher; activations kept for the backward
+    pass; the logits.
     """
     how = pass_.training_options()
     tokens = how.micro_batch * sample
@@ -143,7 +143,7 @@ def train_bytes(
         if weight.block is not None:
             expanded += weight.numel * (4 + element_bytes) if codes else weight.numel * element_bytes
             if len(weight.shape) > 1:
-                # A router sends a token to a few experts; two is usual.
+                # A router usually sends a token to two experts, so fused experts count twice.
                 share = 2 if weight.experts else 1
                 activations += 2 * tokens * (weight.in_features + weight.out_features) * share * element_bytes
             else:
@@ -153,14 +153,14 @@ def train_bytes(
     trained = sum(learned(weight, states[weight.name]) for weight in touched)
     masks = sum(weight.numel for weight in touched if states[weight.name].sparsity is not None)
     vocabulary = size_of(config, "vocab_size") or 0
-    # All of both models', with gradients; and ten arrays of what the loss takes at a time, in fp32.
+    # The logits of both models, with gradients; and ten fp32 arrays of the size of a chunk of the loss.
     logits = 4 * tokens * vocabulary * element_bytes + 10 * min(64 << 20, 4 * tokens * vocabulary)
     resident = model + 16 * trained + masks + expanded + activations + teacher * element_bytes + logits
     return resident, 2 * 12 * trained
 
 
 def learned(weight: Weight, state: State) -> int:
-    """Numbers that are trained of a weight: itself, or its scales and low-rank factors."""
+    """How many numbers of a weight are trained: its own, or its scales and low-rank factors."""
     if state.scheme is None:
         return weight.numel
     factors = 0 if state.lowrank is None else state.lowrank.rank * (weight.rows + weight.columns)

@@ -1,7 +1,7 @@
-"""Meta model: a model on the meta device; parts are loaded and released.
+"""Meta model: a model on the meta device whose parts are loaded and released.
 
-A block, the embedding or the head is in memory while it works, the small rest (norms, positions, projections
-between towers) all the time. Parameters come through transformers' own mapping from a checkpoint in any state;
+A block, the embedding or the head is in memory while it is used; the small rest (norms, positions, projections
+between towers) always is. Parameters are read through transformers' own mapping, from a checkpoint in any state;
 buffers that no checkpoint holds come from transformers' own initialisation.
 """
 
@@ -34,7 +34,7 @@ class Block:
 
 
 class MetaModel:
-    """`module` is transformers' model in eval mode, computing in `dtype` on `device`; nothing of its blocks is loaded yet."""
+    """`module` is transformers' model in eval mode, computing in `dtype` on `device`; its blocks are not loaded at first."""
 
     def __init__(self, dense_view: DenseView, dtype: torch.dtype, device: torch.device = CPU) -> None:
         self.dense_view, self.dtype, self.device = dense_view, dtype, device
@@ -62,7 +62,7 @@ class MetaModel:
         self._rest()
 
     def _by_parameter(self) -> tuple[dict[str, Group], dict[str, str]]:
-        """(parameter -> the tensors that make it up, tied parameter without tensors -> the one that has them)."""
+        """(parameter -> its group of tensors on disk, tied parameter without tensors -> the parameter that has them)."""
 
         def empty(name: str) -> torch.Tensor:
             return torch.empty(self.dense_view.logical[name].shape, device="meta")
@@ -73,19 +73,19 @@ class MetaModel:
         tied = dict(getattr(self.module, "all_tied_weights_keys", {}) or {})
         pairs = [*tied.items(), *((kept, alias) for alias, kept in tied.items())]
         aliases = {one: other for one, other in pairs if one not in groups and other in groups}
-        # Several names of one tensor all point at the same kept name, which then has no tensor of its own.
+        # All names of a tied tensor map to one name, which may itself have no tensor on disk.
         aliases.update({one: aliases[other] for one, other in pairs if one not in {*groups, *aliases} and other in aliases})
         return groups, aliases
 
     def _fp32_patterns(self) -> list[re.Pattern[str]]:
-        """Parameters that transformers keeps in fp32 whatever the dtype, by its own lists."""
+        """Patterns of parameters that transformers keeps in fp32 whatever the dtype, by its own lists."""
         words: set[str] = set(getattr(self.module, "_keep_in_fp32_modules_strict", None) or ())
         if self.dtype is torch.float16:
             words |= set(getattr(self.module, "_keep_in_fp32_modules", None) or ())
         return [re.compile(rf"(^|\.){word}($|\.)") for word in words]
 
     def _initialise(self) -> None:
-        """Buffers, and parameters that may be missing on disk, by transformers' own initialisation."""
+        """Initialises buffers, and parameters that may be missing on disk, as transformers does."""
         from transformers import PreTrainedModel
 
         parts = [*self.module.named_buffers(), *self.module.named_parameters()]
@@ -99,13 +99,13 @@ class MetaModel:
             nearest = [part for part in chain if isinstance(part, PreTrainedModel)][-1]
             with torch.no_grad():
                 nearest._init_weights(chain[-1])
-        # Made on the CPU, so that they are the same numbers everywhere.
+        # Computed on the CPU, so that the numbers are the same on every device.
         for name, _ in missing if self.device != CPU else ():
             path, _, attribute = name.rpartition(".")
             self._set(name, getattr(self.module.get_submodule(path), attribute).to(self.device))
 
     def _rest(self) -> None:
-        """Loads what belongs to no block, except embeddings and the head, which load themselves when they are called."""
+        """Loads what belongs to no block, except embeddings and the head, which are loaded when they are called."""
         inside = tuple(f"{block.path}." for block in self.blocks)
         head = self.module.get_output_embeddings()
         self._visiting: set[str] = set()
@@ -130,13 +130,13 @@ class MetaModel:
                 self._visiting.add(path)
 
     def release_visitors(self) -> None:
-        """Drops embeddings and head, which load themselves again when they are called again."""
+        """Releases embeddings and head; they are loaded again when they are called again."""
         for path in self._visiting:
             self._hollow(path)
         self._visiting.clear()
 
     def _hollow(self, path: str) -> None:
-        """NaN of the right device and shape in no memory: code asks a weight for its device before it calls its module."""
+        """A NaN of the right device and shape, without memory: some code asks a weight for its device before the call."""
         part = self.module.get_submodule(path)
         for name, old in part._parameters.items():
             if old is not None:
@@ -148,13 +148,13 @@ class MetaModel:
 
     def load(self, path: str, spread: Callable[..., Iterable[Any]] = map) -> None:
         """Loads everything under a path; `spread` may be the map of a pool."""
-        # One of those that a group becomes brings all of them; what is tied comes by itself.
+        # Loading one parameter of a group loads all of them; tied parameters are loaded separately.
         first = {(id(self.group_of(p)), p if p in self._aliases else ""): p for p in reversed(self.parameters_of(path))}
         for _ in spread(lambda parameter: self._load_parameter(parameter, f"{path}."), reversed(first.values())):
             pass
 
     def _load_parameter(self, parameter: str, within: str = "") -> None:
-        """Loads a parameter, and what is made of the same tensors and lies `within`."""
+        """Loads a parameter, and the others of its group that lie under the path `within`."""
         own = self._aliases.get(parameter, parameter)
         converted = self.mapping.convert(self._groups[own], lambda name: self._read(name, parameter))
         if own != parameter:
@@ -183,17 +183,17 @@ class MetaModel:
         return self.dense_view.dense(name).to(self.device)
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
-        """Puts new values, in stored shape and dtype, in the place of weights of the block that is loaded."""
+        """Replaces weights of the loaded block by new values in stored shape and dtype."""
         self._overrides.update(weights)
         groups = {group.parameter: group for group in self._groups.values() if not weights.keys().isdisjoint(group.sources)}
         for group in groups.values():
             self._load_parameter(next(name for name, other in self._groups.items() if other is group), "")
-            # Only what is fused with weights that are still to come must be kept until then.
+            # A new value is kept only while weights that it is fused with have not been replaced yet.
             if len(group.sources) == 1:
                 del self._overrides[group.sources[0]]
 
     def release(self, path: str) -> None:
-        """Drops everything under a path."""
+        """Releases everything under a path."""
         for parameter in self.parameters_of(path):
             part = self.module.get_submodule(parameter.rpartition(".")[0])
             attribute = parameter.rpartition(".")[2]
@@ -204,7 +204,7 @@ class MetaModel:
         self._overrides.clear()
 
     def readers(self, name: str) -> list[str]:
-        """Paths of the modules that a tensor on disk becomes part of; several where it is split while loading."""
+        """Paths of the modules that a tensor on disk becomes part of; several if it is split while loading."""
         made = (parameter for parameter in self.made_of(name) if parameter in self._groups)
         return sorted({parameter.rpartition(".")[0] for parameter in made})
 
@@ -214,7 +214,7 @@ class MetaModel:
         return made + [alias for alias, parameter in self._aliases.items() if parameter in made]
 
     def group_of(self, parameter: str) -> Group:
-        """The tensors that make up a parameter."""
+        """The group of tensors that a parameter is made of."""
         return self._groups[self._aliases.get(parameter, parameter)]
 
     def module_at(self, path: str) -> nn.Module:

@@ -1,8 +1,8 @@
 """Model: a runnable model from a checkpoint in any state; codes stay codes.
 
-A module whose weight is one tensor in codes expands them whenever it is used (QLinear), to the same values that a reader
-would have; what transformers fuses or splits while it loads is expanded once. It is loaded block by block, so that no more
-than one block is dense at a time. Everything else is transformers' own model: `generate` works as it always does.
+A module whose weight is one tensor in codes expands them whenever it is used (QLinear), to the same values as a reader;
+weights that transformers fuses or splits while it loads are expanded once. The model is loaded block by block, so that at
+most one block is dense at a time. Everything else is transformers' own model, `generate` included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True, device: torch.device = CPU) -> PreTrainedModel:
     """A model in eval mode, computing in `dtype` on `device`. Raises InputError for a packed checkpoint that cannot be read.
 
-    Without `rounded`, codes in an fp32 model mean what they are, not rounded to the dtype that they were made from.
+    Without `rounded`, dequantized weights of an fp32 model are not rounded to the dtype that the codes were made from.
     """
     model: PreTrainedModel = filled(checkpoint, dtype, rounded, device).module
     generation_config(model, checkpoint)
@@ -38,7 +38,7 @@ def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True, 
 
 
 def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Gives a model what its directory says of generation. Raises InputError for what is no config."""
+    """Gives a model the generation_config.json of its directory. Raises InputError for an invalid one."""
     if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -50,7 +50,7 @@ def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: torch.device = CPU) -> MetaModel:
-    """A meta model with everything in its place for good."""
+    """A meta model with everything loaded, to stay."""
     meta_model = MetaModel(DenseView(checkpoint, rounded), getattr(torch, dtype), device)
     _Loader(meta_model).load()
     _as_transformers_has_it(meta_model)
@@ -58,7 +58,7 @@ def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: tor
 
 
 class _Loader:
-    """Fills a meta model for good."""
+    """Loads all of a meta model, codes as codes."""
 
     def __init__(self, meta_model: MetaModel) -> None:
         from transformers.pytorch_utils import Conv1D
@@ -80,7 +80,7 @@ class _Loader:
             self.meta_model.load(path)
             self.encode([name for name in self.names if name.startswith(f"{path}.")])
         for path in self.meta_model.lazy:
-            # They are loaded now, and stay.
+            # Embeddings and head stay loaded.
             parts[path]._forward_pre_hooks.clear()
         for alias, owner in self.ties.items():
             self.tie(alias, owner)
@@ -94,7 +94,7 @@ class _Loader:
             )  # fmt: skip
 
     def encode(self, parameters: list[str]) -> None:
-        """Puts codes in the place of those parameters that are made of nothing else."""
+        """Replaces parameters by their codes, if they are made of one weight in codes."""
         for parameter in parameters:
             name = self.names[parameter]
             path, _, attribute = parameter.rpartition(".")
@@ -108,16 +108,16 @@ class _Loader:
             self.place(module, moved(q, self.meta_model.device), self.dense_view.dtype_of(weight))
 
     def place(self, module: nn.Module, q: QTensor, stored: torch.dtype) -> None:
-        """Codes instead of the dense weight, which tells the dtype that this module computes in."""
+        """Replaces the dense weight of a module, whose dtype is the compute dtype, by codes."""
         dense = module._parameters["weight"]
         assert dense is not None
         if dense.dtype == torch.float32 or not q.scheme.integer:
-            # Exact, and transformers takes the dtype of the first parameter for the one of the model.
+            # fp32 scales are exact; and transformers takes the first parameter's dtype for the model's.
             q = q.plain()
         with_codes(module, q, stored, dense.dtype)
 
     def tie(self, alias: str, owner: str) -> None:
-        """Makes two parameters one, in whatever form it is."""
+        """Ties two parameters, whether they are dense or codes."""
         (path, _, attribute), (other, _, other_attribute) = alias.rpartition("."), owner.rpartition(".")
         module, held = self.meta_model.module_at(path), self.meta_model.module_at(other)
         if other_attribute in held._parameters:
@@ -130,7 +130,7 @@ class _Loader:
 
 
 def _as_transformers_has_it(meta_model: MetaModel) -> None:
-    """Gives back what a meta model has set aside for its passes: the cache, and how experts are computed."""
+    """Restores the settings that a meta model changes: the cache, and the implementation of experts."""
     fresh = weight_map.meta_model(meta_model.dense_view.checkpoint)
     for ours, theirs in zip(meta_model.module.modules(), fresh.modules(), strict=True):
         config: Any = getattr(ours, "config", None)
@@ -140,13 +140,13 @@ def _as_transformers_has_it(meta_model: MetaModel) -> None:
 
 
 def ties(model: nn.Module, owned: Container[str]) -> dict[str, str]:
-    """Tied parameters without tensors of their own -> the one that has them; `owned` are those that have some."""
+    """Tied parameters without tensors -> the tied one that has them; `owned` are parameters that have tensors."""
     clusters: dict[str, list[str]] = defaultdict(list)
     for alias, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         clusters[kept] += [alias] if clusters[kept] else [kept, alias]
     found: dict[str, str] = {}
     for members in clusters.values():
-        # Two that have tensors of their own stay two, whatever the config says of them.
+        # Two parameters with tensors of their own are not tied, whatever the config says.
         if owners := [name for name in members if name in owned]:
             found.update((name, owners[0]) for name in members if name not in owned)
     return found

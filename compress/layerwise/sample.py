@@ -1,4 +1,4 @@
-"""Sample: text from a checkpoint in any state."""
+"""Sample: generates text from a checkpoint in any state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def sample(
     checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0,
     packed: Callable[[], Any] | None = None, device: torch.device = CPU,
 ) -> str:  # fmt: skip
-    """The prompt and up to `tokens` more; of an encoder-decoder, what it answers. Raises CompressError.
+    """The prompt and up to `tokens` more; for an encoder-decoder only its answer. Raises CompressError.
 
-    The model is what `packed` loads, or the checkpoint's in fp32 on `device`, codes as codes.
+    The model is the one that `packed` loads, or else the checkpoint's, in fp32 on `device`, with codes expanded when used.
     """
     if not math.isfinite(temperature):
         raise UsageError(
@@ -52,7 +52,7 @@ def sample(
     if isinstance(positions, int) and max(used, ids.shape[1]) > positions:
         do = "ask for fewer, or give a shorter prompt"
         raise UsageError("new tokens", f"at most {positions} with the prompt's {ids.shape[1]}", f"{tokens}", do)
-    # Nothing but temperature shapes the draws, whatever the checkpoint's generation_config.json prefers.
+    # Only temperature affects sampling; the checkpoint's generation_config.json is not used.
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
 
     def check(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Stepwise: a forward of one batch, paused at blocks and inputs of weights.
 
-transformers' own forward runs from end to end in a greenlet, so everything between blocks (masks, rotary positions,
-encoder to decoder, position biases handed on) is its own code, whatever the family. At a block it pauses with the
-block's arguments; whoever drives runs the block, in a greenlet of its own (a Visit), and hands back the output.
+transformers' own forward runs as a whole in a greenlet, so everything between blocks (masks, rotary positions, encoder
+to decoder, shared position biases) is its own code, whatever the family. At a block it pauses and returns the block's
+arguments; the caller runs the block, in another greenlet (a Visit), and passes the output back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 class StepwiseForward(greenlet):  # type: ignore[misc]
-    """One batch on its way through the model. `inputs` are the model's keyword arguments."""
+    """The forward of one batch, paused at each block. `inputs` are the model's keyword arguments."""
 
     def __init__(self, meta_model: MetaModel, inputs: dict[str, torch.Tensor]) -> None:
         super().__init__(lambda: meta_model.module(**inputs))
@@ -38,7 +38,7 @@ class StepwiseForward(greenlet):  # type: ignore[misc]
         self.output: Any = None
 
     def advance(self, *output: Any) -> Call | None:
-        """Goes on, with the output of the block it is at, to the next block; None at the end, where `output` is set."""
+        """Passes the current block's output back and runs to the next block; None at the end, when `self.output` is set."""
         reached = self.switch(*output)
         if isinstance(reached, Call):
             return reached
@@ -46,13 +46,13 @@ class StepwiseForward(greenlet):  # type: ignore[misc]
         return None
 
     def leave(self) -> None:
-        """Ends it where it is."""
+        """Aborts the forward."""
         if not self.dead:
             self.throw(GreenletExit)
 
 
 class ForwardHooks:
-    """Pauses a meta model's blocks for Journeys, and its readers for Visits, while it is entered."""
+    """Inside this context a StepwiseForward pauses at the meta model's blocks, and a Visit at its readers."""
 
     def __init__(self, meta_model: MetaModel) -> None:
         self.meta_model = meta_model
@@ -70,11 +70,11 @@ class ForwardHooks:
             vars(self.meta_model.module_at(block.path)).pop("forward", None)
 
     def visit(self, call: Call) -> Visit:
-        """The forward of one block on one batch, not begun yet."""
+        """The forward of one block on one batch, not started yet."""
         return Visit(self._forwards[call.block.path], call)
 
     def watch(self, readers: dict[str, bool]) -> Callable[[], None]:
-        """Makes modules tell the Visit that runs them what they read; True for experts. Returns what undoes it."""
+        """Makes modules report their inputs to the Visit that runs them; True for experts. Returns a function to undo it."""
         undo: list[Callable[[], None]] = []
         for path, routed in readers.items():
             module: Any = self.meta_model.module_at(path)
@@ -120,14 +120,14 @@ def _tell(key: Key, inputs: torch.Tensor | Routed) -> None:
 
 
 class Visit:
-    """A block's forward on one batch. It stops at the reader it is sent to; dropped, it starts again when needed."""
+    """A block's forward on one batch. It pauses at a given reader; after `drop` it starts again when needed."""
 
     def __init__(self, forward: Callable[..., Any], call: Call) -> None:
         self._forward, self._call = forward, call
         self._run: _Run | None = None
 
     def until(self, key: Key) -> torch.Tensor | Routed:
-        """What the reader `key` is about to read. Raises LookupError if this batch never gets there."""
+        """Runs up to the reader `key`; returns its input. Raises LookupError if this batch never reaches it."""
         run = self._run = self._run or _Run(self._forward, self._call)
         if run.at != key:
             run.goal = key
@@ -145,13 +145,13 @@ class Visit:
         return run.switch()
 
     def drop(self) -> None:
-        """Forgets how far it came, and the activations that it holds."""
+        """Aborts the run, and drops the activations that it holds."""
         if self._run is not None:
             self._run.throw(GreenletExit)
             self._run = None
 
     def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
-        """Everything that is read, in order, with nothing changed on the way."""
+        """Runs the block once without pausing; all readers with their inputs, in order."""
         run = _Run(self._forward, self._call)
         run.seen = []
         run.switch()
@@ -169,7 +169,7 @@ class _Run(greenlet):  # type: ignore[misc]
         self.seen: list[tuple[Key, Any]] | None = None
 
     def reached(self, key: Key, inputs: torch.Tensor | Routed) -> None:
-        """Called by the modules that this run passes."""
+        """Called by the watched modules that this run reaches."""
         if self.seen is not None:
             self.seen.append((key, inputs))
         elif key == self.goal:

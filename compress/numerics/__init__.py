@@ -1,4 +1,4 @@
-"""Numerics: pure tensor functions: grids, bit streams, solvers, codes.
+"""Numerics: pure tensor functions for grids, bit streams, solvers and codes.
 
 Imports spec.
 """

@@ -1,7 +1,7 @@
-"""Bit streams: codes of b bits one after the other, lowest bit first.
+"""Bit streams: codes of b bits in sequence, lowest bit first.
 
 One rule for every width: value i of a row lies at bits [i*b, i*b + b) of the row's little-endian stream, and a
-row is padded with zero bits to whole 32-bit words. It is the order of GPTQ and of compressed-tensors,
+row is padded with zero bits to whole 32-bit words. GPTQ and compressed-tensors use the same order,
 so codes move between formats as bytes. The oracle in the tests is Python's own big integers.
 """
 
@@ -25,7 +25,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         codes = torch.nn.functional.pad(codes, (0, padded - columns))
     codes = codes.contiguous()
     if bits == 8:
-        # A dimension of one may carry any stride; the detour gives the plain strides that callers view as words.
+        # A dimension of one may have any stride; this gives contiguous strides, which callers need to view words.
         return codes.reshape(-1).reshape(codes.shape)
     # Neighbours are joined pairwise through a view twice as wide: (low | high << w) folds to (low | high << used).
     pairs = codes.view(torch.int16)

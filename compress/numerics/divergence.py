@@ -1,19 +1,19 @@
 """Divergence: how far a student's next-token distribution is from its teacher's.
 
-Legend: p teacher, q student, both softmax(logits / T) over V tokens; a the mix of skew, b that of JSD; k tokens kept.
+Legend: p teacher, q student, both softmax(logits / T) over V tokens; a the mix of skew, b that of JSD; k of top-k.
 
     forward       KL(p || q)                         skew          KL(p || a p + (1-a) q)  <= -ln a
     reverse       KL(q || p)                         skew-reverse  KL(q || (1-a) p + a q)  <= -ln a
     jsd           b KL(p || M) + (1-b) KL(q || M),   M = b p + (1-b) q
 
-All are times T^2, without which gradients fade as 1/T^2; all are 0 where p = q, for no entropy is left out. JSD itself
+All are multiplied by T^2, since gradients would fade as 1/T^2; all are 0 if p = q, because no entropy is left out. JSD itself
 goes to 0 at both ends of b, so, as in TRL, b = 0 means forward and b = 1 reverse. Skew is forward at a = 0.
 
-Work is in fp32, or in fp64 if the logits are. A logit of -inf rules its token out. One that the teacher rules out adds no
-term; reverse KL to it would be infinite, so there the student is taken over the tokens that the teacher allows.
+Computation is in fp32, or in fp64 if the logits are. A logit of -inf rules its token out. A token that the teacher rules out
+adds no term; reverse KL would be infinite there, so the student's softmax is taken over the tokens that the teacher allows.
 
-Top-k is forward KL over k + 1 outcomes: the teacher's k likeliest tokens and all others as one. Unlike renormalised
-top-k, whose best q is too sure, its best q has the teacher's own probabilities, and the tail's sum.
+Top-k is forward KL over k + 1 outcomes: the teacher's k likeliest tokens, and all others together. Renormalised top-k
+would make the optimal q overconfident; here it has the teacher's own probabilities and its sum over the tail.
 
 Papers: 2402.03898 (skew), 2306.13649 (JSD), 2503.16870 (why truncated tails mislead).
 """
@@ -30,20 +30,20 @@ from torch.utils.checkpoint import checkpoint
 Kind = Literal["forward", "reverse", "skew", "skew-reverse", "jsd"]
 
 _CHUNK_BYTES = 64 << 20
-"""One fp32 array [tokens of a chunk, V]; a chunk needs a few of them at once."""
+"""Bytes of one fp32 array [tokens of a chunk, V]; a chunk needs a few of them at once."""
 _USUAL_MIX = {"skew": 0.1, "skew-reverse": 0.1, "jsd": 0.5}
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence. Raises ValueError for what has no meaning."""
+    """A kind of divergence and its parameters. Raises ValueError for parameters without meaning."""
 
     kind: Kind = "forward"
     temperature: float = 1.0
     mix: float | None = None
-    """a of skew or b of JSD; None is the usual one, 0.1 or 0.5. Forward and reverse do not read it."""
+    """a of skew or b of JSD; None is the default, 0.1 or 0.5. Forward and reverse have none."""
     top_k: int = 0
-    """Tokens of the teacher that keep a probability of their own; 0 is all. Only with forward."""
+    """The teacher's likeliest tokens that are compared one by one; 0 is all. Only with forward."""
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -56,7 +56,7 @@ class Divergence:
 
     @property
     def limit(self) -> tuple[Kind, float]:
-        """The kind that this one is at its mix, and the mix."""
+        """(kind, mix), where a skew or JSD at an end of its mix becomes forward or reverse."""
         mix = _USUAL_MIX.get(self.kind, 0.0) if self.mix is None else self.mix
         ends: dict[tuple[Kind, float], Kind] = {
             ("skew", 0.0): "forward",
@@ -69,14 +69,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Top:
-    """A teacher's k likeliest tokens and what is left, from its full softmax at one temperature."""
+    """A teacher's k likeliest tokens and the sum of the rest, from its full softmax at one temperature."""
 
     ids: torch.Tensor
     """int64 [tokens, k], likeliest first."""
     log_probs: torch.Tensor
     """fp32 [tokens, k]."""
     log_tail: torch.Tensor
-    """fp32 [tokens]: the log of the others' sum, -inf where there are none."""
+    """fp32 [tokens]: the log of the sum over all other tokens, -inf if there are none."""
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, how: Divergence) -> torch.Tensor:
@@ -107,14 +107,14 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, how: Divergence) ->
 
 
 def top(teacher: torch.Tensor, k: int, temperature: float) -> Top:
-    """The teacher's side of top-k, all that it needs to be kept of logits [tokens, V]. k above V is V."""
+    """The part of a teacher's logits [tokens, V] that top-k needs. A k above V counts as V."""
     p = _log_softmax(teacher.detach(), temperature)
     log_probs, ids = p.topk(min(k, p.shape[-1]), dim=-1)
     return Top(ids, log_probs, _log_rest(p, ids))
 
 
 def against_top(kept: Top, student: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Forward KL, fp32 [tokens] times T^2, to what `top` kept, at the same temperature and over the same V columns."""
+    """Forward KL times T^2, fp32 [tokens], to the result of `top` at the same temperature and over the same V columns."""
     q = _log_softmax(student, temperature)
     outcomes = torch.cat([q.gather(-1, kept.ids), _log_rest(q, kept.ids).unsqueeze(-1)], -1)
     return _kl(torch.cat([kept.log_probs, kept.log_tail.unsqueeze(-1)], -1), outcomes) * temperature**2
@@ -131,8 +131,8 @@ def loss_sum(
 ) -> torch.Tensor:
     """fp32 scalar: kl_weight * divergence + ce_weight * cross entropy, summed over tokens.
 
-    Logits [tokens, V]; labels int64 [tokens], each of which counts: drop the others first. Cross entropy is at T = 1 over
-    all of the student's columns. `chunk_tokens` at a time are in fp32, forward and backward; None is what a budget allows.
+    Logits [tokens, V]; labels int64 [tokens], all of which are scored. Cross entropy is at T = 1 over all of the student's
+    columns. `chunk_tokens` at a time are in fp32, forward and backward; None stands for as many as a budget allows.
     The teacher (and `how`) may be None if kl_weight is 0. Raises ValueError if there is nothing to learn from.
     """
     if not (kl_weight or ce_weight):
@@ -148,7 +148,7 @@ def loss_sum(
         if teacher is not None and how is not None:
             found = found + kl_weight * divergence(teacher, student, how).sum()
         if ce_weight:
-            # Not nll_loss, which passes over a label of -100 in silence.
+            # Not nll_loss, which silently ignores a label of -100.
             found = found - ce_weight * _log_softmax(student, 1.0).gather(-1, labels.unsqueeze(-1)).sum()
         return found
 
@@ -157,7 +157,7 @@ def loss_sum(
     if chunk_tokens is None:
         columns = max(student.shape[-1], 0 if teacher is None else teacher.shape[-1])
         chunk_tokens = max(1, _CHUNK_BYTES // (columns * _precision(student).itemsize))
-    # Not slices: the gradient of each would be as large as all the logits.
+    # `split`, not slices: the gradient of each slice would be as large as all logits.
     students = student.split(chunk_tokens)
     teachers = [None] * len(students) if teacher is None else teacher.split(chunk_tokens)
     again = student.requires_grad and torch.is_grad_enabled()
@@ -179,12 +179,12 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) along the last dimension, of logarithms. 0 log 0 is 0, and so are its gradients."""
+    """KL(p || q) along the last dimension; p and q are logarithms. 0 log 0 is 0, and so are its gradients."""
     return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1)
 
 
 def _mixture(p: torch.Tensor, q: torch.Tensor, weight: float) -> torch.Tensor:
-    """log(weight * p + (1 - weight) * q) of logarithms, 0 < weight < 1; where both are -inf it is 0, which `_kl` skips."""
+    """log(weight * p + (1 - weight) * q) of logarithms, 0 < weight < 1; 0 where both are -inf, which `_kl` ignores."""
     # The gradient of logaddexp is NaN where both are -inf.
     neither = p.isneginf() & q.isneginf()
     p, q = p.masked_fill(neither, 0.0), q.masked_fill(neither, 0.0)
@@ -192,7 +192,7 @@ def _mixture(p: torch.Tensor, q: torch.Tensor, weight: float) -> torch.Tensor:
 
 
 def _log_rest(p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The log of the sum of all but `ids`, with none of the rounding that 1 - sum would have."""
+    """The log of the sum over all tokens but `ids`; more accurate than 1 - sum."""
     rest = p.scatter(-1, ids, -math.inf)
     # The gradient of logsumexp is NaN where all are -inf.
     none = rest.isneginf().all(-1)

@@ -1,12 +1,12 @@
 """Fit: scale and zero point of each group, by its range or a weighted search.
 
 Legend: x [columns, a, b] weights, reduced over one dimension, the group; s scale, z zero point, c = code - z,
-w' = s c; h_i >= 0 how much an error in column i matters. The search tries ranges from the whole one down, and keeps
-the one with the least sum_i h_i (x_i - s c_i)^2, then moves s to the best for the codes found.
+w' = s c; h_i >= 0 the weight of an error in column i. The search tries ranges from the full one down, and keeps
+the one with the least sum_i h_i (x_i - s c_i)^2, then sets s to the optimum for its codes.
 
-A symmetric code reaches -2^(b-1) but only 2^(b-1) - 1, so one side has a level more. With `signed` a group whose largest
-weight is positive takes a negative scale, which gives that side the level: half the gain of GPTQ over rounding, again, at
-2 and 3 bits (llama.cpp's Q4_0 does the same).
+A symmetric code ranges from -2^(b-1) to 2^(b-1) - 1, so the negative side has one more level. With `signed` a group whose
+largest weight is positive gets a negative scale, which gives its side the extra level. At 2 and 3 bits that adds half of
+GPTQ's gain over rounding (llama.cpp's Q4_0 does the same).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def fit(
     x: torch.Tensor, weight: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
     least_zero: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Scale and zero point of `x` reduced over `dim` (0 or 2), with that dimension kept; the scale is on `dtype`'s grid.
+    """Scale and zero point of `x` reduced over `dim` (0 or 2), with that dimension kept; the scale is a value of `dtype`.
 
-    `weight` [columns] is h; None where it is the same for all, as it is along the outputs. z is the middle if symmetric.
+    `weight` [columns] is h; None if it is the same for all, as along the outputs. z is the middle code if symmetric.
     """
     across = 2 - dim
     step = max(1, _CHUNK * x.shape[across] // max(1, x.numel()))
@@ -42,7 +42,7 @@ def fit(
 
 
 def meant(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool, least_zero: int = 0) -> torch.Tensor:
-    """What `w` [rows, columns] means in integers of `scheme`, rounded to nearest with these ranges: fp32."""
+    """`w` [rows, columns] rounded to nearest integers of `scheme` with these ranges, and dequantized: fp32."""
     group = scheme.group or w.shape[1]
     parts = []
     for part in w.float().split(len(w[0]) // group * group or group, dim=1):  # a ragged last group has a scale of its own
@@ -67,7 +67,7 @@ def _fit(
     sign = torch.where(high > -low, -1.0, 1.0).to(x.dtype) if signed and scheme.symmetric else None
 
     def moments(s: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum h x c and sum h c^2 with the codes of this grid."""
+        """(sum h x c, sum h c^2) with the codes of this scale and zero point."""
         torch.div(x, s, out=c).round_()
         if scheme.symmetric:
             c.clamp_(-scheme.middle, top - scheme.middle)
@@ -86,7 +86,7 @@ def _fit(
         if sign is not None:
             s = s * sign
         along, square = moments(s, z)
-        error = s * (s * square - 2 * along)  # less sum h x^2, which is the same for all
+        error = s * (s * square - 2 * along)  # the squared error less sum h x^2, which is constant
         better = error < best
         best = torch.where(better, error, best)
         s_best, z_best = torch.where(better, s, s_best), torch.where(better, z, z_best)

@@ -1,14 +1,14 @@
-"""Small floats and code books: values of codes, and the nearest of them.
+"""Small floats and code books: values of codes, and rounding to the nearest one.
 
 Legend: b bits, S sign, E exponent, M mantissa. Codes, from the highest bit down:
     e2m1  S EE M       0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; no NaN, no infinity
     e3m0  S EEE        0, .25, .5, 1, 2, 4, 8, 16 and their negatives (ZeroQuant-FP, 2307.09782)
     e4m3  S EEEE MMM   the byte of float8_e4m3fn, largest 448; NaN, no infinity
     e5m2  S EEEEE MM   the byte of float8_e5m2, largest 57344
-    nf    the code's place among 2^b ascending values, -1 and 1 the ends and 0 among them: quantiles of a Gaussian, which
-          for 4 bits are the table of bitsandbytes (QLoRA, 2305.14314) and else LoftQ's create_normal_map (2310.08659)
-Rounding is to the nearest value, between two of them to the even code (in nf to the lower), and beyond the largest to
-the largest. Zero has a sign in all but nf. A NaN has a code in e4m3 and e5m2 alone: for the others it is the scale's to say.
+    nf    the index among 2^b ascending values from -1 to 1, with 0 among them: quantiles of a Gaussian, which
+          for 4 bits are the table of bitsandbytes (QLoRA, 2305.14314), else LoftQ's create_normal_map (2310.08659)
+Rounding is to the nearest value, at a tie to the even code (in nf to the lower), and beyond the largest value to the
+largest. Zero has a sign in all but nf. Only e4m3 and e5m2 have a code for NaN: in the others the scale must express it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def normal_map(bits: int) -> tuple[float, ...]:
 
 
 def top(scheme: Scheme) -> float:
-    """The largest value of a grid, which the largest weight of a group becomes."""
+    """The largest value of a grid, to which the largest weight of a group is scaled."""
     if scheme.grid in _BYTES:
         return torch.finfo(_BYTES[scheme.grid]).max
     return _MAGNITUDES[scheme.grid][-1] if scheme.grid in _MAGNITUDES else 1.0
@@ -55,7 +55,7 @@ def top(scheme: Scheme) -> float:
 
 @lru_cache(maxsize=64)
 def _tables(grid: str, bits: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values by code, and what a number, or its magnitude, must exceed to have the next code; once for each device."""
+    """(values by code, bounds between codes: a number, or its magnitude, above one gets the next code); cached by device."""
     values, bounds = _made(grid, bits, dtype)
     return values.to(device), bounds.to(device)
 
@@ -66,7 +66,7 @@ def _made(grid: str, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch
         return values, (values[1:] + values[:-1]) / 2
     values = torch.tensor(_MAGNITUDES[grid], dtype=dtype)
     bounds = (values[1:] + values[:-1]) / 2
-    # At the bound between an odd code and the next, the even one, a tie goes up.
+    # A tie between an odd code and the next one goes up, to the even code.
     bounds[1::2] = torch.nextafter(bounds[1::2], torch.zeros((), dtype=dtype))
     return torch.cat([values, -values]), bounds
 
@@ -75,7 +75,7 @@ def encode(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """uint8 codes of the grid values nearest to `x`, which is a weight over its scale, fp32 or fp64."""
     if scheme.grid in _BYTES:
         largest = top(scheme)
-        # Clamped first: what a cast makes of larger numbers depends on the format and on the version of torch.
+        # Clamped first: the cast of larger numbers depends on the format and on torch's version.
         return x.clamp(-largest, largest).float().to(_BYTES[scheme.grid]).view(torch.uint8)
     bounds, x = _tables(scheme.grid, scheme.bits, x.dtype, x.device)[1], x.contiguous()
     if scheme.grid == "nf":
@@ -87,5 +87,5 @@ def decode(codes: torch.Tensor, scheme: Scheme, dtype: torch.dtype = torch.float
     """The grid values of uint8 codes."""
     if scheme.grid in _BYTES:
         return codes.view(_BYTES[scheme.grid]).to(dtype)
-    # Four times as fast as an index in brackets.
+    # Four times as fast as indexing.
     return _tables(scheme.grid, scheme.bits, dtype, codes.device)[0].index_select(0, codes.flatten().int()).view(codes.shape)

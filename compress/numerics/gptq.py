@@ -1,25 +1,25 @@
 """GPTQ: rounds columns in turn, each making up for the errors before it.
 
-Legend: W [rows, n] weights, Q what their codes mean, D = W - Q; H [n, n] mean outer product of the inputs, lambda its
+Legend: W [rows, n] weights, Q their dequantized codes, D = W - Q; H [n, n] mean outer product of the inputs, lambda its
 damping, F and R its factor (see hessian.py); s scale, z zero point, c = code - z, so that q = s c.
-Loss: trace(D H D^T), the mean square by which the layer's outputs change, summed over outputs.
+Loss: trace(D H D^T), the mean squared change of the layer's outputs, summed over outputs.
 
-First pass (Frantar et al., 2210.17323). In its turn column k is rounded not from w_k but from its target
+First pass (Frantar et al., 2210.17323). Columns are rounded in turn, column k not from w_k but from its target
     t_k = w_k + sum_(j<k) d_j F_jk,    and    trace(D (H + lambda I) D^T) = sum_k R_kk^2 |t_k - q_k|^2
-whatever the codes. Scales are fitted to a group's targets when its first column is reached or, where columns are not
-taken as stored (or `refit` is off), to the weights before anything is rounded.
+whatever the codes. Scales are fitted to a group's targets when its first column is reached or, if columns are not
+rounded in stored order (or `refit` is off), to the weights before anything is rounded.
 
-Sweeps (coordinate descent; never raise the damped loss). With everything else as it is, the best value of column k is
+Sweeps (coordinate descent; never raise the damped loss). With all others fixed, the best value of column k is
     t_k = q_k + (D (H + lambda I))_k / (H_kk + lambda),
-the first pass's form with other coefficients, so both share `_round`. A group's scale is first moved to the best for its
-codes, s += <c, D H> / <c, c H>, which costs little because D H is at hand.
+the first pass's form with other coefficients, so both share `_round`. A group's scale is first set to the optimum for its
+codes, s += <c, D H> / <c, c H>, which costs little because D H is already computed.
 
-On a grid of floats c is a value of the grid, the one nearest to t / s, and scales are fitted to the weights before anything
-is rounded and never moved, for they may be bound to each other. All else is the same, the identity above included.
+On a grid of floats c is the grid value nearest to t / s. Scales are fitted to the weights before anything is rounded and
+never changed, because they may depend on each other. All else is the same, the identity above included.
 
-Everything is done on W^T, where a column is contiguous. What earlier blocks of columns add to a block's targets is one
-matrix product, and inside a block the same is done by halves. Along the outputs, as a Conv1D is grouped, each column has
-scales of its own over groups of rows; nothing else changes.
+Everything is computed on W^T, where a column is contiguous. The contribution of earlier blocks of columns to a block's
+targets is one matrix product; inside a block the same is done recursively by halves. Along the outputs, as a Conv1D is
+grouped, each column has its own scales over groups of rows; nothing else changes.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from compress.spec.scheme import Scheme
 Along = Literal["inputs", "outputs"]
 
 _BLOCK = 128
-"""Columns whose targets come from one matrix product."""
+"""Columns of a block, whose targets come from one matrix product."""
 _LEAF = 16
 """Columns below which a block is no longer halved."""
 _ROWS = 4096
-"""Rows worked on at a time: enough for matrix products, few enough for a leaf's errors to stay in a core's cache."""
+"""Rows processed at a time: enough for efficient products, few enough for a leaf's errors to stay in a core's cache."""
 _WHOLE = 512
 """Groups up to this size are swept as one block, so that their scale can move too."""
 
 
 class Solved(NamedTuple):
-    """codes uint8 [rows, n], scale as stored, zero uint8 or None, the same as of a QTensor; along outputs codes [n, rows]."""
+    """codes uint8 [rows, n], scale as stored, zero uint8 or None, as in a QTensor; along the outputs codes are [n, rows]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     losses: torch.Tensor
-    """D H D^T of each row, H undamped; columns whose input was always zero do not count."""
+    """D H D^T of each row with undamped H; columns whose input was always zero do not count."""
     norms: torch.Tensor
     """W H W^T of each row."""
     errors: torch.Tensor
     """|W - Q|^2 of each row."""
     identity: float
-    """sum_k R_kk^2 |t_k - q_k|^2 of the first pass: its trace(D (H + lambda I) D^T)."""
+    """sum_k R_kk^2 |t_k - q_k|^2 of the first pass, equal to its trace(D (H + lambda I) D^T)."""
     tensor_scale: torch.Tensor | None = None
 
     @property
@@ -78,10 +78,10 @@ class Solved(NamedTuple):
 
 @dataclass
 class _Rows:
-    """Some rows at work, transposed: [n, 1, rows], or along the outputs [n, groups, group] with zeros at the end."""
+    """Rows that are processed together, transposed: [n, 1, rows], or along the outputs [n, groups, group], zero-padded."""
 
     d: torch.Tensor
-    """W, and W - Q in the place of each column that has been rounded."""
+    """W, replaced by W - Q in each column that has been rounded."""
     codes: torch.Tensor
     """uint8, d's shape."""
     scale: torch.Tensor
@@ -105,15 +105,15 @@ class Settings:
     """Whether scales of integers may be negative; scales of floats never are."""
     least_zero: int = 0
     sweeps: int = 1
-    """Rounds of coordinate descent afterwards, which move scales of integers too."""
+    """Rounds of coordinate descent after the first pass, which also adjust scales of integers."""
     refit: bool = True
-    """Whether scales are fitted to the targets of their group, where columns are taken as stored."""
+    """Whether scales are fitted to the targets of their group, if columns are rounded in stored order."""
     along: Along = "inputs"
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is the same for all rows."""
+    """The parts of the problem that are the same for all rows."""
 
     factor: Factor
     h: torch.Tensor
@@ -127,7 +127,7 @@ class _Task:
 
     @property
     def along(self) -> Along:
-        """What groups run along."""
+        """The direction of groups."""
         return self.settings.along
 
     @property
@@ -136,7 +136,7 @@ class _Task:
         return 0 if self.along == "inputs" else 2
 
     def owners(self, columns: torch.Tensor) -> torch.Tensor:
-        """Which entry of `_Rows.scale` each of `columns` has."""
+        """The index in `_Rows.scale` of each of `columns`."""
         return columns // self.group if self.along == "inputs" else columns
 
     def fit(self, x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +158,7 @@ def solve(
 ) -> Solved:
     """Codes for `w` [rows, n] whose inputs have the mean outer product `hessian` [n, n], factored in `factor`.
 
-    Rows do not influence each other: weights that read the same inputs may be stacked. `mask` is False where a weight
+    Rows are independent, so weights that read the same inputs may be stacked. `mask` is False where a weight
     must stay zero. `peak` is the largest magnitude among all that share the scale of the matrix, if more than `w` do.
     """
     settings = settings or Settings()
@@ -167,7 +167,7 @@ def solve(
     length = n if inputs else rows
     fixed = scale = tensor_scale = None
     if not scheme.integer:
-        # As it is stored, and without the columns that will be zero.
+        # In stored order, with the columns that become zero set to zero.
         stored = w.masked_fill(factor.dead, 0) if inputs else w.masked_fill(factor.dead, 0).T
         peak = largest(stored) if peak is None else peak
         scale = fit_all(stored, scheme, scale_dtype, settings.clip, peak, hessian.diagonal() if inputs else None)
@@ -227,7 +227,7 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -
 
 
 def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """V^T H V of each column of V [n, rows]. H is symmetric: its tiles below the diagonal are counted twice instead."""
+    """v^T H v of each column v of V [n, rows]. H is symmetric: tiles below the diagonal are counted twice instead."""
     total = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
     for start in range(0, len(h), 512):
         ks = slice(start, min(len(h), start + 512))
@@ -245,7 +245,7 @@ def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
         _fit_all(part, task)
     if order is not None:
         _permute(part, order)
-    # Scales that are fitted on the way need the targets of all their columns at once.
+    # Scales that are refitted need the targets of all their columns at once.
     size = task.group if task.along == "inputs" and not fixed else _BLOCK
     f, pivots, flat = task.factor.feedback, task.factor.pivots, part.flat
     damped = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
@@ -271,9 +271,9 @@ def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
 
 
 def _aims(target: torch.Tensor, w: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """The best real values of a block, [columns, a, b], given the columns before it: where their targets will be.
+    """The optimal unrounded values of a block, [columns, a, b], given the columns before it: estimates of the targets.
 
-    `target` counts only what earlier blocks add. If every column met its target, d = w - aim would add to the next, so
+    `target` includes only earlier blocks. If every column met its target exactly, d = w - aim would add to the next, so
     aim_k = target_k + sum_(j<k) (w_j - aim_j) F_jk, a triangular system in aim - w.
     """
     n = len(w)
@@ -283,7 +283,7 @@ def _aims(target: torch.Tensor, w: torch.Tensor, f: torch.Tensor) -> torch.Tenso
 
 
 def _fit_all(part: _Rows, task: _Task) -> None:
-    """Scales of all groups from the weights as they are."""
+    """Fits the scales of all groups to the weights."""
     n = len(part.d)
     size = task.group if task.along == "inputs" else _BLOCK
     for start in range(0, n, size):
@@ -294,7 +294,7 @@ def _fit_all(part: _Rows, task: _Task) -> None:
 
 
 def _permute(part: _Rows, order: torch.Tensor) -> None:
-    """Columns in another order, in place and a few rows at a time, so that no second copy of W is held."""
+    """Reorders columns in place, a few rows at a time, to avoid a second copy of W."""
     for tensor in (part.d, part.codes, part.keep):
         if tensor is not None:
             for piece in tensor.view(len(order), -1).split(256, dim=1):
@@ -302,7 +302,7 @@ def _permute(part: _Rows, order: torch.Tensor) -> None:
 
 
 def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
-    """Moves scales and codes of each block to the best, all others fixed; by how much each row's damped loss has fallen."""
+    """Optimises scales and codes of each block with all others fixed; returns the decrease of each row's damped loss."""
     n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
     rescale = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
     size = task.group if rescale else _BLOCK
@@ -318,7 +318,7 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
         if rescale:
             fallen += _rescale(part, task.dtype, start // task.group, c.flatten(1), flat[ks], slope, square)
         pivots = square.diagonal().clone()
-        # c becomes q, and after rounding what q has lost, which is what d has gained.
+        # The buffer of c holds q, then after rounding q_old - q_new, which is added to d.
         moved = c.mul_(part.scale[owners])
         target = slope.div_(pivots[:, None]).view(c.shape).add_(moved)
         _, residual = _round(target, moved, square.div_(pivots), part, ks, owners, task.scheme)
@@ -332,14 +332,14 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
 def _rescale(
     part: _Rows, dtype: torch.dtype, owner: int, c: torch.Tensor, d: torch.Tensor, slope: torch.Tensor, square: torch.Tensor
 ) -> torch.Tensor:
-    """The best scale of one group [columns, rows] for its codes; updates d and slope = H d; the fall of each row's loss."""
+    """Sets one group's scale [columns, rows] to its optimum; updates d and slope = H d; returns each row's decrease of loss."""
     ch = square @ c
     along, curve = (c * slope).sum(0), (c * ch).sum(0)
     s = part.scale[owner, 0]
     moved = (s + along / curve.clamp(min=1e-30)).to(dtype).to(s.dtype)
     step = moved - s
     fall = step * (2 * along - step * curve)
-    # Rounding to the stored dtype may undo the gain; a scale must not become zero or change its sign.
+    # Rounding to the stored dtype may cancel the gain; and a scale must not become zero or change its sign.
     better = (fall > 0) & (moved * s > 0) & moved.isfinite()
     step = torch.where(better, step, 0)
     s += step
@@ -361,7 +361,7 @@ def _round(
     keeps = None if part.keep is None else part.keep[ks].to(target.dtype).unbind(0)
     c = torch.empty_like(target)
     flat_target, flat_base = target.view(n, -1), base.view(n, -1)
-    # Views are made once: at six calls a column the making of views would be half the time.
+    # Views are created once: at six calls per column creating them would take half the time.
     rows, targets, bases, cs, scales = (x.unbind(0) for x in (flat_target, target, base, c, s))
     coefficients = f.T.contiguous()
 
@@ -383,14 +383,14 @@ def _round(
             if keeps is not None:
                 q.mul_(keeps[k])
             bases[k].addcmul_(q, scales[k], value=-1)
-    # By way of int16, because torch converts floats to uint8 four times slower. Adding zero makes +0 of a masked -0.
+    # Via int16, because torch converts floats to uint8 four times slower. Adding zero turns a masked -0 into +0.
     part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.integer else encode(c if keeps is None else c + 0, scheme)
     return c, target.addcmul_(c, s, value=-1)
 
 
 def _turns(start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The order of work inside a block, (start, middle, end): what columns up to `middle` add to those after it is due where
-    middle > start, else columns `start` to `end` are rounded one by one."""
+    """The order of work inside a block, as (start, middle, end): if middle > start, the errors of columns up to `middle` are
+    added to the targets of those after it; else columns `start` to `end` are rounded one by one."""
     if end - start <= _LEAF:
         yield start, start, end
         return

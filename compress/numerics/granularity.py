@@ -1,8 +1,8 @@
 """Granularity: how much ranges shrink when groups of columns are halved.
 
 Legend: w [rows, columns] in groups of B columns; r(B) the range of a group, its largest magnitude, or for codes with a zero
-point max - min with zero inside. Halving makes two groups of one, and each has a ratio r(B/2) / r(B) <= 1. Of magnitudes
-one of the two keeps the larger's range, so that the largest ratio is always 1 and the mean is between 1/2 and 1.
+point max - min with zero included. Halving makes two groups of one, each with a ratio r(B/2) / r(B) <= 1. For magnitudes
+one of the two halves keeps the range, so the largest ratio is always 1 and the mean lies between 1/2 and 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Halving(NamedTuple):
-    """Ratios of ranges, new to old, over all groups that are halved; groups of zeros count as 1."""
+    """Mean, smallest and largest ratio of new range to old over all halved groups; a group of zeros has a ratio of 1."""
 
     mean: float
     least: float
@@ -22,7 +22,7 @@ class Halving(NamedTuple):
 
 
 def widths(columns: int, least: int) -> list[int]:
-    """Columns of a group: all of them, then half as many each time, as long as that is whole and not below `least`."""
+    """Group sizes: all columns, then halved again and again while that is a whole number and not below `least`."""
     found = [columns]
     while found[-1] % 2 == 0 and found[-1] // 2 >= least:
         found.append(found[-1] // 2)
@@ -30,7 +30,7 @@ def widths(columns: int, least: int) -> list[int]:
 
 
 def halvings(w: torch.Tensor, groups: Sequence[int], symmetric: bool) -> list[Halving]:
-    """One for each step from a width in `groups`, as `widths` has them, to the next; w [..., columns]."""
+    """One Halving for each step between successive `groups` (from `widths`); w [..., columns]."""
     low, high = w.unflatten(-1, (-1, groups[-1])).aminmax(dim=-1)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     found: list[Halving] = []

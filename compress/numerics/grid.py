@@ -5,9 +5,9 @@ w' = s (q - z). Symmetric: s = absmax / ((2^b - 1) / 2) and z = 2^(b-1), so the 
 -2^(b-1) .. 2^(b-1) - 1 and the largest weight errs by at most s/2 (the convention of GPTQ and
 llm-compressor; 19.1 dB on Gaussian weights at 4 bits and groups of 128, where s = absmax / 7 gives 18.6).
 Asymmetric: the range is stretched to include zero, s = (max - min) / (2^b - 1), z = round(-min / s). A format that cannot
-say z = 0 asks for z >= 1; where that cuts the range, s grows until it reaches max again.
-Scales are rounded to the dtype they will be stored in *before* codes are computed, so that what is stored is
-what was rounded against. All-zero groups get s = 1 and the code of zero.
+store z = 0 requires z >= 1; if that cuts the range, s grows until it reaches max again.
+Scales are rounded to the dtype they will be stored in *before* codes are computed, so that codes fit the
+stored scales. All-zero groups get s = 1 and the code of zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from compress.spec.scheme import Scheme
 
 _CHUNK = 1 << 18
-"""Elements worked on at a time: temporaries in fp32 then stay in a core's cache."""
+"""Elements processed at a time, so that fp32 temporaries stay in a core's cache."""
 
 
 class Rounded(NamedTuple):
@@ -40,7 +40,7 @@ def round_to_nearest(
     `least_zero` is the smallest zero point of asymmetric codes, `least_code` the smallest code that is used: with 1 a symmetric
     grid is -(2^(b-1) - 1) .. 2^(b-1) - 1, as MoQE has it.
 
-    A ragged last group is legal here: it has a scale of its own.
+    A ragged last group is allowed here: it has a scale of its own.
     """
     rows, columns = w.shape
     group = scheme.group or columns
@@ -60,7 +60,7 @@ def round_to_nearest(
             part = w[rs, cs].to(torch.float32).reshape(-1, g1 - g0, width)
             s, z = _fit(part, scheme, scale_dtype, clip, least_zero, least_code)
             q = _codes(part, s, z, scheme, least_code)
-            # By way of int16, because torch converts fp32 to uint8 four times slower.
+            # Via int16, because torch converts fp32 to uint8 four times slower.
             codes[rs, cs] = q.reshape(q.shape[0], -1).to(torch.int16).to(torch.uint8)
             scale[rs, g0:g1] = s.squeeze(-1).to(scale_dtype)
             if zero is not None:
@@ -79,7 +79,7 @@ def _codes(part: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme,
 def _fit(
     part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, least_zero: int, least_code: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [rows, groups, 1] in fp32, the scale already on `dtype`'s grid."""
+    """Scale and zero point [rows, groups, 1] in fp32, the scale already rounded to `dtype`."""
     low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
     s, z = grid_of(low, high, scheme, dtype, least_zero)
     if clip == "none":
@@ -98,7 +98,7 @@ def _fit(
 def grid_of(
     low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype, least_zero: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale, on `dtype`'s grid, and zero point of ranges `low` to `high`, all of one shape, in fp32."""
+    """Scale, rounded to `dtype`, and zero point of ranges `low` to `high`, all of one shape, in fp32."""
     top = scheme.levels - 1
     if scheme.symmetric:
         span = torch.maximum(low.neg(), high).mul_(2 / top)
@@ -107,7 +107,7 @@ def grid_of(
         span = (high - low).div_(top)
         if least_zero:
             span = torch.where(low.neg() < (least_zero - 0.5) * span, torch.maximum(span, high / (top - least_zero)), span)
-    # The smallest normal number keeps a tiny range from a zero scale; an all-zero range is given the scale one.
+    # Clamped to the smallest normal number, so that a tiny range gets no zero scale; an all-zero range gets the scale 1.
     tiny = torch.finfo(dtype).tiny
     s = torch.where(span == 0, torch.ones_like(span), span.clamp(tiny, torch.finfo(dtype).max)).to(dtype).float()
     z = torch.full_like(s, scheme.middle) if scheme.symmetric else (low.neg() / s).round_().clamp_(least_zero, top)
@@ -121,7 +121,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     z = zero.float() if zero is not None else torch.full_like(scale, scheme.middle, dtype=torch.float32)
 
     if columns % group == 0:
-        # The same numbers, with nothing spread out.
+        # The same result, without expanded scales.
         parts: torch.Tensor = codes.float().unflatten(-1, (-1, group)).sub_(z[..., None]).mul_(scale.float()[..., None])
         return parts.flatten(-2)
 

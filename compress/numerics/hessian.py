@@ -3,12 +3,12 @@
 Legend: x [tokens, n] inputs; H = mean of x x^T [n, n]; lambda the damping; R upper triangular with positive diagonal,
 R R^T = H + lambda I in the order in which columns are rounded; F = R diag(R)^-1 with ones on its diagonal.
 
-GPTQ is usually written with U, the upper Cholesky factor of the inverse. U = R^-1, so U_ii = 1 / R_ii, and carrying
-the error of column i forward, W -= e_i U_i / U_ii, ends at the same targets as reading the errors of all earlier columns
-when column k's turn comes: w_k + sum_(j<k) (w_j - q_j) F_jk (Chee et al., QuIP, theorem 6). That needs no inverse: one
-Cholesky factorization of H with rows and columns reversed, a third of the work and better conditioned.
+GPTQ is usually written with U, the upper Cholesky factor of the inverse. U = R^-1, so U_ii = 1 / R_ii, and propagating
+the error of column i forward, W -= e_i U_i / U_ii, gives the same targets as adding the errors of all earlier columns
+when column k is rounded: w_k + sum_(j<k) (w_j - q_j) F_jk (Chee et al., QuIP, theorem 6). That needs no inverse, only one
+Cholesky factorization of H with rows and columns reversed: a third of the work, and better conditioned.
 
-The scale of H does not matter to anything that is computed from it: lambda is a fraction of H's mean diagonal.
+Results do not depend on the scale of H, because lambda is a fraction of H's mean diagonal.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import torch
 from compress.numerics.products import in_bfloat16
 
 Order = Literal["none", "activation"]
-"""Order of rounding: as stored, or the inputs of the largest mean square first."""
+"""Order of rounding: as stored, or by descending mean square of the input."""
 
 _TILE = 512
-"""Rows of H updated at once: H is symmetric, and only tiles up to the diagonal are computed."""
+"""Rows of H updated at once; H is symmetric, so only tiles up to the diagonal are computed."""
 _GROWTH = 4.0
-"""What the damping is multiplied by after a factorization that failed."""
+"""The damping is multiplied by this after a factorization that failed."""
 
 
 class Hessian:
     """Accumulates x x^T; both `matrix` and `tokens` are sums, so processes can add theirs up.
 
-    Products are in fp32, their sums in fp64: fp32 numbers that are not of wildly different size add up without rounding
-    there, so that the order of batches, and which process had them, changes no bit.
-    Only the lower triangle of `matrix` [width, width] is meaningful; `mean` fills the other.
+    Products are in fp32, their sums in fp64, where fp32 numbers of not too different size add up without rounding. So the
+    order of batches, and their distribution over processes, changes no bit.
+    Only the lower triangle of `matrix` [width, width] is valid; `mean` fills the other.
     """
 
     def __init__(self, width: int, dtype: torch.dtype = torch.float32) -> None:
@@ -43,7 +43,7 @@ class Hessian:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Folds in inputs [tokens, width] of any float dtype."""
+        """Adds inputs [tokens, width] of any float dtype."""
         with in_bfloat16(x.dtype == torch.bfloat16):
             x = x.to(self.dtype)
             for start in range(0, x.shape[1], _TILE):
@@ -56,7 +56,7 @@ class Hessian:
         return [self.matrix]
 
     def mean(self) -> torch.Tensor:
-        """H [width, width], symmetric. The sum is consumed: the H that is returned takes its place."""
+        """H [width, width], symmetric. It overwrites the sum, so it can be computed only once."""
         n = len(self.matrix)
         self.matrix /= max(1, self.tokens)
         self.matrix = self.matrix.to(self.dtype)
@@ -71,28 +71,28 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """What rounding in turn needs of H + lambda I; the first three are in the order of rounding."""
+    """The factorization of H + lambda I for rounding columns in turn; the first three are in the order of rounding."""
 
     feedback: torch.Tensor
     """F [n, n], upper triangular with ones on the diagonal."""
     pivots: torch.Tensor
-    """R_kk^2 [n], the 1 / U_kk^2 of GPTQ: what an error of one in column k's turn adds to the loss."""
+    """R_kk^2 [n], the 1 / U_kk^2 of GPTQ: the loss that an error of 1 in column k adds."""
     order: torch.Tensor | None
-    """Which column is k-th, int64 [n]; None where they are taken as stored."""
+    """Which column is k-th, int64 [n]; None for stored order."""
     dead: torch.Tensor
-    """Columns whose input was always zero, bool [n], as stored: their weights cannot matter and become zero."""
+    """Columns whose input was always zero, bool [n], in stored order: their weights have no effect and become zero."""
     damping: float
-    """lambda as a fraction of H's mean diagonal: what was asked for, or more where that did not suffice."""
+    """lambda as a fraction of H's mean diagonal: the one that was asked for, or more if that did not suffice."""
     ridge: float
     """lambda itself."""
 
 
 def factor(h: torch.Tensor, damp: float = 0.01, order: Order = "none") -> Factor:
-    """Factors H [n, n]; raises the damping until that works. Raises ValueError for an H that is no Gram matrix.
+    """Factors H [n, n]; increases the damping until that works. Raises ValueError for an H that is not a Gram matrix.
 
-    An H of zeros, the layer that saw no input, is taken for the identity: nothing is known, and nothing is dead.
+    An H of zeros, of a layer that saw no input, is replaced by the identity, and no column counts as always zero.
     """
-    low, high = (float(bound) for bound in h.aminmax())  # NaN wins both
+    low, high = (float(bound) for bound in h.aminmax())  # both are NaN if any entry is
     diagonal = h.diagonal()
     if not (-float("inf") < low <= high < float("inf")) or float(diagonal.min()) < 0:
         raise ValueError("the Hessian has entries that are not finite, or a negative diagonal: an input was not finite")

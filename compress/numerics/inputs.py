@@ -1,8 +1,8 @@
-"""Activations rounded as a model runs: one scale per token, found on the way.
+"""Activations rounded as a model runs, with one dynamic scale per token.
 
 Legend: x [..., width]; p its largest magnitude over the width, or over each 128 of it for `fp8-block`; s = p / 127.5 for
-int8, -128 .. 127, and p / 448 for FP8 E4M3. All of it is done in x's own dtype, as compressed-tensors does, whose values
-these are.
+int8, -128 .. 127, and p / 448 for FP8 E4M3. Everything is computed in x's own dtype, so the values are those of
+compressed-tensors.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from compress.spec.scheme import BLOCK, Scheme
 
 
 def rounded_inputs(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """What a weight of this scheme reads in the place of `x`, of the same shape and dtype."""
+    """`x` rounded as this scheme rounds activations, in the same shape and dtype."""
     if scheme.scales == "block":
         return _rounded(x.unflatten(-1, (-1, BLOCK)), scheme.inputs).flatten(-2)
     return _rounded(x, scheme.inputs)
 
 
 def in_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., width] as q s, with q in E4M3 and s [..., 1] in x's dtype. In bf16, q s rounded is this q and s again."""
+    """x [..., width] as q s, with q in E4M3 and s [..., 1] in x's dtype. In bf16, rounding q s again gives the same q and s."""
     s = _scale(x, 448.0)
     return (x / s).clamp(-448, 448).to(torch.float8_e4m3fn), s
 

@@ -1,12 +1,12 @@
-"""Knapsack: one choice for each item, least cost within a budget, exact.
+"""Knapsack: one choice for each item, of least total cost within a budget; exact.
 
-Legend: item i has choices c with cost v_ic and size m_ic; wanted are c_i with the least sum of v and the sum of m at most B.
+Legend: item i has choices c with cost v_ic and size m_ic; find c_i with the least sum of v and a sum of m of at most B.
 
-Items are taken in turn, and of the partial sums (size, cost) those are kept that no other one beats in both. A partial sum
-is also dropped where even the relaxed rest, in which the last item may be divided, leaves it worse than a whole solution that
-is known: along the lower convex hull of its choices an item grows by steps of falling worth per byte, and the relaxed
-optimum takes the steps of all items by worth until the budget is spent (Sinha & Zoltners, 1979). This leaves so few that
-thousands of items take seconds, whatever the sizes; an optimum is never dropped.
+Dynamic programming over items keeps the partial sums (size, cost) that no other one beats in both. A partial sum is also
+dropped if a lower bound of its total cost exceeds the cost of a known solution. The bound is the relaxed problem, in which
+the last item may be divided: along the lower convex hull of its choices an item grows in steps of falling gain per byte,
+and the relaxed optimum takes the steps of all items by gain per byte until the budget is spent (Sinha & Zoltners, 1979).
+So few sums remain that thousands of items take seconds, whatever the sizes; an optimum is never dropped.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 
 _SLACK = 1e-11
-"""Of all costs together: what rounding in a bound may amount to."""
+"""Share of all costs together by which rounding may falsify a bound."""
 
 
 def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """Which choice each item takes. Raises ValueError where the smallest choices exceed the budget."""
+    """The choice of each item. Raises ValueError if even the smallest choices exceed the budget."""
     least = sum(min(m) for m in sizes)
     if least > budget:
         raise ValueError(f"{least} is the least that the choices take, and {budget} is given")
@@ -38,7 +38,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], bud
         spent = (cost + v[i][:, None]).flatten()
         kept = _unbeaten(grown, spent)
         kept = kept[grown[kept] <= budget]
-        # What does not leave room for the rest has an infinite bound.
+        # A sum that leaves no room for the other items has an infinite bound.
         relaxed, whole = steps.rest(i + 1, budget - grown[kept])
         best = min(best, float((spent[kept] + whole).min()))
         kept = kept[spent[kept] + relaxed <= best + slack]
@@ -52,7 +52,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], bud
 
 
 def _unbeaten(size: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
-    """Places of the sums that none of at most their size is as cheap as, by size; the first of equals."""
+    """Indices, by size, of the sums that are cheaper than all others of at most their size; of equal ones the first."""
     order = cost.argsort(stable=True)
     order = order[size[order].argsort(stable=True)]
     sorted_ = cost[order]
@@ -61,18 +61,18 @@ def _unbeaten(size: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
 
 
 class _Steps(NamedTuple):
-    """Steps along the hulls of all items, by falling worth per byte."""
+    """Steps along the hulls of all items, by falling gain per byte."""
 
     item: torch.Tensor
-    """int64 [steps]: whose step it is."""
+    """int64 [steps]: the item of each step."""
     size: torch.Tensor
     """int64 [steps]: bytes that it adds."""
     cost: torch.Tensor
     """fp64 [steps]: cost that it adds, below 0."""
     least_size: torch.Tensor
-    """int64 [items + 1]: the smallest sizes of the items from each on, together."""
+    """int64 [items + 1]: sum of the smallest sizes over the items from each on."""
     least_cost: torch.Tensor
-    """fp64 [items + 1]: what these cost."""
+    """fp64 [items + 1]: sum of the costs of these choices."""
 
     @classmethod
     def of(cls, costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]) -> _Steps:
@@ -82,7 +82,7 @@ class _Steps(NamedTuple):
             hull = _hull(sorted(zip(m, v, strict=True)))
             starts.append(hull[0])
             steps += [((b[1] - a[1]) / (b[0] - a[0]), i, b[0] - a[0], b[1] - a[1]) for a, b in pairwise(hull)]
-        # Of one item the steps stay in order: along a convex hull their worth falls.
+        # The steps of one item stay in order, because gains fall along a convex hull.
         steps.sort(key=lambda step: step[0])
         columns = list(zip(*steps, strict=True)) or [(), (), (), ()]
         return cls(
@@ -92,7 +92,7 @@ class _Steps(NamedTuple):
         )  # fmt: skip
 
     def rest(self, start: int, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(relaxed, whole) costs of the items from `start` on within `room` int64 [n]: a lower bound, and one that is reached."""
+        """Costs of the items from `start` on within `room` int64 [n]: (lower bound of the relaxed problem, a feasible one)."""
         mine = self.item >= start
         zero = torch.zeros(1, dtype=torch.int64)
         size = torch.cat([zero, self.size[mine].cumsum(0)])
@@ -122,6 +122,6 @@ def _hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _from_each(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-    """Sums of the values from each place on, and 0 at the end."""
+    """Sums of the values from each index on, and 0 at the end."""
     zero = torch.zeros(1, dtype=dtype)
     return torch.cat([torch.tensor(values, dtype=dtype).flip(0).cumsum(0).flip(0), zero])

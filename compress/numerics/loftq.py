@@ -1,13 +1,13 @@
-"""LoftQ: codes and low-rank factors of a matrix, found in turn.
+"""LoftQ: codes and low-rank factors of a matrix, optimised in turn.
 
-Legend: W [rows, columns]; Q what the codes mean; A B the factors' product, as stored; T rounds.
+Legend: W [rows, columns]; Q the dequantized codes; A B the factors' product, as stored; T rounds.
 
     Q_t = q(W - A_(t-1) B_(t-1)),    A_t B_t = the best of rank r for W - Q_t
 
-(Li et al., 2310.08659). The second step never raises |W - Q - A B|. The first does not either where q is a projection onto a
-fixed set, the grid that round one has fitted (`frozen`). With scales that are fitted anew it is none: the set that is
-rounded to moves, and at two bits the residual goes up in most rounds. So the best round is kept, which is never worse than
-the first, the codes of W with the factors of what they lost.
+(Li et al., 2310.08659). The second step never increases |W - Q - A B|. The first does not either if q is a projection onto a
+fixed set, the grid that the first round has fitted (`frozen`). If scales are fitted anew q is no such projection, because the
+grid changes, and at two bits the residual increases in most rounds. So the best round is kept, which is never worse than
+the first: the codes of W with the factors of their error.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Low rank: the best factors of a matrix, and how they are stored.
+"""Low rank: the best low-rank factors of a matrix, and their stored form.
 
 Legend: E [m, n]; E = U S V^T its singular value decomposition, s_1 >= s_2 >= ...; r the rank; L = U_r S_r^(1/2) [m, r] and
-R = S_r^(1/2) V_r^T [r, n], so that |E - L R|^2 = sum_(i>r) s_i^2, the least there is; how S is divided changes nothing.
-H = C C^T [n, n] the mean outer product of inputs x: |(E - L R) x|^2 is |(E - L R) C|^2, so the best factors for outputs
-are those of E C, and R gets C^-1 (LQER, 2402.02446).
+R = S_r^(1/2) V_r^T [r, n], so that |E - L R|^2 = sum_(i>r) s_i^2, the minimum; how S is divided between them is arbitrary.
+H = C C^T [n, n] is the mean outer product of inputs x: |(E - L R) x|^2 is |(E - L R) C|^2, so the best factors for outputs
+are those of E C, with R multiplied by C^-1 (LQER, 2402.02446).
 
-Large matrices are multiplied by themselves and a thin matrix Q [n, r + 8] in turn (Halko et al., 0909.4061) until a round
-catches at most 2^-12 more of what is caught, so no decomposition of the whole is made.
+Large matrices are not decomposed: subspace iteration multiplies E and E^T in turn by a thin matrix Q [n, r + 8] (Halko et
+al., 0909.4061) until a round increases the captured energy by at most a share of 2^-12.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from compress.spec.corrections import Lowrank
 
 _EXACT = 512
-"""Matrices with a side up to this are decomposed as they are."""
+"""Matrices with a side up to this are decomposed directly."""
 _MORE, _ROUNDS, _TOLERANCE = 8, 64, 2.0**-12
 
 
@@ -35,7 +35,7 @@ class Factors:
         return self.halves()[0] @ self.halves()[1]
 
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both in fp32, with the root of a scale in each."""
+        """Both factors in fp32, each multiplied by the square root of the scale."""
         left, right = self.left.float(), self.right.float()
         if self.scale is None:
             return left, right
@@ -43,7 +43,7 @@ class Factors:
         return left * root[..., None, :], right * root[..., None]
 
     def turned(self) -> Factors:
-        """Those of the transpose."""
+        """The factors of the transpose."""
         return Factors(self.right.mT.contiguous(), self.left.mT.contiguous(), self.scale)
 
 
@@ -59,7 +59,7 @@ def best(e: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _thin(e: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The largest singular values and their vectors; from one fixed start, so that they are the same each time."""
+    """The largest singular values and their vectors, from a fixed start, so that results are reproducible."""
     q = torch.randn(e.shape[1], rank + _MORE, generator=torch.Generator().manual_seed(0), dtype=e.dtype).to(e.device)
     caught = 0.0
     for _ in range(_ROUNDS):
@@ -69,19 +69,19 @@ def _thin(e: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch
         if now - caught <= _TOLERANCE * now:
             break
         caught = now
-    # e is near p r^T q^T.
+    # e is approximately p r^T q^T.
     u, s, v = torch.linalg.svd(r.T)
     return p @ u, s, v @ q.T
 
 
 def best_for(e: torch.Tensor, rank: int, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L and R of the least |(e - L R) c|, for an upper triangular `c` [n, n] that has an inverse."""
+    """L and R that minimise |(e - L R) c|, for an invertible upper triangular `c` [n, n]."""
     left, right = best(e @ c, rank)
     return left, torch.linalg.solve_triangular(c, right, upper=True, left=False)
 
 
 def stored(left: torch.Tensor, right: torch.Tensor, lowrank: Lowrank) -> Factors:
-    """Factors as they are stored; of a smaller rank than there should be, with zeros."""
+    """Factors in their stored form, filled up with zeros to the rank."""
     short = lowrank.rank - left.shape[-1]
     left, right = torch.nn.functional.pad(left, (0, short)), torch.nn.functional.pad(right, (0, 0, 0, short))
     if not lowrank.int8:
@@ -91,7 +91,7 @@ def stored(left: torch.Tensor, right: torch.Tensor, lowrank: Lowrank) -> Factors
 
 
 def _int8(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and the scale of each rank; one for a rank of zeros."""
+    """Codes and the scale of each rank; the scale is 1 for a rank of zeros."""
     most = x.abs().amax(dim, keepdim=True) / 127
     scale = torch.where(most == 0, 1, most)
     return (x / scale).round().to(torch.int8), scale

@@ -1,4 +1,4 @@
-"""Masks: which entries of a matrix to keep, by their scores; and checks.
+"""Masks: which entries of a matrix to keep, by their scores; checks of patterns.
 
 Legend: scores fp32 >= 0 [experts?, out, in], larger is more worth keeping; the inputs are the last dimension. Ties
 are broken by position, the earlier entry kept, so that a mask is the same wherever it is computed.
@@ -45,7 +45,7 @@ def _keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def keep_above(scores: torch.Tensor, drop: int) -> torch.Tensor:
-    """Drops the `drop` smallest of a vector by two histograms of its bits, which order floats >= 0; no sort."""
+    """Drops the `drop` smallest of a vector. Uses two histograms of its bits, which order floats >= 0, instead of a sort."""
     if drop >= len(scores):
         return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     bits = scores.contiguous().view(torch.int32)
@@ -61,7 +61,7 @@ def keep_above(scores: torch.Tensor, drop: int) -> torch.Tensor:
 
 
 def _bin(keys: Iterable[torch.Tensor], rank: int, counts: torch.Tensor) -> tuple[int, int]:
-    """(the key, below 2^16, of the entry of that rank from 0; how many entries have a smaller key); `counts` are zeros."""
+    """(the key, below 2^16, of the entry of rank `rank`; the number of entries with a smaller key); `counts` are zeros."""
     for piece in keys:
         counts += torch.bincount(piece, minlength=1 << 16)
     upto = counts.cumsum(0)
@@ -70,7 +70,7 @@ def _bin(keys: Iterable[torch.Tensor], rank: int, counts: torch.Tensor) -> tuple
 
 
 def holds(nonzero: torch.Tensor, sparsity: Sparsity) -> bool:
-    """Whether `nonzero` [experts?, out, in] has the pattern: no group with too many, or zeros enough in each matrix."""
+    """Whether `nonzero` [experts?, out, in] has the pattern: no group has too many, or each matrix has enough zeros."""
     if sparsity.of is not None:
         if nonzero.shape[-1] % sparsity.of:
             return False
@@ -78,5 +78,5 @@ def holds(nonzero: torch.Tensor, sparsity: Sparsity) -> bool:
     assert sparsity.fraction is not None
     rows, columns = nonzero.shape[-2:]
     zeros = (~nonzero).flatten(-2).sum(-1)
-    # A share of each row, rounded down, may be less than the share of the matrix; both are what was asked for.
+    # A share of each row, rounded down, may be less than that share of the matrix; both are accepted.
     return bool((zeros >= min(int(rows * columns * sparsity.fraction), rows * int(columns * sparsity.fraction))).all())

@@ -1,6 +1,6 @@
-"""Norms: how large each input of a layer is over the calibration tokens.
+"""Norms: root mean square of each input of a layer over the calibration tokens.
 
-Legend: x [tokens, n] inputs. Sums of squares in fp64: they are added up over many batches, and cost little.
+Legend: x [tokens, n] inputs. Sums of squares are in fp64, because many batches are added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class InputNorms:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Folds in inputs [tokens, width] of any float dtype."""
+        """Adds inputs [tokens, width] of any float dtype."""
         self.squares += x.float().square().sum(0, dtype=torch.float64)
         self.tokens += len(x)
 
@@ -25,7 +25,7 @@ class InputNorms:
         return [self.squares]
 
     def rms(self) -> torch.Tensor:
-        """Root mean square of every input [width], fp32. Raises ValueError where an input was not finite."""
+        """Root mean square of every input [width], fp32. Raises ValueError if an input was not finite."""
         found = (self.squares / max(1, self.tokens)).sqrt().float()
         if not bool(torch.isfinite(found).all()):
             raise ValueError("an input was not finite")

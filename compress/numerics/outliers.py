@@ -1,8 +1,8 @@
-"""Outliers: the largest entries of a matrix, kept as they are beside its codes.
+"""Outliers: the largest entries of a matrix, kept unrounded next to its codes.
 
 LLM-MQ (Li et al., ENLSP 2023) after SqueezeLLM (2306.07629): a small share of the weights, the largest in magnitude, is
-taken out before scales are chosen, and stored as it is. What is left has zeros in their places, which every grid has a
-code for, so nothing that fits or rounds it needs to know of them. Of equal magnitudes the first is taken.
+removed before scales are chosen, and stored unrounded. The rest of the matrix has zeros in their places; every grid has
+a code for zero, so fitting and rounding need not know of outliers. Of equal magnitudes the first is taken.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Sparse:
     offsets: torch.Tensor
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row, counted on over experts, and column of each entry: int64 [entries] each."""
+        """Row (numbered through all experts) and column of each entry: int64 [entries] each."""
         counts = self.offsets.diff(dim=-1).flatten()
         rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
         return rows, self.columns.flatten().long()
@@ -48,12 +48,12 @@ class Sparse:
         counts = self.offsets.diff()[rows].long()
         ends = counts.cumsum(0)
         at = (self.offsets[rows] - ends + counts).repeat_interleave(counts) + torch.arange(int(counts.sum()), device=rows.device)
-        # As another type, because uint16 cannot be indexed.
+        # As int32, because torch cannot index uint16.
         return Sparse(self.values[at], self.columns.int()[at], torch.cat([ends.new_zeros(1), ends]))
 
 
 class Split(NamedTuple):
-    """A matrix without its outliers, in its own dtype; where they were, bool; and they themselves."""
+    """A matrix without its outliers, in its own dtype; their mask, bool; and the outliers."""
 
     rest: torch.Tensor
     mask: torch.Tensor
@@ -61,7 +61,7 @@ class Split(NamedTuple):
 
 
 def split(w: torch.Tensor, outliers: Outliers) -> Split:
-    """Takes the largest entries of each matrix of `w` [experts?, rows, columns] out of it."""
+    """Splits the largest entries of each matrix off `w` [experts?, rows, columns]."""
     rows, columns = w.shape[-2:]
     kept = outliers.count(rows, columns)
     mask = torch.stack([keep_above(m.flatten().float().abs(), m.numel() - kept) for m in w.reshape(-1, rows, columns)])

@@ -1,4 +1,4 @@
-"""Products of fp32 matrices on a processor's units for bfloat16, summed in fp32."""
+"""Products of fp32 matrices on a CPU's bfloat16 units, summed in fp32."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @contextmanager
 def in_bfloat16(wanted: bool) -> Iterator[None]:
-    """If `wanted`, rounds the factors of fp32 products to bfloat16 where the CPU has units for that: two to four times as fast.
+    """If `wanted`, rounds the factors of fp32 products to bfloat16 on CPUs with units for that: two to four times as fast.
 
-    Of factors that are such numbers already nothing is lost: a product of two has 16 bits, and fp32, which they are added up
-    in, holds 24. Where there are no such units, products are in fp32 as ever.
+    Nothing is lost if the factors are bfloat16 numbers already: a product of two has 16 bits, and the fp32 sum holds 24.
+    On CPUs without such units, products stay in fp32.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not wanted or not hasattr(matmul, "fp32_precision"):

@@ -1,21 +1,21 @@
-"""QTensor: the one canonical quantized form, and how it lies on disk.
+"""QTensor: the one canonical quantized form, in memory and on disk.
 
-`codes` uint8 [experts?, rows, columns] in 0 .. levels - 1: integers less their zero, places in a table, or the bytes of
+`codes` uint8 [experts?, rows, columns] in 0 .. levels - 1: unsigned integers, indices into a table, or the bytes of
 FP8. `scale` [experts?, rows, groups] in the dense weight's dtype, `zero` uint8 [experts?, rows, groups] (None when
-symmetric: the zero of integers is then the middle code). Floats have scales of other shapes and dtypes too: FP8 fp32,
+symmetric: the zero of integers is then the middle code). Scales of floats have other shapes and dtypes too: FP8 fp32,
 [experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
-`tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; a reciprocal would not come back).
-Rows are outputs and columns inputs, fused experts stored [in, out] included: y = x @ dequantize(q).T + b. A
-Conv1D alone keeps its stored [in, out], y = x @ dequantize(q) + b, because the readers that know it group it so.
+`tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; its reciprocal would not be exact).
+Rows are outputs and columns inputs, also for fused experts stored [in, out]: y = x @ dequantize(q).T + b. Only a
+Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its readers group it that way.
 
-Two things may stand beside codes. Outliers replace what the codes at their places mean: values in the weight's dtype, by
-rows. Then low-rank factors are added to everything: bf16, or int8 with an fp32 scale for each rank.
+A weight may have two corrections. Outliers replace the values of some codes: values in the weight's dtype, by
+rows. Then the product of low-rank factors is added: bf16, or int8 with an fp32 scale for each rank.
 
 On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.tensor_scale`, and
-beside them `NAME.outlier_values` [experts?, n], `.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets`
+with corrections `NAME.outlier_values` [experts?, n], `.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets`
 int32 [experts?, rows + 1]; `NAME.left` [experts?, rows, rank], `.right` [experts?, rank, columns], and `.rank_scale`
 [experts?, rank].
-`dequantize` defines the meaning; every quantizer returns a QTensor, every packer takes one.
+`dequantize` defines its values; every quantizer returns a QTensor, every packer takes one.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 _CODES = ("codes", "scale", "zero", "tensor_scale")
 _OUTLIERS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_offsets": "offsets"}
 _LOWRANK = {"left": "left", "right": "right", "rank_scale": "scale"}
-"""Parts on disk, and what Sparse and Factors call them."""
+"""Parts on disk -> fields of Sparse and Factors."""
 PARTS = (*_CODES, *_OUTLIERS, *_LOWRANK)
-"""What follows a weight's name on disk."""
+"""Suffixes of a weight's name on disk."""
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """Codes with their scales, and what stands beside them; see the module's caption for shapes."""
+    """Codes with their scales and corrections; see the module's docstring for shapes."""
 
     scheme: Scheme
     codes: torch.Tensor
@@ -58,24 +58,24 @@ class QTensor:
     lowrank: Factors | None = None
 
     def steps(self) -> torch.Tensor:
-        """What the scales mean, fp32 in the shape of `scale`."""
+        """The values of the scales, fp32 in the shape of `scale`."""
         from compress.numerics.scales import steps
 
         return steps(self.scale, self.tensor_scale)
 
     def plain(self) -> QTensor:
-        """The same weight with fp32 scales that stand for themselves."""
+        """The same weight with plain fp32 scales."""
         return replace(self, scale=self.steps(), tensor_scale=None)
 
     def nonzero(self) -> torch.Tensor:
-        """Which entries mean anything but zero, bool [experts?, rows, columns]; all that factors are added to may."""
+        """Which entries are not zero, bool [experts?, rows, columns]; with low-rank factors all may be."""
         found = self._coded()
         if self.outliers is not None:
             found = self.outliers.put(found)
         return found if self.lowrank is None else found.fill_(True)
 
     def _coded(self) -> torch.Tensor:
-        """Which codes mean anything but zero."""
+        """Which codes have a value other than zero."""
         if not self.scheme.integer:
             from compress.numerics.floats import decode
 
@@ -92,12 +92,12 @@ class QTensor:
         return dense if self.lowrank is None else dense.add_(self.lowrank.product())
 
     def base(self) -> torch.Tensor:
-        """The same without low-rank factors."""
+        """The fp32 weights without low-rank factors."""
         dense = self.values()
         return dense if self.outliers is None else self.outliers.put(dense)
 
     def values(self) -> torch.Tensor:
-        """What the codes alone mean."""
+        """The fp32 values of the codes alone."""
         if self.scheme.integer:
             from compress.numerics.grid import dequantize
 
@@ -114,12 +114,12 @@ def as_matrix(weight: Weight, stored: torch.Tensor) -> torch.Tensor:
 
 
 def along_inputs(weight: Weight, matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix [experts?, rows, columns] with its inputs last; its own inverse. Only a Conv1D has them elsewhere."""
+    """A matrix [experts?, rows, columns] with its inputs last; its own inverse. It transposes only a Conv1D."""
     return matrix.transpose(-1, -2) if weight.transposed and weight.experts is None else matrix
 
 
 def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """safetensors dtype and shape of codes (as a byte stream), scale and, where there are any, all other parts."""
+    """safetensors dtype and shape of codes (as a byte stream), scale, and all other parts that the state has."""
     scheme = state.scheme
     assert scheme is not None
     stream_bytes = math.ceil(weight.columns * scheme.bits / 32) * 4
@@ -161,7 +161,7 @@ def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
 
 
 def stored(weight: Weight, value: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a canonical checkpoint that hold codes, or a matrix [experts?, rows, columns]; by name on disk."""
+    """The tensors, by name on disk, that hold codes or a matrix [experts?, rows, columns] in a canonical checkpoint."""
     return encode(weight, value) if isinstance(value, QTensor) else {weight.name: as_matrix(weight, value)}
 
 
@@ -176,7 +176,7 @@ def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QT
 
 
 def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
-    """What there is besides codes, scale and zero, by its names on disk."""
+    """The parts besides codes, scale and zero, by their suffix on disk."""
     parts: dict[str, torch.Tensor | None] = {"tensor_scale": q.tensor_scale}
     for whole, words in ((q.outliers, _OUTLIERS), (q.lowrank, _LOWRANK)):
         parts |= {part: getattr(whole, word) for part, word in words.items() if whole is not None}
@@ -186,7 +186,7 @@ def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
 def with_beside(
     state: State, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, parts: Mapping[str, torch.Tensor]
 ) -> QTensor:  # fmt: skip
-    """Codes with what stands beside them in `parts`, which may hold more."""
+    """Codes with the corrections in `parts`, which may hold more."""
     from compress.numerics.lowrank import Factors
     from compress.numerics.outliers import Sparse
 

@@ -1,6 +1,6 @@
-"""Rounding to nearest, whatever the scheme: a dense matrix becomes a QTensor.
+"""Rounding to nearest, for every scheme: a dense matrix becomes a QTensor.
 
-Integers by grid.py, all other grids by scales.py and floats.py; in fp32, some rows at a time.
+Integers use grid.py, all other grids scales.py and floats.py; in fp32, some rows at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compress.spec.corrections import Outliers
 from compress.spec.scheme import Scheme
 
 _CHUNK = 1 << 18
-"""Elements worked on at a time."""
+"""Elements processed at a time."""
 
 
 class Rounded(NamedTuple):
@@ -43,9 +43,9 @@ def nearest(
     """Rounds `w` [experts?, rows, columns], a weight of `dtype`, to `scheme`.
 
     `clip="mse"` searches each group's range for the least squared error; `least_zero` is the smallest zero point of
-    asymmetric codes; `peak` is the largest magnitude among all that share the scale of the matrix, if more than `w` do;
+    asymmetric codes; `peak` is the largest magnitude of all weights that share the matrix's scale, if `w` is not the only one;
     `least_code` is the smallest code of integers that is used.
-    Outliers are taken out before anything is fitted, and stand beside the codes.
+    Outliers are split off before anything is fitted, and stored next to the codes.
     """
     if outliers is not None:
         rest, _, sparse = split(w, outliers)
@@ -64,7 +64,7 @@ def nearest(
 
 
 def on_grid(w: torch.Tensor, q: QTensor) -> QTensor:
-    """`w` [experts?, rows, columns] rounded to nearest with the scales and zero points of `q`, which are left as they are."""
+    """`w` [experts?, rows, columns] rounded to nearest with the scales and zero points of `q`."""
     s = spread(q.steps(), q.scheme, *w.shape[-2:])
     x = w.float() / s
     if not q.scheme.integer:
@@ -74,7 +74,7 @@ def on_grid(w: torch.Tensor, q: QTensor) -> QTensor:
 
 
 def stacked(matrices: list[QTensor]) -> QTensor:
-    """The codes of fused experts, and what stands beside them, from those of each."""
+    """The QTensor of fused experts from those of each expert."""
 
     def stack(parts: list[Any]) -> Any:
         if isinstance(parts[0], QTensor | Sparse | Factors):
@@ -100,13 +100,13 @@ def unstacked(experts: QTensor) -> list[QTensor]:
 
 
 def largest(w: torch.Tensor) -> float:
-    """The largest magnitude of a tensor; NaN wins."""
+    """The largest magnitude of a tensor; NaN if any entry is."""
     low, high = w.aminmax()
     return float(torch.maximum(low.neg(), high))
 
 
 def _bands(w: torch.Tensor, scheme: Scheme) -> list[slice]:
-    """Slices of rows that hold about a chunk of elements, and whole scales unless the matrix has but one."""
+    """Slices of about a chunk of elements; they do not cut through the rows of a scale, unless the matrix has only one."""
     rows, columns = w.shape
     height = 1 if scheme.scales == "tensor" else scheme.rows_per_scale(rows)
     step = max(1, _CHUNK // max(1, columns) // height) * height
@@ -116,7 +116,7 @@ def _bands(w: torch.Tensor, scheme: Scheme) -> list[slice]:
 def fit_all(
     w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, peak: float, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The scales of a matrix [r, g] as they are stored; see `fit`."""
+    """The scales of a matrix [r, g] in their stored form; see `fit`."""
     if scheme.scales == "tensor":
         return fit(w[:1], scheme, dtype, clip, peak)
     return torch.cat([fit(w[rows].float().contiguous(), scheme, dtype, clip, peak, weight) for rows in _bands(w, scheme)])

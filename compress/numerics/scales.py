@@ -1,16 +1,16 @@
-"""Scales of float grids: chosen, stored, spread over their weights.
+"""Scales of float grids: choosing, storing and expanding them.
 
 Legend: w [rows, columns]; s scale of a group or block, p its largest magnitude, t the grid's largest value; w' = s v with v
-a value of the grid, and s = p / t where nothing else is said. Scales are rounded to what is stored *before* codes are
-computed: to the weight's dtype (FP8's too, though they are kept in fp32, as other tools have them), or
+a value of the grid, and s = p / t by default. Scales are rounded to their stored form *before* codes are
+computed: to the weight's dtype (FP8's too, though they are stored in fp32, as in other tools), or
     e8m0  a byte u, s = 2^(u - 127): the least power that clips nothing (`rceil`, NVIDIA), OCP's 2^(floor(log2 p) - 2)
           (`floor`), the same after p is rounded to one bit of mantissa (`even`), or the best of three (`mse`); 255 is NaN
-    e4m3  s = e4m3(p D / t) / D with D = 448 t / p of the matrix in fp32 (NVFP4), so that readers which fuse matrices ask
-          them to share D: p is then the largest of all. It is kept as the divisor that it is, because a reciprocal does
-          not come back. 4/6: D = 256 t / p, and each block takes p / 6 or p / 4, whichever errs less.
-    m1, m2  per row, S 2^-k with k = 0 .. 8: a power of two S, or the row's largest scale (ZeroQuant-FP, 2307.09782, whose
-          groups of such scales are rows here); the nearest power, in the logarithm, or the next one (`ceil`)
-Exponents are read from the bits, never from a logarithm. Groups of zeros have the scale one where it is free.
+    e4m3  s = e4m3(p D / t) / D with D = 448 t / p of the matrix in fp32 (NVFP4). Matrices that readers fuse must share
+          D: p is then the largest magnitude of all. D is stored as a divisor, because its reciprocal would not be
+          exact. 4/6: D = 256 t / p, and each block takes p / 6 or p / 4, whichever errs less.
+    m1, m2  per row, S 2^-k with k = 0 .. 8: S is a power of two, or the row's largest scale (ZeroQuant-FP, 2307.09782,
+          whose groups of such scales are rows here); the power is the nearest in the logarithm, or the next one (`ceil`)
+Exponents are read from the bits, never from a logarithm. Groups of zeros have the scale 1 if nothing else fixes it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _SHRINKS = tuple(torch.linspace(1.0, 0.5, 21).tolist())
 _NEIGHBOURS = (1.0, 0.5, 2.0)
 _E4M3_TOP, _E4M3_LEAST = 448.0, 2.0**-9
 _SHIFTS = 8
-"""How far E2M1 can be shifted down inside E4M3 without losing a bit."""
+"""Powers of two by which E2M1 can be scaled down inside E4M3 without losing a bit."""
 _FRACTION = 0x7FFFFF
 _THRESHOLDS = {"floor": _FRACTION, "even": 0x5FFFFF, "rceil": 0x400000, "round": 0x3504F3, "ceil": 0}
-"""The largest fraction, as fp32 has it, that does not yet go to the next power: of 2, 1.75, 1.5, the root of 2, and 1."""
+"""The largest fp32 mantissa that is not rounded up to the next power: below 2, 1.75, 1.5, sqrt(2), and 1."""
 
 
 def steps(scale: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """What stored scales [experts?, r, g] mean, in fp32; bytes are E8M0 and 255 is NaN."""
+    """The fp32 values of stored scales [experts?, r, g]; bytes are E8M0, where 255 is NaN."""
     if scale.dtype == torch.uint8:
         bits = scale.to(torch.int32)
         powers = (bits << 23).view(torch.float32)
@@ -44,7 +44,7 @@ def steps(scale: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> torc
 
 
 def spread(per_scale: torch.Tensor, scheme: Scheme, rows: int, columns: int) -> torch.Tensor:
-    """Scales [..., r, g] at every entry of [..., rows, columns]."""
+    """Scales [..., r, g] expanded to [..., rows, columns]."""
     height = scheme.rows_per_scale(rows)
     if height > 1:
         per_scale = per_scale.repeat_interleave(height, dim=-2)[..., :rows, :]
@@ -68,7 +68,7 @@ def flat(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def divisor(peak: float, scheme: Scheme, device: torch.device | None = None) -> torch.Tensor | None:
-    """D of a matrix whose largest magnitude is `peak`, fp32 [] on a device; None where scales stand for themselves."""
+    """D of a matrix whose largest magnitude is `peak`, fp32 [] on a device; None for schemes without such a divisor."""
     if scheme.scales != "e4m3":
         return None
     most = 256.0 if scheme.rule == "4over6" else _E4M3_TOP
@@ -79,10 +79,10 @@ def divisor(peak: float, scheme: Scheme, device: torch.device | None = None) -> 
 def fit(
     w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, peak: float, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Scales [r, g] of `w` [rows, columns] as they are stored, for weights of `dtype`.
+    """Scales [r, g] of `w` [rows, columns] in their stored form, for weights of `dtype`.
 
-    `peak` is the largest magnitude of the matrix, and of what shares scales with it. `clip="mse"` searches each scale for
-    the least squared error, weighted by `weight` [columns] if given; FP8, whose range is to spare, has nothing to search.
+    `peak` is the largest magnitude of the matrix and of all that share scales with it. `clip="mse"` searches each scale for
+    the least squared error, weighted by `weight` [columns] if given; FP8, whose range is ample, has nothing to search.
     """
     x = blocked(w, scheme)
     if scheme.scales == "tensor":
@@ -109,7 +109,7 @@ def fit(
 
 
 def _factors(scheme: Scheme, clip: str) -> tuple[float, ...]:
-    """What the largest magnitude is multiplied by in turn; where errors are equal the first is taken."""
+    """Factors of the largest magnitude that are tried in turn; of equal errors the first is taken."""
     own = {"mse": _NEIGHBOURS, "4over6": (1.0, 1.5)}.get(scheme.rule, (1.0,))
     if clip == "none" or scheme.bits == 8:
         return own
@@ -120,18 +120,18 @@ def _factors(scheme: Scheme, clip: str) -> tuple[float, ...]:
 def _store(
     largest: torch.Tensor, scheme: Scheme, dtype: torch.dtype, d: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes stored scales of magnitudes [r, g]; `largest` are those of all weights, which scales of a row go by."""
+    """A function from magnitudes [r, g] to stored scales; `largest`, of all weights, fixes scales that depend on their row."""
     t, how = top(scheme), scheme.rule.rpartition("-")[2]
     if scheme.scales == "e8m0":
         rule = {"": "rceil", "mse": "floor"}.get(how, how)
         return lambda p: _e8m0(p, rule)
     if d is not None:
-        # A block of zeros takes one, as any scale means zeros.
+        # A block of zeros gets the scale 1; any scale gives zeros.
         return lambda p: torch.where(p == 0, 1, (p * d / t).clamp(_E4M3_LEAST, _E4M3_TOP)).to(torch.float8_e4m3fn)
     info = torch.finfo(dtype)
 
     def plain(p: torch.Tensor) -> torch.Tensor:
-        # The smallest normal number keeps a tiny group from a zero scale.
+        # Clamped to the smallest normal number, so that a tiny group gets no zero scale.
         return torch.where(p == 0, 1, (p / t).clamp(info.tiny, info.max)).to(dtype)
 
     if not scheme.rule:
@@ -152,14 +152,14 @@ def _store(
 
 
 def _exponent(x: torch.Tensor, how: str) -> torch.Tensor:
-    """int32 e with 2^e the power near |x| that `how` says; -127 for zero and what is below 2^-126, 128 if not finite."""
+    """int32 e, where 2^e is the power near |x| by the rule `how`; -127 for |x| below 2^-126, 128 if not finite."""
     bits = x.abs().float().contiguous().view(torch.int32)
     whole = bits >> 23
     return whole - 127 + ((whole < 255) & ((bits & _FRACTION) > _THRESHOLDS[how])).int()
 
 
 def _e8m0(p: torch.Tensor, how: str) -> torch.Tensor:
-    """Bytes of the powers for magnitudes `p` of E2M1 groups, whose largest value is 1.5 * 2^2."""
+    """E8M0 bytes for magnitudes `p` of E2M1 groups, whose largest value is 1.5 * 2^2."""
     e = _exponent(p, how)
     u = torch.where(p == 0, 127, (e - 2 + 127).clamp(0, 254))
     return torch.where(p.isfinite(), u, 255).to(torch.uint8)

@@ -1,10 +1,10 @@
-"""Smoothing: numbers for channels of an activation, so that weights round well.
+"""Smoothing: scales for channels of an activation, so that weights round well.
 
 Legend: x [tokens, n] inputs of weights W [out, n]; s [n] > 0: x becomes x / s and W becomes W s, column by column, which
-changes no output until W is rounded to Q(W s). H = mean of x x^T; D = Q(W s) / s - W, and trace(D H D^T) is what rounding
-costs in outputs, per token.
+changes no output until W is rounded to Q(W s). H = mean of x x^T; D = Q(W s) / s - W, and trace(D H D^T) is the mean squared
+error of the outputs, per token.
 
-AWQ (Lin et al., 2306.00978): s = (mean |x|)^r / sqrt(max * min of that), with the r of least cost.
+AWQ (Lin et al., 2306.00978): s = (mean |x|)^r / sqrt(max * min of it), with the r of least cost.
 SmoothQuant (Xiao et al., 2211.10438): s = max |x|^a / max |W|^(1-a).
 """
 
@@ -17,7 +17,7 @@ from compress.numerics.rounding import nearest
 from compress.spec.scheme import Scheme
 
 _LEAST = 1e-4
-"""Channels that hold less count as this much: what is always zero needs no number of its own."""
+"""Lower bound of a channel's magnitude, so that a channel that is always zero gets a finite scale."""
 
 
 class Activity(Hessian):
@@ -35,29 +35,29 @@ class Activity(Hessian):
         return [*super().parts(), self.sums]
 
     def magnitudes(self) -> torch.Tensor:
-        """mean |x| [n], fp32; to be asked before `mean`. Raises ValueError where an input was not finite."""
+        """mean |x| [n], fp32; must be called before `mean`. Raises ValueError if an input was not finite."""
         return _finite(self.sums / max(1, self.tokens))
 
 
 class Extents:
-    """Keeps max |x|: no sum, so that processes have to take the largest of theirs."""
+    """Keeps max |x|. That is no sum, so processes must combine theirs by the maximum."""
 
     def __init__(self, width: int) -> None:
         self.peaks = torch.zeros(width)
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Folds in inputs [tokens, width] of any float dtype."""
+        """Adds inputs [tokens, width] of any float dtype."""
         if len(x):
             self.peaks = torch.maximum(self.peaks, x.abs().amax(0).float())
         self.tokens += len(x)
 
     def parts(self) -> list[torch.Tensor]:
-        """Nothing that could be added up."""
+        """Empty: there are no sums."""
         return []
 
     def largest(self) -> torch.Tensor:
-        """max |x| [n], fp32. Raises ValueError where an input was not finite."""
+        """max |x| [n], fp32. Raises ValueError if an input was not finite."""
         return _finite(self.peaks)
 
 
@@ -79,6 +79,6 @@ def by_extents(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> tor
 
 
 def cost(w: torch.Tensor, s: torch.Tensor, h: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str) -> float:
-    """trace(D H D^T) of `w` [out, n], fp32 but of a weight of `dtype`, rounded to nearest after its columns were multiplied."""
+    """trace(D H D^T) of `w` [out, n], multiplied by `s` and rounded to nearest; fp32 values of a weight of `dtype`."""
     d = nearest(w * s, scheme, dtype, clip).q.dequantize().div_(s).sub_(w)
     return float(((d @ h) * d).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Build manifest: what a step has done, as the manifest of what it made."""
+"""Build manifest: the manifest of a checkpoint that a step has written."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
     "smoothed", "default text", NOTE,
 )  # fmt: skip
-"""Counted lines that stay true of a checkpoint through later steps."""
+"""Words of counted lines that still hold after later steps."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a step has left: its lineage, the journal's entries by weight, digests of files, and what was measured."""
+    """Records of a finished step: lineage, journal entries by weight, digests of files, measurements."""
 
     lineage: tuple[Step, ...]
     entries: dict[str, dict[str, Any]]
@@ -41,7 +41,7 @@ class Written:
 def build_manifest(
     run: StepRun, before: Manifest | None, scan: SourceScan, second_model: Teacher | None, written: Written
 ) -> Manifest:
-    """The manifest of a step whose source's own is `before`."""
+    """The manifest of a step; `before` is the manifest of its source."""
     step, ctx = run.step, run.ctx
     records, happened = _records(run, before, written.entries)
     kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
@@ -76,7 +76,7 @@ def build_manifest(
 def _records(
     run: StepRun, before: Manifest | None, entries: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, WeightRecord], list[Note]]:
-    """What each weight is that is not dense, and counted lines of what happened to weights on the way."""
+    """A record for each weight that is not dense, and counted lines from the journal's notes."""
     step, records = run.step, {}
     happened: dict[tuple[str, str], list[str]] = {}
     for weight in run.weights:
@@ -109,7 +109,7 @@ def _notes(
 
 
 def _origin(run: StepRun, scan: SourceScan) -> Source:
-    """The model that everything came from, of a source without a manifest."""
+    """The origin of the lineage: a source that has no manifest."""
     source = run.source
     return Source(
         name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
@@ -118,7 +118,7 @@ def _origin(run: StepRun, scan: SourceScan) -> Source:
 
 
 def _still(note: NoteRecord, step: StepPlan) -> NoteRecord | None:
-    """What is left of an earlier step's counted line: an error of a weight that is made anew is told anew."""
+    """An earlier step's counted line, without the weights whose errors this step has measured anew."""
     if note.what != "large error" or step.format is not None:
         return note
     names = tuple(name for name in note.names if name not in set(step.transformed))
@@ -134,9 +134,9 @@ def isa() -> str:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had resident so far.
+    """Peak resident memory of this process so far.
 
-    Linux's `ru_maxrss` would count the process that started this one, too, if that was the larger.
+    Not from `ru_maxrss`: on Linux it includes the parent process's peak, if that was larger.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []

@@ -1,4 +1,4 @@
-"""Entry: how a source enters a recipe: as it is, or through unpack."""
+"""Entry: reads a recipe's source: plain, or packed for unpack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compress.spec.recipe import Recipe
 
 
 def enter(recipe: Recipe, source: Checkpoint, allow_dtype_mismatch: bool = False) -> tuple[weight_map.Model, DenseView | None]:
-    """The model, and what its stored tensors mean where they are packed. Raises CompressError."""
+    """The model, and for a packed source its DenseView. Raises CompressError."""
     first = resolve(recipe)[0]
     if not first.unpacks:
         return weight_map.resolve(source, allow_dtype_mismatch), None
@@ -19,5 +19,5 @@ def enter(recipe: Recipe, source: Checkpoint, allow_dtype_mismatch: bool = False
     if not dense_view.packed:
         where = f"{recipe.lines[0].where or 1}: {first.pass_name()}"
         raise RecipeError(where, "a packed artifact", "a checkpoint with nothing to unpack", "leave this line out")
-    # A packed file's dtypes are its format's, so config.json's says nothing of them.
+    # A packed file's dtypes are those of its format, so they are not compared with config.json's.
     return dense_view.resolve(weight_map.meta_model(source)), dense_view

@@ -1,10 +1,10 @@
-"""Fail on: `--fail-on`, the share of weights that may end otherwise than asked.
+"""Fail on: `--fail-on`, limits on fallbacks, skips and errors of a run.
 
     fallbacks>1%     matrices that were rounded to nearest instead, as a share of those that the checkpoint's passes worked on
-    clamped>0        or as a number; further words: skips, unrouted, damped, ragged, zero-rows, nonfinite
+    clamped>0        as a number; further words: skips, unrouted, damped, ragged, zero-rows, nonfinite
     error>0.3        weights whose relative error is larger
 
-A gate is held against the manifest of every step, so a step that an earlier run has made passes the same gates.
+A gate checks the manifest of every step, so it also holds for steps that an earlier run has made.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ WORDS = {
     "skips": ("skipped",), "fallbacks": ("fallback", "unrouted"), "unrouted": ("unrouted",), "damped": ("damping",),
     "clamped": ("clamped",), "zero-rows": ("zero rows",), "ragged": ("ragged",), "nonfinite": ("nonfinite",),
 }  # fmt: skip
-"""What a gate may count: its words in a manifest's notes."""
+"""Word of a gate -> the words in a manifest's notes that it counts."""
 ERROR = "error"
 NAMED = frozenset({"large error", *(word for words in WORDS.values() for word in words)})
-"""Words of notes that tell of something that went otherwise than asked."""
+"""Words of notes about deviations from what was asked."""
 _GRAMMAR = re.compile(r"\s*([a-z][a-z-]*)\s*>\s*(\d{1,12}(?:\.\d{1,9})?)\s*(%?)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """`word` may be up to `limit`, or `limit` percent."""
+    """A limit: the count of `word` may be at most `limit`, or `limit` percent."""
 
     word: str
     limit: float
@@ -58,7 +58,7 @@ class Gate:
 
 
 def hold(gates: Sequence[Gate], manifest: Manifest | None) -> None:
-    """Raises GateError for everything in a manifest that is more than a gate allows."""
+    """Raises GateError for everything in a manifest that exceeds a gate."""
     if manifest is None:
         return
     shapes = [record.shape for record in manifest.weights.values()]
@@ -73,7 +73,7 @@ def hold(gates: Sequence[Gate], manifest: Manifest | None) -> None:
 
 
 def hold_plan(gates: Sequence[Gate], step: StepPlan, weights: Sequence[Weight]) -> None:
-    """The same for what a plan knows of a step before any work, such as its skips."""
+    """Checks gates against a planned step, before any work: skips, for example, are known then."""
     touched = set(step.transformed)
     whole = matrices(weight.shape for weight in weights if weight.name in touched)
     if problems := [p for gate in gates for p in _over(gate, step.notes, whole, step.name)]:
@@ -81,13 +81,13 @@ def hold_plan(gates: Sequence[Gate], step: StepPlan, weights: Sequence[Weight]) 
 
 
 def matrices(shapes: Iterable[tuple[int, ...]]) -> int:
-    """How many matrices some weights hold: fused experts are one each."""
+    """How many matrices some weights hold: each fused expert is one."""
     return sum(shape[0] if len(shape) == 3 else 1 for shape in shapes)
 
 
 def _over(gate: Gate, notes: Sequence[Note | NoteRecord], whole: int, where: str) -> list[Problem]:
     names = [name for note in notes if note.what in WORDS.get(gate.word, ()) for name in note.names]
-    # What was skipped is not among the weights that were worked on.
+    # Skipped weights are not among those that were worked on.
     whole += len(names) if gate.word == "skips" else 0
     amount = 100 * len(names) / max(1, whole) if gate.percent else len(names)
     if not names or amount <= gate.limit:

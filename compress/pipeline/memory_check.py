@@ -1,8 +1,8 @@
-"""Memory check: what this machine has; a plan that needs more is refused.
+"""Memory check: refuses a plan that needs more memory than this machine has.
 
-Counted is all that this process may ever have: the machine's memory or, where it is smaller, the limit of a cgroup that it is
-in (containers, batch systems). Not what is free just now, which other programs change while a run goes on: one that fits could
-then be refused, or the other way round. Not swap either: every pass reads all of its memory again and again.
+The limit is all that this process may ever have: the machine's memory or, if smaller, the limit of a cgroup that it is in
+(containers, batch systems). It is not the memory that is free now, which other programs change during a run: a run that fits
+might be refused, and the other way round. Swap does not count: every pass reads all of its memory again and again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     import torch
 
 _LIMITS = {"": ("", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}
-"""Controllers of a line of /proc/self/cgroup -> (where their folders lie, the file with the limit); v2 names none."""
+"""Controller in a line of /proc/self/cgroup -> (its folder, the file with the limit); v2 names no controller."""
 
 
 def machine_bytes(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may have at most; `root` is where /proc and /sys lie."""
+    """Most bytes of memory that this process may have; `root` is where /proc and /sys lie."""
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits(root)])
 
 
 def _limits(root: Path) -> Iterator[int]:
-    """Limits of the cgroups that this process is in and of those around them, v1 and v2."""
+    """Limits of the cgroups that this process is in, and of their parents, v1 and v2."""
     listed = root / "proc/self/cgroup"
     for line in listed.read_text().splitlines() if listed.is_file() else []:
         _, controllers, group = line.split(":", 2)
@@ -37,7 +37,7 @@ def _limits(root: Path) -> Iterator[int]:
             place, file = _LIMITS[controller]
             top = root / "sys/fs/cgroup" / place
             own = top / group.lstrip("/")
-            # In a container the line may name a group that only the host sees; then the top is the container's own.
+            # In a container the line may name a group that only the host sees; the root folder is then the container's.
             for folder in (own, *own.parents):
                 if folder.is_relative_to(top) and (folder / file).is_file():
                     text = (folder / file).read_text().strip()
@@ -45,7 +45,7 @@ def _limits(root: Path) -> Iterator[int]:
 
 
 def lacking(plan: Plan, there_bytes: int) -> list[Problem]:
-    """What is said of each step that needs more memory than there is."""
+    """A problem for each step that needs more memory than there is."""
     return [
         Problem(
             f"step {step.number}: {step.name}",
@@ -59,7 +59,7 @@ def lacking(plan: Plan, there_bytes: int) -> list[Problem]:
 
 
 def lacking_there(plan: Plan, device: torch.device) -> list[Problem]:
-    """What is said of each step that needs more memory than is free on a GPU."""
+    """A problem for each step that needs more memory than is free on a GPU."""
     free, whole = memory_of(device) if device.type == "cuda" else (0, 0)
     return [
         Problem(
@@ -75,6 +75,6 @@ def lacking_there(plan: Plan, device: torch.device) -> list[Problem]:
 
 
 def check_memory(plan: Plan, device: torch.device = CPU) -> None:
-    """Raises MachineError where a step is predicted to need more memory than there is, here or on a GPU."""
+    """Raises MachineError if a step's predicted peak exceeds the memory of the machine or the GPU."""
     if problems := lacking(plan, machine_bytes()) + lacking_there(plan, device):
         raise MachineError(problems)

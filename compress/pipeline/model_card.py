@@ -1,4 +1,4 @@
-"""Model card: the README.md of an artifact; the source's is kept beside it."""
+"""Model card: writes the README.md of an artifact; the source's is renamed."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _LOADING = {
         'model = PeftModel.from_pretrained({model}.from_pretrained("{here}"), "{here}/loftq_init")'
     ),
 }
-"""How each reader loads an artifact."""
+"""Example code by which each reader loads an artifact."""
 
 
 def carried(side: dict[str, Path]) -> dict[str, Path]:
-    """Side files of a source by the names that they have in what is made of it; a README of ours is not among them."""
+    """Side files of a source by their names in the output; without a README that compress has written."""
     found = {name: path for name, path in side.items() if name not in KEPT}
     for name, kept in KEPT.items():
         if name in side and kept not in side and not _ours(side[name]):
@@ -53,14 +53,14 @@ def _head(path: Path) -> str:
 
 
 def licence_of(readme: Path | None) -> str:
-    """The licence that the head of a README names; empty where there is none."""
+    """The licence in the head of a README; empty if it names none."""
     parts = re.split(r"^---[ \t]*\r?$", _head(readme), maxsplit=2, flags=re.MULTILINE) if readme is not None else []
     found = _LICENCE.search(parts[1].replace("\r", "")) if len(parts) == 3 and not parts[0].strip() else None
     return found[1] if found else ""
 
 
 def card(manifest: Manifest, nbytes: int, config: dict[str, Any], verdicts: Sequence[Verdict], licence: str) -> str:
-    """README.md of so many bytes of tensors; `licence` is what the source's README names. The same for the same manifest."""
+    """The text of README.md, which depends on nothing but the arguments; `licence` is the one in the source's README."""
     source = manifest.source
     licence = found[0] if (found := re.search(r"^[\w.+-]{1,64}$", source.licence or "", re.ASCII)) else licence
     head = [f'base_model: "{source.name}"'] if source.commit and _HUB_ID.fullmatch(source.name) else []
@@ -87,7 +87,7 @@ def card(manifest: Manifest, nbytes: int, config: dict[str, Any], verdicts: Sequ
 
 
 def _weights(manifest: Manifest) -> list[str]:
-    """What became of weights, by state, and what was counted on the way."""
+    """A table of weights by state, and the counted lines."""
     groups: dict[str, list[WeightRecord]] = defaultdict(list)
     for record in manifest.weights.values():
         groups[record.state].append(record)
@@ -114,7 +114,7 @@ def _weights(manifest: Manifest) -> list[str]:
 
 
 def _loading(manifest: Manifest, architecture: str, verdicts: Sequence[Verdict]) -> list[str]:
-    """How each reader that loads it does so, and what is known of the others."""
+    """Example code for each reader that loads the artifact, and what is known of the others."""
     if manifest.format == "canonical":
         if any(State.parse(record.state).scheme is not None for record in manifest.weights.values()):
             return ["Its codes are not packed yet. `compress pack` lays them out for a reader; verbs of compress read them.\n"]
@@ -153,12 +153,12 @@ def _row(*cells: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names come from other people's files: no character of them ends a line."""
+    """A text without line breaks: names come from untrusted files."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _code(text: str) -> str:
-    """As code in a cell, whatever is in it; nothing in code is Markdown or HTML."""
+    """A text as inline code in a table's cell, where nothing counts as Markdown or HTML."""
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{_printable(text)}{pad}{fence}".replace("|", "\\|")
@@ -169,5 +169,5 @@ def _cell(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """As text of a heading: every mark of Markdown and HTML is escaped."""
+    """A text for a heading, with all of Markdown and HTML escaped."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", _printable(text))

@@ -1,6 +1,6 @@
-"""Output paths: where a run writes, whether it may, and what is kept there.
+"""Output paths: where a run writes, its lock, its disk space, its kept steps.
 
-OUT             the last step's checkpoint; its bytes are its own, never a link into a source or cache
+OUT             the last step's checkpoint; a real copy, never a link into a source or cache
 OUT.steps/      the steps before it, read-only, kept until `compress clean OUT`; and the lock. Shards may be hard links to those
                 of another run's steps (reuse.py)
 """
@@ -22,18 +22,18 @@ from compress.errors import InputError, MachineError
 
 
 def steps_folder(out: Path) -> Path:
-    """Where the steps of `out` lie."""
+    """The folder of the steps of `out`."""
     out = Path(os.path.abspath(out))
     return out.parent / f"{out.name}.steps"
 
 
 def stem(number: int, name: str, identity: str) -> str:
-    """What the directory of a step is called."""
+    """The name of a step's directory."""
     return f"{number}-{name}-{identity[:8]}"
 
 
 def placed(out: Path, source: Checkpoint) -> Path:
-    """`out` as an absolute path. Raises InputError for a place that no run may take."""
+    """`out` as an absolute path. Raises InputError for a place where no run may write."""
     out = Path(os.path.abspath(out))
     if out.is_symlink():
         raise InputError(str(out), "a directory to make", "a link", "name the place itself")
@@ -43,7 +43,7 @@ def placed(out: Path, source: Checkpoint) -> Path:
 
 
 def based(texts: dict[str, str], out: Path) -> dict[str, str]:
-    """The texts of what lies at `out`; an adapter's config names that as its base, for PEFT takes no path from the adapter on."""
+    """The texts for `out`. An adapter's config names `out` as its base, for PEFT takes no path relative to the adapter."""
     if ADAPTER_CONFIG not in texts:
         return texts
     content = {**json.loads(texts[ADAPTER_CONFIG]), "base_model_name_or_path": str(out)}
@@ -51,7 +51,7 @@ def based(texts: dict[str, str], out: Path) -> dict[str, str]:
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Raises MachineError where the steps and the output would not fit."""
+    """Raises MachineError if the steps and the output would not fit on the disk."""
     parent = out.parent if out.parent.exists() else Path.cwd()
     kept = sum(f.stat().st_blocks * 512 for f in steps_folder(out).rglob("*") if f.is_file()) if steps_folder(out).is_dir() else 0
     free = shutil.disk_usage(parent).free + kept
@@ -72,7 +72,7 @@ def locked(out: Path, ctx: Context) -> Iterator[None]:
     folder = steps_folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not through a link, and never truncated: what lies there may be somebody else's.
+        # Not through a link, and never truncated: the file may belong to another program.
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as error:
         do = "choose an OUT in a place that you may write to, with no file or link named OUT.steps"
@@ -80,7 +80,7 @@ def locked(out: Path, ctx: Context) -> Iterator[None]:
     with open(descriptor, "rb") as stream_:
         try:
             fcntl.flock(stream_, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that ended while we opened the lock has taken it away; what we hold then keeps nobody out.
+            # A run that ended while we opened the lock has removed the file; our lock on it would exclude nobody.
             if not (folder / "lock").exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder / "lock")):
                 raise BlockingIOError
         except BlockingIOError:
@@ -112,7 +112,7 @@ def clean(out: Path, ctx: Context) -> int:
 
 
 def empty(folder: Path) -> int:
-    """Removes all that lies in a steps folder beside the lock, which is held; returns the bytes freed."""
+    """Removes everything in a steps folder but the lock, which is held; returns the bytes freed."""
     stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
     for entry in folder.iterdir():
         if entry.name != "lock":

@@ -1,7 +1,7 @@
-"""Plan: replays facts over a recipe; exact bytes, from headers only.
+"""Plan: replays states of weights over a recipe; exact bytes, from headers only.
 
-The plan is what the run then does: the shards it lays out are the ones that get written, so its sizes are exact
-by construction. What cannot be done is refused here, with every weight named, before any byte moves.
+A run executes its plan: the shards that the plan lays out are the ones that get written, so its sizes are exact
+by construction. What cannot be done is refused here, with every weight named, before any data is written.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from compress.threads import available
 SHARD_BYTES = 5_000_000_000
 _UNDECIDED = "sizes are an upper bound, for the largest choice, until the step has decided"
 _QUANTIZED = ("quantization_config", "compression_config")
-"""Keys of config.json that say how weights are packed."""
+"""Keys of config.json that describe how weights are packed."""
 _DATA_BYTES = 64 << 20
-"""Memory of a step that only makes tokens."""
+"""Bytes of memory of a step that only makes tokens."""
 
 Refused = list[tuple[str, str, str]]
-"""(weight, reason, what to do) of everything that stands in a step's way."""
+"""(weight, reason, what to do) for everything that prevents a step."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan depends on besides the recipe and the model."""
+    """Options of a plan besides the recipe and the model."""
 
     threads: int = field(default_factory=available)
     allow_skips: Sequence[str] = ()
-    """Regexes of weights that may stay as they are where a pass refuses them."""
+    """Regexes of weights that stay unchanged if a pass refuses them."""
     shard_bytes: int = SHARD_BYTES
     dtype: str = "auto"
-    """What calibrated passes compute in."""
+    """Compute dtype of calibrated passes."""
 
 
 def make_plan(
@@ -62,18 +62,18 @@ def make_plan(
     dropped: frozenset[str] | None = None, dense_view: DenseView | None = None,
     decided: Mapping[int, Mapping[str, State]] | None = None,
 ) -> Plan:  # fmt: skip
-    """Replays facts over all lines.
+    """Replays the states of weights over all lines of a recipe.
 
-    `dropped` are weights that are not written, for another one holds the same; `dense_view` is that of a packed source, `decided`
-    the states that steps have decided on, by their numbers. Raises RecipeError, CoverageError or FormatError with everything
-    that is wrong.
+    `dropped` are weights that are not written, because another one holds the same; `dense_view` is that of a packed source;
+    `decided` are the states that allocators have decided, by number of the step. Raises RecipeError, CoverageError or FormatError
+    with everything that is wrong.
     """
     dropped = frozenset(model.duplicates) if dropped is None else dropped
     return _Planner(recipe, checkpoint, model, options or PlanOptions(), dropped, dense_view, decided or {}).plan()
 
 
 class _Planner:
-    """Goes over the lines of a recipe with the states of all weights."""
+    """Plans the lines of a recipe in turn, and keeps track of the states of all weights."""
 
     def __init__(
         self, recipe: Recipe, checkpoint: Checkpoint, model: Model, options: PlanOptions, dropped: frozenset[str],
@@ -88,7 +88,7 @@ class _Planner:
         self.states = {name: entry.state for name, entry in logical.items() if name not in dropped}
         self.shared = shared_notes(checkpoint, model, dropped)
         self.changed = changed_by(checkpoint.manifest.notes if checkpoint.manifest else ())
-        """Weights that a step so far has trained or smoothed."""
+        """Weights that an earlier step has trained or smoothed."""
         self.tokens, self.length = _tokens_of(checkpoint)
         self.skips = [compiled(text, f"--allow-skips '{text}'") for text in options.allow_skips]
 
@@ -110,7 +110,7 @@ class _Planner:
             if wrong and kind is None:
                 kind = FormatError if fmt is not None else CoverageError
             elif fmt is not None and kind is not None:
-                # What packing would say of weights that an earlier line could not take is no news.
+                # After an earlier line's refusals, those of packing would only be consequences.
                 continue
             problems += [Problem(f"{where}: '{name}'", "", reason, do) for name, reason, do in wrong]
             self.states = planned.after
@@ -127,7 +127,7 @@ class _Planner:
         )  # fmt: skip
 
     def where(self, number: int, pass_: Pass) -> str:
-        """The place of a line, for messages."""
+        """The position of a line, for messages."""
         return f"{self.recipe.lines[number - 1].where or number}: {pass_.pass_name()}"
 
     def check_packed(self, number: int) -> None:
@@ -138,7 +138,7 @@ class _Planner:
             raise RecipeError(where, "pack as the last pass", f"a pass after {before.pass_name()}", "move it before pack")
 
     def check_place(self, number: int, pass_: WeightPass) -> None:
-        """Raises RecipeError for a pass that cannot stand where it does."""
+        """Raises RecipeError for a pass at a position where it cannot run."""
         where, before = self.where(number, pass_), self.passes[: number - 1]
         if not self.tokens and pass_.reads_tokens():
             raise RecipeError(where, "calibration tokens", "none", _calibrated(self.recipe, number, pass_))
@@ -148,7 +148,7 @@ class _Planner:
             raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
 
     def check_skips(self, steps: Sequence[StepPlan]) -> None:
-        """Raises UsageError for a word of --allow-skips that nothing needed."""
+        """Raises UsageError for a regex of --allow-skips that was not needed."""
         skipped = {name for step in steps for name in step.skipped}
         for regex in self.skips:
             if not any(regex.search(name) for name in skipped):
@@ -157,12 +157,12 @@ class _Planner:
                 )
 
     def surroundings(self) -> Surroundings:
-        """What decides the memory of a step besides its pass."""
+        """The facts besides the pass that a step's memory depends on."""
         options = self.options
         return Surroundings(self.checkpoint, self.weights, options.threads, options.dtype, self.tokens, self.length)
 
     def data_step(self, number: int, pass_: DataPass) -> StepPlan:
-        """A step that makes tokens; the weights are written only where it is the last one, and OUT has to have them."""
+        """A step that makes tokens. It writes the weights only if it is the last step, since OUT must have them."""
         self.tokens, self.length = pass_.tokens_at_most()
         self.shared = [*self.shared, *pass_.source_notes()]
         specs = [spec for weight in self.weights for spec in qtensor.specs(weight, self.states[weight.name])]
@@ -176,7 +176,7 @@ class _Planner:
 
 
 class _StepPlanner:
-    """One pass over all weights: which it takes, what they become, where their bytes lie, what it needs."""
+    """Plans one pass: its weights, their states, the layout of shards, the resources it needs."""
 
     def __init__(self, planner: _Planner, number: int, pass_: WeightPass, fmt: Format | None) -> None:
         self.planner, self.number, self.pass_, self.format = planner, number, pass_, fmt
@@ -186,12 +186,12 @@ class _StepPlanner:
         self.allocator = pass_.allocator()
 
     def step(self) -> tuple[StepPlan | None, Refused]:
-        """The step, or what stands in its way."""
+        """The planned step, or the refusals that prevent it."""
         chosen, wrong = self.choose()
         if wrong:
             return None, wrong
         refused = self.become(chosen)
-        # A format's refusal cannot be skipped: the weight is in codes already and no reader would have it.
+        # A format's refusal cannot be skipped: the weight is already in codes, and no reader would load it.
         if wrong := [r for r in refused if self.format is not None or not any(s.search(r[0]) for s in self.planner.skips)]:
             return None, wrong
         skipped = {name: reason for name, reason, _ in refused}
@@ -205,7 +205,7 @@ class _StepPlanner:
             texts, tuple(notes), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes,
         )  # fmt: skip
         if self.allocator is not None and not decided:
-            # Whether anything fits shows without a gradient.
+            # Raises if nothing fits the budget, which is known without gradients.
             self.allocator.decide(*offers_of(step, self.planner.weights))
         return step, []
 
@@ -226,7 +226,7 @@ class _StepPlanner:
         return chosen, []
 
     def become(self, chosen: Sequence[Weight]) -> Refused:
-        """Sets the states after the pass; returns what it or its format refuses."""
+        """Sets the states after the pass; returns the refusals of pass and format."""
         refused: Refused = []
         observes = self.pass_.executor() in ("sweep", "smooth")
         for weight in chosen:
@@ -241,7 +241,7 @@ class _StepPlanner:
         return refused
 
     def settle(self, touched: Sequence[Weight]) -> Mapping[str, State] | None:
-        """Sets the states that the pass has decided on, or was given; None until it has."""
+        """Sets the states that the allocator has decided, or that it was given; returns None if it has not decided yet."""
         if self.allocator is None:
             return None
         decided = self.planner.decided.get(self.number)
@@ -268,7 +268,7 @@ class _StepPlanner:
         return notes + untouched([weight for weight in planner.weights if weight.name not in changed], after)
 
     def shards(self) -> list[Shard]:
-        """Where every byte will lie."""
+        """The layout of all tensors."""
         planner, fmt = self.planner, self.format
         canonical = fmt is None and any(self.after[w.name].scheme for w in planner.weights)
         specs = [spec for w in planner.weights for spec in layout_specs(fmt, w, self.after[w.name])]
@@ -279,7 +279,7 @@ class _StepPlanner:
 
 
 def _calibrated(recipe: Recipe, number: int, pass_: WeightPass) -> str:
-    """What to run where the pass of that line has no tokens."""
+    """The command to run if the pass of that line has no calibration tokens."""
     lines = [str(line).removesuffix("()") for line in recipe.lines]
     whole = shlex.quote(" | ".join([*lines[: number - 1], "calibrate", *lines[number - 1 :]]))
     more = ", or give it data=..." if pass_.executor() == "train" else ""
@@ -287,21 +287,21 @@ def _calibrated(recipe: Recipe, number: int, pass_: WeightPass) -> str:
 
 
 def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
-    """How many calibration tokens a checkpoint brings, and how many in a sample."""
+    """(calibration tokens stored with a checkpoint, tokens in a sample)."""
     if CALIBRATION not in checkpoint.side_files:
         return 0, 0
     return max((math.prod(ref.shape), math.prod(ref.shape[1:])) for ref in local_header(checkpoint.path / CALIBRATION))
 
 
 def _inputs(state: State) -> str:
-    """What activations are rounded to where a weight in this state reads them."""
+    """The rounding of a weight's inputs in this state: int8, fp8 or empty."""
     return state.scheme.inputs if state.scheme is not None else ""
 
 
 def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dict[str, State]) -> dict[str, str]:
     """config.json after a step, and a format's own files.
 
-    A canonical checkpoint says that it is one, or readers would take missing weights for new ones.
+    A canonical checkpoint is marked as such; otherwise readers would initialise missing weights at random.
     """
     content = {key: value for key, value in config.items() if key not in _QUANTIZED}
     if isinstance(text := content.get("text_config"), dict):

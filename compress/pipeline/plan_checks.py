@@ -1,4 +1,4 @@
-"""Plan checks: what is asked of a weight or of a format that it cannot do."""
+"""Plan checks: refusals that depend on the format or on the model's structure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress.spec.weight_state import Weight
 
 
 def refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
-    """Raises RecipeError where a quantizer may choose zero points that a format has no word for."""
+    """Raises RecipeError if a quantizer may choose zero points that the format cannot store."""
     for line, own in zip(recipe.lines, passes, strict=False):
         pass_ = own.worker()
         if isinstance(pass_, QuantizingPass) and not pass_.scheme.symmetric and pass_.least_zero < fmt.least_zero:
@@ -26,7 +26,7 @@ def refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
 
 
 def refuse_unread(weight: Weight, model: Model) -> None:
-    """Raises Refusal for a weight whose inputs no sweep over the blocks sees."""
+    """Raises Refusal for a weight whose inputs cannot be observed in a sweep over the blocks."""
     if weight.stack.startswith("tower:"):
         raise Refusal(f"calibration feeds the text blocks, not {weight.stack}", "skip it, or use a pass without data")
     if weight.block is None:

@@ -1,4 +1,4 @@
-"""Plan memory: what a step needs while it runs: resident bytes, disk, and memory of a GPU."""
+"""Plan memory: resident bytes, disk and GPU memory that a step needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress.spec.weight_state import State, Weight
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What decides the memory of a step besides its pass."""
+    """The facts besides the pass that a step's memory depends on."""
 
     checkpoint: Checkpoint
     weights: list[Weight]
@@ -29,7 +29,7 @@ class Surroundings:
 
 
 class Needs(NamedTuple):
-    """Bytes; `device_bytes` is 0 for what the CPU does anyway."""
+    """Bytes that a step needs; `device_bytes` is 0 for a step that always runs on the CPU."""
 
     resident_bytes: int
     scratch_bytes: int
@@ -39,7 +39,7 @@ class Needs(NamedTuple):
 def needs_of(
     pass_: WeightPass, touched: list[Weight], after: dict[str, State], fmt: Format | None, around: Surroundings
 ) -> Needs:
-    """What a step needs that makes `after` of the weights that it touches."""
+    """The bytes that a step needs, given the states `after` it and the weights that it changes."""
     worker, config = pass_.worker(), around.checkpoint.config
     size = computing(around.dtype, config).itemsize
     if isinstance(worker, TrainPass):
@@ -61,7 +61,7 @@ def needs_of(
 
 
 def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | None) -> int:
-    """Bytes one worker holds at most: the dense tensor, the pass's own, the stream being packed and its parts."""
+    """Most bytes that one worker holds: the dense tensor, the pass's workspace, packed streams and their parts."""
     stream = sum(spec.nbytes for spec in layout_specs(fmt, weight, after))
     dense = 0 if fmt is not None else weight.nbytes
     return dense + pass_.workspace_bytes(weight) + 2 * stream + (16 << 20)

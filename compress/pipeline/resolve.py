@@ -1,4 +1,4 @@
-"""Resolve: recipe lines become passes; all errors of all lines at once."""
+"""Resolve: turns recipe lines into passes; reports errors of all lines at once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from compress.errors import Problem, RecipeError, Unsound, UsageError, did_you_m
 from compress.spec.recipe import Line, Recipe
 
 _SAID = 200
-"""Characters of a value that a message repeats."""
+"""Characters of a value that a message quotes."""
 
 
 def resolve_line(line: Line) -> tuple[Pass | None, list[Problem]]:
-    """The pass that a line makes, or what is wrong with the line."""
+    """The pass of a line, or the line's problems."""
     try:
         cls = load_pass(line.name)
     except UsageError as error:
@@ -47,7 +47,7 @@ def _problems(line: Line, cls: type[Pass], detail: Any) -> Iterator[Problem]:
         return
     message = "one more value" if detail["type"] == "missing" else detail["msg"].removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
-    # What options that do not fit together are is said in the message.
+    # A check of several options has no single value; its message names them.
     got = repr(detail["input"]) if option else ""
     yield Problem(where, message, got if len(got) <= _SAID else f"{got[:_SAID]}...", described or "")
 
@@ -66,7 +66,7 @@ def resolve(recipe: Recipe) -> list[Pass]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of recipe files, from the passes that are installed."""
+    """JSON Schema of recipe files, from the installed passes."""
     from compress.contract.discover import caption, pass_files
 
     definitions: dict[str, Any] = {}

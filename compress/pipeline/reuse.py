@@ -1,9 +1,9 @@
-"""Reuse: steps that another run has solved, found by their ids.
+"""Reuse: takes steps that another run has finished, found by their ids.
 
-A step's id says all that its bytes come from, so a step of that id is the one that is wanted, whatever came after it there. It is
-taken into the steps of this run, its shards as hard links where they are read-only and the file system has links, and into OUT
-as a copy. Steps that are published never change, so the other run's lock is not asked for: what vanishes or is damaged
-meanwhile shows in the digests, which are read from what was taken before it is put in its place.
+A step's id covers everything that determines its bytes, so a step of the same id can be used, whatever followed it there. It is
+put among the steps of this run, with hard links to shards that are read-only if the file system has links, or into OUT as a
+copy. Published steps never change, so the other run's lock is not needed: a step that vanishes or is damaged meanwhile is
+detected by its digests, which are checked after copying and before the step is put in place.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from compress.pipeline.output_paths import stem, steps_folder
 from compress.pipeline.step import check_bytes, check_tokens
 
 IdOf = Callable[[StepPlan, str], str]
-"""The id of a step that reads the checkpoint of a fingerprint."""
+"""(step, fingerprint of the checkpoint that it reads) -> the step's id."""
 
 
 @dataclass(frozen=True)
 class ReusedStep:
-    """A step that was not run, and the directory that it was there in."""
+    """A step that was not run, and the directory where it was found."""
 
     number: int
     name: str
@@ -37,12 +37,12 @@ class ReusedStep:
 
     @property
     def folder(self) -> Path:
-        """The steps folder that it is from, or the output that it was."""
+        """The steps folder, or the output, that it was found in."""
         return self.where.parent if self.where.parent.name.endswith(".steps") else self.where
 
 
 def searched(given: Sequence[Path]) -> list[Path]:
-    """The directories that `--steps` names: a steps folder, or an output and its steps. Raises UsageError."""
+    """The directories to search for `--steps`: a steps folder, or an output and its steps. Raises UsageError."""
     found = []
     for path in given:
         path = Path(os.path.abspath(path))
@@ -53,7 +53,7 @@ def searched(given: Sequence[Path]) -> list[Path]:
 
 
 def solved(plan: Plan, folders: Sequence[Path], id_of: IdOf, fingerprint: str) -> Iterator[tuple[StepPlan, str, Path]]:
-    """The steps of a plan that lie in `folders`, their ids and where, up to the first that is not there and that others read."""
+    """(step, id, directory) of a plan's steps found in `folders`, up to the first missing one that writes weights."""
     for step in plan.steps:
         identity = id_of(step, fingerprint)
         found = _find(step, identity, folders)
@@ -66,7 +66,7 @@ def solved(plan: Plan, folders: Sequence[Path], id_of: IdOf, fingerprint: str) -
 
 
 def take_steps(plan: Plan, out: Path, given: Sequence[Path], id_of: IdOf, fingerprint: str, ctx: Context) -> list[ReusedStep]:
-    """Puts what `given` directories, as `searched` finds them, have solved where this run looks for it; says what that was."""
+    """Takes finished steps from `given` directories (see `searched`) to where this run looks for them; returns them."""
     own, taken = steps_folder(out), []
     for step, identity, found in solved(plan, [own, *given], id_of, fingerprint):
         last = step is plan.steps[-1]
@@ -87,21 +87,21 @@ def _find(step: StepPlan, identity: str, folders: Sequence[Path]) -> tuple[Path,
                 manifest = Manifest.read(place)
             except InputError:
                 continue
-            # Tokens by themselves are another thing than the same step where it was the last, and has the weights too.
+            # A calibration step holds only tokens, but also the weights if it was the last of its run.
             if manifest is not None and manifest.lineage[-1].id == identity and step.inherits == (manifest.format == "tokens"):
                 return place, manifest
     return None
 
 
 def _same_layout(step: StepPlan, found: Path) -> bool:
-    """Whether a canonical step lies in the shards that OUT is to have; a packed one is made anew, which takes no time."""
+    """Whether a canonical step has the shards that OUT will have; a packed one is made anew, which is fast."""
     if step.format is not None or step.pass_.allocator() is not None:
         return False
     return all((found / s.file).is_file() and (found / s.file).stat().st_size == s.nbytes for s in step.shards)
 
 
 def _take(step: StepPlan, found: Path, place: Path, own: Path, ctx: Context) -> bool:
-    """Puts a step at `place`. False where it is damaged, or gone."""
+    """Copies or links a step to `place`. False if it is damaged or gone."""
     draft = own / f"{place.name}.taken"
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -119,14 +119,14 @@ def _take(step: StepPlan, found: Path, place: Path, own: Path, ctx: Context) -> 
     except OSError as error:
         do = "free some space, or leave --steps out to make the step anew"
         raise MachineError(str(draft), "a place for a step", error.strerror or str(error), do) from None
-    # What a run that was interrupted had of it.
+    # Partial results of an interrupted run.
     shutil.rmtree(own / f"{place.name}.tmp", ignore_errors=True)
     ctx.tell("taken", step=step.name, where=str(found))
     return True
 
 
 def _files(step: StepPlan, found: Path) -> list[str]:
-    """The files that a step is made of; whatever else lies there stays."""
+    """The files of a step; other files in its directory are not taken."""
     manifest = Manifest.read(found)
     assert manifest is not None
     names = {FILE, *manifest.files, *([README] if (found / README).is_file() else [])}
@@ -137,14 +137,14 @@ def _files(step: StepPlan, found: Path) -> list[str]:
 
 
 def _put(source: Path, target: Path, link: bool) -> None:
-    """Links a file that nothing writes to, or copies it."""
+    """Links a read-only file, or copies it."""
     read_only = not source.stat().st_mode & 0o222
     if link and read_only:
         try:
             os.link(source, target)
             return
         except OSError:
-            # Another disk, or a file system without links.
+            # Another file system, or one without links.
             pass
     shutil.copyfile(source, target)
     if link and read_only:

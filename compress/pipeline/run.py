@@ -1,7 +1,7 @@
-"""Run: checks, skips what is done, runs, verifies, publishes by one rename.
+"""Run: plans, skips finished steps, runs the others, publishes by one rename.
 
-A step's id is hash(parent's content, pass with all options and its revision, seed, what else it reads). Running the same
-recipe again finds the same ids: a finished step is skipped, an interrupted one goes on at the tensor it was at.
+A step's id is hash(parent's content, pass with all options and its revision, seed, other inputs). Running the same
+recipe again finds the same ids: a finished step is skipped, an interrupted one resumes at the tensor where it stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may be told besides its recipe."""
+    """Options of a run besides its recipe."""
 
     allow_skips: Sequence[str] = ()
     allow_nonfinite: bool = False
@@ -53,14 +53,14 @@ class Options:
     """Gates, such as `fallbacks>1%`."""
     allow_overcommit: bool = False
     steps: Sequence[Path] = ()
-    """Outputs of other runs, or their steps folders, whose solved steps are taken."""
+    """Outputs of other runs, or their steps folders, whose finished steps are taken."""
     keep: bool = True
-    """Whether the steps stay when the run has ended well."""
+    """Whether the steps are kept after a run that succeeded."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. `fresh` is False where the output was there already."""
+    """The result of a run. `fresh` is False if the output existed already."""
 
     out: Path
     plan: Plan
@@ -68,13 +68,13 @@ class Result:
     fresh: bool
     seconds: float
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Seconds of each step that was run, by its name, and for sweeps what they were spent on."""
+    """Seconds of each step that was run, by its name, and for sweeps of each kind of work."""
     taken: tuple[ReusedStep, ...] = ()
-    """The steps that were there already, here or where another run had them."""
+    """The steps that existed already, here or in another run's directories."""
 
 
 class OtherResultError(InputError):
-    """OUT is another result; it or its steps folder has `solved` of the `steps` that are wanted."""
+    """OUT is the result of another recipe; it and its steps folder hold `solved` of the `steps` that are wanted."""
 
     def __init__(self, out: Path, got: str, solved: int, steps: int, format_: str) -> None:
         self.out, self.solved, self.steps, self.format = out, solved, steps, format_
@@ -83,7 +83,7 @@ class OtherResultError(InputError):
 
 
 def refuse_nonfinite(plan: Plan, scan: SourceScan) -> None:
-    """NaN and Inf may be carried along, never computed with: one would spoil every weight that shares its scale."""
+    """Raises InputError for NaN or Inf in a weight that is transformed: it would spoil all weights that share its scale."""
     touched = {name for step in plan.steps if step.format is None for name in step.transformed}
     if spoiled := sorted(touched & set(scan.nonfinite)):
         raise InputError(
@@ -93,7 +93,7 @@ def refuse_nonfinite(plan: Plan, scan: SourceScan) -> None:
 
 
 def step_id(parent: str, pass_: Pass, seed: int, inputs: dict[str, str]) -> str:
-    """The identity of one step; `parent` is the fingerprint of the checkpoint it reads, `inputs` are what else it reads."""
+    """The id of a step; `parent` is the fingerprint of the checkpoint it reads, `inputs` identify what else it reads."""
     return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.redacted().identity()})
 
 
@@ -103,7 +103,7 @@ def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, opti
 
 
 class _RecipeRun:
-    """One run: plan it, know what it reads, find what is done already, make the rest."""
+    """One run: plans, reads the source, finds finished steps, makes the others."""
 
     def __init__(self, recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options) -> None:
         self.started = time.perf_counter()
@@ -111,11 +111,11 @@ class _RecipeRun:
         self.recipe, self.source, self.options = recipe, source, options
         self.ctx, self.out = _settled(ctx, source), placed(out, source)
         self.decided: dict[int, dict[str, State]] = {}
-        """The states that steps so far have decided on."""
+        """The states that allocators have decided so far, by number of the step."""
         self.measured: dict[str, dict[str, Any]] = {}
 
     def run(self) -> Result:
-        """What was made, or was there already."""
+        """Makes the output, unless it exists already."""
         ctx = self.ctx
         ctx.tell("start", recipe=self.recipe.one_liner(), source=self.source.name, out=str(self.out))
         tell_code(self.source, ctx)
@@ -136,9 +136,9 @@ class _RecipeRun:
         return Result(self.out, self.plan, state.manifest, True, seconds, self.measured, tuple(self.taken))
 
     def make_plan(self) -> None:
-        """Plans all steps, and holds gates and memory against the plan."""
+        """Plans all steps, and checks gates and memory against the plan."""
         self.model, self.dense_view = enter(self.recipe, self.source, self.options.allow_dtype_mismatch)
-        # config.json may tie what a checkpoint holds twice; only what is equal is written once.
+        # config.json may tie tensors that the checkpoint stores twice; only equal ones are written once.
         copies = self.model.duplicates.items()
         self.dropped = frozenset(alias for alias, kept in copies if same_bytes(self.source, alias, kept))
         self.plan = self.planned()
@@ -148,7 +148,7 @@ class _RecipeRun:
             check_memory(self.plan, device_of(self.ctx))
 
     def planned(self) -> Plan:
-        """The plan with what has been decided so far."""
+        """The plan with the states that have been decided so far."""
         chosen = PlanOptions(self.ctx.threads, self.options.allow_skips, self.options.shard_bytes, self.ctx.dtype)
         made = make_plan(self.recipe, self.source, self.model, chosen, self.dropped, self.dense_view, self.decided)
         last = made.steps[-1]
@@ -168,19 +168,19 @@ class _RecipeRun:
         self.second_models = {number: model for number, model in found if model is not None}
 
     def inputs_of(self, step: StepPlan, dtype: str = "") -> dict[str, str]:
-        """What a step reads besides its parent; `dtype` is that of an earlier run, if it is not of this one."""
+        """Identities of what a step reads besides its parent; `dtype` replaces this run's, to compare with an earlier run."""
         model, own = self.second_models.get(step.number), str(computing(self.ctx.dtype, self.source.config))
         found = ExternalInputs(self.read[step.number], dtype or own, model.fingerprint if model else "")
-        # With code of its own a model may compute otherwise than without.
+        # A model's own code may change what it computes.
         code = {"code": hash_json(self.scan.code)} if self.scan.code else {}
         return code | step.pass_.external_inputs(found)
 
     def id_of(self, step: StepPlan, parent: str) -> str:
-        """The identity of a step that reads the checkpoint of a fingerprint."""
+        """The id of a step; `parent` is the fingerprint of the checkpoint that it reads."""
         return step_id(parent, step.pass_, self.ctx.seed, self.inputs_of(step))
 
     def existing(self) -> Manifest | None:
-        """OUT's manifest if OUT is what this run would make, every byte of it. Raises InputError if it is something else."""
+        """OUT's manifest if OUT is what this run would make, byte for byte. Raises InputError if it is something else."""
         out, plan = self.out, self.plan
         if not out.exists():
             return None
@@ -203,7 +203,7 @@ class _RecipeRun:
         raise OtherResultError(out, f"another result: {text}", there, len(plan.steps), fmt.name if fmt is not None else "")
 
     def nothing_to_do(self, existing: Manifest) -> Result:
-        """The result of a run that finds its output there."""
+        """The result of a run whose output exists already."""
         hold(self.gates, existing)
         self.decided = {step.number: states for step in self.plan.steps if (states := _decided(step, existing))}
         self.plan = self.planned()
@@ -211,11 +211,11 @@ class _RecipeRun:
         return Result(self.out, self.plan, existing, False, time.perf_counter() - self.started)
 
     def take_steps(self) -> list[ReusedStep]:
-        """The steps that other runs have solved, put where this one looks for them."""
+        """Takes steps that other runs have finished to where this run looks for them."""
         return take_steps(self.plan, self.out, self.given, self.id_of, self.scan.fingerprint, self.ctx)
 
     def all_steps(self) -> RunState:
-        """Makes every step that is not there; returns where that has led."""
+        """Makes every step that is missing; returns the state after the last one."""
         source, scan, manifest = self.source, self.scan, self.source.manifest
         state = RunState(source, scan.digests, scan.fingerprint, manifest.lineage if manifest else (), manifest)
         state.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
@@ -227,7 +227,7 @@ class _RecipeRun:
         return state
 
     def one_step(self, number: int, state: RunState) -> None:
-        """Finds or makes one step, and moves `state` to what it made."""
+        """Finds or makes one step, and updates `state` to its output."""
         ctx, step = self.ctx, self.plan.steps[number]
         identity = self.id_of(step, state.fingerprint)
         own = steps_folder(self.out) / stem(step.number, step.name, identity)
@@ -238,7 +238,7 @@ class _RecipeRun:
             self.taken.append(ReusedStep(step.number, step.name, place))
         state.past.append(state.source)
         if step.pass_.allocator() is not None:
-            # What it decides is the layout of its own bytes, and what the steps after it start from.
+            # The decision fixes the layout of this step, and the states from which later steps start.
             table = own.with_name(f"{own.name}.{ALLOCATION[0]}")
             known = _decided(step, Manifest.read(place)) if done else {}
             found = known or allocate(step, self.plan.weights, state.source, state.tokens, table, ctx)
@@ -259,38 +259,38 @@ class _RecipeRun:
         _go_on(state, step, place, self.source, identity)
 
     def end(self) -> None:
-        """Removes the steps of a run that has ended well, if they are not to be kept."""
+        """Removes the steps after a run that succeeded, unless they are to be kept."""
         self.ctx.barrier()
         if self.ctx.is_main and not self.options.keep:
             empty(steps_folder(self.out))
 
 
 def _settled(ctx: Context, source: Checkpoint) -> Context:
-    """The context with the device and the dtype that its words mean here. Raises UsageError, MachineError."""
+    """The context with `auto` replaced by the actual device and dtype. Raises UsageError, MachineError."""
     device = device_of(ctx)
     dtype = computing(ctx.dtype, source.config, device)
     return replace(ctx, device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
 def _decided(step: StepPlan, manifest: Manifest | None) -> dict[str, State]:
-    """What a deciding step that was run has decided, by the manifest of what it or a step after it has made."""
+    """The states that a finished step's allocator has decided, from the manifest of that step or of a later one."""
     if step.pass_.allocator() is None or manifest is None:
         return {}
     return {name: State.parse(manifest.weights[name].state) for name in step.transformed}
 
 
 def _tokens_read(plan: Plan, corpora: dict[int, str]) -> dict[int, str]:
-    """Digest of the tokens that each step reads, by its number: those of its own in `corpora`, or those that travel."""
-    travelling, found = corpora.get(0, ""), {}
+    """Digest of the tokens that each step reads, by its number: its own in `corpora`, or the calibration tokens."""
+    calibration, found = corpora.get(0, ""), {}
     for step in plan.steps:
-        found[step.number] = corpora.get(step.number, travelling)
+        found[step.number] = corpora.get(step.number, calibration)
         if step.pass_.makes_tokens:
-            travelling = found[step.number]
+            calibration = found[step.number]
     return found
 
 
 def _draw_tokens(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corpus]:
-    """Tokens by the step that draws them; under 0 those that the source brings and a step reads."""
+    """Tokens by the number of the step that draws them; under 0 those stored with the source, if a step reads them."""
     from compress.corpus import Corpus
 
     found: dict[int, Corpus] = {}
@@ -306,14 +306,14 @@ def _draw_tokens(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corp
 
 
 def _second_model(step: StepPlan, plan: Plan, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
-    """The other model that a step reads: what teaches it, or the dense one below a source in codes."""
+    """The other model that a step reads: a teacher, or the dense model of a source in codes."""
     if isinstance(step.pass_, TrainPass):
         return open_teacher(step.pass_, source, scan, ctx)
     return open_dense_parent(step, plan, source, ctx) if step.pass_.second_model == "dense" else None
 
 
 def _go_on(state: RunState, step: StepPlan, place: Path, source: Checkpoint, identity: str) -> None:
-    """Moves a run to what a step has made. Raises InputError where that is something else."""
+    """Updates a run's state to the output of a step. Raises InputError if another checkpoint is there."""
     manifest = Manifest.read(place)
     if manifest is None or manifest.lineage[-1].id != identity:
         raise InputError(str(place), "the checkpoint of this step", "another one", f"remove {place} and run again")

@@ -1,4 +1,4 @@
-"""Step: runs one step of a plan beside its place, and publishes it by one rename."""
+"""Step: runs one step of a plan in a .tmp, and publishes it by one rename."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from compress.corpus import Corpus
 
 TOKENS = ".training-tokens.safetensors"
-"""What a training pass reads, while it does."""
+"""The tokens of a training pass, in its .tmp while it runs."""
 
 
 def check_bytes(place: Path, ctx: Context) -> None:
-    """Reads a checkpoint of ours. Raises InputError where a byte is not what its manifest says."""
+    """Reads a checkpoint of ours. Raises InputError if a digest does not match its manifest."""
     checkpoint = open_checkpoint(place)
     try:
         scan_source(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
@@ -47,14 +47,14 @@ def check_bytes(place: Path, ctx: Context) -> None:
 
 
 def check_tokens(place: Path) -> None:
-    """Reads the calibration tokens of a step. Raises InputError where a byte is not what its manifest says."""
+    """Reads the calibration tokens of a step. Raises InputError if their digest does not match its manifest."""
     manifest, file = Manifest.read(place), place / CALIBRATION
     if manifest is None or not file.is_file() or file_digest(file) != manifest.files[CALIBRATION]:
         raise InputError(str(file), "the bytes that manifest.json names", "other bytes, or none", "make it anew")
 
 
 def kept(place: Path, step: StepPlan, ctx: Context) -> bool:
-    """Whether a step is there and every byte is what its manifest says; a damaged one is removed, to be made again."""
+    """Whether a step exists and all digests match its manifest; a damaged one is removed, to be made again."""
     if not place.is_dir():
         return False
     try:
@@ -68,7 +68,7 @@ def kept(place: Path, step: StepPlan, ctx: Context) -> bool:
 
 @dataclass
 class RunState:
-    """How far a run has come: the checkpoint that the next step reads, and its calibration tokens."""
+    """The state of a run between steps: the checkpoint that the next step reads, and its calibration tokens."""
 
     source: Checkpoint
     digests: dict[str, str]
@@ -77,23 +77,23 @@ class RunState:
     manifest: Manifest | None
     tokens: Path | None = None
     past: list[Checkpoint] = field(default_factory=list)
-    """What each step so far has read."""
+    """The checkpoints that the steps so far have read."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What a step is given besides the state of the run."""
+    """Inputs of a step besides the state of the run."""
 
     plan: Plan
     scan: SourceScan
     corpus: Corpus | None
-    """The tokens that the step has drawn itself; on rank 0 only."""
+    """The tokens that the step has drawn from its own texts; on rank 0 only."""
     second_model: Teacher | None
     gates: Sequence[Gate]
 
 
 def run_step(step: StepPlan, state: RunState, line: Step, place: Path, beside: Beside, ctx: Context) -> dict[str, Any]:
-    """Runs one step into its .tmp and publishes it at `place`. Returns seconds, also by what they were spent on."""
+    """Runs one step in its .tmp and publishes it at `place`. Returns its seconds, in all and of each kind of work."""
     started = time.perf_counter()
     ctx.tell("begin", step=step.name)
     plan = beside.plan
@@ -123,7 +123,7 @@ def run_step(step: StepPlan, state: RunState, line: Step, place: Path, beside: B
 
 
 def _step_run(step: StepPlan, state: RunState, beside: Beside, writer: Writer, ctx: Context) -> StepRun:
-    """What the executor of a step needs."""
+    """Collects what the executor of a step needs."""
     weights, model = [] if step.inherits else beside.plan.weights, beside.second_model
     compensates = step.pass_.second_model == "dense"
     return StepRun(
@@ -136,7 +136,7 @@ def _step_run(step: StepPlan, state: RunState, beside: Beside, writer: Writer, c
 
 
 def _tokens_for(step: StepPlan, state: RunState, corpus: Corpus | None, writer: Writer, ctx: Context) -> Path | None:
-    """Where the tokens of a step are; those of its own only rank 0 has drawn, and the others read from where it leaves them."""
+    """The file of a step's tokens. Tokens of its own are drawn by rank 0, which writes them to a file for the others."""
     if step.pass_.makes_tokens or step.pass_.reads_tokens() or step.pass_.executor() != "train":
         return state.tokens
     if corpus is not None:
@@ -146,7 +146,7 @@ def _tokens_for(step: StepPlan, state: RunState, corpus: Corpus | None, writer: 
 
 
 def _seal(run: StepRun, state: RunState, line: Step, beside: Beside, measured: dict[str, Any]) -> None:
-    """Checks what was written, and puts the manifest and all files of another kind beside it."""
+    """Checks the written weights, and adds the manifest and all side files."""
     step, writer = run.step, run.writer
     side = _side_files(run, state, beside.corpus)
     entries = writer.read_journals()
@@ -154,7 +154,7 @@ def _seal(run: StepRun, state: RunState, line: Step, beside: Beside, measured: d
     texts = {} if step.inherits else step.texts
     files = {name: file_digest(path) for name, path in side.items()}
     files |= {name: text_digest(name, text) for name, text in texts.items()}
-    # Of what is copied a run that was killed may have left a part there.
+    # A killed run may have left partial copies, so files that are copied are not digested here.
     copied = {name: path for name, path in side.items() if path.parent != writer.path}
     made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in copied]
     files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
@@ -168,7 +168,7 @@ def _seal(run: StepRun, state: RunState, line: Step, beside: Beside, measured: d
 
 
 def _side_files(run: StepRun, state: RunState, corpus: Corpus | None) -> dict[str, Path]:
-    """Files of other kinds that the step hands on, by the names that they get."""
+    """Side files that the step copies, by their names in its output."""
     step, source = run.step, run.source
     side = carried({name: source.path / name for name in source.side_files if name != CALIBRATION})
     if state.tokens is not None and step.format is None:
@@ -180,19 +180,19 @@ def _side_files(run: StepRun, state: RunState, corpus: Corpus | None) -> dict[st
 
 
 def _card(manifest: Manifest, step: StepPlan, plan: Plan, side: dict[str, Path]) -> str:
-    """The README.md that tells of a step. The manifest holds no digest of it: whoever has the artifact may write on."""
+    """The README.md of a step. The manifest has no digest of it, so that users may edit it."""
     config, verdicts = json.loads(step.texts["config.json"]), plan.verdicts if step.format else ()
     return card(manifest, step.payload_bytes, config, verdicts, licence_of(side.get(KEPT[README])))
 
 
 def _publish(writer: Writer, step: StepPlan, plan: Plan, place: Path) -> None:
-    """Puts a step that is whole in its place, and takes away what its decision was kept in."""
+    """Publishes a sealed step, and removes the table that its decision was kept in."""
     writer.publish(place, read_only=step is not plan.steps[-1])
     writer.path.with_suffix(f".{ALLOCATION[0]}").unlink(missing_ok=True)
 
 
 def _only_to_rename(writer: Writer, step: StepPlan, line: Step, ctx: Context) -> bool:
-    """Whether a run that was killed has made all of a step, byte for byte, but for its last rename."""
+    """Whether a killed run has finished all of a step, byte for byte, but its last rename."""
     if not writer.sealed:
         return False
     manifest = Manifest.read(writer.path)
@@ -200,7 +200,7 @@ def _only_to_rename(writer: Writer, step: StepPlan, line: Step, ctx: Context) ->
 
 
 def _verify(writer: Writer, weights: Sequence[Weight], entries: dict[str, dict[str, Any]]) -> None:
-    """Every weight is journaled and every shard has the size and header that were planned."""
+    """Raises if a weight is not journaled, or a shard has another size or header than planned."""
     missing = [weight.name for weight in weights if weight.name not in entries]
     assert not missing, f"not written: {missing[:3]}"
     for shard in writer.shards:

@@ -1,4 +1,4 @@
-"""Runtime: a packed directory as a model that runs.
+"""Runtime: loads a packed directory as a model that runs.
 
 Imports errors, spec, numerics, checkpoint, importers, architecture, kernels, layerwise, hf.
 """

@@ -1,9 +1,9 @@
-"""Artifact: a packed directory as a model that runs, with no dense copy.
+"""Artifact: loads a packed directory as a runnable model, without a dense copy.
 
-transformers builds the model and loads what is dense; hf.py hooks in before and after. Before, modules whose tensors on disk
+transformers builds the model and loads dense weights; hf.py hooks in before and after. Before, modules whose tensors on disk
 are packed become shells without a weight (kernels/native/modules.py); afterwards they get their parts, each in the form that
-its backend wants. A stacked parameter of experts is told apart into the matrices on disk that make it up, by running
-transformers' own conversion on their row numbers.
+its backend needs. Which matrices on disk make up a stacked parameter of experts is found by running transformers' own
+conversion on their row numbers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def load(
 ) -> PreTrainedModel:
     """The model of an artifact in the native format, ready to run, in `dtype` (auto: that of config.json).
 
-    `backend` runs all weights; without it each has the fastest that takes it. `device` is one, or a device_map of accelerate.
+    `backend` runs all weights; by default each gets the fastest that supports it. `device` is one, or a device_map of accelerate.
     With `repack`, a checkpoint in codes of our own or of another tool (GPTQ, AWQ, compressed-tensors, ...) is packed while it
-    is read, weight by weight; what cannot be stays dense, and is counted in the log.
+    is loaded, weight by weight; weights that cannot be packed stay dense, and are counted in the log.
 
-    Raises InputError for a directory that is no such artifact, UsageError for a backend that refuses.
+    Raises InputError for a directory that is not such an artifact, UsageError for a backend that refuses.
     """
     from compress import hf  # noqa: F401  (registers the quantizer)
 
@@ -71,7 +71,7 @@ def load(
 
 
 def backends(model: nn.Module) -> Counter[str]:
-    """How many weights on disk each backend runs."""
+    """The number of weights on disk that each backend runs."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, PackedWeight):

@@ -1,7 +1,7 @@
-"""Device map: where packed weights are used and kept, and how they get there.
+"""Device map: places packed weights on the devices that accelerate chose.
 
-accelerate deals modules out and moves what it finds in them. Packed weights come later, so they are put where their modules
-were sent; what is used on one device and kept on another, or on disk, is fetched by accelerate's own hook.
+accelerate assigns modules to devices and moves the tensors in them. Packed weights are loaded later, so they are put on the
+device of their module; a weight that is used on one device and kept on another, or on disk, is moved by accelerate's own hook.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ class Where:
     """A place for a weight."""
 
     device: torch.device
-    """Where it is used."""
+    """The device on which it is used."""
     kept: str = ""
-    """cpu or disk, where it is between its uses; empty: where it is used."""
+    """Where it is kept between uses: cpu, disk, or empty for the device on which it is used."""
 
     @property
     def first(self) -> torch.device:
-        """Where it is read to."""
+        """The device to which it is loaded first."""
         return torch.device("cpu") if self.kept else self.device
 
 
 def where(model: Any, path: str) -> Where:
-    """The place of the module at a path, by the device map that a model was loaded with."""
+    """The place of the module at a path, by the model's device map."""
     hook = getattr(model, "_hf_hook", None)
     if hook is None:
         return Where(model.device)
@@ -44,7 +44,7 @@ def where(model: Any, path: str) -> Where:
 
 
 def offloaded(make: Callable[[], nn.Module], place: Where) -> nn.Module:
-    """What `make` makes on the CPU; kept on disk, it is made anew for every use."""
+    """The module that `make` creates, with a hook that moves it if it is kept elsewhere; on disk it is made anew for every use."""
     weight = make()
     if place.kept:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -55,7 +55,7 @@ def offloaded(make: Callable[[], nn.Module], place: Where) -> nn.Module:
 
 
 class _Made(Mapping[str, torch.Tensor]):
-    """Tensors of a module by name, each handed out once before it is made anew."""
+    """Tensors of a module by name; the module is made anew once a tensor is requested for the second time."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         self._make, self._left = make, dict[str, torch.Tensor]()

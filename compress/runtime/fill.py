@@ -1,4 +1,4 @@
-"""Fill: gives the packed weights of a checkpoint to the modules of a model."""
+"""Fill: loads the packed weights of a checkpoint into the modules of a model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _LOG = logging.getLogger("compress")
 
 
 _MATRIX = 1 << 40
-"""More rows than a matrix has: they are numbered from a multiple of it."""
+"""Rows of matrix m are numbered from m times this, which is more than a matrix has."""
 
 
 def packable(dense_view: DenseView) -> tuple[dict[str, tuple[Weight, State]], list[Note]]:
-    """The weights in codes that the native format holds, and why others stay dense. Raises InputError where there are none."""
+    """The weights in codes that the native format holds, and why others stay dense. Raises InputError if there are none."""
     if isinstance(dense_view.format, Native):
         return dense_view.weights, []
     placed = {weight.name: weight for weight in dense_view.resolve(meta_model(dense_view.checkpoint)).weights}
@@ -55,7 +55,7 @@ def packable(dense_view: DenseView) -> tuple[dict[str, tuple[Weight, State]], li
 
 
 def refuse_other(checkpoint: Checkpoint, repack: str = "") -> None:
-    """Raises InputError for a checkpoint that is not in the native format; `repack` is what the caller has for one."""
+    """Raises InputError for a checkpoint that is not in the native format; `repack` is the caller's option to load it anyway."""
     method = method_of(checkpoint)
     if method != NATIVE:
         got = {None: "a dense one", CANONICAL: "one in codes that are not packed"}.get(method, f"one packed as {method}")
@@ -64,13 +64,13 @@ def refuse_other(checkpoint: Checkpoint, repack: str = "") -> None:
 
 
 class PackedWeights:
-    """What of a model on the meta device comes packed from a checkpoint, and how it gets there."""
+    """The packed weights for a model on the meta device: which modules take them, and how they are loaded."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, backend: str | None = None) -> None:
-        """Makes shells of the modules. Raises InputError for what cannot be put into `model`."""
+        """Turns the modules into shells. Raises InputError for weights that cannot be put into `model`."""
         self.model: Any = model
         self.dtype, self.backend = dtype, backend
-        # transformers calls from within a context where tensors come into being on no device.
+        # transformers calls this inside a context where new tensors are created on the meta device.
         with torch.device("cpu"):
             self.dense_view = DenseView(checkpoint, rounded=False)
             self.weights, _ = packable(self.dense_view)
@@ -84,7 +84,7 @@ class PackedWeights:
         with torch.device("cpu"):
             self.places = {p: self._places(group) for p, group in self.experts.items()}
         self.ties = {alias: owner for alias, owner in ties(model, groups).items() if owner in packed}
-        # What is tied to something packed is no longer for transformers to tie.
+        # Parameters tied to a packed one are tied here, not by transformers.
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         for alias, kept in [*tied.items()]:
             if alias in self.ties or not packed.keys().isdisjoint((alias, kept)):
@@ -92,7 +92,7 @@ class PackedWeights:
         self._hollow()
 
     def _alone(self, group: Group) -> bool:
-        """Whether one tensor becomes the weight of a module that multiplies by it or looks its rows up."""
+        """Whether the group is one tensor that becomes the weight of a Linear, Embedding or Conv1D."""
         from transformers.pytorch_utils import Conv1D
 
         path, _, attribute = group.parameter.rpartition(".")
@@ -100,7 +100,7 @@ class PackedWeights:
         return not group.patterns and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
     def _places(self, group: Group) -> tuple[list[list[Piece]], bool]:
-        """For each expert the tensors, or the matrices of a stack, that its rows are; and whether rows lie last."""
+        """(for each expert the matrices on disk that its rows consist of, whether rows are the last dimension)."""
         matrices: list[tuple[str, int | None, int]] = []
         numbers: dict[str, torch.Tensor] = {}
         for name in group.sources:
@@ -158,7 +158,7 @@ class PackedWeights:
             module.awaited_bytes = sum(map(self._nbytes, sources))
 
     def _nbytes(self, name: str) -> int:
-        """What a weight takes in memory, packed."""
+        """Bytes of a packed weight in memory."""
         if name not in self.weights:
             return self._weight(name).numel * self.dtype.itemsize
         fmt = self.dense_view.format if self.native else Native()
@@ -166,17 +166,17 @@ class PackedWeights:
         return fmt.memory_bytes(*self.weights[name])
 
     def readers(self, name: str) -> list[Any]:
-        """The modules that read a packed parameter, those that are tied to it included."""
+        """The modules that use a packed parameter, including tied ones."""
         names = [name, *(alias for alias, owner in self.ties.items() if owner == name)]
         return [self.module_at(path.rpartition(".")[0]) for path in names]
 
     def uses(self, parameter: str) -> tuple[bool, bool]:
-        """Whether any module looks rows of a parameter up, and whether any multiplies by it."""
+        """(whether a module looks rows of a parameter up, whether one multiplies by it)."""
         embeddings = [isinstance(module, nn.Embedding) for module in self.readers(parameter)]
         return any(embeddings), not all(embeddings)
 
     def tensors(self) -> list[str]:
-        """Those on disk that packed parameters are made of, the few that are not packed among them."""
+        """The tensors on disk of all packed parameters, including the few that are not packed themselves."""
         sources = [source for group in (*self.linears.values(), *self.experts.values()) for source in group.sources]
         packed = {name: [spec.name for spec in self.dense_view.specs(name)] for name in sources if name in self.weights}
         return [tensor for name in sources for tensor in packed.get(name, [name])]
@@ -188,7 +188,7 @@ class PackedWeights:
             modules = self.readers(name)
             weights: dict[Where, nn.Module] = {}
             for module in modules:
-                # Modules that are tied share it where they are on one device.
+                # Tied modules on the same device share the weight.
                 place = where(self.model, paths[module])
                 if place not in weights:
                     weights[place] = offloaded(partial(self._linear, name, place), place)
@@ -210,7 +210,7 @@ class PackedWeights:
         trim_memory()
 
     def kind(self, name: str) -> Kind:
-        """What a weight on disk must have in common with others to be stacked with them."""
+        """The properties of a weight on disk that all matrices of a stack must share."""
         weight = self._weight(name)
         if name not in self.weights:
             return Kind(None, weight.rows, weight.columns)
@@ -219,13 +219,13 @@ class PackedWeights:
         return Kind(self.weights[name][1], weight.rows, weight.columns, parts)
 
     def _linear(self, parameter: str, place: Where) -> nn.Module:
-        """The weight of a parameter, from disk."""
+        """Loads the weight of a parameter."""
         name, (looked_up, multiplied) = self.linears[parameter].sources[0], self.uses(parameter)
         packed, turned = self._matrix(name, None, place), self._weight(name).transposed
         return PackedWeight(packed, self.dtype, turned, looked_up, self.backend, place.device, multiplied)
 
     def _stack(self, matrices: list[Matrix], place: Where) -> nn.Module:
-        """Matrices from disk, one after the other."""
+        """Loads matrices as a stack."""
         if matrices[0][0][0] not in self.weights:
             values = torch.stack([torch.cat([self._dense(*piece) for piece in pieces]) for pieces in matrices])
             return DenseWeight(values.to(place.first))
@@ -238,12 +238,12 @@ class PackedWeights:
         return weight
 
     def _dense(self, name: str, index: int | None) -> torch.Tensor:
-        """A matrix that is not packed."""
+        """Loads a matrix that is not packed."""
         dense = as_matrix(self._weight(name), self.dense_view.dense(name)).to(self.dtype)
         return dense if index is None else dense[index]
 
     def _matrix(self, name: str, index: int | None, place: Where) -> Packed:
-        """A matrix, or one of a stack, that is packed on disk or while it is read."""
+        """Loads a matrix, or one of a stack, that is packed on disk, or packs it while loading."""
         weight, state = self.weights[name]
         if not self.native:
             if self._last is None or self._last[0] != name:

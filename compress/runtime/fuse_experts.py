@@ -1,7 +1,7 @@
-"""Fuse experts: which matrices of experts become one, or one stack.
+"""Fuse experts: which matrices of experts are joined into one, or stacked.
 
-Experts may lie on disk each by itself, and in states of their own. Those that are alike are stacked; the parts of an expert
-that stand one below the other, as gate and up do, become one matrix where tiles can be put together.
+Experts may be stored separately and in different states. Those of the same kind are stacked; the parts of an expert whose
+rows follow each other, such as gate and up, are joined into one matrix if their rows are whole tiles.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from compress.kernels.native.tiles import ROWS
 from compress.spec.weight_state import State
 
 Piece = tuple[str, int | None]
-"""A weight on disk; which matrix of it, if it is a stack."""
+"""(a weight on disk, the number of the matrix in it if it is a stack)."""
 Matrix = tuple[Piece, ...]
-"""Pieces one below the other."""
+"""Pieces whose rows follow each other."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What matrices must have in common to be in one stack."""
+    """The properties that all matrices of a stack share."""
 
     state: State | None
-    """None: it is not packed."""
+    """The state; None if the weight is not packed."""
     rows: int
     columns: int
     parts: Any = None
-    """What else there is to tell."""
+    """Dtypes and shapes of the parts."""
 
 
 def stacks(experts: list[list[Piece]], kind: Callable[[str], Kind]) -> tuple[list[list[Matrix]], list[list[Place]]]:
-    """The matrices of each stack; and for each expert the stacks that it is in, and its number there.
+    """(the matrices of each stack, for each expert the stacks that it is in and its number in each).
 
-    `experts` are the pieces of each, `kind` tells one of a weight on disk.
+    `experts` are the pieces of each expert; `kind` returns the Kind of a weight on disk.
     """
     alike: dict[tuple[Kind, ...], list[int]] = defaultdict(list)
     for expert, parts in enumerate(experts):
         alike[tuple(kind(source) for source, _ in parts)].append(expert)
     found: list[list[Matrix]] = []
     places: list[list[Place]] = [[] for _ in experts]
-    # What is not packed comes first, because its product takes all rows before its own.
+    # Unpacked matrices come first, because their product also takes all rows before its own.
     for kinds, members in sorted(alike.items(), key=lambda item: any(kind.state for kind in item[0])):
         matrices = [[tuple(experts[e])] if _join(kinds) else [(piece,) for piece in experts[e]] for e in members]
         for stack in zip(*matrices, strict=True):
@@ -57,7 +57,7 @@ def stacks(experts: list[list[Piece]], kind: Callable[[str], Kind]) -> tuple[lis
 
 
 def _join(kinds: tuple[Kind, ...]) -> bool:
-    """Whether matrices can become one."""
+    """Whether matrices can be joined into one."""
     state = kinds[0].state
     if len({(kind.state, kind.columns) for kind in kinds}) > 1:
         return False
@@ -68,7 +68,7 @@ def _join(kinds: tuple[Kind, ...]) -> bool:
 
 
 def joined(pieces: list[Packed]) -> Packed:
-    """Matrices of one state, whose rows but for the last are whole tiles, as one."""
+    """Joins matrices of one state into one; the rows of all but the last must be whole tiles."""
     if len(pieces) == 1:
         return pieces[0]
     parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}

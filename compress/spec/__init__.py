@@ -1,4 +1,4 @@
-"""Spec: what a user writes: recipes, schemes, selectors, states of weights.
+"""Spec: the text forms that users write: recipes, schemes, selectors, states.
 
 Imports errors.
 """

@@ -1,4 +1,4 @@
-"""Byte size: bytes as a person writes them: 500MB, 3.2GB, 4GiB."""
+"""Byte size: parses sizes such as 500MB, 3.2GB, 4GiB."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Corrections: outliers and low-rank factors, which stand beside codes.
+"""Corrections: outliers and low-rank factors, which are stored next to codes.
 
 Grammar (parses and prints back to the same text):
 
-    outliers = 0 < number < 1             this share of a matrix's entries is kept as it is, instead of its codes: `0.005`
-    lowrank  = "r" rank [ "-int8" ]       a product of two factors is added to all entries; bf16, or int8: `r8-int8`
+    outliers = 0 < number < 1             this share of a matrix's entries is kept unrounded, instead of its codes: `0.005`
+    lowrank  = "r" rank [ "-int8" ]       the product of two factors is added to all entries; bf16, or int8: `r8-int8`
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compress.errors import UsageError
 from compress.spec.text_form import TextForm
 
 SHORT = 1 << 16
-"""Up to so many columns the index of an outlier is two bytes."""
+"""Up to this many columns an outlier's column takes two bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Outliers(TextForm):
         return repr(self.share)
 
     def count(self, rows: int, columns: int) -> int:
-        """How many entries of a matrix are kept."""
+        """The number of outliers of a matrix."""
         return round(self.share * rows * columns)
 
 

@@ -1,7 +1,7 @@
-"""Presets: schemes by the names that llm-compressor and compressed-tensors have.
+"""Presets: schemes by their names in llm-compressor and compressed-tensors.
 
-Case does not matter, nor whether words are joined by `_` or `-`. What is spelled as the grammar has it, in lower case, is the
-grammar's: `w4a16` has one scale per output channel, `W4A16` groups of 128.
+Case does not matter, nor whether words are joined by `_` or `-`. But a text that is a scheme of the grammar, in lower case, is
+that scheme: `w4a16` has one scale per output channel, the preset `W4A16` groups of 128.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _DIFFERS = {
     "FP8": "activations get a scale per token as the model runs, not one that is measured before",
     "NVFP4": _ALONE, "MXFP4": _ALONE,
 }  # fmt: skip
-"""What of a preset is otherwise here."""
+"""How a preset differs here from the other tool's."""
 _USUAL = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4")
 
 
 def preset(text: str) -> str | None:
-    """The scheme of a name, as its own text; None for what is no name of a preset."""
+    """The text of the scheme that a preset means; None if there is no preset of that name."""
     return PRESETS.get(_plain(text))
 
 
 def remark(text: str) -> str:
-    """`W4A16 is w4a16g128 here`, with what is otherwise than elsewhere."""
+    """`W4A16 is w4a16g128 here`, with differences from the other tool."""
     differs = _DIFFERS.get(_plain(text))
     return f"{text} is {preset(text)} here" + (f": {differs}" if differs else "")
 
 
 def near(text: str) -> str:
-    """Which presets are meant by a text that is neither one nor a scheme."""
+    """A suggestion of presets, for a text that is neither a preset nor a scheme."""
     bits = re.search(r"(?<!\d)([2-8])(?!\d)", text)
     listed = [name for name in PRESETS if bits is not None and bits[1] in re.findall(r"\d+", name.partition("A")[0])]
     return f"a preset such as {', '.join(f'{name} ({PRESETS[name]})' for name in listed or _USUAL)}"

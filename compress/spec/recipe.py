@@ -1,4 +1,4 @@
-"""Recipe: a list of passes, from YAML or a one-liner; prints back.
+"""Recipe: a list of passes, parsed from YAML or a one-liner, and printed.
 
     version: 1                            quantize.rtn(scheme=w4a16g64) | pack(format=compressed-tensors)
     passes:
@@ -37,7 +37,7 @@ _MAX_DIGITS = 40
 
 @dataclass(frozen=True)
 class Line:
-    """One pass of a recipe: its name, its options, and where it stands (for messages only)."""
+    """One pass of a recipe: its name, its options, and its position (for messages only)."""
 
     name: str
     options: dict[str, Value]
@@ -93,13 +93,13 @@ def print_value(value: Value) -> str:
         return repr(value)
     if value.isprintable() and _BARE.fullmatch(value) and value == scalar(value) and not value.endswith(":"):
         return value
-    # Neither notation takes control characters as they are, and YAML has no surrogate pairs.
+    # Neither notation allows plain control characters, and YAML has no surrogate pairs.
     quoted = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() or c > "\uffff" else f"\\u{ord(c):04x}" for c in quoted)
 
 
 class _Cursor:
-    """A place in a one-liner; every reader below moves it on or raises RecipeError at its column."""
+    """A position in a one-liner; every parser below advances it, or raises RecipeError at its column."""
 
     def __init__(self, text: str, origin: str) -> None:
         self.text, self.origin, self.at = text, origin, 0
@@ -183,7 +183,7 @@ def _value(cursor: _Cursor) -> Value:
 
 
 def parse_value(text: str, origin: str = "--set") -> Value:
-    """A value as it stands in a one-liner: a scalar, a quoted text, or a flat list in brackets."""
+    """Parses a value of a one-liner: a scalar, a quoted text, or a flat list in brackets."""
     cursor = _Cursor(text, origin)
     value = _value(cursor)
     if not cursor.done():
@@ -192,7 +192,7 @@ def parse_value(text: str, origin: str = "--set") -> Value:
 
 
 def parse_line(cursor: _Cursor) -> Line:
-    """One `name(option=value, ...)`; the brackets may be left out."""
+    """Parses one `name(option=value, ...)`; the parentheses may be left out."""
     cursor.space()
     where = cursor.where
     name = cursor.match(NAME, "the name of a pass")
@@ -213,7 +213,7 @@ def parse_line(cursor: _Cursor) -> Line:
 
 
 def parse_one_liner(text: str, origin: str = "-p") -> Recipe:
-    """`pass(option=value, ...) | pass(...)`. Raises RecipeError with line and column."""
+    """Parses `pass(option=value, ...) | pass(...)`. Raises RecipeError with line and column."""
     cursor = _Cursor(text, origin)
     lines = [parse_line(cursor)]
     while not cursor.done():
@@ -228,7 +228,7 @@ def too_long(origin: str) -> RecipeError:
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Applies `--set pass.option=value`, or `--set N.option=value` (N from 1) where a pass occurs twice."""
+    """Applies `--set pass.option=value`, or `--set N.option=value` (N from 1) if a pass occurs twice."""
     lines = list(recipe.lines)
     for setting in settings:
         path, equals, text = setting.partition("=")

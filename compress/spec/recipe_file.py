@@ -1,6 +1,6 @@
-"""Recipe files: YAML as lines of a recipe, and every problem with its place.
+"""Recipe files: parses YAML into a recipe; every problem has line and column.
 
-What YAML's library makes of dates and 0x1F does not matter: plain words are typed by `recipe.scalar`, as in a one-liner.
+The YAML library's own types (dates, 0x1F) are not used: plain words are typed by `recipe.scalar`, as in a one-liner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compress.spec.yaml_indentation import example, mend
 
 _OPTION = re.compile(r"[a-z][a-z0-9_]*")
 _SHAPE = ["passes:", "- quantize.rtn: {scheme: w4a16g64}", "- pack: {format: native}"]
-"""Of a recipe, for messages."""
+"""An example recipe, for messages."""
 
 
 def parse_yaml(text: str, origin: str = "recipe") -> Recipe:
@@ -41,7 +41,7 @@ def read(path: Path) -> Recipe:
 def _parse(text: str, origin: str) -> Recipe:
     """Reads `version: 1` YAML 1.2. Raises RecipeError with every structural problem, each with line and column.
 
-    The error holds what could be read in spite of them, so that the problems of options can be told beside.
+    The error holds the recipe as far as it could be read, so that problems of options can be reported as well.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -82,7 +82,7 @@ def _parse(text: str, origin: str) -> Recipe:
 
 
 def _events(text: str, origin: str) -> None:
-    """Refuses what a recipe has no use for and a hostile file might: anchors, aliases, tags, deep nesting."""
+    """Refuses what no recipe needs but a hostile file might use: anchors, aliases, tags, deep nesting."""
     from ruamel.yaml import YAML
     from ruamel.yaml.events import AliasEvent, CollectionStartEvent, MappingEndEvent, ScalarEvent, SequenceEndEvent
 
@@ -99,7 +99,7 @@ def _events(text: str, origin: str) -> None:
 
 
 class _Tree:
-    """Walks YAML's nodes and gathers problems instead of stopping at the first."""
+    """Walks YAML's nodes, and collects problems instead of stopping at the first."""
 
     def __init__(self, origin: str, problems: list[Problem]) -> None:
         self.origin, self.problems = origin, problems
@@ -161,7 +161,7 @@ class _Tree:
         return self.pass_(entry, entry, None)
 
     def beside(self, entry: Any) -> Line | None:
-        """A pass whose options stand beside it, not indented under it: the classic; told, and read as it is meant."""
+        """A pass whose options are not indented under it, a common mistake: reported, and read as it was meant."""
         (first, given), *others = entry.value
         empty = given.id == "scalar" and _plain(given) is None
         if first.id != "scalar" or not NAME.fullmatch(first.value) or not (empty or given.id == "mapping"):
@@ -207,12 +207,12 @@ class _Tree:
 
 
 def _shown(node: Any) -> Value:
-    """A value as an example repeats it."""
+    """A node's value, for an example in a message."""
     return tuple(_plain(item) for item in node.value if item.id == "scalar") if node.id == "sequence" else _plain(node)
 
 
 def _plain(node: Any) -> Scalar:
-    """The value of a scalar's node; what is quoted is a text."""
+    """The value of a scalar's node; a quoted one is a text."""
     return str(node.value) if node.style else scalar(node.value)
 
 
@@ -224,5 +224,5 @@ def _kind(node: Any) -> str:
 
 
 def _short(text: str) -> str:
-    """A text for a message, in one short line."""
+    """A text shortened to one line, for a message."""
     return text if len(text) <= 60 and text.isprintable() else f"{ascii(text[:60])[1:-1]}..."

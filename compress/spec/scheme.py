@@ -1,6 +1,6 @@
-"""Scheme: what a weight's numbers mean, and its text form.
+"""Scheme: how codes become numbers, and its text form.
 
-Grammar (parses and prints back to the same text; names that other tools have, such as W4A16, stand in presets.py):
+Grammar (parses and prints back to the same text; names of other tools, such as W4A16, are in presets.py):
 
     scheme  = integer | float [ "-afp8" ]
     integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" ] [ "-afp8" ]
@@ -15,15 +15,15 @@ Grammar (parses and prints back to the same text; names that other tools have, s
     group   = columns that share one scale; without it one scale per output channel
 
 `w4a16g128` is symmetric 4-bit with groups of 128 along the input dimension, `w3a16g64-asym` has an integer zero point
-per group, `w8a16` is per channel. Activations stay in 16 bits, but are rounded to int8 (`w8a8`, `w4a8g128`) or, with
-`-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a scale per token that is found as the model runs; with
-`fp8-block-afp8` there is one per token and 128 inputs, as the readers of such blocks have it.
+per group, `w8a16` is per channel. Activations stay in 16 bits, unless they are rounded to int8 (`w8a8`, `w4a8g128`) or, with
+`-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a dynamic scale per token; `fp8-block-afp8` has one per token and
+128 inputs, as readers of such blocks expect.
 
 Scales that are powers of two: `-m1` makes all of them so, `-m2` divides the row's largest scale by powers of two, so that
-E2M1 times the power is an E4M3 number. Both take the nearest power, or, as the paper, the next one with `-ceil`: then
--m1 never clips, and -m2 may by up to 2x. For mxfp4 the power is the least that clips nothing (`-rceil`, which need
-not be said), OCP's `-floor`, `-even`, which first rounds the largest value to the element's mantissa, or, by
-`-mse`, the one of least error.
+E2M1 times the power is an E4M3 number. Both take the nearest power or, with `-ceil` as in the paper, the next one: then
+-m1 never clips, and -m2 may by up to 2x. For mxfp4 the power is the least that clips nothing (`-rceil`, the default),
+OCP's `-floor`, `-even`, which first rounds the largest value to the element's mantissa, or, with `-mse`, the one of
+least error.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FLOATS = tuple(
     )
 )
 _FIXED = {"mxfp4": (32, "e8m0"), "nvfp4": (16, "e4m3")}
-"""Group and scales of the formats that leave no choice."""
+"""(group, kind of scales) of the grids for which they are fixed."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class Scheme(TextForm):
     symmetric: bool = True
     """Whether there is no zero point; floats have none."""
     grid: str = "int"
-    """What a code means before it is scaled: int, nf, e2m1, e3m0, e4m3 or e5m2."""
+    """The values of codes before scaling: int, nf, e2m1, e3m0, e4m3 or e5m2."""
     scales: str = "row"
-    """row: in the weight's dtype, per row and group; tensor, block: one for each; e8m0; e4m3: also one for the matrix."""
+    """row: in the weight's dtype, per row and group; tensor, block: one for each; e8m0; e4m3: with one more for the matrix."""
     rule: str = ""
-    """How scales are chosen where the grid alone does not say it: m1, m2-ceil, floor, even, mse, 4over6."""
+    """The rule by which scales are chosen, for grids with several: m1, m2-ceil, floor, even, mse, 4over6."""
     inputs: str = ""
-    """What activations are rounded to as the model runs: nothing, int8 or fp8."""
+    """Rounding of activations as the model runs: empty for none, int8 or fp8."""
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
-        """Reads the text form, or the name of a preset. Raises UsageError that names the part which is wrong."""
+        """Reads the text form, or the name of a preset. Raises UsageError that names the wrong part."""
         if isinstance(text, Scheme):
             return text
         known = isinstance(text, str)
@@ -117,7 +117,7 @@ class Scheme(TextForm):
 
     @property
     def levels(self) -> int:
-        """How many codes there are: codes are stored unsigned, 0 .. levels - 1."""
+        """The number of codes, which are stored unsigned, 0 .. levels - 1."""
         return 1 << self.bits
 
     @property
@@ -127,7 +127,7 @@ class Scheme(TextForm):
 
     @property
     def powers(self) -> bool:
-        """Whether scales are bound to others or to powers of two, so that none can be moved by itself."""
+        """Whether scales depend on each other or are powers of two, so that a single one cannot be trained."""
         return bool(self.rule) or self.scales in ("e8m0", "e4m3")
 
     def groups(self, columns: int) -> int:
@@ -154,12 +154,12 @@ class Scheme(TextForm):
 
 
 def _guess(text: str) -> str:
-    """The scheme that a text nearly spells, but for case, what parts are joined by, or activations left out."""
+    """The scheme that a text nearly spells: it may differ in case, in joining characters, or lack the activations."""
     plain = re.sub(r"[-_ ]+", "", text.lower())
     match = re.fullmatch(r"w(\d)(?:a(\d+))?(?:g(\d+))?(asym|sym)?", plain, re.ASCII)
     if match:
         plain = f"w{match[1]}a{match[2] or 16}{f'g{match[3]}' if match[3] else ''}{'-asym' if match[4] == 'asym' else ''}"
-    # One scale per output channel is seldom what is meant by bits alone; presets say it better.
+    # Bits alone seldom mean one scale per output channel; presets are the better suggestion.
     guesses = {text.lower().replace("_", "-"), plain} if not match or match[3] else {text.lower()}
     for guess in sorted(guesses - {text}):
         if any(pattern.fullmatch(guess) for pattern in (_INTEGER, *_FLOATS)):

@@ -1,4 +1,4 @@
-"""Selectors: which weights a pass works on: class word, regex or name.
+"""Selectors: choose weights by class, regex or name.
 
 A selector is one of
     linear          every linear of the blocks, experts included (the default)
@@ -6,7 +6,7 @@ A selector is one of
     experts         the linears of routed experts
     embeddings, head, norms
     all             every weight but those of other towers
-    re:REGEX        names on disk that match REGEX from their start
+    re:REGEX        names on disk that REGEX matches from their start
     NAME            one name on disk, with or without its `.weight`
 `skip` takes the same selectors and wins over `targets`.
 """

@@ -23,7 +23,7 @@ _GRAMMAR = re.compile(r"(?P<kept>\d{1,3}):(?P<of>\d{1,3})|(?P<fraction>0?\.\d+)"
 
 
 def _digits(fraction: float) -> str:
-    """A number as the grammar has it, without an exponent; reads back to the same one."""
+    """A number in the grammar's form, without an exponent, that reads back to the same one."""
     return f"{Decimal(repr(fraction)):f}"
 
 

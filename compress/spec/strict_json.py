@@ -1,7 +1,7 @@
 """Strict JSON: each key once, whole characters, no deep nesting.
 
-Two readers may differ on an object that has a key twice, and half of a surrogate pair cannot be written again. What is nested
-deeply would be an error of the interpreter wherever it is walked or printed.
+Readers disagree on an object that has a key twice, and half of a surrogate pair cannot be written back. Deep nesting would
+exceed Python's recursion limit wherever the value is walked or printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST_LEVELS = 100
 
 
 def parse_json(data: bytes) -> Any:
-    """What a JSON text in UTF-8 says. Raises ValueError."""
+    """Parses a JSON text in UTF-8. Raises ValueError."""
     text = data.decode("utf-8")
     try:
         content = json.loads(text, object_pairs_hook=_unique)
@@ -33,7 +33,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def whole(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which no file can hold."""
+    """Whether a text is free of halves of surrogate pairs, which no file can hold."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 

@@ -1,4 +1,4 @@
-"""Text form: a word that recipes and flags can set as a field."""
+"""Text form: base of values that recipes and flags write as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from compress.errors import UsageError
 
 
 class TextForm:
-    """Base of words that `parse` reads and `str` prints; pydantic then takes the text, and says what was expected."""
+    """Base of types that `parse` reads and `str` prints; pydantic fields accept their text, and report what was expected."""
 
     @classmethod
     def parse(cls, text: Any) -> Self:

@@ -1,9 +1,9 @@
-"""Weight state: what is true of each weight, before and after every pass.
+"""Weight state: the form of each weight, before and after every pass.
 
 A Weight is one tensor of the source, by its name on disk, with its place in the model.
-A State is what holds for it: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are masked too, or have outliers
-or low-rank factors beside them. Replaying states over a recipe is a type check that costs no bytes: a pass says what a
-weight becomes, or refuses it.
+A State is its form: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are also masked, or have outliers
+or low-rank factors. Replaying states over a recipe is a type check that reads no data: a pass returns the state that a
+weight will have, or refuses it.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Weight:
     converted: bool = False
     """Whether transformers fuses, splits or permutes this tensor while it loads."""
     unclear: str = ""
-    """Why a matrix cannot be read as one (an orientation that nothing tells), or empty."""
+    """Why a matrix cannot be used (its orientation is unknown), or empty."""
     unlearned: str = ""
-    """Why no gradient of a loss on texts reaches it, or empty."""
+    """Why a loss on texts gives it no gradient, or empty."""
     peak: float | None = None
-    """The largest magnitude among it and what readers fuse it with, where a driver has measured that; see fused_groups.py."""
+    """The largest magnitude of it and the weights that readers fuse it with, if an executor measured it; see fused_groups.py."""
 
     @property
     def out_features(self) -> int:
@@ -110,7 +110,7 @@ _STATE = re.compile(
 
 @dataclass(frozen=True)
 class State:
-    """What holds for one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`,
+    """The form of one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`,
     `codes(w2a16g64-asym)+outliers(0.005)+lowrank(r8)`.
 
     Without a scheme the weight is stored as a plain tensor. Parses and prints back.
@@ -144,7 +144,7 @@ DENSE = State()
 
 @dataclass(frozen=True)
 class Note:
-    """A counted line of the manifest: something a reader of the result must know of.
+    """A counted line of the manifest: something that a user of the result must know.
 
     `what` is a short stable word (`untouched`, `skipped`, `ragged`, ...), `reason` says why in words.
     """
@@ -159,7 +159,7 @@ class Note:
 
 
 def counted(what: str, reasons: Mapping[str, str]) -> list[Note]:
-    """A counted line for each reason, from names and their reasons."""
+    """Groups names by reason into counted lines."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)
@@ -167,5 +167,5 @@ def counted(what: str, reasons: Mapping[str, str]) -> list[Note]:
 
 
 def blocks(weights: Iterable[Weight]) -> int:
-    """How many blocks weights lie in."""
+    """The number of blocks that hold these weights."""
     return len({(weight.stack, weight.block) for weight in weights})

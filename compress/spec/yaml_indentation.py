@@ -1,7 +1,7 @@
-"""YAML indentation: lines that are no YAML where they stand, and where they fit.
+"""YAML indentation: finds wrongly indented lines, and suggests the right place.
 
-A line is moved to where a line above it stands, the likeliest first, and the parser judges: it must come further than before.
-So one slip is told with the line as it should be, and what is wrong below it is found as well.
+A line is moved to the indentation of a line above it, the likeliest first; a move is accepted if the parser then gets further.
+So a mistake is reported with the corrected line, and problems below it are found as well.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator
 from compress.errors import Problem
 
 _MOST_BYTES, _MOST_SLIPS = 1 << 14, 10
-"""Longer files are not mended, and no more slips than these: every try is a reading of its own."""
+"""Limits on the file's bytes and on corrections, because every try parses the whole file."""
 _STEP = 2
 _INLINE = re.compile(r"(\s*-\s+[a-z][a-z0-9_.]*:)\s+([a-z][a-z0-9_]*:\s.*\S)\s*")
-"""`- pass: option: value`, which wants braces."""
+"""`- pass: option: value`, which needs braces."""
 Reads = Callable[[str], tuple[int, str] | None]
-"""Line, from 0, and words of the first thing in a text that is no YAML; None where all is."""
+"""Parses a text: (line from 0, message) of the first YAML error, None if there is none."""
 
 
 def mend(text: str, origin: str, reads: Reads) -> tuple[str, list[Problem]]:
-    """A text that is YAML, or as far as it can be made that, and what was wrong with each line that was moved."""
+    """The text corrected as far as possible, and a problem for each line that was moved."""
     problems: list[Problem] = []
     while len(text.encode(errors="surrogatepass")) <= _MOST_BYTES and len(problems) < _MOST_SLIPS:
         wrong = reads(text)
@@ -37,7 +37,7 @@ def mend(text: str, origin: str, reads: Reads) -> tuple[str, list[Problem]]:
 
 
 def _better(lines: list[str], at: int, reads: Reads) -> tuple[list[str], int] | None:
-    """The lines with one of them changed so that the parser comes past it, and which one."""
+    """(lines with one of them changed so that the parser gets past it, the number of that line)."""
     for number in (at, at - 1):
         if not 0 <= number < len(lines) or not lines[number].strip():
             continue
@@ -50,7 +50,7 @@ def _better(lines: list[str], at: int, reads: Reads) -> tuple[list[str], int] | 
 
 
 def _candidates(lines: list[str], at: int) -> Iterator[str]:
-    """A line as it might be meant, the likeliest first."""
+    """Corrections of a line, the likeliest first."""
     line = lines[at]
     body = line.strip()
     if found := _INLINE.fullmatch(line):
@@ -66,7 +66,7 @@ def _candidates(lines: list[str], at: int) -> Iterator[str]:
 
 
 def _column(line: str) -> int:
-    """Where the key of a line begins, behind the dash of a list."""
+    """The column where the key of a line begins, after the dash of a list."""
     indent = len(line) - len(line.lstrip())
     return indent + len(line.lstrip()) - len(line.lstrip().removeprefix("-").lstrip())
 
@@ -91,5 +91,5 @@ def spaces(count: int) -> str:
 
 
 def example(lines: list[str], words: str = "write") -> str:
-    """What to do, as the lines to write."""
+    """The part of a message that shows which lines to write."""
     return f"{words}\n" + "\n".join(" " * 12 + line for line in lines)

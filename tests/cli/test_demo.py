@@ -73,7 +73,7 @@ def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
     monkeypatch.setattr(demo, "recipe_of", less)
     out = tmp_path / "out"
-    demo.verb(out, debug=True)
+    demo.command(out, debug=True)
     said = capfd.readouterr()
     assert "distill.logits: step 4 of 5" in said.err
     check(said.out, out)
@@ -83,7 +83,7 @@ def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     # Stages that are gone cannot be measured again.
     clean(out, Context())
     with pytest.raises(SystemExit) as ended:
-        demo.verb(out)
+        demo.command(out)
     assert ended.value.code == 3
     assert f"remove {out} and run again" in capfd.readouterr().err
 
@@ -146,7 +146,7 @@ def test_a_margin_that_is_missing_is_said_and_has_a_status(
     monkeypatch.setattr(demo, "measured", lambda home, out, quiet: (Result, stages(*kls)))
     monkeypatch.setattr(demo, "reader", lambda home, out: "not asked")
     with pytest.raises(SystemExit) as ended:
-        demo.verb(tmp_path / "out", quiet=quiet)
+        demo.command(tmp_path / "out", quiet=quiet)
     assert ended.value.code == 1
     printed = capsys.readouterr()
     assert [name for name in ("GPTQ", "distillation") if f"margin of {name}" in printed.err] == said

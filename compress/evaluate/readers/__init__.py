@@ -1,7 +1,7 @@
-"""Readers: the logits that other people's code computes from an artifact.
+"""Readers: the logits that third-party code computes from an artifact.
 
-Each reader runs in a process of its own: those that can live beside our transformers in the user's interpreter, the others in
-an environment that is built for them (environment.py). `ours` is our own reading of the same files.
+Each reader runs in a process of its own: in the user's interpreter if it works with our version of transformers, else in
+an environment that is built for it (environment.py). `ours` is our own reading of the same files.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads, and where."""
+    """A library that loads artifacts, and where it runs."""
 
     formats: tuple[str, ...]
-    """`manifest.format` of what it reads; empty for every one."""
+    """The formats (`manifest.format`) that it reads; empty for all."""
     probe: str = ""
     environment: Callable[[], Environment] | None = None
-    """None: the user's own interpreter."""
+    """Its environment; None for the user's own interpreter."""
     packages: tuple[str, ...] = ()
-    """Whose versions are part of a reading."""
+    """Packages whose versions are recorded with a reading."""
     modules: tuple[str, ...] = ()
-    """What the user's own interpreter must have, and the name that pip knows it by is the same."""
+    """Modules that the user's own interpreter must have; their names for pip are the same."""
     needs_base: bool = False
     dtype: str = ""
-    """What it computes in by itself; empty for the dtype of config.json."""
+    """Its own compute dtype; empty for the dtype of config.json."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader made of an artifact."""
+    """The logits that a reader computed from an artifact."""
 
     logits: torch.Tensor
     """[samples, length, vocabulary], fp32."""
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What was translated for the reader, and what it leaves unread."""
+    """What was translated for the reader, and which tensors it does not read."""
 
 
 # Built without its CUDA kernels: they are compiled for one torch, and the CPU has no use for them. It needs torch to build.
@@ -72,7 +72,7 @@ _COMMON = (
 
 
 def auto_gptq() -> Environment:
-    """The last AutoGPTQ, with the last transformers and peft that it runs with."""
+    """The last AutoGPTQ, with the last transformers and peft that it works with."""
     rest = (
         *_COMMON, "transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.2", "peft==0.13.2", "datasets==5.0.1",
         "fsspec==2026.6.0", "aiohttp==3.14.5", "httpcore==1.0.9", "httpx==0.28.1", "gekko==1.3.3", "rouge==1.0.1",
@@ -84,7 +84,7 @@ def auto_gptq() -> Environment:
 
 
 def gptqmodel() -> Environment:
-    """The last GPTQModel that does not ask for a torch after 2.13. It imports requests without asking for it."""
+    """The last GPTQModel that does not require a torch after 2.13. It imports requests without requiring it."""
     rest = (
         *_COMMON, "transformers==5.23.0", "tokenizers==0.23.3", "huggingface-hub==2.4.0", "datasets==5.2.0", "torchao==0.18.0",
         "protobuf==7.36.2", "pillow==13.0.0", "ninja==1.13.2", "maturin==1.16.0", "threadpoolctl==3.8.0",
@@ -121,7 +121,7 @@ READERS: dict[str, Reader] = {
 
 
 def reader_named(name: str) -> Reader:
-    """Raises UsageError for a name that is none."""
+    """The reader of that name. Raises UsageError for an unknown one."""
     if name not in READERS:
         raise UsageError("reader", f"one of {', '.join(READERS)}", f"'{name}'{did_you_mean(name, READERS)}")
     return READERS[name]
@@ -138,10 +138,10 @@ def logits(
     rounded: bool = False,
     trusted: bool = False,
 ) -> Reading:
-    """The reader's logits for `ids`, int64 [samples, length]; `dtype` is what its model computes in.
+    """The reader's logits for `ids`, int64 [samples, length]; `dtype` is its compute dtype.
 
-    `base` is the model below an adapter; `rounded` is for ours: codes mean what is left of them in the dtype they were made
-    from. Python that the artifact, or its base, brings is run only where it is `trusted`.
+    `base` is the model below an adapter. `rounded` is for `ours`: dequantized weights are rounded to the dtype of the weights
+    that the codes were made from. Python files of the artifact, or of its base, are run only if `trusted`.
 
     Raises UsageError, InputError for a folder that is no artifact, MachineError for an
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
@@ -154,13 +154,13 @@ def logits(
         _there(base, "config.json")
     refuse_kernels(read_json((base or artifact) / "config.json"))
     if trusted:
-        references(base or artifact)  # raises for another repository's code
+        references(base or artifact)  # raises for code of another repository
     if not who.probe:
         return _our_own(who, artifact, ids, dtype, base, rounded, trusted)
     if who.environment is None and (absent := [name for name in who.modules if find_spec(name) is None]):
         do = "pip install 'compress-llm[readers]'"
         raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
-    # Before an environment is built, which takes minutes.
+    # Checked before an environment is built, which takes minutes.
     method = _method(artifact) if who.formats and not who.needs_base else None
     if method is not None and method not in who.formats:
         raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
@@ -174,7 +174,7 @@ def logits(
 
 
 def _method(artifact: Path) -> str | None:
-    """How an artifact is quantized, None if it is not."""
+    """The quant_method of an artifact, None if it is not quantized."""
     from compress.checkpoint.reader import open_checkpoint
     from compress.importers import method_of
 
@@ -189,7 +189,7 @@ def _there(folder: Path, file: str) -> None:
 def _our_own(
     who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool
 ) -> Reading:
-    """Our own reading, of an adapter on its base where there is one."""
+    """Our own reading; an adapter is added to its base."""
     import importlib.metadata
 
     import torch
@@ -199,7 +199,7 @@ def _our_own(
     from compress.layerwise.model import build
 
     model = build(open_checkpoint(base or artifact, trusted=trusted), dtype, rounded)
-    # One that lies in its base's own folder is part of what that means.
+    # An adapter in its base's own folder is already part of how we read the base.
     if base is not None and artifact.resolve() != (base / ADAPTER).resolve():
         add_adapter(model, artifact)
     with torch.inference_mode():
@@ -259,8 +259,8 @@ def _shown(who: Reader, held: dict[str, str]) -> dict[str, str]:
 
 
 def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path, timeout_seconds: float) -> int | None:
-    """The exit status, None where it took too long. Nothing of it is left running."""
-    # Readers keep caches and compile kernels in the home of whoever runs them; here that is the scratch folder.
+    """The exit status, None if it took too long. No process of it is left running."""
+    # Readers write caches and compiled kernels to the home directory; here that is the scratch folder.
     for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
         variables[name] = str(scratch / "work")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -282,7 +282,7 @@ def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path
 
 
 def _kept(log: Path, reader: str) -> tuple[Path, str]:
-    """A failed reader's log where it outlives the scratch folder, and its last line."""
+    """Copies a failed reader's log out of the scratch folder; (its path, its last line)."""
     text = log.read_text(errors="replace")
     place = cache_folder() / f"{reader}.last-failure.log"
     try:

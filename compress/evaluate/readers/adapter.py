@@ -1,6 +1,6 @@
-"""Adapter: what a LoRA folder as PEFT writes it adds to a model of ours.
+"""Adapter: applies a LoRA folder, as PEFT writes it, to a model of ours.
 
-y += scaling * B (A x) beside each module that has a pair; see lora.py for the scaling.
+y += scaling * B (A x) for each module that has a pair; see lora.py for the scaling.
 """
 
 from __future__ import annotations

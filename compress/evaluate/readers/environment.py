@@ -1,8 +1,8 @@
 """Environment: a virtual environment for a reader, built once and cached.
 
-It is built beside its place under another name and renamed when everything in it was found to be as pinned, so what
-stands in its place is whole. A lock, which pip holds too, keeps two builds apart even when the first one was killed.
-Nothing is written outside the cache, and nothing of the user's own environment is seen inside.
+It is built under another name and renamed once every package has its pinned version, so an environment that is there is
+complete. A lock, which pip holds too, prevents two builds at a time, even if the first builder was killed. Nothing is written
+outside the cache, and nothing of the user's own environment is visible inside.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Tell = Callable[[str], None]
 
 STAMP = "environment.json"
 _LAST_LINES = 8
-# What pip would obey and what would lead out of the environment, or past its pins.
+# Variables that change what pip installs, or make Python import from outside the environment.
 _LEAKS = (
     "VIRTUAL_ENV", "CONDA_PREFIX", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_SRC", "PIP_LOG", "PIP_PYTHON",
     "PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "PIP_REQUIREMENT", "PIP_NO_DEPS", "PIP_DRY_RUN", "PIP_REPORT", "PIP_UPGRADE",
@@ -61,17 +61,17 @@ _REMEDIES = (
 
 @dataclass(frozen=True)
 class Environment:
-    """What is in a virtual environment, to the last version."""
+    """The packages of a virtual environment, with exact versions."""
 
     name: str
     requirements: tuple[tuple[str, ...], ...]
     """Calls of `pip install`, in order; torch comes first, so that nothing else pulls in another build of it."""
     python: str = sys.executable
-    """The interpreter that it is made of."""
+    """The interpreter that it is made with."""
     variables: tuple[tuple[str, str], ...] = ()
-    """What the builds of its packages look for in the environment."""
+    """Environment variables for the builds of its packages."""
     needs_bytes: int = 0
-    """Free disk to begin with."""
+    """Free disk space that the build needs."""
 
     def pins(self) -> dict[str, str]:
         """Version by package, of those that are pinned."""
@@ -86,7 +86,7 @@ class Environment:
 
 
 def torch_pin() -> str:
-    """The torch that runs here, without the suffix of its build: which build there is, pip's configuration decides."""
+    """The version of torch here, without the suffix of its build: pip's configuration decides which build is installed."""
     return "torch==" + metadata.version("torch").partition("+")[0]
 
 
@@ -101,9 +101,9 @@ def interpreter(place: Path) -> Path:
 
 
 def ensure(environment: Environment, tell: Tell) -> Path:
-    """The interpreter of the environment, which is built unless it is there. `tell` gets every line of pip's.
+    """The interpreter of the environment, which is built if it does not exist. `tell` gets every line that pip prints.
 
-    Raises MachineError with pip's last lines and the place of its log.
+    Raises MachineError with pip's last lines and the path of its log.
     """
     cache = cache_folder()
     place = cache / environment.key()
@@ -128,13 +128,13 @@ def packages(python: Path) -> dict[str, str]:
 
 
 def clean_variables(**more: str) -> dict[str, str]:
-    """This process's variables without what leads out of an environment, or into it."""
+    """This process's environment variables, without those that affect which packages Python and pip see."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k not in _LEAKS}
     return {**kept, "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **more}
 
 
 def _whole(place: Path) -> bool:
-    """Whether it is complete, and the Python that it was made of is still there."""
+    """Whether it is complete, and the Python that it was made with still exists."""
     return (place / STAMP).is_file() and interpreter(place).exists()
 
 
@@ -147,7 +147,7 @@ def _build(environment: Environment, place: Path, lock: int, tell: Tell) -> None
     if free < environment.needs_bytes:
         raise MachineError(str(place.parent), f"{environment.needs_bytes:,} free bytes for {where}", f"{free:,}", _MORE_ROOM)
     tell(f"building {where} in {place}; this is done once")
-    # Its own folder for what pip unpacks, so that a build that is killed leaves nothing elsewhere. No cache: what is built
+    # pip unpacks into a folder of the build, so that a killed build leaves nothing elsewhere. No cache: wheels that are built
     # here with other settings must not be found there by the user's own pip.
     variables = clean_variables(
         TMPDIR=str(building / "tmp"), PIP_USER="0", PIP_NO_CACHE_DIR="1", PIP_NO_INPUT="1", PIP_PROGRESS_BAR="off",
@@ -176,7 +176,7 @@ def _build(environment: Environment, place: Path, lock: int, tell: Tell) -> None
 
 @dataclass(frozen=True)
 class _Runner:
-    """Runs the commands of one build; what they print goes into the log, and line by line to `tell`."""
+    """Runs the commands of one build; their output goes into the log, and line by line to `tell`."""
 
     where: str
     folder: Path
@@ -214,7 +214,7 @@ class _Runner:
 
 
 def _stays_here(lines: list[str], where: str) -> None:
-    """pip obeys a `target` in the user's configuration files even inside a virtual environment."""
+    """Raises MachineError for a `target` in pip's configuration, which pip obeys even inside a virtual environment."""
     for line in lines:
         option = line.partition("=")[0].rpartition(".")[2]
         if option in _ELSEWHERE:
@@ -225,7 +225,7 @@ def _stays_here(lines: list[str], where: str) -> None:
 
 
 def _as_pinned(environment: Environment, found: dict[str, str], where: str, log: Path) -> None:
-    """A later call of pip's may have replaced what an earlier one installed."""
+    """Raises MachineError for a version that is not the pinned one: a later call of pip may replace an earlier one's."""
     held = {_plain(name): version.partition("+")[0] for name, version in found.items()}
     wrong = [f"{name} {held.get(name, 'missing')}, not {v}" for name, v in environment.pins().items() if held.get(name) != v]
     if wrong:
@@ -251,7 +251,7 @@ def _asked(python: str) -> str:
 
 @contextmanager
 def _lock(path: Path, tell: Tell) -> Iterator[int]:
-    """Waits for whoever builds the same. The descriptor goes to pip too: it outlives us if we are killed."""
+    """Waits for another build of the same environment. pip inherits the descriptor, because it may outlive us."""
     with open(path, "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Probe: runs one reader in its own interpreter and writes its logits down.
+"""Probe: runs one reader in its own interpreter and saves its logits.
 
 Run by path, with nothing of ours importable: python probe.py READER.py REQUEST.json. READER.py defines
-`load(artifact, scratch, base, dtype, notes, trusted)`, which gives what maps ids to logits. `scratch` is removed afterwards.
+`load(artifact, scratch, base, dtype, notes, trusted)`, which returns a function from ids to logits. `scratch` is removed later.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AutoGPTQ 0.7.1 as a reader: from_quantized, with plain torch on the CPU.
 
-It lives with transformers 4.46, which misreads a config.json of transformers 5: the artifact is seen through a folder of
-links with a config.json of its own.
+It needs transformers 4.46, which misreads a config.json of transformers 5: it gets a folder of links to the artifact's files
+with a translated config.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
     config = json.loads((artifact / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(translated(config, stored, notes)))
 
-    # By name: it is not there for whoever checks the types of this file.
+    # Imported by name, because it is not installed where types are checked.
     auto_gptq = importlib.import_module("auto_gptq")
     wrapped = auto_gptq.AutoGPTQForCausalLM.from_quantized(
         str(copy), device="cpu", use_triton=False, inject_fused_attention=False, inject_fused_mlp=False, disable_exllama=True,
@@ -36,7 +36,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
 
 
 def translated(config: dict[str, Any], stored: set[str], notes: list[str]) -> dict[str, Any]:
-    """A config.json of transformers 5 in the words of 4.46; each change is a note."""
+    """A config.json of transformers 5 translated for 4.46; each change is a note."""
     new = dict(config)
 
     def say(change: str) -> None:
@@ -59,7 +59,7 @@ def translated(config: dict[str, Any], stored: set[str], notes: list[str]) -> di
             new["rope_scaling"] = rest
             say("the rest of rope_parameters is rope_scaling")
     if "tie_word_embeddings" not in new:
-        # Which classes tie when nothing is said has changed; the files know.
+        # The default of tie_word_embeddings has changed between versions; the stored tensors tell.
         new["tie_word_embeddings"] = not any(name.startswith(("lm_head.", "embed_out.")) for name in stored)
         say(f"tie_word_embeddings is {str(new['tie_word_embeddings']).lower()}")
     return new
@@ -77,13 +77,13 @@ def stored_names(artifact: Path) -> set[str]:
 
 
 def complete(model: Any, stored: set[str], notes: list[str]) -> None:
-    """Raises ValueError for tensors that it takes and did not find: it leaves them as they were, without a word."""
+    """Raises ValueError for missing tensors, which the reader silently leaves as they were initialised."""
     held = dict(model.state_dict(keep_vars=True))
     found = {id(value) for name, value in held.items() if name in stored}
     missing = sorted(name for name, value in held.items() if name not in stored and id(value) not in found)
-    # What it computes by itself where there is none.
+    # Tensors that it computes itself if they are not stored.
     missing = [name for name in missing if not name.endswith((".g_idx", ".inv_freq", ".attn.bias", ".masked_bias"))]
-    # It gives every quantized linear a bias of zeros, which stays where the artifact has none.
+    # It gives every quantized linear a bias of zeros, which stays if the artifact has none.
     packed = {name.removesuffix(".qweight") for name in held if name.endswith(".qweight")}
     missing = [n for n in missing if not (n.endswith(".bias") and n.removesuffix(".bias") in packed and not held[n].any())]
     if missing:

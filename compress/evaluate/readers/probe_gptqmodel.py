@@ -10,15 +10,15 @@ from typing import Any
 
 def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str], trusted: bool) -> Callable[[Any], Any]:
     """Ids [samples, length] -> logits [samples, length, vocabulary]."""
-    # By name: it is not there for whoever checks the types of this file.
+    # Imported by name, because it is not installed where types are checked.
     gptqmodel = importlib.import_module("gptqmodel")
-    # A folder of links: some readers write beside what they read.
+    # A folder of links, because some readers write into the folder that they read.
     copy = scratch / "artifact"
     copy.mkdir()
     for file in artifact.iterdir():
         (copy / file.name).symlink_to(file.absolute())
     if str(dtype) == "torch.float32":
-        # Its kernels refuse anything wider; scales are stored in half precision.
+        # Its kernels compute in half precision only, in which scales are stored.
         dtype = importlib.import_module("torch").float16
         notes.append("it computes in float16: its kernels know no float32")
     model = gptqmodel.GPTQModel.load(

@@ -14,7 +14,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
     model, report = AutoModelForCausalLM.from_pretrained(
         artifact, dtype=dtype, local_files_only=True, trust_remote_code=trusted, use_safetensors=True, output_loading_info=True
     )
-    # It fills with random numbers what it does not find, and says so in a log only.
+    # It fills missing tensors with random numbers, and says so only in its log.
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, report[kind])))[:500]}")

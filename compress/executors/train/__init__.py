@@ -1,4 +1,4 @@
-"""Train: the driver of gradient training, for students in any state."""
+"""Train: the executor of gradient training, for students in any state."""
 
 from compress.executors.train.loop import train
 

@@ -1,8 +1,8 @@
-"""Loop: lifts a training pass to directories, on one process or many.
+"""Loop: runs a training pass over a checkpoint, in one process or many.
 
-A step's loss is the sum over its scored tokens divided by their number, over all processes and micro-batches alike, so how
-a step is divided changes nothing but rounding. accelerate wraps the student (DDP, or FSDP2 where it is told so) and moves
-gradients; the teacher is a plain model on every process. Weights are held in fp32; what is computed in is the context's.
+A step's loss is the sum over its scored tokens divided by their number, over all processes and micro-batches, so the way
+a step is divided affects only rounding. accelerate wraps the student (DDP, or FSDP2 if it is launched so) and reduces
+gradients; the teacher is a plain model in every process. Weights are held in fp32; the compute dtype is the context's.
 
 After every `save_every` steps the state is kept, and a run that was killed goes on from there, to the same bytes on a CPU
 with the same threads.
@@ -41,11 +41,11 @@ from compress.spec.weight_state import Weight
 
 STATE, BAD = ".training-state.safetensors", "bad-batch.safetensors"
 _APART = 1e-3
-"""How much of a text's logits may depend on another text in its row: rounding, no more."""
+"""Largest relative difference of a text's logits with and without other texts in its row: rounding only."""
 
 
 def train(run: StepRun) -> dict[str, float]:
-    """Trains, and writes every weight. Returns seconds by what they were spent on."""
+    """Trains, and writes every weight. Returns the seconds of each kind of work."""
     stream(run.untouched())
     training = Training(run)
     training.all_steps()
@@ -68,7 +68,7 @@ class Training:
         self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, run.touched, writer, ctx
         self.training_options = step.pass_.training_options()
         self.dtype = computing(ctx.dtype, source.config)
-        # A router may leave out an expert that is a module of its own, and its gradient with it.
+        # An expert in a module of its own gets no gradient in a step whose tokens are not routed to it.
         left_out = any(w.kind == "expert" and not w.converted and w.experts is None for w in self.weights)
         unused = DistributedDataParallelKwargs(find_unused_parameters=left_out, broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=device_of(ctx) == CPU, kwargs_handlers=[unused])
@@ -108,13 +108,13 @@ class Training:
         return model.to(self.accelerator.device)
 
     def _recompute(self) -> None:
-        """Activation checkpointing, without the training mode that transformers ties it to, which would turn dropout on."""
+        """Turns on activation checkpointing, but not the training mode that transformers requires for it: that means dropout."""
         if not self.training_options.recompute:
             return
         model = self.student.module
         if not model.supports_gradient_checkpointing:
             raise UsageError("recompute", "a family that can compute its blocks again", type(model).__name__, "leave it off")
-        # Renamed between versions of transformers.
+        # The method was renamed between versions of transformers.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         for part in model.modules():
@@ -122,7 +122,7 @@ class Training:
                 part.training = True
 
     def _keeps_texts_apart(self) -> None:
-        """Raises InputError for a family whose attention goes from one text of a row to another."""
+        """Raises InputError for a family whose attention crosses from one text of a row to another."""
         if (row := self.order.joined()) is None:
             return
         model, inputs = self.student.module, row.inputs
@@ -136,7 +136,7 @@ class Training:
             raise InputError("packing", "a model that keeps the texts of a row apart", got, "set packing to pad")
 
     def all_steps(self) -> None:
-        """From the last state to the end."""
+        """Runs the steps from the last saved state to the end."""
         order, path = self.order, self.writer.path / STATE
         done = state.load(path, self.parameters, self.optimizer)
         tokens = self.record.back_to(done) if self.ctx.is_main else 0
@@ -170,7 +170,7 @@ class Training:
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         for batch, last in self.order.share(number, ctx.rank, ctx.world_size):
-            # Gradients of processes are averaged, and only with the last micro-batch.
+            # Gradients are averaged over processes, and only after the last micro-batch.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self._loss(batch)
                 self.accelerator.backward(loss * (ctx.world_size / max(1, count)))
@@ -178,7 +178,7 @@ class Training:
         ctx.add_up(total)
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
-                # AdamW counts steps for each parameter; a state that is loaded has one count.
+                # AdamW counts steps for each parameter; a loaded state has one count for all.
                 parameter.grad = torch.zeros_like(parameter)
             elif name in self.masks:
                 parameter.grad.mul_(self.masks[name])
@@ -200,7 +200,7 @@ class Training:
             return self.pass_.loss(placed, self.model, self.teacher)
 
     def _stop(self, number: int, samples: list[int], loss: float, norm: float) -> None:
-        """Keeps the batch that a loss was not finite on, and raises InputError."""
+        """Saves the batch whose loss was not finite, and raises InputError."""
         kept = self.writer.path.parent / BAD
         if self.ctx.is_main:
             from safetensors.torch import save_file
@@ -214,11 +214,11 @@ class Training:
         )  # fmt: skip
 
     def _before(self, weight: Weight) -> torch.Tensor:
-        """What a weight was, [experts?, rows, columns]."""
+        """A weight before training, [experts?, rows, columns]."""
         return qtensor.as_matrix(weight, self.student.dense_view.dense(weight.name))
 
     def write(self) -> None:
-        """Every trained weight at its place, and what was recorded."""
+        """Writes every trained weight, and the record of the training."""
         for weight in self.weights:
             learned = {key: state.whole(self.parameters[key]) for key in self.student.learned(weight.name)}
             if not self.ctx.is_main:
@@ -231,14 +231,14 @@ class Training:
                 check_mask(weight, after.sparsity, value)
             odd = watch(weight, value, None, partial(self._before, weight), "lower lr or scale_lr, or raise warmup")
             digests = {name: self.writer.put(name, part) for name, part in parts.items()}
-            # What pruning or rounding has cost this weight is no longer what it was.
+            # The error of pruning or rounding that an earlier step measured no longer holds.
             self.writer.record(weight.name, digests, {"error": None, "output_error": None, "notes": odd})
         if self.ctx.is_main:
             self.record.draw()
 
 
 def _check_launch(accelerator: Any) -> None:
-    """Raises UsageError for a way to share a model out that was asked for and is not this driver's."""
+    """Raises UsageError for a way to distribute a model that this executor does not support."""
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if asked and kind != "FSDP":

@@ -1,8 +1,8 @@
-"""Record: what every step measured, a line of JSON each, and a picture of it.
+"""Record: a line of JSON for every training step, and a picture of the loss.
 
     training.jsonl   step, loss per scored token, learning rate, norm of the gradient, tokens so far
     training.svg     the loss over the steps
-Times are not in it, so that the same run gives the same bytes; a manifest tells them beside.
+It holds no times, so that the same run gives the same bytes; the manifest has them under `measured`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Record:
         self.folder, self.title = folder, title
 
     def _rows(self) -> list[dict[str, float]]:
-        """The lines so far; one that a crash has cut is the last, and is left out."""
+        """The lines so far, without a last one that a crash has cut."""
         path = self.folder / LINES
         rows = []
         for line in path.read_text().splitlines() if path.is_file() else []:
@@ -34,10 +34,10 @@ class Record:
         return rows
 
     def back_to(self, step: int) -> int:
-        """Drops what was recorded after `step` steps; returns the tokens until then."""
+        """Drops the lines after `step` steps; returns the tokens until then."""
         rows = [row for row in self._rows() if row["step"] <= step]
         if (self.folder / LINES).is_file():
-            # A kill in the middle must leave the old lines or the new ones.
+            # A kill in the middle must leave either the old lines or the new ones.
             new = self.folder / f".{LINES}.new"
             new.write_text("".join(json.dumps(row) + "\n" for row in rows))
             new.replace(self.folder / LINES)
@@ -50,7 +50,7 @@ class Record:
             stream.write(json.dumps(row) + "\n")
 
     def keep(self) -> None:
-        """Makes the lines so far durable; a state that is kept counts on them."""
+        """Makes the lines so far durable; a saved state relies on them."""
         with open(self.folder / LINES, "a") as stream:
             os.fsync(stream.fileno())
 

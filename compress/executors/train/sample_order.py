@@ -1,8 +1,8 @@
 """Sample order: the samples of each step, and which of their tokens count.
 
-The order of samples is a function of the seed, the tokens and the epoch, and a step's samples are a range of it. So
-nothing has to be remembered to go on at any step, and every process knows what the others have: how many tokens a
-step counts is known before it begins, and each token weighs the same however the step is divided.
+The order of samples is a function of the seed, the tokens and the epoch, and a step's samples are a range of it. So a run can
+resume at any step without saved state, and every process knows the samples of the others: the number of scored tokens of a
+step is known before it begins, and each token has the same weight however the step is divided.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compress.layerwise.batches import followed
 
 
 class SampleOrder:
-    """The samples of a training run. Raises InputError for a corpus that no next token can be predicted in."""
+    """The samples of a training run. Raises InputError for a corpus without a next token to predict."""
 
     def __init__(self, corpus: Corpus, training_options: TrainingOptions, seed: int, *, causal: bool) -> None:
         ids = corpus.tensors.get("input_ids")
@@ -40,7 +40,7 @@ class SampleOrder:
 
     @cached_property
     def scored(self) -> torch.Tensor:
-        """Which logits count, bool [samples, length]: of a causal model those whose next token belongs to the same text."""
+        """Which logits are scored, bool [samples, length]: in a causal model those whose next token is in the same text."""
         return followed(self.mask, self.places) if self.causal else self.mask
 
     def of_step(self, step: int) -> list[int]:
@@ -55,11 +55,11 @@ class SampleOrder:
         return self._epochs[number]
 
     def tokens(self, samples: list[int]) -> int:
-        """How many tokens of these samples count."""
+        """The number of scored tokens in these samples."""
         return int(self.scored[samples].sum())
 
     def share(self, step: int, rank: int, world_size: int) -> Iterator[tuple[TrainingBatch, bool]]:
-        """A process's order of a step, and whether it is the last: as many for every process, an empty one if need be."""
+        """A process's micro-batches of a step, each with whether it is the last. All processes get as many, some maybe empty."""
         samples, size = self.of_step(step), self.training_options.micro_batch
         parts = [samples[at : at + size] for at in range(0, len(samples), size)]
         rounds = -(-len(parts) // world_size)
@@ -73,7 +73,7 @@ class SampleOrder:
         ids, mask, scored = self.ids[samples], self.mask[samples], self.scored[samples]
         inputs = {"input_ids": ids}
         if self.places is not None:
-            # Without a mask transformers takes positions that begin again for texts of their own.
+            # If there is no mask, transformers takes positions that restart at 0 for separate texts.
             inputs["position_ids"] = self.places[samples]
         elif not bool(mask.all()):
             inputs["attention_mask"] = mask.long()
@@ -82,12 +82,12 @@ class SampleOrder:
         return TrainingBatch(inputs, positions, following.flatten()[positions])
 
     def empty(self, sample: int) -> TrainingBatch:
-        """One that counts nothing, for a process that has no samples left while others do."""
+        """A batch without scored tokens, for a process that has no samples left while others do."""
         batch = self.batch([sample])
         return TrainingBatch(batch.inputs, batch.positions[:0], batch.labels[:0])
 
     def joined(self) -> TrainingBatch | None:
-        """A sample of several texts, shortest start first; None where there is none. To see that they are kept apart."""
+        """A sample of several texts, to check that the model keeps them apart; None if there is none."""
         if self.places is None:
             return None
         several = ((self.places[:, 1:] == 0).any(1)).nonzero()[:, 0]

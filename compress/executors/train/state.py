@@ -1,8 +1,8 @@
-"""State: what a training run needs to go on, in one safetensors file.
+"""State: saves what a training run needs to resume, in one safetensors file.
 
-Parameters in fp32 and AdamW's two moments, by the names that weights have on disk, and the number of steps done. Nothing
-else is needed: the order of samples and the learning rate are functions of the step, and no dropout draws numbers. The file
-is replaced by one rename, so there is always a whole one.
+It holds parameters in fp32 and AdamW's two moments, by the names of weights on disk, and the number of steps done. Nothing
+else is needed: the order of samples and the learning rate are functions of the step, and there is no dropout. The file
+is replaced by one rename, so it is always complete.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _KEY = "training"
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded over processes, on every one of them, in ordinary memory."""
+    """The full tensor, on the host of every process, of one that may be sharded over processes."""
     full = getattr(tensor, "full_tensor", None)
     return (tensor if full is None else full()).detach().cpu()
 
 
 def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole value on the device of a tensor, and sharded as that is."""
+    """A full value on the device of `tensor`, and sharded like it."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
         return value.to(tensor.device)
@@ -54,7 +54,7 @@ def save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: 
         return
     new = path.with_name(f"{path.name}.new")
     try:
-        # One key of metadata, for safetensors keeps no order among several.
+        # One key of metadata only: safetensors does not keep the order of several.
         save_file(tensors, new, {_KEY: json.dumps({"step": step})})
         descriptor = os.open(new, os.O_RDONLY)
         try:
@@ -69,7 +69,7 @@ def save(path: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: 
 
 
 def load(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Puts a state back; returns how many steps were done, 0 where there is none."""
+    """Restores a state; returns how many steps were done, 0 if there is no state."""
     if not path.is_file():
         return 0
     from safetensors import safe_open

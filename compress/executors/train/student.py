@@ -1,9 +1,9 @@
 """Student: a checkpoint in any state as a model that can be trained.
 
-What is trained has the shape that it has on disk, whatever transformers makes of it while it loads: a dense weight in fp32;
-of a weight in codes the gain of each scale, and low-rank factors beside it in fp32. A parameter that transformers fuses or
-splits becomes a property that is made of them, by transformers' own conversion, whenever it is used. So a step's result is
-written down as it stands, experts and fused projections can be in codes, and a mask lies on the weight that it was made for.
+Trained tensors have their shape on disk, whatever transformers makes of them while it loads: a dense weight in fp32, or for a
+weight in codes the gain of each scale, and its low-rank factors in fp32. A parameter that transformers fuses or splits becomes
+a property that is computed from them, by transformers' own conversion, whenever it is used. So results are written without a
+reverse conversion, experts and fused projections can be in codes, and a mask applies to the weight that it was made for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compress.layerwise.dense_view import DenseView
 
 _PART = "source"
-"""What a fused parameter is made of hangs on its module under this name and a number."""
+"""Prefix, before a number, of the submodules that hold the parts of a fused parameter."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Student:
         self._paths: dict[str, str] = {}
 
     def _fuse(self, mapping: Mapping, group: Group) -> None:
-        """Makes properties of the parameters that a group becomes, and leaves of its sources."""
+        """Turns the parameters that a group becomes into properties, and its source tensors into leaves."""
         made = mapping.convert(group, lambda name: torch.empty(self.dense_view.logical[name].shape, device="meta"))
         if any(self.dense_view.logical[name].dtype not in FLOATS for name in group.sources):
             return
@@ -110,51 +110,51 @@ class Student:
             else:
                 self._paths[weight.name] = leaf.path
                 self._learning[weight.name] = self.module.get_parameter(leaf.path).requires_grad_(True)
-        # What is tied shares its scale, and so its gain and its factors.
+        # Tied weights share their scale, and so its gain and their factors.
         for module in self.module.modules():
             if isinstance(module, QLinear) and id(module.scale) in learned:
                 for part, parameter in learned[id(module.scale)].items():
                     module._buffers.pop(part, None)
                     module.register_parameter(part, parameter)
-                # A buffer is whole on every process, where parameters may be sharded.
+                # FSDP does not shard buffers, so every process has all of it.
                 frozen = module.scale.detach()
                 del module._parameters["scale"]
                 module.register_buffer("scale", frozen)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the name of the weight on disk: the weight, or the gains of its scales; NAME.left, NAME.right."""
+        """Trained parameters, by name on disk: NAME is a weight, or the gains of its scales; NAME.left, NAME.right factors."""
         return self._learning
 
     def path_of(self, name: str) -> str:
-        """Where something that is trained is in the model."""
+        """The path in the model of a trained parameter."""
         return self._paths[name]
 
     def learned(self, name: str) -> list[str]:
-        """What is trained of a weight, by the names of `trainable`."""
+        """The trained parameters of a weight, by their names in `trainable`."""
         return [key for part in ("gain", "left", "right") if (key := _key(name, part)) in self._learning]
 
     def is_gain(self, name: str) -> bool:
-        """Whether something that is trained is a share of scales."""
+        """Whether a trained parameter is the gain of scales."""
         return name in self.leaves and self.leaves[name].codes
 
     def masks(self, states: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Where a trained dense weight may differ from zero, by its name on disk, for those that are masked."""
+        """For each trained dense weight that is masked, by name on disk: where it may differ from zero."""
         masked = [n for n in self._learning if n in states and not self.leaves[n].codes and states[n].sparsity is not None]
         return {name: self._learning[name].detach() != 0 for name in masked}
 
     def parts(self, weight: Weight, learned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A trained weight's tensors on disk, from all that was learned, by the names of `trainable`."""
+        """A trained weight's tensors on disk; `learned` are trained values by their names in `trainable`."""
         stored = torch_dtype(weight.dtype)
         leaf = self.leaves[weight.name]
         if not leaf.codes:
-            # Adding zero makes +0 of -0, which some sparse kernels take for a value.
+            # Adding zero turns -0 into +0: some sparse kernels take -0 for a value.
             return {weight.name: (learned[weight.name].to(stored) + 0).reshape(weight.shape)}
-        # Whatever else stands beside the codes, as it is stored.
+        # The other parts of the quantized weight, as they are stored.
         q = self.dense_view.qtensor(weight.name)
         assert q is not None
         if (gain := learned.get(weight.name)) is not None:
-            # On the grid of the weight's dtype, whatever it is kept in.
+            # Scales are rounded to the weight's dtype, whatever dtype they are stored in.
             q = replace(q, scale=(q.steps() * gain).to(stored).to(q.scale.dtype), tensor_scale=None)
         if (left := learned.get(_key(weight.name, "left"))) is not None:
             q = replace(q, lowrank=Factors(left.bfloat16(), learned[_key(weight.name, "right")].bfloat16()))
@@ -162,17 +162,17 @@ class Student:
 
 
 def _key(name: str, part: str) -> str:
-    """What a part of a weight in codes is called among all that is trained: gains go by the weight's own name."""
+    """The name in `trainable` of a part of a weight in codes; gains have the weight's own name."""
     return name if part == "gain" else f"{name}.{part}"
 
 
 def _called(value: Callable[[str], torch.Tensor], parameter: str, _: nn.Module) -> torch.Tensor:
-    """What a property asks of its module, which does not matter here."""
+    """The getter of a property; it ignores the module."""
     return value(parameter)
 
 
 class Conversion:
-    """transformers' conversion of a group of tensors, which only moves numbers about, and the way back for gradients."""
+    """transformers' conversion of a group of tensors, which only reorders numbers, and its inverse for gradients."""
 
     def __init__(self, mapping: Mapping, group: Group, shapes: list[tuple[int, ...]]) -> None:
         self.mapping, self.group, self.shapes = mapping, group, shapes
@@ -190,7 +190,7 @@ class Conversion:
         return self.mapping.convert(self.group, given.__getitem__)
 
     def places(self) -> dict[str, torch.Tensor]:
-        """Which number of all sources each entry of a parameter is."""
+        """For each entry of a parameter its index among the numbers of all sources."""
         counted = (torch.arange(a, a + torch.Size(s).numel()).view(s) for a, s in zip(self.starts, self.shapes, strict=True))
         return self.run(counted)
 
@@ -208,7 +208,7 @@ class _Converted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, conversion: Conversion, parameter: str, *sources: torch.Tensor) -> torch.Tensor:
         ctx.conversion, ctx.parameter = conversion, parameter
-        # A view of a source would be taken for one of its parameter's.
+        # Cloned, because autograd would take the result for a view of a source.
         return conversion.run(sources)[parameter].clone(memory_format=torch.contiguous_format)
 
     @staticmethod
