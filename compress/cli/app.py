@@ -41,8 +41,8 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     ) -> None:
         pass
 
-    for command in (run, plan, eval_, diff, verify, generate, show, list_, formats, doctor, bench, recipes, clean, demo):
-        command.register(app)
+    for module in (run, plan, eval_, diff, verify, generate, show, list_, formats, doctor, bench, recipes, clean, demo):
+        module.register(app)
     groups: dict[str, typer.Typer] = {}
     for name in pass_files():
         group, _, command = name.rpartition(".")
