@@ -26,7 +26,7 @@ from compress.errors import CompressError, UsageError
 from compress.kernels.dispatch import BACKENDS, Backend, Work, ask
 from compress.kernels.native.layout import Native
 from compress.kernels.native.packed import Packed
-from compress.kernels.others import Call, Other, others
+from compress.kernels.third_party_backends import Call, Other, others
 from compress.numerics import lowrank, masks
 from compress.numerics.inputs import rounded_inputs
 from compress.numerics.rounding import nearest

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from compress.contract.group_size import Ragged, fitting
 from compress.contract.pass_base import Pass, TargetedPass
 from compress.contract.shapes import TrainPass
 from compress.errors import Refusal, Unsound, UsageError
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 Clip = Annotated[
     Literal["none", "mse"], Field(description="range of a group: its largest magnitude, or the one with least squared error")
 ]
-Ragged = Annotated[
-    Literal["refuse", "divide", "channel"],
-    Field(description="if the group does not divide the columns: refuse, use the largest one that does, or one scale per row"),
-]
-_SMALLEST_GROUP = 16
 
 
 def refuse_no_matrix(weight: Weight) -> None:
@@ -76,22 +71,6 @@ class CodeOptions(TargetedPass):
             reason = f"{scheme} has a scale for all of what readers fuse, which no outlier can be taken out of"
             raise Refusal(reason, "use a scheme with scales of rows, or no outliers for it")
         return State(scheme, state.sparsity, Outliers(share) if share else None)
-
-
-def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
-    """The scheme, with another group if its own does not divide a weight's columns. Raises Refusal."""
-    group, columns = scheme.group, weight.columns
-    if group is None or columns % group == 0 or scheme.scales == "block":
-        return scheme
-    if scheme.scales != "row":
-        raise Refusal(f"the groups of {group} that {scheme} has do not divide {columns} columns", "skip it, or use fp4g")
-    if ragged == "channel":
-        return replace(scheme, group=None)
-    divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
-    if ragged == "divide" and divisors:
-        return replace(scheme, group=divisors[-1])
-    near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
-    raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
 
 
 class QuantizingPass(CodeOptions):

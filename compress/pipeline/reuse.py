@@ -21,7 +21,7 @@ from compress.context import Context
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import InputError, MachineError, UsageError
 from compress.pipeline.output_paths import stem, steps_folder
-from compress.pipeline.step import check_bytes, check_tokens
+from compress.pipeline.resume import check_bytes, check_tokens
 
 IdOf = Callable[[StepPlan, str], str]
 """(step, fingerprint of the checkpoint that it reads) -> the step's id."""

@@ -17,7 +17,7 @@ from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open
 from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
 from compress.context import Context
-from compress.contract.pass_base import ExternalInputs, Pass
+from compress.contract.pass_base import ExternalInputs
 from compress.contract.shapes import TrainPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.device import device_of
@@ -31,8 +31,10 @@ from compress.pipeline.fail_on import Gate, hold, hold_plan
 from compress.pipeline.memory_check import check_memory
 from compress.pipeline.output_paths import based, check_disk, empty, locked, placed, stem, steps_folder
 from compress.pipeline.plan import SHARD_BYTES, PlanOptions, make_plan
+from compress.pipeline.resume import check_bytes, kept
 from compress.pipeline.reuse import ReusedStep, searched, solved, take_steps
-from compress.pipeline.step import Beside, RunState, check_bytes, kept, run_step
+from compress.pipeline.step import Beside, RunState, run_step
+from compress.pipeline.step_identity import step_id
 from compress.spec.recipe import Recipe
 from compress.spec.weight_state import State
 from compress.threads import compute_threads
@@ -90,11 +92,6 @@ def refuse_nonfinite(plan: Plan, scan: SourceScan) -> None:
             [Problem(f"'{name}'", "finite numbers in a weight that is to be transformed", "NaN or Inf", "put it under skip")
              for name in spoiled[:20]]
         )  # fmt: skip
-
-
-def step_id(parent: str, pass_: Pass, seed: int, inputs: dict[str, str]) -> str:
-    """The id of a step; `parent` is the fingerprint of the checkpoint it reads, `inputs` identify what else it reads."""
-    return hash_json({"parent": parent, "seed": seed, "inputs": inputs, **pass_.redacted().identity()})
 
 
 def run_recipe(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options | None = None) -> Result:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.manifest import FILE, Manifest, Step
-from compress.checkpoint.reader import ALLOCATION, CALIBRATION, KEPT, README, TRAINING, Checkpoint, open_checkpoint
-from compress.checkpoint.scan import SourceScan, file_digest, scan_source, text_digest
+from compress.checkpoint.reader import ALLOCATION, CALIBRATION, KEPT, README, TRAINING, Checkpoint
+from compress.checkpoint.scan import SourceScan, file_digest, text_digest
 from compress.checkpoint.writer import Writer
 from compress.context import Context
 from compress.contract.step_plan import Plan, StepPlan
-from compress.errors import InputError, MachineError
+from compress.errors import MachineError
 from compress.executors.allocate import record
 from compress.executors.dense_parent import DenseParent
 from compress.executors.execute import execute
@@ -28,6 +27,7 @@ from compress.pipeline.build_manifest import Written, build_manifest
 from compress.pipeline.fail_on import Gate, hold
 from compress.pipeline.model_card import card, carried, licence_of
 from compress.pipeline.output_paths import steps_folder
+from compress.pipeline.resume import kept
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
@@ -35,35 +35,6 @@ if TYPE_CHECKING:
 
 TOKENS = ".training-tokens.safetensors"
 """The tokens of a training pass, in its .tmp while it runs."""
-
-
-def check_bytes(place: Path, ctx: Context) -> None:
-    """Reads a checkpoint of ours. Raises InputError if a digest does not match its manifest."""
-    checkpoint = open_checkpoint(place)
-    try:
-        scan_source(checkpoint, replace(ctx, events=lambda event: None), allow_nonfinite=True)
-    finally:
-        checkpoint.close()
-
-
-def check_tokens(place: Path) -> None:
-    """Reads the calibration tokens of a step. Raises InputError if their digest does not match its manifest."""
-    manifest, file = Manifest.read(place), place / CALIBRATION
-    if manifest is None or not file.is_file() or file_digest(file) != manifest.files[CALIBRATION]:
-        raise InputError(str(file), "the bytes that manifest.json names", "other bytes, or none", "make it anew")
-
-
-def kept(place: Path, step: StepPlan, ctx: Context) -> bool:
-    """Whether a step exists and all digests match its manifest; a damaged one is removed, to be made again."""
-    if not place.is_dir():
-        return False
-    try:
-        check_tokens(place) if step.inherits else check_bytes(place, ctx)
-    except InputError as error:
-        ctx.tell("damaged", where=str(place), reason=str(error))
-        shutil.rmtree(place)
-        return False
-    return True
 
 
 @dataclass

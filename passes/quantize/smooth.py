@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from compress.architecture.families import Space
-from compress.contract.base_passes import Clip, Ragged, fitting
+from compress.contract.base_passes import Clip
+from compress.contract.group_size import Ragged, fitting
 from compress.contract.smoothing_pass import Matrix, SmoothingPass
 from compress.contract.tasks import Statistic
 from compress.spec.scheme import Scheme

@@ -28,7 +28,7 @@ from compress.evaluate.bench import DECODE, DENSE, PACKED, Decoder, Settings, Sp
 from compress.kernels import bench as kernels
 from compress.kernels.native.cpu import Cpu
 from compress.kernels.native.packed import Packed
-from compress.kernels.others import Other
+from compress.kernels.third_party_backends import Other
 from families import build as build_family
 from support import run, tiny_llama
 

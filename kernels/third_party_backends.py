@@ -1,4 +1,4 @@
-"""Others: other people's products of a weight in codes, where they are installed.
+"""Third-party backends: products of other packages, where they are installed.
 
 Each gets our codes, or where it cannot take them rounds the same values itself; then `exact` is the product by what it has.
 """

@@ -1,0 +1,34 @@
+"""Group size: the group that divides a weight's columns, or the refusal of one that does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from compress.errors import Refusal
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import Weight
+
+Ragged = Annotated[
+    Literal["refuse", "divide", "channel"],
+    Field(description="if the group does not divide the columns: refuse, use the largest one that does, or one scale per row"),
+]
+_SMALLEST_GROUP = 16
+
+
+def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
+    """The scheme, with another group if its own does not divide a weight's columns. Raises Refusal."""
+    group, columns = scheme.group, weight.columns
+    if group is None or columns % group == 0 or scheme.scales == "block":
+        return scheme
+    if scheme.scales != "row":
+        raise Refusal(f"the groups of {group} that {scheme} has do not divide {columns} columns", "skip it, or use fp4g")
+    if ragged == "channel":
+        return replace(scheme, group=None)
+    divisors = [g for g in range(_SMALLEST_GROUP, min(group, columns + 1)) if columns % g == 0]
+    if ragged == "divide" and divisors:
+        return replace(scheme, group=divisors[-1])
+    near = f"ragged=divide (groups of {divisors[-1]}), " if divisors else ""
+    raise Refusal(f"groups of {group} do not divide {columns} columns", f"{near}ragged=channel, or another group")
