@@ -1,4 +1,4 @@
-"""Architecture: what the tensors of a model are, and which weights read which activations.
+"""Architecture: what the tensors of a model are, and which read an activation.
 
 Imports errors, spec, numerics, checkpoint, importers.
 """

@@ -1,4 +1,4 @@
-"""`compress formats ls`: which schemes each format holds, and which readers load it."""
+"""`compress formats ls`: which schemes a format holds, and which readers load it."""
 
 from __future__ import annotations
 

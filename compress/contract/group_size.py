@@ -1,4 +1,4 @@
-"""Group size: the group that divides a weight's columns, or the refusal of one that does not."""
+"""Group size: the group that divides a weight's columns, or its refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks: what executors and passes hand to each other: statistics, matrices, batches."""
+"""Tasks: what executors hand to passes: statistics, matrices, batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resume: whether a step is done already, and whole, so that a run goes on after it."""
+"""Resume: whether a step is done already, and whole."""
 
 from __future__ import annotations
 
