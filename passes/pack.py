@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 
-_BESIDE = {
+_REMEDIES = {
     "outliers": "pack as native or peft, keep the canonical form, or quantize without outliers",
     "lowrank": "pack as native or peft, or keep the canonical form",
 }
@@ -62,7 +62,7 @@ class Pack(TensorPass):
         fmt = self.target_format()
         for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)):
             if part is not None and word not in fmt.holds:
-                raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _BESIDE[word])
+                raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _REMEDIES[word])
         try:
             fmt.refuse(weight, state)
         except Refusal as refusal:
@@ -83,12 +83,12 @@ def _holding(weight: Weight, state: State) -> list[str]:
     found = []
     for name in formats():
         fmt = load_format(name)()
-        beside = {word for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)) if part is not None}
+        corrections = {word for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)) if part is not None}
         try:
             fmt.refuse(weight, state)
         except Refusal:
             continue
         # A format that expands codes is only suggested for low-rank factors, which PEFT adds.
-        if beside <= fmt.holds and (not fmt.expands or state.lowrank is not None):
+        if corrections <= fmt.holds and (not fmt.expands or state.lowrank is not None):
             found.append(name)
     return found

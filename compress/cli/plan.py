@@ -63,11 +63,11 @@ def command(
     console.presets(found)
     checkpoint = open_headers((found.model or model) if model == "-" else model, trust_remote_code)
     console.warn_of_code(checkpoint)
-    model_, columns = enter(found, checkpoint, allow_dtype_mismatch)
+    model_, dense_view = enter(found, checkpoint, allow_dtype_mismatch)
     skips = tuple(allow_skips or ())
     dtype = str(computing("auto", checkpoint.config, where)).removeprefix("torch.")
     options = PlanOptions(threads or available(), skips, limit, dtype)
-    plan = make_plan(found, checkpoint, model_, options, columns=columns)
+    plan = make_plan(found, checkpoint, model_, options, dense_view=dense_view)
     there_bytes = machine_bytes()
     if json_:
         print(

@@ -71,14 +71,14 @@ def card(manifest: Manifest, nbytes: int, config: dict[str, Any], verdicts: Sequ
         ("made by", f"compress {manifest.compress_version}, seed {manifest.seed}"),
     ]
     kept = [name for name in KEPT.values() if name in manifest.files]
-    told = f"\nOf the base model: {', '.join(kept)}. No number there is one of this artifact.\n" if kept else ""
+    origin = f"\nOf the base model: {', '.join(kept)}. No number there is one of this artifact.\n" if kept else ""
     return "\n".join([
         *(["---", *head, "---", ""] if head else []),
         f"{_MARK}\n# {_plain(source.name)}, by compress\n",
         *(_row(*row) for row in [("", ""), ("---", "---"), *rows]),
         "\nRecipe:\n",
         f"    {_printable(' | '.join(step.text for step in manifest.lineage))}",
-        told,
+        origin,
         *_weights(manifest),
         "## Loading it\n",
         *_loading(manifest, _class(config), verdicts),

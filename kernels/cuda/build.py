@@ -36,7 +36,7 @@ _OTHERS = (
     "w3a16g64-asym", "w3a16g128-asym", "w3a16-asym", "w2a16g64-asym", "w2a16g128-asym", "w2a16-asym",
 )  # fmt: skip
 _SCHEMES = {**dict.fromkeys(cubins.TARGETS, _COMMON + _OTHERS), "sm_89": _COMMON, "compute_80": _COMMON}
-"""Schemes in the archive of each target: a GPU of 8.9 also runs code for 8.0; a GPU that must use PTX comes with a torch that has NVRTC."""
+"""Schemes in the archive of each target. A GPU of 8.9 also runs code for 8.0; where only PTX runs, torch brings NVRTC."""
 _OWN_SCALES = {"fp8": torch.float32, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}
 
 

@@ -57,10 +57,10 @@ class Driver:
         status = getattr(self.library, name)(*arguments)
         if not status:
             return
-        told, words = c_char_p(), c_char_p()
-        self.library.cuGetErrorName(status, byref(told))
+        code, words = c_char_p(), c_char_p()
+        self.library.cuGetErrorName(status, byref(code))
         self.library.cuGetErrorString(status, byref(words))
-        error = told.value.decode() if told.value else f"error {status}"
+        error = code.value.decode() if code.value else f"error {status}"
         got = f"{error}: {words.value.decode()}" if words.value else error
         raise MachineError(f"CUDA driver, {name}", "CUDA_SUCCESS", got, _REMEDIES.get(error, ""))
 

@@ -67,8 +67,8 @@ class Nvrtc:
             status = self._library.nvrtcCompileProgram(program, len(all_options), (c_char_p * len(all_options))(*all_options))
             if status:
                 log = self._bytes("nvrtcGetProgramLog", program).decode(errors="replace")
-                told = f"{self._library.nvrtcGetErrorString(status).decode()}\n{log.strip()}"
-                raise MachineError(f"NVRTC {self.version}, {name} for {target}", "a kernel", told, "use another backend")
+                got = f"{self._library.nvrtcGetErrorString(status).decode()}\n{log.strip()}"
+                raise MachineError(f"NVRTC {self.version}, {name} for {target}", "a kernel", got, "use another backend")
             return self._bytes("nvrtcGetCUBIN" if target.startswith("sm_") else "nvrtcGetPTX", program)
         finally:
             _LIBC.uselocale(before)

@@ -164,13 +164,13 @@ class Native(Format):
             got = f"version {config.get('version')!r} of the native format"
             raise InputError(where, f"version {VERSION}, {HALVED} or {NARROW}, which are read here", got, "update compress")
         packed = [name.removesuffix(".tiles") for name in checkpoint.refs if name.endswith(".tiles")]
-        beside = [name.rpartition(".")[0] for name in checkpoint.refs if name.endswith((".indices", ".rest"))]
+        partial_names = [name.rpartition(".")[0] for name in checkpoint.refs if name.endswith((".indices", ".rest"))]
         found: dict[str, tuple[Weight, State]] = {}
         try:
             for entry in config["weights"]:
                 state, shape = State.parse(entry["state"]), tuple(map(int, entry["shape"]))
                 rule = re.compile("|".join(n[3:] if n.startswith("re:") else re.escape(n) for n in entry["names"]))
-                for name in filter(rule.fullmatch, (*packed, *beside)):
+                for name in filter(rule.fullmatch, (*packed, *partial_names)):
                     transposed, module = bool(entry.get("transposed")), name.rpartition(".")[0]
                     found[name] = (Weight(name, str(entry["dtype"]), shape, transposed=transposed, module=module), state)
         except (KeyError, TypeError, ValueError, re.error) as error:
