@@ -1,4 +1,4 @@
-"""Api: `compress.run` and `compress.plan_of`, for a model and a recipe in any form.
+"""Api: `run` and `plan_of`, for a model and a recipe in any form.
 
 A recipe is text (`quantize.rtn(scheme=w4a16g64) | pack`), the path of a file, or a Recipe. A model is a directory or a Hub id, a
 Checkpoint, or, for `run`, a model of transformers: its own `save_pretrained` saves it beside the output, and the copy is

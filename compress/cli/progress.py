@@ -1,4 +1,4 @@
-"""Progress: how far a command is, in named phases; bars on a terminal, else lines.
+"""Progress: of a command, in named phases, as bars on a terminal, else lines.
 
     quantize.gptq: step 2 of 3
     quantize.gptq: copy 56.73 MB in 0.4 s

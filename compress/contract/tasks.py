@@ -1,4 +1,4 @@
-"""Tasks: what executors and passes hand to each other: statistics, matrices, batches."""
+"""Tasks: statistics, matrices and batches that executors and passes exchange."""
 
 from __future__ import annotations
 

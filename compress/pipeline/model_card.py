@@ -117,7 +117,7 @@ def _loading(manifest: Manifest, architecture: str, verdicts: Sequence[Verdict])
     """Example code for each reader that loads the artifact, and what is known of the others."""
     if manifest.format == "canonical":
         if any(State.parse(record.state).scheme is not None for record in manifest.weights.values()):
-            return ["Its codes are not packed yet. `compress pack` lays them out for a reader; verbs of compress read them.\n"]
+            return ["Its codes are not packed yet. `compress pack` packs them for a reader; commands of compress read them.\n"]
         return [*_example("transformers", architecture), ""]
     lines = [_row("reader", "loads it", ""), _row(*["---"] * 3)]
     lines += [_row(v.reader, v.loads, _cell(v.reason)) for v in verdicts]
