@@ -25,7 +25,7 @@ class Wanda(PruningPass, LinearPass):
 
     example: ClassVar[str] = "calibrate | prune.wanda(sparsity=2:4)"
 
-    scope: Literal["matrix", "row"] = Field("row", description="whether a share is one of the matrix, or of each output's row")
+    scope: Literal["matrix", "row"] = Field("row", description="a share is taken of the whole matrix, or of each output's row")
 
     def statistic(self, width: int) -> Statistic:
         from compress.numerics.norms import InputNorms
