@@ -36,8 +36,8 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """The content for config.json."""
-        told: dict[str, Any] = super().to_dict()
-        return {key: value for key, value in told.items() if key not in ("backend", "source")}
+        content: dict[str, Any] = super().to_dict()
+        return {key: value for key, value in content.items() if key not in ("backend", "source")}
 
 
 @register_quantizer(CANONICAL)

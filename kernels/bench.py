@@ -1,11 +1,11 @@
-"""Bench: what a product by a packed weight costs, beside dense and other ones.
+"""Bench: times products by packed weights, next to dense and third-party ones.
 
-A case is a weight and a number of tokens; every product of the same weight takes part in every round, one after the other. Before
-anything is timed, each is checked against an fp32 product by what the codes mean, and one that is wrong is not timed. Products
-take turns with as many equal weights as no cache holds, as the layers of a model do. On a GPU a round is the replay of a CUDA
-graph. Bytes are those of the weight as it lies in memory; bandwidth is those bytes by the time.
+A case is a weight and a number of tokens; every round runs all products of the weight in turn. Before anything is timed, each
+product is checked against an fp32 product by the dequantized weight, and a wrong one is not timed. A product cycles through
+several equal weights, more than any cache holds, like the layers of a model. On a GPU a round replays a CUDA graph. Bytes are
+those of the weight in memory; bandwidth is these bytes divided by the time.
 
-A weight is rounded from random numbers: some of its rows, which are then repeated.
+A weight is made of some rows of random numbers, which are rounded and then repeated.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ LAYERS = {
     (4096, 4096): "7B qkv/o", (22016, 4096): "7B gate+up", (4096, 11008): "7B down", (10240, 8192): "70B qkv",
     (8192, 8192): "70B o", (57344, 8192): "70B gate+up", (8192, 28672): "70B down",
 }  # fmt: skip
-"""Rows and columns of the linears of Llamas."""
+"""(rows, columns) of the linears of Llama models -> name."""
 HEAD = (
     "layer", "state", "tokens", "product", "min us", "median us", "GB/s", "of peak", "by dense", "by best other", "off by", "how",
 )  # fmt: skip
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
 """Largest difference from fp32, as a share of the largest output."""
 WEIGHT_BYTES = 160 << 20
-"""Of the weights that take turns; more than any cache."""
+"""Bytes of the equal weights together; more than any cache holds."""
 DENSE = "dense"
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _BAND = 512
 _ROUNDS = 9
 _ROUND_SECONDS = 0.02
 _FEW_SECONDS = 0.5
-"""A product that takes longer is timed in fewer rounds."""
+"""Seconds; a slower product is timed in fewer rounds."""
 _PEAKS = {
     "B200": 8.0e12, "H200": 4.8e12, "H100 PCIe": 2.04e12, "H100 NVL": 3.94e12, "H100": 3.35e12, "A100-SXM4-40GB": 1.56e12,
     "A100-PCIE-40GB": 1.56e12, "A100 80GB PCIe": 1.94e12, "A100-SXM4-80GB": 2.04e12, "L40S": 0.864e12, "L40": 0.864e12,
     "L4": 0.3e12, "A10": 0.6e12, "V100": 0.9e12, "T4": 0.32e12,
 }  # fmt: skip
-"""Nominal bandwidth by words of a GPU's name, the longer ones first."""
+"""Nominal bandwidth by part of a GPU's name, longer parts first."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class Row:
     ours: bool
     weight_bytes: int
     difference: float = math.nan
-    """The largest one from fp32, as a share of the largest output."""
+    """Largest difference from fp32, as a share of the largest output."""
     seconds: tuple[float, ...] = ()
-    """Of one product, a number for each round."""
+    """Seconds of one product, a number for each round."""
     how: str = ""
     """graph: replayed as a CUDA graph; eager: called from Python."""
     fault: str = ""
 
     @property
     def case(self) -> str:
-        """In words, the same for all products of a case."""
+        """A text that is the same for all products of a case."""
         return f"{self.rows}x{self.columns} {self.state}, {self.tokens} tokens"
 
     @property
@@ -93,24 +93,24 @@ class Row:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes of the weight in a second, in the best round."""
+        """Bytes of the weight per second in the best round."""
         return self.weight_bytes / self.best
 
 
 @dataclass(frozen=True)
 class Product:
-    """What multiplies x [tokens, columns] by a weight, as several callables with equal weights of their own."""
+    """A kind of product of x [tokens, columns] and a weight: several callables, each with its own copy of the weight."""
 
     what: str
     weight_bytes: int
     calls: Sequence[Call]
     exact: Call
-    """The same in fp32."""
+    """The exact product, in fp32."""
     ours: bool
 
 
 def parse_state(text: str) -> State:
-    """A scheme, or a state such as codes(w4a16g64)+masked(2:4). Raises UsageError for what no row can be made of."""
+    """Parses a scheme, or a state such as codes(w4a16g64)+masked(2:4). Raises UsageError for a state that cannot be timed."""
     try:
         state = State.parse(text if "(" in text else f"codes({text})")
     except ValueError as error:
@@ -124,9 +124,9 @@ def table(
     shapes: Iterable[tuple[int, int]], states: Sequence[State], tokens: Sequence[int], device: str, dtype: torch.dtype,
     backend: str | None = None, until: float = math.inf, skipped: Callable[[str], None] = lambda case: None,
 ) -> Iterator[Row]:  # fmt: skip
-    """The rows of every case, made as they are asked for; `skipped` is told of cases that begin after `until`.
+    """Yields the rows of every case; `skipped` is called for cases that would begin after `until`.
 
-    `backend` is the only one of ours to take part. `until` is in seconds of time.monotonic.
+    `backend` limits our backends to one. `until` is in seconds of time.monotonic.
     """
     for rows, columns in shapes:
         for state in states:
@@ -161,7 +161,7 @@ class Case:
 
 
 def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype, backend: str | None = None) -> list[Product]:
-    """The dense product, one for every backend that takes the weight, and other people's."""
+    """The dense product, one for every backend that supports the weight, and third-party ones."""
     scheme = state.scheme
     band = _BAND if rows % _BAND == 0 else rows
     few = random_weight(state, band, columns, dtype)
@@ -194,7 +194,7 @@ def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype,
 
 
 def random_weight(state: State, rows: int, columns: int, dtype: torch.dtype, experts: int | None = None) -> Packed:
-    """Random numbers rounded to a state, in the parts that an artifact has; the same every time."""
+    """Random numbers rounded to a state, as parts of an artifact; reproducible."""
     generator = torch.Generator().manual_seed(0)
     shape = (rows, columns) if experts is None else (experts, rows, columns)
     w = torch.randn(shape, generator=generator).to(dtype)
@@ -216,7 +216,7 @@ def _product(what: str, weight_bytes: int, copy: Callable[[], Call], exact: Call
 
 
 def _other(what: str, make: Callable[[], Other], exact: Call) -> Product:
-    """Other people's product, or one that raises what making it has raised: then its row says so."""
+    """A third-party product; if it cannot be made, one that raises the error, which its row then reports."""
     try:
         other = make()
         return _product(what, other.weight_bytes, other.copy, other.exact or exact, False)
@@ -238,7 +238,7 @@ def _copied(backend: Backend, packed: Packed) -> Call:
 
 
 def measured(case: Case, products: Sequence[Product], x: torch.Tensor) -> list[Row]:
-    """A row for each product of a case, x [tokens, columns]; those that are right have taken part in the same rounds."""
+    """A row for each product of a case, x [tokens, columns]; all correct ones are timed in the same rounds."""
     found, rounds = [], {}
     for product in products:
         row = _checked(case.row(product, len(x)), product, x)
@@ -258,18 +258,18 @@ def _checked(row: Row, product: Product, x: torch.Tensor) -> Row:
     """The row with its difference from fp32, and its fault if there is one."""
     try:
         out = product.calls[0](x)
-    except Exception as error:  # other people's kernels raise what they like, and one that fails is a row that says so
+    except Exception as error:  # third-party kernels may raise anything; the row reports it
         return replace(row, fault=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     exact = product.exact(x)
     difference = float((out.float() - exact).abs().max() / exact.abs().max())
     allowed = ALLOWED[x.dtype]
-    # Written so that a difference that is no number is a fault.
+    # Written so that a NaN is a fault.
     fault = "" if difference <= allowed else f"off by {difference:.2g} of the largest output, where {allowed:g} is allowed"
     return replace(row, difference=difference, fault=fault)
 
 
 def _round(calls: Sequence[Call], x: torch.Tensor) -> tuple[Callable[[], float], str]:
-    """What times a round and returns seconds of one product; and how."""
+    """(a function that times a round and returns the seconds of one product, graph or eager)."""
     if x.is_cuda:
         return _cuda_round(calls, x)
     started = time.perf_counter()
@@ -306,7 +306,7 @@ def _cuda_round(calls: Sequence[Call], x: torch.Tensor) -> tuple[Callable[[], fl
         run = graph.replay
         run()
     except (RuntimeError, CompressError):
-        # What asks the GPU for a number on the way cannot be captured.
+        # A product that reads a number back from the GPU cannot be captured.
         run, how = all_of_them, "eager"
     torch.cuda.synchronize()
 
@@ -322,11 +322,11 @@ def _cuda_round(calls: Sequence[Call], x: torch.Tensor) -> tuple[Callable[[], fl
 
 
 def peak_bandwidth(device: str) -> tuple[float, str]:
-    """Bytes a second that the memory gives at most, and where the number is from."""
+    """(peak bytes per second of the memory, the source of that number)."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
         for part, bandwidth in _PEAKS.items():
-            # A slice of a GPU has a share of its bandwidth.
+            # A MIG slice of a GPU has a share of its bandwidth.
             if re.search(rf"\b{part}\b", name) and "MIG" not in name:
                 return bandwidth, f"nominal, of {name}"
     source = torch.empty(256 << 20, dtype=torch.uint8, device=device)
@@ -342,7 +342,7 @@ def facts(row: Row) -> dict[str, Any]:
 
 
 def cells(rows: Sequence[Row], bandwidth: float) -> list[tuple[str, ...]]:
-    """Rows as people read them; ratios are of best times, above 1 where a row is faster than dense or than the best other."""
+    """Rows as cells of a table; ratios of best times are above 1 if a row is faster than dense, or than the best of others."""
     dense = {row.case: row.best for row in rows if row.what == DENSE}
     others: dict[str, float] = {}
     for row in rows:

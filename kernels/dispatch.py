@@ -1,4 +1,4 @@
-"""Dispatch: which formats there are, and which backend runs a packed weight."""
+"""Dispatch: loads formats by name, and chooses the backend of a packed weight."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LOG = logging.getLogger("compress")
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Names of the formats, `compressed-tensors` for the folder `compressed_tensors`; nothing is imported."""
+    """Names of the formats, such as `compressed-tensors` for the folder `compressed_tensors`; imports nothing."""
     folder = Path(__file__).parent
     return tuple(sorted(path.parent.name.replace("_", "-") for path in folder.glob("*/layout.py")))
 
 
 def load_format(name: str) -> type[Format]:
-    """The Format class of one folder. Raises InputError for a name, of a manifest say, that is none."""
+    """The Format class of that name. Raises InputError for an unknown name, such as one in a manifest."""
     from compress.contract.format import Format
 
     if name not in formats():
@@ -45,15 +45,15 @@ def load_format(name: str) -> type[Format]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a backend is to multiply by: a packed weight, and how it is used."""
+    """The task of a backend: a packed weight, and how it is used."""
 
     state: State
     rows: int
     columns: int
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of activations."""
     scales: torch.dtype
-    """What scales are stored in."""
+    """Dtype of stored scales."""
     device: str
     """Where the weight lies: cpu or cuda."""
     turned: bool = False
@@ -61,35 +61,35 @@ class Work:
     looked_up: bool = False
     """Whether its rows are looked up, as in an embedding."""
     multiplied: bool = True
-    """Whether anything is multiplied by it, as by an embedding only if a head is tied to it."""
+    """Whether anything is multiplied by it; for an embedding only if a head is tied to it."""
     experts: int | None = None
-    """How many matrices lie in a stack."""
+    """The number of matrices in a stack; None for a single matrix."""
     asked: bool = False
-    """Whether the backend was asked for by name: then it may take more memory than the file for speed."""
+    """Whether the user named the backend: then it may trade memory for speed."""
 
 
 class Backend:
-    """Multiplies activations by a packed weight. What it keeps is as large as the weight, and never dense."""
+    """Multiplies activations by a packed weight. It keeps no dense copy; its parts are as large as the packed weight."""
 
     name: ClassVar[str] = ""
     multiple: ClassVar[int] = 16
-    """Rows where a chunk may begin."""
+    """Chunks of rows begin at multiples of this."""
 
     def refuse(self, work: Work) -> None:
-        """Raises Refusal for what it cannot run."""
+        """Raises Refusal if it cannot run this work."""
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        """The parts that it keeps in the place of those of a matrix."""
+        """The tensors that it keeps instead of the stored parts of a matrix."""
         return dict(packed.parts)
 
     def chunks(self, packed: Packed, weights: int = 1 << 20) -> Iterator[slice]:
-        """Slices of all rows, of about so many weights each."""
+        """Slices of all rows, with about `weights` weights each."""
         step = self.multiple * max(1, weights // (self.multiple * packed.columns))
         for start in range(0, packed.rows, step):
             yield slice(start, min(packed.rows, start + step))
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows [n, columns] of what the weight means, a slice as `chunks` gives them."""
+        """Some dequantized rows [n, columns], for a slice from `chunks`."""
         return packed.values(rows).to(dtype)
 
     def lookup(self, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ class Backend:
 
 
 def load_backend(name: str) -> Backend:
-    """A backend by its name. Raises UsageError for a name that is none."""
+    """A backend by its name. Raises UsageError for an unknown name."""
     if name not in BACKENDS:
         raise UsageError("backend", f"one of {', '.join(BACKENDS)}", f"'{name}'{did_you_mean(name, BACKENDS)}")
     return _load(name)
@@ -127,7 +127,7 @@ def _load(name: str) -> Backend:
 
 
 def ask(work: Work, name: str | None = None) -> tuple[Backend | None, dict[str, Refusal]]:
-    """The backend of that name, or the first that takes the work, if any; and why each that was asked before it refuses."""
+    """(the backend of that name, or the first that accepts the work, if any; the refusals of those asked before it)."""
     refused = {}
     for candidate in BACKENDS if name is None else (name,):
         backend = load_backend(candidate)
@@ -141,9 +141,9 @@ def ask(work: Work, name: str | None = None) -> tuple[Backend | None, dict[str, 
 
 
 def choose(work: Work, name: str | None = None) -> Backend:
-    """The backend of that name, or the first that takes the work.
+    """The backend of that name, or the first that accepts the work.
 
-    Raises UsageError where the one that was asked for refuses; why others are passed over is logged, once for each reason.
+    Raises UsageError if the named one refuses, or if none accepts. Refusals of others are logged, once for each reason.
     """
     backend, refused = ask(work, name)
     if name is not None and backend is None:

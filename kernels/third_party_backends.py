@@ -1,6 +1,6 @@
 """Third-party backends: products of other packages, where they are installed.
 
-Each gets our codes, or where it cannot take them rounds the same values itself; then `exact` is the product by what it has.
+Each gets our codes; one that cannot use them rounds the same values itself, and `exact` is then the product by its values.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Other:
-    """A product x [tokens, columns] -> [tokens, rows] by other people's code."""
+    """A product x [tokens, columns] -> [tokens, rows] by third-party code."""
 
     weight_bytes: int
     copy: Callable[[], Call]
-    """The product by another copy of the weight."""
+    """Makes the product with another copy of the weight."""
     exact: Call | None = None
-    """The same in fp32, where it does not multiply by our codes."""
+    """Its exact product in fp32, if it does not multiply by our codes."""
 
 
 def others(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Other]]]:
-    """Names of those that take the weight where it lies, and what makes them, which may raise anything."""
+    """(name, function that makes it) of the products that support the weight on its device; the function may raise anything."""
     scheme = packed.state.scheme
     if scheme is None or scheme.inputs or packed.halved or not packed.parts["tiles"].is_cuda:
         return
@@ -78,7 +78,7 @@ def _gemlite(packed: Packed, dtype: torch.dtype) -> Other:
 
 
 def _bitsandbytes(packed: Packed, dtype: torch.dtype) -> Other:
-    """Rounds what our codes mean anew, to its own scales."""
+    """bitsandbytes, which rounds our dequantized weights again, with its own scales."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

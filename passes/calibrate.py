@@ -1,7 +1,7 @@
 """Draws calibration tokens from texts, fixed by a seed.
 
-They go into a file of their own beside the weights, which stay as they are, and travel with the checkpoint until it is
-packed. Nothing but tokens is kept: every pass that needs statistics folds its own, so none can be out of date.
+They are stored in a file of their own next to the weights, which do not change, and are copied with the checkpoint until it
+is packed. Only tokens are stored: every pass that needs statistics computes its own, so none can be out of date.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Calibrate(TextPass, DataPass):
     samples: int = Field(128, description="how many samples; without data 64")
     length: int = Field(2048, description="tokens in each sample; without data 512")
     packing: Literal["concatenate", "pad"] = Field(
-        "concatenate", description="cut samples from documents joined to a stream, or take one document for each and pad it"
+        "concatenate", description="cut samples from a stream of joined documents, or take one document for each and pad it"
     )
     join: Literal["auto", "eos", "none"] = Field(
-        "auto", description="between joined documents: EOS, nothing, or EOS where the tokenizer has one"
+        "auto", description="between joined documents: EOS, nothing, or (auto) EOS if the tokenizer has one"
     )
     bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="at the start of a sample: BOS, none, or what the tokenizer puts there by itself"
+        "auto", description="at the start of a sample: BOS, none, or (auto) what the tokenizer adds by itself"
     )
     chat: bool = Field(False, description="records are conversations: apply the tokenizer's chat template")
-    field: str = Field("text", description="where a record has its text or its messages")
+    field: str = Field("text", description="field of a record that holds its text or its messages")
     split: str = Field("train", description="split of a dataset")
 
     @model_validator(mode="before")
@@ -63,7 +63,7 @@ class Calibrate(TextPass, DataPass):
 
     def line(self) -> Line:
         line = super().line()
-        # Their defaults are those of data that is named.
+        # The fields' defaults are those for named data.
         numbers = {} if self.data else {"samples": self.samples, "length": self.length}
         return Line(line.name, {**numbers, **line.options})
 

@@ -1,6 +1,6 @@
-"""Lays codes out for one reader, with the config that it looks for.
+"""Writes codes in a reader's format, with the config that the reader needs.
 
-Codes are moved, never rounded again. What the format's reader could not load is refused before any byte moves.
+Codes are rearranged, never rounded again. A model that the format's reader could not load is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 
-_BESIDE = {
+_REMEDIES = {
     "outliers": "pack as native or peft, keep the canonical form, or quantize without outliers",
     "lowrank": "pack as native or peft, or keep the canonical form",
 }
@@ -33,10 +33,10 @@ class Pack(TensorPass):
 
     example: ClassVar[str] = "quantize.rtn(scheme=w4a16g32) | pack"
 
-    format: str = Field("compressed-tensors", description="the layout to write; `compress list` shows them")
+    format: str = Field("compressed-tensors", description="the format to write; `compress list` shows them")
     dequantize: bool = Field(
         False,
-        description="tell the reader to expand the weights while loading (Conv1D needs it; transformers does for zero points)",
+        description="make the reader expand weights while loading (needed for Conv1D, and by transformers for zero points)",
     )
 
     @field_validator("format")
@@ -62,7 +62,7 @@ class Pack(TensorPass):
         fmt = self.target_format()
         for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)):
             if part is not None and word not in fmt.holds:
-                raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _BESIDE[word])
+                raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _REMEDIES[word])
         try:
             fmt.refuse(weight, state)
         except Refusal as refusal:
@@ -77,18 +77,18 @@ class Pack(TensorPass):
 
 
 def _holding(weight: Weight, state: State) -> list[str]:
-    """The formats that hold the codes of a weight, with what stands beside them."""
+    """The formats that hold the codes of a weight, with their corrections."""
     from compress.kernels.dispatch import formats, load_format
 
     found = []
     for name in formats():
         fmt = load_format(name)()
-        beside = {word for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)) if part is not None}
+        corrections = {word for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)) if part is not None}
         try:
             fmt.refuse(weight, state)
         except Refusal:
             continue
-        # One that expands codes is for what PEFT adds to them.
-        if beside <= fmt.holds and (not fmt.expands or state.lowrank is not None):
+        # A format that expands codes is only suggested for low-rank factors, which PEFT adds.
+        if corrections <= fmt.holds and (not fmt.expands or state.lowrank is not None):
             found.append(name)
     return found

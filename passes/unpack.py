@@ -1,9 +1,9 @@
-"""Takes codes out of a packed artifact, ours or another tool's.
+"""Reads the codes of a packed artifact, ours or another tool's.
 
 A recipe can then go on from it.
 
-Codes are kept where a scheme of ours has their numbers: unpacking and packing for another reader then changes no weight.
-Other numbers become the dense weights that they mean, and so does everything with `to=dense`.
+Codes are kept if one of our schemes has their values: unpacking and packing for another reader then changes no weight.
+Others become dense weights, and so does everything with `to=dense`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Unpack(TensorPass):
-    """Reads what a packed artifact means; the first pass of a recipe, or none."""
+    """Unpacks a packed artifact; it must be the first pass of a recipe."""
 
     unpacks: ClassVar[bool] = True
 
-    to: Literal["codes", "dense"] = Field("codes", description="keep codes where a scheme here has them, or expand all weights")
+    to: Literal["codes", "dense"] = Field("codes", description="keep codes if one of our schemes has them, or expand all weights")
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         return list(weights)

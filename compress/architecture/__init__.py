@@ -1,4 +1,4 @@
-"""Architecture: what the tensors of a model are, and which read an activation.
+"""Architecture: roles of tensors in a model, and which activations they read.
 
 Imports errors, spec, numerics, checkpoint, importers.
 """

@@ -258,8 +258,8 @@ class _Resolver:
         if attribute in module._buffers:
             return "a buffer"
         towers = (regex for _, regex in _TOWERS)
-        beside = any(stack.startswith("tower:") for _, stack, _ in self.stacks)
-        return "no text reaches it" if beside and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
+        has_towers = any(stack.startswith("tower:") for _, stack, _ in self.stacks)
+        return "no text reaches it" if has_towers and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
 
     def block(self, path: str) -> tuple[str, int | None]:
         for prefix, stack, _ in self.stacks:

@@ -105,7 +105,7 @@ class Manifest(_Model):
 
     @field_validator("files")
     @classmethod
-    def _beside(cls, files: dict[str, str]) -> dict[str, str]:
+    def _in_directory(cls, files: dict[str, str]) -> dict[str, str]:
         # The files of an adapter lie in a folder of their own.
         plain = re.compile(r"(?:[^/]+/)?[^/]+")
         if odd := [name for name in files if not plain.fullmatch(name) or {".", ".."} & {*name.split("/")}]:

@@ -125,8 +125,8 @@ def reasons(answers: dict[str, list[Answer]]) -> dict[tuple[str, str, tuple[str,
         for one in found:
             # Without the names of state and scheme: with them every kind of weight would have reasons of its own.
             state = one.use.work.state
-            told = {name: _without(why, str(state), str(state.scheme or state)) for name, why in one.passed_over.items()}
-            for names, reason in by_reason(told):
+            refusals = {name: _without(why, str(state), str(state.scheme or state)) for name, why in one.passed_over.items()}
+            for names, reason in by_reason(refusals):
                 key = (names, reason, one.use.what)
                 dtypes[key] = (*dtypes.get(key, ()), dtype)
     grouped: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}

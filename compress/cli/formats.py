@@ -1,4 +1,4 @@
-"""`compress formats ls`: which schemes a format holds, and which readers load it."""
+"""`compress formats ls`: the schemes that formats hold and readers load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress: how far a command is, in named phases; bars on a terminal, or lines.
+"""Progress: of a command, in named phases, as bars on a terminal, else lines.
 
     quantize.gptq: step 2 of 3
     quantize.gptq: copy 56.73 MB in 0.4 s
@@ -125,7 +125,7 @@ class Lines:
     """Prints a line when a step begins and ends, one for each phase, and further ones during long phases."""
 
     def __init__(self, every: float = EVERY_SECONDS) -> None:
-        self.every, self.told, self.last = every, "", time.monotonic()
+        self.every, self.reported, self.last = every, "", time.monotonic()
 
     def _say(self, words: str) -> None:
         self.last = time.monotonic()
@@ -135,9 +135,9 @@ class Lines:
         self._say(words)
 
     def phase(self, phase: Phase, event: dict[str, Any], at: float) -> None:
-        late = at - self.last >= self.every if self.told == phase.name else at - phase.began >= _SOON_SECONDS
+        late = at - self.last >= self.every if self.reported == phase.name else at - phase.began >= _SOON_SECONDS
         if phase.ended or late:
-            self.told = phase.name
+            self.reported = phase.name
             self._say(phase.line(at))
 
     def tick(self, phase: Phase | None, words: str, at: float) -> None:

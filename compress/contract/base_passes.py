@@ -154,7 +154,7 @@ class PruningPass(TargetedPass):
     """Sets entries of dense weights to zero."""
 
     sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")
-    scope: Literal["matrix", "row"] = Field("matrix", description="whether a share is one of the matrix, or of each output's row")
+    scope: Literal["matrix", "row"] = Field("matrix", description="a share is taken of the whole matrix, or of each output's row")
 
     def becomes(self, weight: Weight, state: State) -> State:
         refuse_no_matrix(weight)

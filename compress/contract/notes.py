@@ -40,8 +40,8 @@ def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) 
         notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
     if checkpoint.left_behind:
         notes.append(Note("left behind", "files of other kinds, and folders", checkpoint.left_behind))
-    told = [name for name, kept in KEPT.items() if checkpoint.manifest is None and {name, kept} <= {*checkpoint.side_files}]
-    notes += counted("left behind", {name: f"{KEPT[name]} is there already" for name in told})
+    taken = [name for name, kept in KEPT.items() if checkpoint.manifest is None and {name, kept} <= {*checkpoint.side_files}]
+    notes += counted("left behind", {name: f"{KEPT[name]} is there already" for name in taken})
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Tasks: what executors hand to passes: statistics, matrices, batches."""
+"""Tasks: statistics, matrices and batches that executors and passes exchange."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def families(dtype: str, device: str) -> Iterator[Use]:
     plain = State.parse(_PLAIN)
     for scheme in _SCHEMES:
         yield _use(State.parse(f"codes({scheme})"), dtype, device)
-    for beside in ("+outliers(0.005)", "+lowrank(r16)", "+lowrank(r16-int8)"):
-        yield _use(State.parse(_PLAIN + beside), dtype, device)
+    for extra in ("+outliers(0.005)", "+lowrank(r16)", "+lowrank(r16-int8)"):
+        yield _use(State.parse(_PLAIN + extra), dtype, device)
     for masked in (f"{_PLAIN}+masked(2:4)", "masked(2:4)"):
         yield _use(State.parse(masked), dtype, device)
     yield _use(plain, dtype, device, looked_up=True, multiplied=False)

@@ -180,8 +180,8 @@ def tensor_bytes(model: nn.Module) -> int:
 
 def resident_bytes() -> int | None:
     """Resident memory of this process; None where the system does not report it (all but Linux)."""
-    told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.is_file() else None
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else None
 
 
 def _forget_peak() -> None:

@@ -1,4 +1,4 @@
-"""Backward batch: one batch of a gradient sweep, its gradients between blocks.
+"""Backward batch: one batch of a gradient sweep, and gradients between blocks.
 
 Blocks run without a graph. Autograd records only what transformers' own code does between blocks (most often nothing). A
 block's outputs enter that graph through a Gate, which in the backward pass stores their gradients for the block; the

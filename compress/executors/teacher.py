@@ -1,4 +1,4 @@
-"""Teacher: finds, opens, identifies the model that a training pass learns from.
+"""Teacher: opens and identifies the model that a training pass learns from.
 
 Without a name it is the dense model that the student was made from: the run's source, or, if that has already been
 pruned, quantized or trained, the model of the Hub that its manifest names.

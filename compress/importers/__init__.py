@@ -23,7 +23,7 @@ __all__ = ["METHODS", "Foreign", "Packed", "method_of", "open_foreign"]
 
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4", "peft")
 """Values of `quant_method` that are read here, and PEFT's adapters."""
-_BESIDE = ("quantize_config.json", "quant_config.json")
+_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ wrote their config before config.json had a place for it."""
 
 
@@ -37,7 +37,7 @@ def _config(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
                 if not isinstance(found, dict):
                     raise InputError(str(checkpoint.path / "config.json"), f"an object in {key}", type(found).__name__)
                 return "config.json", found
-    for file in _BESIDE:
+    for file in _CONFIG_FILES:
         if (checkpoint.path / file).is_file() and any(name.endswith(".qweight") for name in checkpoint.refs):
             return file, read_json(checkpoint.path / file)
     if any(ref.file == ADAPTER_TENSORS for ref in checkpoint.refs.values()):

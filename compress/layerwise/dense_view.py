@@ -72,13 +72,13 @@ class DenseView:
         }
         plain = self.format.plain if self.format else lambda _, state: state.scheme is None
         there = self.checkpoint.refs
-        return self._checked({name: told for name, told in known.items() if name not in there or not plain(*told)})
+        return self._checked({name: entry for name, entry in known.items() if name not in there or not plain(*entry)})
 
     def _checked(self, weights: dict[str, tuple[Weight, State]]) -> dict[str, tuple[Weight, State]]:
         """Returns `weights`. Raises InputError if their tensors are missing or differ."""
         if self.format is None:
             return weights
-        for spec, state in [(spec, told[1]) for told in weights.values() for spec in self.format.specs(*told)]:
+        for spec, state in [(spec, entry[1]) for entry in weights.values() for spec in self.format.specs(*entry)]:
             ref = self.checkpoint.refs.get(spec.name)
             if ref is None or (ref.dtype, ref.shape) != (spec.dtype, spec.shape):
                 got = f"{ref.dtype} {list(ref.shape)}" if ref else "no such tensor"

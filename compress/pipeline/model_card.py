@@ -71,14 +71,14 @@ def card(manifest: Manifest, nbytes: int, config: dict[str, Any], verdicts: Sequ
         ("made by", f"compress {manifest.compress_version}, seed {manifest.seed}"),
     ]
     kept = [name for name in KEPT.values() if name in manifest.files]
-    told = f"\nOf the base model: {', '.join(kept)}. No number there is one of this artifact.\n" if kept else ""
+    origin = f"\nOf the base model: {', '.join(kept)}. No number there is one of this artifact.\n" if kept else ""
     return "\n".join([
         *(["---", *head, "---", ""] if head else []),
         f"{_MARK}\n# {_plain(source.name)}, by compress\n",
         *(_row(*row) for row in [("", ""), ("---", "---"), *rows]),
         "\nRecipe:\n",
         f"    {_printable(' | '.join(step.text for step in manifest.lineage))}",
-        told,
+        origin,
         *_weights(manifest),
         "## Loading it\n",
         *_loading(manifest, _class(config), verdicts),
@@ -117,7 +117,7 @@ def _loading(manifest: Manifest, architecture: str, verdicts: Sequence[Verdict])
     """Example code for each reader that loads the artifact, and what is known of the others."""
     if manifest.format == "canonical":
         if any(State.parse(record.state).scheme is not None for record in manifest.weights.values()):
-            return ["Its codes are not packed yet. `compress pack` lays them out for a reader; verbs of compress read them.\n"]
+            return ["Its codes are not packed yet. `compress pack` packs them for a reader; commands of compress read them.\n"]
         return [*_example("transformers", architecture), ""]
     lines = [_row("reader", "loads it", ""), _row(*["---"] * 3)]
     lines += [_row(v.reader, v.loads, _cell(v.reason)) for v in verdicts]

@@ -117,5 +117,5 @@ def empty(folder: Path) -> int:
     for entry in folder.iterdir():
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    # What another run's steps are linked to stays with them.
+    # A file that another run's steps link to stays on the disk.
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)

@@ -44,7 +44,7 @@ def load(
     from compress import hf  # noqa: F401  (registers the quantizer)
 
     checkpoint = open_checkpoint(Path(path))
-    told: dict[str, Any] = {"backend": backend}
+    settings: dict[str, Any] = {"backend": backend}
     options: dict[str, Any] = {"dtype": dtype, "device_map": device, "local_files_only": True}
     source: str | Path | None = path
     cls, config = model_class(checkpoint)
@@ -57,12 +57,12 @@ def load(
         for note in notes:
             _LOG.warning("%s: %d weights, such as %s: %s", note.what, note.count, (*note.names, "none")[0], note.reason)
         dense = {name: dense_view.dense(name) for name in dense_view.logical if name not in kept}
-        told |= {"quant_method": CANONICAL, "source": str(path)}
+        settings |= {"quant_method": CANONICAL, "source": str(path)}
         source, options = None, {**options, "state_dict": dense}
     else:
         refuse_other(checkpoint, "repack=True")
-        told |= checkpoint.config["quantization_config"]
-    config.quantization_config = told
+        settings |= checkpoint.config["quantization_config"]
+    config.quantization_config = settings
     loader: Any = cls
     model: PreTrainedModel = loader.from_pretrained(source, config=config, **options)
     if source is None:

@@ -44,7 +44,7 @@ def where(model: Any, path: str) -> Where:
 
 
 def offloaded(make: Callable[[], nn.Module], place: Where) -> nn.Module:
-    """The module that `make` creates, with a hook that moves it if it is kept elsewhere; on disk, it is made for every use."""
+    """The module that `make` creates, with a hook that moves it if it is kept elsewhere; on disk it is remade for every use."""
     weight = make()
     if place.kept:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module

@@ -156,11 +156,11 @@ class _Tree:
     def line(self, entry: Any) -> Line | None:
         if entry.id == "mapping" and len(entry.value) == 1:
             return self.pass_(entry, *entry.value[0])
-        if entry.id == "mapping" and (line := self.beside(entry)):
+        if entry.id == "mapping" and (line := self.unindented(entry)):
             return line
         return self.pass_(entry, entry, None)
 
-    def beside(self, entry: Any) -> Line | None:
+    def unindented(self, entry: Any) -> Line | None:
         """A pass whose options are not indented under it, a common mistake: reported, and read as it was meant."""
         (first, given), *others = entry.value
         empty = given.id == "scalar" and _plain(given) is None

@@ -4,12 +4,12 @@ A linear `NAME.weight` [out, in] with groups of g inputs becomes
     NAME.qweight  int32 [in, out / 8]        codes; bits 4j of a word hold output [0, 2, 4, 6, 1, 3, 5, 7][j] of its eight
     NAME.qzeros   int32 [in / g, out / 8]    zero points as they are, in the same order
     NAME.scales   fp16  [in / g, out]
-and W[n, k] = scales[k // g, n] * (code[k, n] - zero[k // g, n]). A bias stays the tensor that it is.
+and W[n, k] = scales[k // g, n] * (code[k, n] - zero[k // g, n]). A bias stays a plain tensor.
 
-This is the layout for asymmetric codes of four bits, zero points of 0 included, which `gptq` cannot say. Symmetric ones are
-written as well, exactly, with every zero point 8: readers then have no way to tell, and need none. The layout has one bit
-width and one group size for all weights; others are refused. Scales and places are refused as in `gptq`. Written from
-the sources of AutoAWQ (whose dequantization was run, and agrees), transformers and vLLM (which were read).
+This is the layout for asymmetric codes of four bits, including zero points of 0, which `gptq` cannot store. Symmetric codes
+are written exactly, too, with every zero point 8: readers need not know that they are symmetric. The layout has one bit
+width and one group size for all weights; others are refused. Scales and positions of weights are refused as in `gptq`.
+Written from the sources of AutoAWQ (whose dequantization was run, and agrees), transformers and vLLM (which were read).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The output, of eight, that the four bits 4j of a word hold."""
+"""Which of eight outputs the bits 4j .. 4j + 3 of a word hold."""
 INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -93,7 +93,7 @@ class Awq(Format):
         return {f"{disk_path(weight)}.qzeros": _words(middle)}
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
-        """Raises FormatError for scales that have no form here."""
+        """The packed tensors. Raises FormatError for scales that fp16 cannot hold."""
         path, state = disk_path(weight), State(value.scheme)
         tensors = {
             f"{path}.qweight": _words(value.codes),

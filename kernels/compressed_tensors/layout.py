@@ -1,15 +1,15 @@
 """compressed-tensors: codes for transformers and vLLM.
 
-How the codes of each scheme lie is told in parts.py. What the reader cannot hold is refused here, from experiments with
-compressed-tensors 0.20 and transformers 5.23: fused 3-D experts (no layout loads: experts stay random), Conv1D unless it
-expands at load (`dequantize`), which in turn forgets to round activations, experts of nvfp4 or of unequal schemes (loaded
-silently wrong), mixed schemes under `dequantize` (silently wrong), groups that do not divide the columns. Of whole models:
-dense experts that lie one by one (lost beside packed tensors), Llama 4's experts, and, unless expanded at load, linears whose
-weight transformers' initialisation asks for (T5, Falcon).
+parts.py describes the layout of each scheme. This file refuses what the readers cannot load, from experiments with
+compressed-tensors 0.20 and transformers 5.23: fused 3-D experts (no layout loads: experts stay random), Conv1D unless it is
+expanded at load (`dequantize`, which no longer rounds activations), experts of nvfp4 or of unequal schemes (loaded
+silently wrong), mixed schemes under `dequantize` (silently wrong), groups that do not divide the columns. In whole models:
+dense experts in separate tensors (lost if other tensors are packed), Llama 4's experts, and, unless expanded at load, linears
+whose weight transformers' initialisation accesses (T5, Falcon).
 
-Packed zero points (asymmetric) split the readers. transformers raises on their shape unless it expands at load, and for experts
-in any case; vLLM reads them since 0.8.5 where its Marlin kernel does, 4 bits in groups of 32, 64, 128 or one per row. They are
-refused where neither loads them, and else counted as not read by the one that does not. vLLM does not look at `dequantize`.
+Readers differ on packed zero points (asymmetric). transformers raises on their shape unless it expands at load, and always for
+experts; vLLM reads them since 0.8.5 if its Marlin kernel does: 4 bits in groups of 32, 64, 128 or one per row. They are
+refused if no reader loads them, else counted as not read by the one that does not. vLLM ignores `dequantize`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERSION = "0.20.0"
 _ROUNDED_INPUTS = frozenset(map(Scheme.parse, ("w8a8", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8")))
 """Schemes with rounded activations that vLLM's documentation names."""
 _GROUPS = (32, 64, 128)
-"""Columns of a group that vLLM's kernels for integers take."""
+"""Group sizes that vLLM's kernels for integers support."""
 _AT_LOAD = "pack with dequantize=true: the reader then expands the weights while loading"
 _NEVER = "no artifact of this model fits this format"
 _RAISES = "5.23 and 5.24 with compressed-tensors 0.20 raise on packed zero points (size mismatch)"
@@ -95,7 +95,7 @@ class CompressedTensors(Format):
         return counted("not read", {weight.name: f"by transformers: {reason}" for weight, reason in unread})
 
     def _unread(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[Weight, str]]:
-        """The weights that transformers raises on, and what to do."""
+        """(weight, message) for each weight that transformers raises on."""
         schemes = ((weight, states[weight.name].scheme) for weight in weights)
         raising = [weight for weight, scheme in schemes if scheme is not None and self._raises(weight, scheme)]
         ways = {True: "asymmetric experts, however they are loaded", False: _EXPANDED}
@@ -116,7 +116,7 @@ class CompressedTensors(Format):
         return refused
 
     def _refuse_model(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
-        """What transformers' code for this model would lose or stumble over, whatever the layout."""
+        """Refusals of weights that transformers' code for this model would lose or fail on, in any layout."""
         loses = "transformers fuses this tensor while loading, takes it for a packed one and loses it"
         refused = []
         for weight in model.weights:
@@ -161,7 +161,7 @@ class CompressedTensors(Format):
         dense = [path for path in model.linears if path not in quantized]
         dense += [_module(w) for w in model.weights if w.kind in ("router", "expert") and not states[w.name].scheme]
         groups = {}
-        # Experts first: transformers takes the first group whose regexes mention experts, shared ones too, for theirs.
+        # Experts first: for them transformers takes the first group whose regexes mention experts, even shared ones.
         for number, scheme in enumerate(sorted(members, key=lambda s: (all(w.kind != "expert" for w in members[s]), str(s)))):
             weights = members[scheme]
             others = [path for path in {*model.linears, *quantized} if path not in {_module(w) for w in weights}]
@@ -237,12 +237,12 @@ def _split_experts() -> frozenset[str]:
 
 
 def _module(weight: Weight) -> str:
-    """The path a reader matches: the module, or for experts, which transformers fuses, the name on disk."""
+    """The path that a reader matches: the module, or the name on disk for experts, which transformers fuses."""
     return weight.name.removesuffix(".weight") if weight.kind == "expert" else weight.module
 
 
 def patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The fewest of our regexes that match all of `wanted` and none of `others`; exact names where none can.
+    """The fewest regexes that match all of `wanted` and none of `others`; exact names where no regex can.
 
     Names that differ only in their numbers share a regex. Disjoint by construction, because readers that find two
     matching targets take the alphabetically first.

@@ -1,6 +1,6 @@
-"""How the codes of each scheme lie in a compressed-tensors artifact.
+"""The tensors of each scheme in a compressed-tensors artifact.
 
-A linear `NAME.weight` [out, in] becomes, by the format that its scheme has there,
+A linear `NAME.weight` [out, in] becomes, depending on the format of its scheme,
     pack-quantized        integers, activations in 16 bits or FP8
         NAME.weight_packed      int32 [out, ceil(in * b / 32)]   codes u = q + 2^(b-1), one bit stream per row
         NAME.weight_scale       model dtype [out, groups]        [out, 1] per channel
@@ -15,11 +15,11 @@ A linear `NAME.weight` [out, in] becomes, by the format that its scheme has ther
     nvfp4-pack-quantized
         NAME.weight_packed      uint8 [out, in / 2]              the even column in the low nibble
         NAME.weight_scale       float8_e4m3fn [out, in / 16]
-        NAME.weight_global_scale  fp32 [1]                       what weight_scale is divided by
+        NAME.weight_global_scale  fp32 [1]                       divides weight_scale
     mxfp4-pack-quantized
         NAME.weight_packed      uint8 [out, in / 2]
         NAME.weight_scale       uint8 [out, in / 32]             E8M0
-Streams, nibbles and the bytes of scales are those of the canonical form, so they move over and nothing is rounded again.
+Streams, nibbles and the bytes of scales are those of the canonical form, so they are copied and nothing is rounded again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def kind_of(scheme: Scheme) -> str:
-    """The name of the format that holds a scheme, empty where none does."""
+    """The name of the format that holds a scheme, empty if none does."""
     if scheme.integer:
         return "int-quantized" if scheme.inputs == "int8" else "pack-quantized"
     if scheme.grid == "e4m3":
@@ -69,20 +69,20 @@ def specs(weight: Weight, scheme: Scheme) -> list[TensorSpec]:
 
 
 def copies(weight: Weight, scheme: Scheme) -> dict[str, str]:
-    """Tensors whose bytes the canonical form has already."""
+    """Tensors with the same bytes as canonical ones."""
     name, kind = weight.name, kind_of(scheme)
     codes, scale = f"{name}.codes", f"{name}.scale"
     if kind == "int-quantized":
         return {f"{name}_scale": scale}
     if kind == "float-quantized":
-        # A row of the canonical form is filled up to whole words.
+        # The canonical form pads rows to whole words.
         return {} if weight.columns % 4 else {name: codes}
     found = {f"{name}_packed": codes, f"{name}_scale": scale}
     return found if kind != "nvfp4-pack-quantized" else {**found, f"{name}_global_scale": f"{name}.tensor_scale"}
 
 
 def constants(weight: Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Tensors that say nothing of the values."""
+    """Tensors that do not depend on the values."""
     import torch
 
     if kind_of(scheme) != "pack-quantized":
@@ -98,7 +98,7 @@ def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
 
     name, scheme, kind = weight.name, q.scheme, kind_of(q.scheme)
     if kind == "int-quantized":
-        # In bytes the offset wraps to what it should be.
+        # In bytes the subtraction wraps to the right code.
         return {name: (q.codes - scheme.middle).view(torch.int8), f"{name}_scale": q.scale}
     if kind == "float-quantized":
         scale = _in_dtype(weight, q.scale)
@@ -109,7 +109,7 @@ def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
         return found if q.tensor_scale is None else {**found, f"{name}_global_scale": q.tensor_scale.view(1)}
     tensors = {f"{name}_packed": stream.view(torch.int32), f"{name}_scale": q.scale, **constants(weight, scheme)}
     if q.zero is not None:
-        # A clone, because a single group's transpose counts as contiguous with strides that cannot be viewed as words.
+        # Cloned: the transpose of a single group counts as contiguous, but its strides prevent the view as words.
         down = bitstream.pack(q.zero.T.clone(memory_format=torch.contiguous_format), scheme.bits).view(torch.int32)
         tensors[f"{name}_zero_point"] = down.T.contiguous()
     return tensors
@@ -141,7 +141,7 @@ def decode(weight: Weight, scheme: Scheme, tensors: dict[str, torch.Tensor]) -> 
 
 
 def group_of(scheme: Scheme) -> dict[str, Any]:
-    """What a group of config_groups says of a scheme, but for its targets."""
+    """The group of config_groups for a scheme, without its targets."""
     kind, type_ = kind_of(scheme), "int" if scheme.integer else "float"
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": type_, "symmetric": scheme.symmetric}
     if scheme.scales == "block":
@@ -167,7 +167,7 @@ def _words(values: int, scheme: Scheme) -> int:
 
 
 def _in_dtype(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
-    """Scales in the dtype that the reader casts them to. Raises FormatError where that would change one."""
+    """Scales in the dtype that the reader casts them to. Raises FormatError if that would change one."""
     from compress.checkpoint.reader import torch_dtype
 
     cast = scale.to(torch_dtype(weight.dtype))

@@ -1,1 +1,1 @@
-"""CUDA's runtime as far as kernels need it: the driver, NVRTC, and cubins."""
+"""The parts of CUDA that kernels need: the driver, NVRTC, and cubins."""

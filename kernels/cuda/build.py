@@ -1,7 +1,7 @@
 """Builds the archives of cubins: `make cubins`.
 
-That is `python -m compress.kernels.cuda.build`. With --check it only tells whether they are as they would be built. What is not
-among them is compiled where it is used.
+That is `python -m compress.kernels.cuda.build`. With --check it only tells whether the archives are up to date. Variants that
+are not in them are compiled when they are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 
 CUDA = 12
-"""The major version of NVRTC: what the older one makes, drivers of both load."""
+"""The major version of NVRTC: the older one, because newer drivers load its code, too."""
 _COMMON = (
     "w4a16g32", "w4a16g64", "w4a16g128", "w4a16g32-asym", "w4a16g64-asym", "w4a16g128-asym",
     "w8a16", "nf4g64", "nf4g128", "mxfp4", "nvfp4", "fp8",
@@ -36,18 +36,18 @@ _OTHERS = (
     "w3a16g64-asym", "w3a16g128-asym", "w3a16-asym", "w2a16g64-asym", "w2a16g128-asym", "w2a16-asym",
 )  # fmt: skip
 _SCHEMES = {**dict.fromkeys(cubins.TARGETS, _COMMON + _OTHERS), "sm_89": _COMMON, "compute_80": _COMMON}
-"""By target: a GPU of 8.9 runs what is for 8.0 too, and one that has nothing but PTX comes with a torch that has NVRTC."""
+"""Schemes in the archive of each target. A GPU of 8.9 also runs code for 8.0; where only PTX runs, torch brings NVRTC."""
 _OWN_SCALES = {"fp8": torch.float32, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}
 
 
 def variants(target: str) -> list[Variant]:
-    """What the archive of a target holds."""
+    """The variants in the archive of a target."""
     halves = [dtype for dtype in HALVES if target != "sm_75" or dtype == torch.float16]
     kinds = {
         Kind.of(Work(State(scheme), 16, 128, x, _OWN_SCALES.get(str(scheme), scale), "cuda")): None
         for scheme in map(Scheme.parse, _SCHEMES[target])
         for x in halves
-        # A model in bfloat16 may be run in float16, where there is nothing else.
+        # GPUs without bfloat16 run a model in bfloat16 with activations in float16.
         for scale in {x, *((torch.bfloat16,) if target == "sm_75" else ())}
     }
     found = [variant for kind in kinds for variant in (*(skinny(kind, count) for count in counts(kind)), expand(kind))]
@@ -56,7 +56,7 @@ def variants(target: str) -> list[Variant]:
 
 
 def main() -> int:
-    """0 where all is built, 1 where --check finds something, or the status of an error."""
+    """Exit status: 0 if all is built, 1 if --check finds something, or the status of an error."""
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.cuda.build", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="tell what is not up to date, and build nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
@@ -70,9 +70,9 @@ def main() -> int:
 
 def _check() -> int:
     stale = {target: cubins.stale(target, variants(target)) for target in cubins.TARGETS}
-    told = [f"{cubins.archive(target)}: {few(lines)}" for target, lines in stale.items() if lines]
-    print("\n".join(told) or "the archives of cubins are up to date")
-    return 1 if told else 0
+    outdated = [f"{cubins.archive(target)}: {few(lines)}" for target, lines in stale.items() if lines]
+    print("\n".join(outdated) or "the archives of cubins are up to date")
+    return 1 if outdated else 0
 
 
 def _build(jobs: int) -> int:
@@ -80,13 +80,13 @@ def _build(jobs: int) -> int:
     with ProcessPoolExecutor(jobs) as pool:
         for target in cubins.TARGETS:
             wanted = variants(target)
-            # With texts as they are here and now, so that none is edited on the way.
+            # Sources are read once, before, so that an edit meanwhile has no effect.
             images = pool.map(partial(compiled, target, headers()), wanted, [v.text for v in wanted], chunksize=4)
             cubins.pack(target, compiler.version, dict(zip(wanted, images, strict=True)))
             built = cubins.archive(target)
             total += built.stat().st_size
-            told = f"{built.name}: {len(wanted)} kernels, {built.stat().st_size / 1e6:.2f} MB, NVRTC {compiler.version}"
-            print(told, flush=True)
+            line = f"{built.name}: {len(wanted)} kernels, {built.stat().st_size / 1e6:.2f} MB, NVRTC {compiler.version}"
+            print(line, flush=True)
     print(f"{total / 1e6:.2f} MB")
     return 0
 

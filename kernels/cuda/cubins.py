@@ -1,8 +1,8 @@
-"""Cubins: compiled kernels, shipped in archives, or made by NVRTC and cached.
+"""Cubins: compiled kernels, from shipped archives, or from NVRTC and a cache.
 
-An archive `cubins/<target>.zip` holds `<variant>.cubin` (of compute_80, `.ptx`) and `index.json`, which tells the version of
-NVRTC, the digests of the sources and the options of each variant. What was made of other sources than those that are there,
-or with other options, is passed over.
+An archive `cubins/<target>.zip` holds `<variant>.cubin` (`.ptx` for compute_80) and `index.json`, with the version of NVRTC,
+the digests of the sources and the options of each variant. Entries whose sources or options differ from the current ones
+are ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOG = logging.getLogger("compress")
 
 
 class Capability(NamedTuple):
-    """The compute capability of a GPU: 9.0 of an H100."""
+    """The compute capability of a GPU, such as 9.0 for an H100."""
 
     major: int
     minor: int
@@ -47,15 +47,15 @@ class Capability(NamedTuple):
 
 @dataclass(frozen=True)
 class Code:
-    """Something that the driver loads."""
+    """Machine code or PTX that the driver can load."""
 
     origin: str
-    """Where it is from, in words."""
+    """A text about its origin."""
     image: bytes
 
 
 def find(variant: Variant, capability: Capability) -> Code:
-    """The code of a variant for GPUs of a compute capability. Raises MachineError where there is none and none can be made."""
+    """The code of a variant for GPUs of a compute capability. Raises MachineError if there is none and none can be made."""
     target, passed = _shipped(variant, capability)
     if target is None:
         return _compiled(variant, capability, passed)
@@ -63,7 +63,7 @@ def find(variant: Variant, capability: Capability) -> Code:
 
 
 def origin(variant: Variant, capability: Capability) -> str:
-    """Where `find` would find it. Raises Refusal where it would not."""
+    """Where `find` would get the code. Raises Refusal if it would not find any."""
     passed: list[str] = []
     try:
         target, passed = _shipped(variant, capability)
@@ -75,7 +75,7 @@ def origin(variant: Variant, capability: Capability) -> str:
 
 
 def targets(capability: Capability) -> tuple[str, ...]:
-    """Of the archives, those whose code runs on a GPU, the best first: of the same major version, then PTX."""
+    """The archives whose code runs on a GPU, the best first: those of the same major version, then PTX."""
     runs = range(10 * capability.major, capability.number + 1)
     same = [target for target in reversed(TARGETS) if target.startswith("sm_") and int(target[3:5]) in runs]
     return (*same, *(["compute_80"] if capability.major >= 8 else []))
@@ -86,12 +86,12 @@ def archive(target: str) -> Path:
 
 
 def member(variant: Variant, target: str) -> str:
-    """Its name in an archive."""
+    """The name of a variant's file in an archive."""
     return f"{variant}.{'cubin' if target.startswith('sm_') else 'ptx'}"
 
 
 def passed_over(variant: Variant, target: str) -> str:
-    """Why an archive does not give the code of a variant; nothing where it does. Raises MachineError for a damaged archive."""
+    """Why an archive has no usable code of a variant; empty if it has. Raises MachineError for a damaged archive."""
     index = _index(archive(target))
     if index is None:
         return "is not there"
@@ -121,7 +121,7 @@ def pack(target: str, compiler: str, images: dict[Variant, bytes]) -> None:
 
 
 def stale(target: str, wanted: Iterable[Variant]) -> list[str]:
-    """What `pack` would change of an archive, in words."""
+    """What `pack` would change in an archive, a text for each change."""
     index, names = _index(archive(target)), {str(variant) for variant in wanted}
     found = [f"{variant} {reason}" for variant in wanted if (reason := passed_over(variant, target))]
     return found + [f"{name} is not wanted" for name in sorted(set(index["options"] if index else ()) - names)]
@@ -139,7 +139,7 @@ def _read_member(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as held:
             return held.read(name)
-    except Exception as error:  # Compressed data fails in its own ways.
+    except Exception as error:  # damaged archives raise many kinds of errors
         raise MachineError(f"{path}, {name}", "an archive of cubins", str(error), "install compress again") from None
 
 
@@ -155,7 +155,7 @@ def _shipped(variant: Variant, capability: Capability) -> tuple[str | None, list
 
 
 def _compiled(variant: Variant, capability: Capability, passed: list[str]) -> Code:
-    """By NVRTC, or what it made before."""
+    """The code from NVRTC's cache, or compiled now."""
     compiler = nvrtc()
     target = _native(capability, compiler.architectures)
     place = folder_of("kernels") / variant.key(target, compiler.version)
@@ -168,7 +168,7 @@ def _compiled(variant: Variant, capability: Capability, passed: list[str]) -> Co
 
 
 def _native(capability: Capability, known: tuple[int, ...]) -> str:
-    """What NVRTC is to compile for: the GPU itself, or PTX for the newest that it knows and that is not newer."""
+    """The target for NVRTC: the GPU itself, or PTX for the newest known architecture that is not newer than the GPU."""
     wanted = capability.number
     if wanted in known:
         return "sm_90a" if wanted == 90 else f"sm_{wanted}"
@@ -176,7 +176,7 @@ def _native(capability: Capability, known: tuple[int, ...]) -> str:
 
 
 def _read(place: Path) -> bytes | None:
-    """An entry of the cache: a hash, and what it is of."""
+    """Reads an entry of the cache: a hash, then the code. None if it is missing or damaged."""
     try:
         held = place.read_bytes()
     except OSError:
@@ -188,7 +188,7 @@ def _read(place: Path) -> bytes | None:
 
 
 def _write(place: Path, image: bytes) -> None:
-    """Under another name first, so that whoever reads it, or writes it too, finds it whole."""
+    """Writes under another name first, so that other processes only ever see a complete entry."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as new:

@@ -1,4 +1,4 @@
-"""The GPUs that torch sees, and kernels put on their streams."""
+"""The GPUs that torch sees, and launching kernels on their streams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DO = "leave the backend to be chosen, or load the model on an NVIDIA GPU"
 
 
 def usable(kind: str) -> Capability:
-    """Of the oldest GPU. Raises Refusal where there is none, or the weight lies on another `kind` of device."""
+    """The capability of the oldest GPU. Raises Refusal if there is no GPU, or if `kind`, the weight's device, is not cuda."""
     if kind != "cuda":
         raise Refusal(f"the weight lies on {kind}", _DO)
     if torch.version.cuda is None:
@@ -35,21 +35,21 @@ def capability(device: int) -> Capability:
 
 @lru_cache(maxsize=64)
 def processors(device: int) -> int:
-    """How many streaming multiprocessors a GPU has."""
+    """The number of streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def number(like: torch.Tensor) -> int:
-    """Of the device that a tensor lies on."""
+    """The number of the device that a tensor lies on."""
     return like.device.index or 0
 
 
 def run(
     variant: Variant, grid: tuple[int, int, int], threads: int, tensors: Sequence[torch.Tensor | None], *integers: int
 ) -> None:
-    """Puts a kernel on the current stream of the device of its tensors, the first of which is there. None is a null pointer.
+    """Launches a kernel on the current stream of its first tensor's device. None is a null pointer.
 
-    Code is loaded the first time. Raises MachineError for what the driver or the compiler refuses.
+    Code is loaded on first use. Raises MachineError for errors of the driver or the compiler.
     """
     assert tensors[0] is not None
     device = number(tensors[0])

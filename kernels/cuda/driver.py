@@ -1,6 +1,6 @@
-"""The CUDA driver by ctypes: code is loaded, kernels are put on streams.
+"""The CUDA driver by ctypes: loads code and launches kernels.
 
-Nothing is initialised here. A tensor on a GPU means that torch has made the primary context of that device, which is taken up;
+Nothing is initialised here. If there is a tensor on a GPU, torch has made the primary context of that device, which is used;
 without a tensor there is nothing to launch.
 """
 
@@ -17,7 +17,7 @@ from compress.errors import MachineError
 
 LIBRARY = "libcuda.so.1"
 _STATIC_SHARED = 48 << 10
-"""Bytes of shared memory that a block has without being asked for more."""
+"""Bytes of shared memory that a block has by default."""
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
 _REMEDIES = {
@@ -44,7 +44,7 @@ _SIGNATURES: dict[str, list[type]] = {
 
 
 class Driver:
-    """The calls of libcuda that are used here, each checked."""
+    """The used calls of libcuda, with checked results."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, types in _SIGNATURES.items():
@@ -53,14 +53,14 @@ class Driver:
         self._contexts: dict[int, int] = {}
 
     def call(self, name: str, *arguments: object) -> None:
-        """Raises MachineError with the name and the words of CUDA."""
+        """Calls a function. Raises MachineError with CUDA's name and text of the error."""
         status = getattr(self.library, name)(*arguments)
         if not status:
             return
-        told, words = c_char_p(), c_char_p()
-        self.library.cuGetErrorName(status, byref(told))
+        code, words = c_char_p(), c_char_p()
+        self.library.cuGetErrorName(status, byref(code))
         self.library.cuGetErrorString(status, byref(words))
-        error = told.value.decode() if told.value else f"error {status}"
+        error = code.value.decode() if code.value else f"error {status}"
         got = f"{error}: {words.value.decode()}" if words.value else error
         raise MachineError(f"CUDA driver, {name}", "CUDA_SUCCESS", got, _REMEDIES.get(error, ""))
 
@@ -75,7 +75,7 @@ class Driver:
         return self._contexts[device]
 
     def enter(self, device: int) -> bool:
-        """Makes the context of a device the thread's current one; whether it was another, to be popped then.
+        """Makes the context of a device the thread's current one; returns whether it changed, and must be popped later.
 
         Threads of the backward pass may have none yet, and a model may lie on several devices.
         """
@@ -90,7 +90,7 @@ class Driver:
         self.call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def function(self, device: int, image: bytes, name: str, shared_bytes: int = 0) -> Function:
-        """An entry point of a cubin or of PTX, loaded for good; `shared_bytes` of dynamic shared memory for each block."""
+        """Loads an entry point of a cubin or PTX for good; each block gets `shared_bytes` of dynamic shared memory."""
         module, found = c_void_p(), c_void_p()
         entered = self.enter(device)
         try:
@@ -121,7 +121,7 @@ class Launch:
     def __init__(
         self, function: Function, grid: tuple[int, int, int], threads: int, pointers: int, integers: tuple[int, ...]
     ) -> None:
-        """`pointers` is how many there are."""
+        """`pointers` is the number of pointers."""
         self._function, self._shape = function, (*grid, threads, 1, 1, function.shared_bytes)
         self._pointers, self._integers = (c_void_p * pointers)(), (c_int * len(integers))(*integers)
         places = [ctypes.addressof(self._pointers) + 8 * i for i in range(pointers)]
@@ -129,11 +129,11 @@ class Launch:
         self._places, self._lock = (c_void_p * len(places))(*places), threading.Lock()
 
     def __call__(self, stream: int, pointers: Sequence[int | None]) -> None:
-        """Puts it on a stream, null where a pointer is None."""
+        """Launches it on a stream; None is a null pointer."""
         driver = self._function.driver
         entered = driver.enter(self._function.device)
         try:
-            # Another thread may make the same call; the driver has copied the arguments when it returns.
+            # Locked, because another thread may launch it, too; the driver has copied the arguments when the call returns.
             with self._lock:
                 self._pointers[:] = [*pointers]
                 driver.call("cuLaunchKernel", self._function.handle, *self._shape, stream, self._places, None)
@@ -144,7 +144,7 @@ class Launch:
 
 @lru_cache(maxsize=1)
 def driver() -> Driver:
-    """Raises MachineError where there is no driver."""
+    """The CUDA driver. Raises MachineError if there is none."""
     try:
         return Driver(ctypes.CDLL(LIBRARY))
     except (OSError, AttributeError) as error:

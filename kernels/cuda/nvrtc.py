@@ -1,6 +1,6 @@
-"""NVRTC by ctypes: CUDA C++ to a cubin or to PTX, without a GPU or a toolkit.
+"""NVRTC by ctypes: compiles CUDA C++ to a cubin or PTX, without GPU or toolkit.
 
-The library is the one that torch's wheels bring along, in `nvidia/cuda_nvrtc` for CUDA 12 and `nvidia/cu13` for CUDA 13, or the
+The library is the one that torch's wheels install, in `nvidia/cuda_nvrtc` for CUDA 12 and `nvidia/cu13` for CUDA 13, or the
 system's.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from compress.errors import MachineError
 
 _FOLDERS = {12: "nvidia/cuda_nvrtc/lib", 13: "nvidia/cu13/lib"}
-"""Where the wheels put it, by CUDA's major version."""
+"""CUDA's major version -> the folder in which wheels install the library."""
 _LIBC = ctypes.CDLL(None)
 _LIBC.uselocale.argtypes, _LIBC.uselocale.restype = [c_void_p], c_void_p
 _DO = "install nvidia-cuda-nvrtc-cu12, or a torch that is built for CUDA"
@@ -26,9 +26,9 @@ class Nvrtc:
     """One version of the compiler."""
 
     def __init__(self, path: str) -> None:
-        """Raises MachineError where it cannot be loaded."""
+        """Loads the library. Raises MachineError if that fails."""
         try:
-            # It looks for its builtins by name, where only what is loaded already is found.
+            # NVRTC looks for its builtins by name, and finds them only if they are loaded already.
             for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else ():
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             self._library = ctypes.CDLL(path)
@@ -44,7 +44,7 @@ class Nvrtc:
 
     @cached_property
     def architectures(self) -> tuple[int, ...]:
-        """Those it compiles for, ascending: 75, 80, ..."""
+        """The architectures it compiles for, ascending: 75, 80, ..."""
         count = c_int()
         self._call("nvrtcGetNumSupportedArchs", byref(count))
         found = (c_int * count.value)()
@@ -52,7 +52,7 @@ class Nvrtc:
         return tuple(sorted(found))
 
     def compile(self, name: str, source: str, headers: Mapping[str, str], target: str, options: Sequence[str]) -> bytes:
-        """A cubin for a `target` such as sm_90a, PTX for compute_80.
+        """Compiles a cubin for a `target` such as sm_90a, or PTX for compute_80.
 
         Raises MachineError with the compiler's log.
         """
@@ -60,15 +60,15 @@ class Nvrtc:
         texts, names = ([text.encode() for text in part] for part in (headers.values(), headers))
         arrays = [(c_char_p * len(part))(*part) for part in (texts, names)]
         self._call("nvrtcCreateProgram", byref(program), source.encode(), name.encode(), len(headers), *arrays)
-        # It leaves the thread in the locale C, where Python reads files as ASCII.
+        # NVRTC leaves the thread in the locale C, in which Python reads files as ASCII.
         before = _LIBC.uselocale(None)
         try:
             all_options = [option.encode() for option in (f"--gpu-architecture={target}", *options)]
             status = self._library.nvrtcCompileProgram(program, len(all_options), (c_char_p * len(all_options))(*all_options))
             if status:
                 log = self._bytes("nvrtcGetProgramLog", program).decode(errors="replace")
-                told = f"{self._library.nvrtcGetErrorString(status).decode()}\n{log.strip()}"
-                raise MachineError(f"NVRTC {self.version}, {name} for {target}", "a kernel", told, "use another backend")
+                got = f"{self._library.nvrtcGetErrorString(status).decode()}\n{log.strip()}"
+                raise MachineError(f"NVRTC {self.version}, {name} for {target}", "a kernel", got, "use another backend")
             return self._bytes("nvrtcGetCUBIN" if target.startswith("sm_") else "nvrtcGetPTX", program)
         finally:
             _LIBC.uselocale(before)
@@ -88,7 +88,7 @@ class Nvrtc:
 
 @lru_cache(maxsize=4)
 def nvrtc(major: int | None = None) -> Nvrtc:
-    """The compiler of that major version, else the one that torch uses, else any. Raises MachineError where there is none."""
+    """The compiler of that major version, else the one that torch uses, else any. Raises MachineError if there is none."""
     for path in _paths(major or _torchs()):
         if major is None or f".so.{major}" in path:
             try:
@@ -106,7 +106,7 @@ def _torchs() -> int | None:
 
 
 def _paths(first: int | None) -> Iterator[str]:
-    """Where it may be: wheels before the system's, and the major version `first` before others."""
+    """Paths to try: wheels before the system's, and the major version `first` before others."""
     for major in sorted(_FOLDERS, key=lambda m: (m != first, m)):
         for base in sys.path:
             yield from sorted(map(str, Path(base, _FOLDERS[major]).glob(f"libnvrtc.so.{major}*")))

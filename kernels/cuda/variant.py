@@ -16,12 +16,12 @@ _STANDARD = "--std=c++17"
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compiled to one cubin."""
+    """A source with options, which is compiled to one cubin."""
 
     source: str
     """The name of its file and of its entry point: skinny, expand, outliers or finish."""
     name: str
-    """Of this variant among those of the source, as in int4-p4-bf16-bf16-n1."""
+    """The name of this variant among those of the source, such as int4-p4-bf16-bf16-n1."""
     defines: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -38,21 +38,21 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """Of the source and the headers."""
+        """sha256 of the source and the headers."""
         return _digest(self.text)
 
     def key(self, target: str, compiler: str) -> str:
-        """What it is for, by which version of NVRTC, and of what: another of these is another cubin."""
+        """The key of its cubin in the cache: a hash of target, version of NVRTC, sources and options."""
         return sha256(self.digest, *self.options, target, compiler)
 
 
 def headers() -> dict[str, str]:
-    """Text by name of what sources may include."""
+    """Header name -> text, for all headers that sources may include."""
     return {name: text for name, text in _files().items() if name.endswith(".cuh")}
 
 
 def sha256(*texts: str) -> str:
-    """Of texts, one after the other and told apart."""
+    """sha256 of several texts, which depends on where one ends and the next begins."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 

@@ -5,17 +5,17 @@ A linear `NAME.weight` [out, in] with codes of b bits and groups of g inputs bec
     NAME.qzeros   int32 [in / g, out * b / 32]    zero points less one, one stream per group, running over the outputs
     NAME.scales   fp16  [in / g, out]
     NAME.g_idx    int32 [in]                      the group of each input, i // g
-and W[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]). A bias stays the tensor that it is.
+and W[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]). A bias stays a plain tensor.
 
-Codes and zero points move over as they are. Scales are rounded to fp16: exact for those of fp16 weights and, from
-2^-17 up to the largest fp16, of bf16 weights; those of fp32 weights lose at most 2^-11 of their size. Whatever would lose
-more (fp16 ends at 65504 and thins out below 2^-14) is refused when it is met. Readers multiply in fp16, we in fp32.
+Codes and zero points are copied unchanged. Scales are rounded to fp16: exactly for fp16 weights and, from 2^-17 up to the
+largest fp16, for bf16 weights; scales of fp32 weights lose at most 2^-11 of their size. A scale that would lose more (fp16
+ends at 65504 and loses precision below 2^-14) is refused while packing. Readers multiply in fp16, we in fp32.
 
-"Less one" has no word for a zero point of 0, and what readers make of it differs: refused when met. Also refused:
-sizes that are no multiples of 32 (AutoGPTQ allocates in // 32 * b words), a ragged last group (its forward reshapes into
-whole groups), embeddings and heads, Conv1D, fused experts, tensors that transformers splits or permutes, and
-what lies outside the decoder's blocks, where readers replace nothing. Written from the sources of AutoGPTQ 0.7.1 (which was
-run), GPTQModel, optimum and vLLM (which were read).
+"Less one" cannot store a zero point of 0, and readers differ on what they read then, so it is refused while packing. Also
+refused: sizes that are not multiples of 32 (AutoGPTQ allocates in // 32 * b words), a ragged last group (its forward reshapes
+into whole groups), embeddings and heads, Conv1D, fused experts, tensors that transformers splits or permutes, and weights
+outside of the decoder's blocks, where readers replace nothing. Written from the sources of AutoGPTQ 0.7.1 (which was run),
+GPTQModel, optimum and vLLM (which were read).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Gptq(Format):
         return constant
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
-        """Raises FormatError for zero points and scales that have no form here."""
+        """The packed tensors. Raises FormatError for zero points and scales that this layout cannot store."""
         import torch
 
         from compress.numerics import bitstream
@@ -166,7 +166,7 @@ def disk_path(weight: Weight) -> str:
 
 
 def flip(matrix: torch.Tensor) -> torch.Tensor:
-    """The transpose, with plain strides: a single row counts as contiguous with others, which cannot be viewed as words."""
+    """The transpose with contiguous strides: a single row counts as contiguous whatever its strides, which may prevent a view."""
     import torch
 
     return matrix.T.clone(memory_format=torch.contiguous_format)
@@ -200,12 +200,12 @@ def refuse_size(weight: Weight, scheme: Scheme) -> None:
 
 
 def in_half(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
-    """Scales in fp16. Raises FormatError where one loses more than 2^-11 of its size."""
+    """Scales in fp16. Raises FormatError if one loses more than 2^-11 of its size."""
     import torch
 
     half = scale.to(torch.float16)
     lost = (half.float() - scale.float()).abs()
-    # Not "greater than": an overflow, and what is no number, must count.
+    # Not "greater than", so that overflows and NaN count as well.
     bad = ~(lost <= scale.float().abs() * 2.0**-11)
     if bool(bad.any()):
         worst = float(scale[bad].float().abs().max()), float(scale[bad].float().abs().min())
@@ -218,7 +218,7 @@ def in_half(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
 
 
 def dense_views(weights: Iterable[Weight], states: dict[str, State]) -> dict[str, Scheme | None]:
-    """What every linear of the blocks is, by each path that a reader may know it by: its name on disk, its module."""
+    """Scheme (None if dense) of every linear of the blocks, under both paths that readers use: name on disk and module."""
     found: dict[str, Scheme | None] = {}
     for weight in weights:
         if weight.attribute == "weight" and weight.kind in ("linear", "router"):
@@ -229,15 +229,15 @@ def dense_views(weights: Iterable[Weight], states: dict[str, State]) -> dict[str
 
 
 def gathered(meant: dict[str, Scheme | None]) -> dict[str, Scheme | None]:
-    """The same with the experts of a block under one path, `...experts`, where they are alike: servers ask for that one."""
+    """The same, but experts of a block with one scheme are under the single path `...experts`, which servers look up."""
     together = _together(meant)
     return {_experts_of(path) if len(together[_experts_of(path)]) == 1 else path: scheme for path, scheme in meant.items()}
 
 
 def suffixes(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Names that are part of all of `wanted` and of none of `others`: paths inside a block where they suffice.
+    """Strings that occur in all of `wanted` and in none of `others`: paths inside a block if they suffice.
 
-    Readers compare them by `in` or `endswith`, with the whole path or with that inside the block.
+    Readers compare them by `in` or `endswith`, with the whole path or with the path inside the block.
     """
     found = set()
     for path in wanted:
@@ -247,7 +247,7 @@ def suffixes(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def unsure(weights: Iterable[Weight], states: dict[str, State]) -> str:
-    """What of a model its readers may know by other names than those on disk, or an empty string."""
+    """The part of a model that readers may know by other names than those on disk; empty if there is none."""
     dense = False
     for weight in weights:
         if weight.stack.startswith("tower:"):
@@ -280,7 +280,7 @@ def _experts_of(path: str) -> str:
 
 
 def _together(meant: dict[str, Scheme | None]) -> dict[str, set[Scheme | None]]:
-    """What servers make one module of: the path of that, and what its parts are."""
+    """Path of each module that servers fuse -> the schemes of its parts."""
     found: dict[str, set[Scheme | None]] = defaultdict(set)
     for path, scheme in meant.items():
         head, _, last = path.rpartition(".")
@@ -292,7 +292,7 @@ def _together(meant: dict[str, Scheme | None]) -> dict[str, set[Scheme | None]]:
 
 
 def _rules(meant: dict[str, Scheme | None], base: Scheme) -> dict[str, dict[str, Any]]:
-    """GPTQModel's rules: `-:REGEX` stays dense, `+:REGEX` differs from the rest. Regexes match from the start of a path.
+    """GPTQModel's `dynamic` rules: `-:REGEX` stays dense, `+:REGEX` has other settings. Regexes match from a path's start.
 
     The first that matches counts; here no path matches two.
     """

@@ -1,4 +1,4 @@
-"""Blocks: which expert's rows each block of a grouped product multiplies."""
+"""Blocks: assigns rows of experts to the blocks of a grouped product."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 
 def block_map(offsets: torch.Tensor, rows: int, block: int) -> torch.Tensor:
-    """Blocks of up to `block` rows, each of one expert: int32 [3, B], their expert, first row, and number of rows.
+    """Blocks of up to `block` rows of one expert: int32 [3, B], with the expert, the first row and the number of rows.
 
-    `offsets` int32 [experts + 1] tell where each expert's rows begin among all `rows`. It stays on its device, and nothing
-    waits for it: B = min(rows, experts + rows // block) is enough however rows are spread, and those left over have none.
+    `offsets` int32 [experts + 1] are the first rows of the experts among all `rows`. They stay on their device, and nothing
+    waits for it: B = min(rows, experts + rows // block) is always enough, and blocks that are not needed have no rows.
     """
     experts = len(offsets) - 1
     counts = offsets.diff()
     ends = ((counts + block - 1) // block).cumsum(0)
     number = torch.arange(min(rows, experts + rows // block), device=offsets.device)
     expert = torch.searchsorted(ends, number, right=True).clamp(max=experts - 1)
-    # Of the blocks of its expert; beyond the last one for those left over, so that no row is left for them.
+    # Index of a block within its expert; beyond the last one for unneeded blocks, so that they get no rows.
     place = number - torch.where(expert > 0, ends[expert - 1], 0)
     first = offsets[expert] + place * block
     held = (offsets[expert + 1] - first).clamp(0, block)

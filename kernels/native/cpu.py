@@ -1,7 +1,7 @@
-"""CPU backend: rows of the weight are expanded and used a chunk at a time.
+"""CPU backend: expands rows of the weight and multiplies, a chunk at a time.
 
-A chunk is still near its cores between its expansion and its product, so this does what the reference does with less memory
-traffic, and keeps nothing dense. Smaller chunks cost more calls than they save.
+A chunk is still in the cache between its expansion and its product, so this needs less memory traffic than the reference
+backend, and keeps nothing dense. With smaller chunks the cost of more calls exceeds the gain.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""cublas backend: rows are expanded, then multiplied densely; for many tokens.
+"""cublas backend: expands rows, then multiplies densely; for many tokens.
 
-Rows are expanded so many at a time that the dense part stays small, yet each product is large.
+The number of rows expanded at a time keeps the dense part small, but each product large.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from compress.kernels.native.cuda import Cuda, dense_variants, expanded
 from compress.kernels.native.packed import Packed
 
 _WEIGHTS = 1 << 26
-"""Expanded at a time: 128 MiB."""
+"""Weights that are expanded at a time: 128 MiB."""
 
 
 class Cublas(Cuda):
@@ -35,5 +35,5 @@ class Cublas(Cuda):
         return out
 
     def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
-        # Expert by expert, because dense ones would not fit; the numbers of rows are asked of the GPU.
+        # Expert by expert, because all would not fit expanded; the numbers of rows are read back from the GPU.
         return Backend.grouped(self, x, packed, offsets)

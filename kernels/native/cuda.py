@@ -1,10 +1,10 @@
-"""cuda backend: kernels of our own in CUDA C++, for few tokens and to expand.
+"""cuda backend: our kernels in CUDA C++, for few tokens and for expanding.
 
 Legend: M tokens, N rows, K columns; T = ceil(N / 16) tiles of rows, C chunks of columns.
 
-Every block multiplies 16 rows by 8, 16 or 32 tokens, its warps taking turns over chunks; where there are fewer blocks than the
-GPU takes, columns are cut into parts, whose fp32 sums a second kernel adds in order. Nothing is added by atomics, so results
-are the same every time, and nothing waits for the GPU, so it can be captured in a CUDA graph once it has run.
+Every block multiplies 16 rows by 8, 16 or 32 tokens, its warps taking turns over chunks. If there are fewer blocks than the
+GPU can run, columns are cut into parts, whose fp32 sums a second kernel adds in order. There are no atomics, so results are
+reproducible; nothing waits for the GPU, so it can be captured in a CUDA graph after a first run.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from compress.kernels.native.packed import Packed
 from compress.spec.corrections import SHORT
 
 _MOST_BLOCKS = (1 << 16) - 1
-"""Along the second and third side of a grid."""
+"""Largest second and third dimension of a grid."""
 _THREADS = 256
 
 
 @lru_cache(maxsize=256)
 def skinny(kind: Kind, count: int) -> Variant:
-    """The product with `count` tiles of tokens a block."""
+    """The kernel for products, with `count` tiles of tokens per block."""
     return Variant("skinny", f"{kind}-n{count}", (*kind.defines, f"-DNT={count}", f"-DWARPS={table.warps(count)}"))
 
 
 @lru_cache(maxsize=256)
 def expand(kind: Kind) -> Variant:
-    """A weight as it is meant."""
+    """The kernel that dequantizes a weight."""
     return Variant("expand", str(kind), kind.defines)
 
 
 @lru_cache(maxsize=256)
 def finish(x: torch.dtype) -> Variant:
-    """Sums of parts of columns."""
+    """The kernel that adds sums over parts of columns."""
     return Variant("finish", HALVES[x], (f"-DBF16={int(x == torch.bfloat16)}",))
 
 
 @lru_cache(maxsize=256)
 def outliers(x: torch.dtype, wide: bool) -> Variant:
-    """What outliers add; columns are int32 where they are `wide`."""
+    """The kernel that adds outliers; with `wide` their columns are int32."""
     name = f"{HALVES[x]}{'-wide' if wide else ''}"
     return Variant("outliers", name, (f"-DBF16={int(x == torch.bfloat16)}", f"-DWIDE={int(wide)}"))
 
@@ -70,7 +70,7 @@ class Cuda(Fused):
             cubins.origin(variant, capability)
 
     def variants(self, work: Work) -> list[Variant]:
-        """What it may run."""
+        """The kernels that it may run."""
         kind = Kind.of(work)
         return [*(skinny(kind, count) for count in table.counts(kind)), finish(work.dtype), *dense_variants(work)]
 
@@ -101,7 +101,7 @@ class Cuda(Fused):
         device.run(variant, grid, _THREADS, tensors, len(x), packed.rows, x.stride(0))
 
     def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
-        # A row of outliers or of low-rank factors belongs to one matrix.
+        # Outliers and low-rank factors belong to single matrices.
         if packed.state.outliers is not None or packed.state.lowrank is not None or len(x) > _MOST_BLOCKS:
             return super().grouped(x, packed, offsets)
         out = x.new_empty(len(x), packed.rows)
@@ -111,12 +111,12 @@ class Cuda(Fused):
 
 
 def dense_variants(work: Work) -> list[Variant]:
-    """What expands a weight, and adds its outliers."""
+    """The kernels that expand a weight and add its outliers."""
     return [expand(Kind.of(work)), *([outliers(work.dtype, work.columns > SHORT)] if work.state.outliers is not None else [])]
 
 
 def expanded(packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """What codes of some rows mean, [n, K], rounded once; a slice that begins at a tile."""
+    """Some rows [n, K] of dequantized codes, rounded once; the slice begins at a tile."""
     parts, held = packed.parts, slice(rows.start // tiles.ROWS, -(-rows.stop // tiles.ROWS))
     out = parts["tiles"].new_empty(rows.stop - rows.start, packed.columns, dtype=dtype)
     codes, grid, zero = parts["tiles"][held], scales(packed)[held], parts.get("zero")
@@ -129,7 +129,7 @@ def expanded(packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
 def _multiply(
     x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, out: torch.Tensor, offsets: torch.Tensor | None
 ) -> None:
-    """x by what codes alone mean, into out [M, N]; by a stack of matrices, if `offsets` tell the rows of each."""
+    """x by the codes alone, into out [M, N]; by a stack of matrices if `offsets` give the rows of each."""
     parts, kind, x, (many, rows) = packed.parts, kind_of(packed, x), _aligned(x), out.shape
     held, chunks = parts["tiles"].shape[-4:-2]
     if offsets is None:
@@ -157,7 +157,7 @@ def _multiply(
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] as kernels read it: 8 columns at a time, zeros after the last."""
+    """x [M, K] in the form that kernels read: 8 columns at a time, padded with zeros."""
     if x.stride(1) == 1 and not x.shape[1] % 8 and not x.stride(0) % 8 and not x.data_ptr() % 16:
         return x
     whole = x.new_zeros(len(x), -(-x.shape[1] // 8) * 8)

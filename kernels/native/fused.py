@@ -1,8 +1,8 @@
-"""Fused backends: what those that multiply by tiles as they lie have in common.
+"""Fused backends: base of backends that multiply by packed tiles directly.
 
-Their kernels read one grid of scales [T, groups, 16] whatever the scheme, so scales of a matrix or of blocks are spread when
-a weight is prepared (`grid`, 4 bytes for 128 weights). Outliers become what is to be added to the product of codes alone, and
-that and low-rank factors are small products of their own, added to what the fused kernel gives.
+Their kernels read one grid of scales [T, groups, 16] for every scheme, so scales of a matrix or of blocks are expanded when
+a weight is prepared (`grid`, 4 bytes for 128 weights). Outliers are stored as their difference from the codes' values; they and
+low-rank factors are small products of their own, added to the result of the fused kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Fused(Backend):
         Kind.of(work)
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        # No kernel reads codes without their zeros.
+        # No fused kernel reads the halved form of 2:4 weights.
         packed = packed.whole()
         parts, scheme = dict(packed.parts), packed.scheme
         if not by_row(scheme):
@@ -41,11 +41,11 @@ class Fused(Backend):
         return out
 
     def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [tokens, inputs] by what codes alone mean, plus the bias: [tokens, outputs] in x's dtype."""
+        """x [tokens, inputs] by the codes alone, plus the bias: [tokens, outputs] in x's dtype."""
         raise TypeError(f"{self.name} does not multiply")
 
     def add_outliers(self, out: torch.Tensor, x: torch.Tensor, packed: Packed) -> None:
-        """Adds to `out` [tokens, outputs] what outliers mean beyond the codes in their places."""
+        """Adds to `out` [tokens, outputs] the contribution of outliers beyond the codes in their places."""
         parts = packed.parts
         sparse = torch.sparse_csr_tensor(
             parts["outlier_offsets"], parts["outlier_columns"].int(), parts["outlier_deltas"], (packed.rows, packed.columns)
@@ -54,7 +54,7 @@ class Fused(Backend):
 
 
 def work_of(packed: Packed, dtype: torch.dtype) -> Work:
-    """What a prepared weight, or a stack of them, is to a backend, for activations of that dtype."""
+    """The Work of a prepared weight, or of a stack, for activations of that dtype."""
     held = scales(packed)
     return Work(packed.state, packed.rows, packed.columns, dtype, held.dtype, held.device.type)
 
@@ -70,12 +70,12 @@ def scales(packed: Packed) -> torch.Tensor:
 
 
 def shift(packed: Packed) -> int:
-    """How far a column's number is shifted to be that of its group."""
+    """The right shift that turns the number of a column into that of its group."""
     return group_shift(packed.scheme.group)
 
 
 def deltas(packed: Packed) -> torch.Tensor:
-    """What outliers [experts?, n] are beyond what the codes in their places mean, fp32."""
+    """Outliers [experts?, n] less the values of the codes in their places, fp32."""
     matrices = [packed] if packed.parts["tiles"].dim() == 4 else [packed.expert(e) for e in range(len(packed.parts["tiles"]))]
     found = []
     for matrix in matrices:

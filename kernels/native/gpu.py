@@ -1,4 +1,4 @@
-"""gpu backend: for each number of tokens the one that table.py calls fastest."""
+"""gpu backend: for each number of tokens runs the backend that table.py prefers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEMBERS = ("cuda", "triton", "cublas")
 
 
 class Gpu(Fused):
-    """Runs what one of its members runs."""
+    """Delegates each product to one of its members."""
 
     name = "gpu"
 
@@ -33,7 +33,7 @@ class Gpu(Fused):
             tell_once(name, refusal.reason)
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        # No member needs more.
+        # Enough for every member.
         return load_backend("cuda").prepare(packed)
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
@@ -50,13 +50,13 @@ class Gpu(Fused):
     def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
         tokens = -(-len(x) // (len(offsets) - 1))
         able = _by_speed(work_of(packed, x.dtype), device.capability(device.number(x)), tokens)
-        # cublas would ask the GPU how many rows each expert has.
+        # Not cublas, which reads each expert's number of rows back from the GPU.
         captured = able if torch.cuda.is_current_stream_capturing() else ()
         return next((member for member in captured if member.name != "cublas"), able[0]).grouped(x, packed, offsets)
 
 
 def _ask(work: Work) -> tuple[tuple[Fused, ...], dict[str, Refusal]]:
-    """The members that take the work, and why others refuse."""
+    """(the members that accept the work, the refusals of the others)."""
     able, refused = [], {}
     for name in _MEMBERS:
         backend = load_backend(name)
@@ -75,6 +75,6 @@ def _able(work: Work) -> tuple[Fused, ...]:
 
 @lru_cache(maxsize=4096)
 def _by_speed(work: Work, capability: Capability, tokens: int) -> tuple[Fused, ...]:
-    """The members that take the work, the fastest for so many tokens by each matrix first."""
+    """The members that accept the work, those first that are fastest for this many tokens per matrix."""
     order = table.order(capability, Kind.of(work), tokens)
     return tuple(sorted(_able(work), key=lambda member: order.index(member.name)))

@@ -1,14 +1,14 @@
-"""int4pack backend: torch's own product with four bits on the CPU.
+"""int4pack backend: torch's own product by 4-bit codes on the CPU.
 
-Legend: N rows, K columns, g columns of a group; w = (code - 8) s + a, with s and a in bf16 [K / g, N, 2], as torch has it.
-Zero points z make a = (8 - z) s, of which bf16 holds the most; what it does not, r, is multiplied by the sums of each group's
-inputs, a product K / g wide, and added. So w is what the codes mean, to the last bit.
-Codes of 3 and 2 bits are held in 4, those from the middle of their range on, for whoever asks for that.
+Legend: N rows, K columns, g columns of a group; w = (code - 8) s + a, with s and a in bf16 [K / g, N, 2], as in torch.
+Zero points z make a = (8 - z) s, which bf16 rounds; the rest r is multiplied by the sums of each group's inputs, a product
+of width K / g, and added. So w is exactly the dequantized code.
+Codes of 3 and 2 bits are held in 4 bits, shifted to the middle of the range, if the user asks for this backend by name.
 
-torch packs codes in an order that depends on what the processor can do, so they are packed when a model is loaded and never
-stored. Blocks of up to 64 rows lie one after the other: byte (k, i) of a block [K, rows / 2] holds column k of two of its
-rows, in its low and its high half. Which two is read off packed row numbers, and that this is all there is to know is tried
-on random codes. So codes can be taken out again, for many tokens, where a dense product is the faster one.
+torch packs codes in an order that depends on the CPU's instruction set, so they are packed when a model is loaded and never
+stored. Blocks of up to 64 rows follow each other: byte (k, i) of a block [K, rows / 2] holds column k of two of its rows, in
+its low and its high half. Which two is found by packing row numbers, and the result is verified on random codes. So codes can
+be unpacked again for many tokens, where a dense product is faster.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compress.numerics.qtensor import with_beside
 
 _GROUPS = (32, 64, 128, 256)
 _BLOCK = 64
-"""Rows that torch packs by themselves, whatever the processor; parts of them lie one after the other."""
+"""Rows that torch packs independently of others on every CPU, so that parts of this many rows can be concatenated."""
 _TOKENS = 64
 """The most tokens for which torch's product is faster than expanding the weight first."""
 
@@ -78,7 +78,7 @@ class Int4pack(Cpu):
         zero = None if packed.scheme.symmetric else packed.parts["zero"][:, rows]
         codes = _unpack(packed.parts["int4"].view(-1)[_bytes(rows, packed)], packed.columns)
         if dtype == torch.bfloat16 and packed.state.lowrank is None:
-            # Integers are exact in bfloat16, so this rounds once as well, and moves half the bytes.
+            # Codes are exact in bfloat16, so this also rounds only once, and moves half the bytes.
             dense: torch.Tensor = codes.to(dtype).unflatten(0, (len(scale), -1))
             return dense.sub_(8 if zero is None else zero[:, None]).mul_(scale[:, None]).flatten(0, 1).T
         zero = None if zero is None else zero.T - _shift(packed)
@@ -88,7 +88,7 @@ class Int4pack(Cpu):
         return q.dequantize().to(dtype)
 
     def lookup(self, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
-        # Blocks are taken apart whole: dear for each row, but a token's product with all rows costs more.
+        # Whole blocks are unpacked: expensive per row, but a token's product with all rows costs more.
         found, blocks = torch.empty(len(ids), packed.columns), ids // _BLOCK
         for block in blocks.unique().tolist():
             rows, here = slice(block * _BLOCK, min(packed.rows, (block + 1) * _BLOCK)), blocks == block
@@ -112,7 +112,7 @@ class Int4pack(Cpu):
 
 
 def _shift(packed: Packed) -> int:
-    """How far codes are from those of 4 bits that mean the same."""
+    """The number to add to codes to get the 4-bit codes of the same values."""
     return 8 - packed.scheme.middle
 
 
@@ -122,7 +122,7 @@ def _added(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(rows: slice, packed: Packed) -> slice:
-    """Where the bytes of some rows are, from one that begins a block."""
+    """The slice of bytes that hold some rows; the first row begins a block."""
     return slice(rows.start * packed.columns // 2, rows.stop * packed.columns // 2)
 
 
@@ -133,7 +133,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of `_pack`, turned: uint8 [K, n]."""
+    """The inverse of `_pack`, transposed: uint8 [K, n]."""
     rows = 2 * len(packed) // columns
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     for start in range(0, rows, _BLOCK):
@@ -147,7 +147,7 @@ def _unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _blocks(rows: int) -> tuple[tuple[int, slice, slice], ...]:
-    """For each block that so many rows are packed in: half its rows, those in the low halves of bytes, and in the high ones."""
+    """For each block of `rows` rows: (half of its rows, the rows in low halves of bytes, those in high halves)."""
     numbers = torch.arange(rows, dtype=torch.uint8)[:, None].expand(rows, 2)
     ones, sixteens = _pack(numbers & 15), _pack(numbers >> 4)
     low, high = (ones & 15) | (sixteens & 15) << 4, (ones >> 4) | (sixteens >> 4) << 4
@@ -155,7 +155,7 @@ def _blocks(rows: int) -> tuple[tuple[int, slice, slice], ...]:
     def found() -> Iterator[tuple[int, slice, slice]]:
         start = 0
         while start < rows:
-            # The second column begins where the first row comes again.
+            # The second column begins where the first row occurs again.
             again = (low[start + 1 :] == low[start]).nonzero()
             half = int(again[0]) + 1 if len(again) else rows - start
             yield half, _run(low[start : start + half]), _run(high[start : start + half])
@@ -165,14 +165,14 @@ def _blocks(rows: int) -> tuple[tuple[int, slice, slice], ...]:
 
 
 def _run(numbers: torch.Tensor) -> slice:
-    """Numbers that follow one another evenly, as a slice; others are found out when codes do not come back."""
+    """Evenly spaced numbers as a slice; others make the check of `_known` fail."""
     first, step = int(numbers[0]), int(numbers[1]) - int(numbers[0])
     return slice(first, first + step * len(numbers), step)
 
 
 @lru_cache(maxsize=1)
 def _known() -> bool:
-    """Whether codes come back."""
+    """Whether random codes are the same after packing and unpacking."""
     generator = torch.Generator().manual_seed(0)
     for rows in (16, 48, 64, 208):
         codes = torch.randint(0, 16, (rows, 96), dtype=torch.uint8, generator=generator)

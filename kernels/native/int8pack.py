@@ -1,6 +1,6 @@
-"""int8pack backend: torch's own product with int8 rows on the CPU.
+"""int8pack backend: torch's own product by int8 rows on the CPU.
 
-Codes lie as int8 [rows, columns], less the middle one, in the order of rows and columns; each row has one scale.
+Codes are kept as int8 [rows, columns], less the middle code, in plain order; each row has one scale.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Int8pack(Cpu):
             raise Refusal(f"{scheme} is not symmetric w8 with a scale per row", "use another backend")
         if work.dtype != torch.bfloat16 or work.scales != torch.bfloat16:
             raise Refusal("activations or scales are not in bfloat16, which alone is fast", "load the model in bfloat16")
-        # torch reads 16 columns at a time, and where fewer are left beyond the end.
+        # torch reads 16 columns at a time, even beyond the end.
         if work.columns % 16:
             raise Refusal(f"16 does not divide {work.columns} columns", "use another backend")
         if work.looked_up:

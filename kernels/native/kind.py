@@ -1,4 +1,4 @@
-"""Kind: what of a packed weight a fused kernel is compiled for.
+"""Kind: the properties of a packed weight that a fused kernel is compiled for.
 
 Everything else (rows, columns, chunks, tokens) is an argument of the kernel.
 """
@@ -17,9 +17,9 @@ from compress.kernels.native import tiles
 HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _SCALES = {**HALVES, torch.float32: "f32", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
 TABLES = {"nf": 4, "e3m0": 4}
-"""Grids that a kernel looks up, and how many bits they must have for that."""
+"""Grids that kernels look up in a table -> the number of bits that this supports."""
 WHOLE = 31
-"""The shift of a group that is a whole row: no column has such a number."""
+"""The shift for a group that is a whole row: larger than any column's number."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Kind:
     zero: bool
     """Whether there are zero points."""
     planes: int
-    """Planes of 32 columns that share a scale within a chunk; 0 where half a plane does."""
+    """Planes of 32 columns that share a scale within a chunk; 0 if half a plane does."""
     scale: str
-    """Of stored scales: f16, bf16, f32, e8m0 (the byte of a power of two) or e4m3."""
+    """Dtype of stored scales: f16, bf16, f32, e8m0 (the byte of a power of two) or e4m3."""
     x: str
-    """Of activations and outputs: f16 or bf16."""
+    """Dtype of activations and outputs: f16 or bf16."""
 
     @classmethod
     def of(cls, work: Work) -> Kind:
-        """Raises Refusal for what fused kernels do not run."""
+        """The Kind of a weight and its use. Raises Refusal if fused kernels cannot run it."""
         scheme = work.state.scheme
         if scheme is None:
             raise Refusal("it is not in codes", "use another backend")
@@ -72,7 +72,7 @@ class Kind:
 
 
 def group_shift(group: int | None) -> int:
-    """The power of two that a group is, WHOLE for a row."""
+    """log2 of a group size, WHOLE for a row."""
     return WHOLE if group is None else group.bit_length() - 1
 
 

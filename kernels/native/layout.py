@@ -1,17 +1,17 @@
-"""native: our own layout, one for every kernel, and every scheme there is.
+"""native: our own layout, the same for all kernels and all schemes.
 
-A weight `NAME` becomes, as tiles.py and kernels/README.md tell bit by bit,
+A weight `NAME` becomes (tiles.py and kernels/README.md describe every bit)
     NAME.tiles   int16 [experts?, ceil(rows / 16), chunks, 16, 32 or 48]   codes
     NAME.scale   [experts?, ceil(rows / 16), groups, 16]                    in the dtype of the canonical form
     NAME.zero    uint8, in the shape of scale, where the scheme has zero points
 FP8's scales of a matrix or of blocks, nvfp4's tensor_scale, outliers and low-rank factors are those of the canonical form.
-Of a weight of pattern 2:4, in codes of symmetric w4 or in none, half is left out where that takes less: NAME.tiles holds what
-is kept, and NAME.indices where it was, as sparse.py tells. Where chunks do not divide the columns, NAME.rest holds those of the
-last one, as narrow.py tells; in memory it is a chunk like the others. Nothing is rounded. Embeddings, heads and fused experts lie
-like any other matrix; a Conv1D keeps its rows, its inputs.
+A 2:4 weight, in symmetric w4 codes or not in codes, is stored without half of its entries if that takes less: NAME.tiles holds
+the kept entries and NAME.indices their positions (sparse.py). If chunks do not divide the columns, NAME.rest holds the columns
+of the last one (narrow.py); in memory it is a chunk like the others. Nothing is rounded. Embeddings, heads and fused experts
+are stored like any other matrix; rows of a Conv1D are its inputs.
 
-config.json says of every packed weight what a reader needs, so that it needs no manifest. Refused are groups that do not
-end where a half-precision product does, and what transformers splits or permutes while it loads.
+config.json describes every packed weight, so that a reader needs no manifest. Refused are groups that do not end at a
+multiple of a half-precision product's width, and tensors that transformers splits or permutes while it loads.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 VERSION = 1
-"""The version of the layout and of what config.json says of it."""
+"""The version of the layout and of its config in config.json."""
 HALVED = 2
-"""The version where half of a weight may be left out, which a reader of the first would take for damage."""
+"""The version in which half of a 2:4 weight may be left out, which a reader of the first would take for damage."""
 NARROW = 3
-"""The version where the last chunk of a weight may lie apart."""
+"""The version in which the last chunk of a weight may be a tensor of its own."""
 _LEAST_GROUP = 16
 
 
 class Native(Format):
-    """Codes of 2, 3, 4 and 8 bits, integers or floats, with whatever may stand beside them."""
+    """Codes of 2, 3, 4 and 8 bits, integers or floats, with all corrections."""
 
     name = NATIVE
     holds = frozenset({"outliers", "lowrank"})
     _there: frozenset[str] | None = None
-    """In a checkpoint that is read, the weights of which half is left out."""
+    """When reading a checkpoint: the weights of which half is left out."""
     _cut: frozenset[str] | None = None
-    """In a checkpoint that is read, those whose last chunk lies apart."""
+    """When reading a checkpoint: the weights whose last chunk is a tensor of its own."""
 
     def reading(self, checkpoint: Checkpoint) -> Self:
         self._there, self._cut = (
@@ -64,7 +64,7 @@ class Native(Format):
         return "" if state.scheme is not None else self._zeros(weight, state)
 
     def _zeros(self, weight: Weight, state: State) -> str:
-        """Why a weight is stored with all of its zeros; empty where half of it is left out."""
+        """Why a weight is stored with all of its zeros; empty if half of it is left out."""
         from compress.kernels.native import sparse
 
         if self._there is not None:
@@ -93,7 +93,7 @@ class Native(Format):
         return _specs(weight, state, not self._zeros(weight, state), self._rest(weight, state))
 
     def _rest(self, weight: Weight, state: State) -> int:
-        """Columns of the last chunk, where it lies apart; else 0."""
+        """Columns of the last chunk if it is a tensor of its own, else 0."""
         from compress.kernels.native import narrow
 
         if state.scheme is None or not self._zeros(weight, state) or (self._cut is not None and weight.name not in self._cut):
@@ -101,7 +101,7 @@ class Native(Format):
         return narrow.rest(weight.columns, state.scheme.bits)
 
     def memory_bytes(self, weight: Weight, state: State) -> int:
-        """What a packed weight takes once it is loaded."""
+        """Bytes of a packed weight in memory."""
         return _nbytes(_specs(weight, state, not self._zeros(weight, state)))
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
@@ -164,13 +164,13 @@ class Native(Format):
             got = f"version {config.get('version')!r} of the native format"
             raise InputError(where, f"version {VERSION}, {HALVED} or {NARROW}, which are read here", got, "update compress")
         packed = [name.removesuffix(".tiles") for name in checkpoint.refs if name.endswith(".tiles")]
-        beside = [name.rpartition(".")[0] for name in checkpoint.refs if name.endswith((".indices", ".rest"))]
+        partial_names = [name.rpartition(".")[0] for name in checkpoint.refs if name.endswith((".indices", ".rest"))]
         found: dict[str, tuple[Weight, State]] = {}
         try:
             for entry in config["weights"]:
                 state, shape = State.parse(entry["state"]), tuple(map(int, entry["shape"]))
                 rule = re.compile("|".join(n[3:] if n.startswith("re:") else re.escape(n) for n in entry["names"]))
-                for name in filter(rule.fullmatch, (*packed, *beside)):
+                for name in filter(rule.fullmatch, (*packed, *partial_names)):
                     transposed, module = bool(entry.get("transposed")), name.rpartition(".")[0]
                     found[name] = (Weight(name, str(entry["dtype"]), shape, transposed=transposed, module=module), state)
         except (KeyError, TypeError, ValueError, re.error) as error:
@@ -188,7 +188,7 @@ class Native(Format):
         return [*found, *counted("padded", {w.name: said for w in weights if (said := self._padding(w, states[w.name]))})]
 
     def _padding(self, weight: Weight, state: State) -> str:
-        """What it costs that chunks of columns are whole; empty where it costs nothing."""
+        """A text on the cost of padding columns to whole chunks; empty if there is none."""
         from compress.kernels.native import sparse, tiles
 
         if state.scheme is None:
@@ -212,7 +212,7 @@ class Native(Format):
 
 
 def _specs(weight: Weight, state: State, halved: bool = False, rest: int = 0) -> list[TensorSpec]:
-    """The tensors of a packed weight: all of it, half of it left out, or with so many columns of the last chunk apart."""
+    """The tensors of a packed weight; `halved` without half of it, `rest` columns of the last chunk in a tensor of their own."""
     from compress.kernels.native import packed, sparse, tiles
     from compress.numerics.bitstream import row_bytes
     from compress.numerics.qtensor import part_specs

@@ -1,8 +1,7 @@
 """Modules whose weights are packed: linears, embeddings and fused experts.
 
-A module keeps its class and its code: what reads its rows or multiplies by it is run by a backend, and `weight`, for whoever
-asks for it, is expanded for as long as it is used. Before `fill` it is a shell without a weight, as transformers wants it
-while it loads.
+A module keeps its class and its code: products and lookups are run by a backend, and `weight`, if other code accesses it, is
+expanded for as long as it is used. Before `fill` it is a shell without a weight, as transformers expects while it loads.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from compress.spec.weight_state import State
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one state and one shape that become a stack, each read when its turn comes."""
+    """Matrices of one state and one shape that become a stack; each is read when it is needed."""
 
     count: int
     read: Callable[[int], Packed]
@@ -40,15 +39,15 @@ class PackedWeight(nn.Module):
 
     like: torch.Tensor
     sources = 1
-    """Weights on disk that it is made of."""
+    """The number of weights on disk that it is made of."""
 
     def __init__(
         self, packed: Packed | Stack, dtype: torch.dtype, turned: bool = False, looked_up: bool = False,
         backend: str | None = None, device: torch.device | None = None, multiplied: bool = True,
     ) -> None:  # fmt: skip
-        """`dtype` is what it is used in, `device` where, if not where its parts lie.
+        """`dtype` is that of activations; `device` is where it is used, by default where its parts lie.
 
-        Raises UsageError where the backend that is asked for refuses.
+        Raises UsageError if the named backend refuses.
         """
         super().__init__()
         if isinstance(packed, Packed) and packed.parts["tiles"].dim() == 5:
@@ -59,12 +58,12 @@ class PackedWeight(nn.Module):
         self.asked, self.device = backend, (device or scale.device).type
         experts = packed.count if isinstance(packed, Stack) else None
         self.work = Work(first.state, *self.size, dtype, scale.dtype, self.device, turned, looked_up, multiplied, experts)
-        # An empty tensor that `to` casts like any other: the dtype that the weight expands to.
+        # An empty tensor, which `to` casts, holds the dtype that the weight expands to.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device or scale.device), persistent=False)
         self._keep(packed)
 
     def _keep(self, packed: Packed | Stack) -> None:
-        """Chooses a backend, and keeps what it wants."""
+        """Chooses a backend, and keeps the tensors that it prepares."""
         chosen = choose(self.work, self.asked)
         self.backend = chosen.name
         kept = _prepared(chosen, packed)
@@ -73,28 +72,28 @@ class PackedWeight(nn.Module):
         self.names = ",".join(kept)
 
     def forward(self, what: str, *arguments: Any) -> torch.Tensor:
-        """The method `what`. Modules ask through here, where accelerate's hooks fetch parts that lie elsewhere."""
+        """Calls the method `what`. Modules call it by `forward`, so that accelerate's hooks move parts that are elsewhere."""
         found: torch.Tensor = getattr(self, what)(*arguments)
         return found
 
     def packed(self) -> Packed:
-        """The parts with what they mean."""
+        """The parts as a Packed."""
         parts = {name: self.get_buffer(name) for name in self.names.split(",")}
         return Packed(State.parse(self.state), *self.size, parts)
 
     def arguments(self, expert: int | None = None) -> Arguments:
-        """What operators want to know of it, or of one of its experts."""
+        """The arguments of our operators for it, or for one of its experts."""
         parts = [self.get_buffer(name) for name in self.names.split(",")]
         parts = parts if expert is None else [part[expert] for part in parts]
         return parts, self.names, self.state, *self.size, self.turned, self.backend
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
-        """x [..., inputs] -> [..., outputs], by one of the experts where there are several."""
+        """x [..., inputs] -> [..., outputs], by one of the experts if there are several."""
         found: torch.Tensor = torch.ops.compress.packed_linear(x, bias, *self.arguments(expert))
         return found
 
     def grouped(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """x [rows, inputs] -> [rows, outputs], rows offsets[e] to offsets[e + 1] by expert e; others are anything."""
+        """x [rows, inputs] -> [rows, outputs], rows offsets[e] to offsets[e + 1] by expert e; other rows are undefined."""
         found: torch.Tensor = torch.ops.compress.packed_experts(x, offsets, *self.arguments())
         return found
 
@@ -104,15 +103,15 @@ class PackedWeight(nn.Module):
         return found
 
     def dense(self, expert: int | None = None) -> torch.Tensor:
-        """What it means, [rows, columns] of one matrix."""
+        """One matrix, dequantized, [rows, columns]."""
         packed, backend = self.packed(), load_backend(self.backend)
         packed = packed if expert is None else packed.expert(expert)
         return torch.cat([backend.rows(packed, rows, self.like.dtype) for rows in backend.chunks(packed)])
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
-        """Moves parts, but never casts them: scales in another dtype would be other scales.
+        """Moves parts, but never casts them: scales in another dtype would have other values.
 
-        Another kind of device has another backend. Raises UsageError where this one has put codes in an order of its own.
+        Another kind of device needs another backend. Raises UsageError if the current one has reordered the codes.
         """
         here = fn(self.like).device
         elsewhere = here.type not in (self.device, "meta")
@@ -136,7 +135,7 @@ class PackedWeight(nn.Module):
 
 
 def _prepared(backend: Backend, packed: Packed | Stack) -> dict[str, torch.Tensor]:
-    """What a backend keeps of a matrix, or of each of a stack."""
+    """The tensors that a backend prepares for a matrix, or for each of a stack."""
     if isinstance(packed, Packed):
         return backend.prepare(packed)
     kept: dict[str, torch.Tensor] = {}
@@ -149,7 +148,7 @@ def _prepared(backend: Backend, packed: Packed | Stack) -> dict[str, torch.Tenso
 
 
 class DenseWeight(nn.Module):
-    """A weight [experts, rows, columns] that is not packed, among others that are."""
+    """A weight [experts, rows, columns] that is not packed, although others of its module are."""
 
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__()
@@ -170,20 +169,20 @@ class DenseWeight(nn.Module):
 def _grouped(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     from transformers.integrations.moe import _grouped_mm
 
-    # The first and the last take all rows that are none of theirs, so that no number and no gradient is undefined.
+    # The first and the last expert also take rows that belong to none, so that no number and no gradient is undefined.
     ends = torch.cat([offsets[1:-1], offsets.new_full((1,), x.shape[0])])
     found: torch.Tensor = _grouped_mm(x, matrices.mT, ends)
     return found
 
 
 class Shell(nn.Module):
-    """Mixed into a module whose parameters are packed: those it waits for are `awaited`, in their shape and in no memory."""
+    """Mixed into a module whose parameters are packed: `awaited` holds those not loaded yet, with a shape but no memory."""
 
     awaited: dict[str, torch.Tensor]
     awaited_bytes: int
-    """What its weights take in memory."""
+    """Bytes of its weights in memory."""
     stand_in: torch.Tensor
-    """Stands for them where devices are dealt out."""
+    """Stands for its weights while accelerate assigns modules to devices."""
 
     def _arrived(self, name: str) -> None:
         del self.awaited[name]
@@ -197,7 +196,7 @@ class PackedLinear(Shell):
     bias: torch.Tensor | None
 
     def fill(self, weight: PackedWeight) -> None:
-        """Gives it its weight, which several modules may share."""
+        """Sets its weight, which several modules may share."""
         self.packed_weight = weight
         self._arrived("weight")
 
@@ -211,7 +210,7 @@ class PackedLinear(Shell):
 
 
 class Rounds(Shell):
-    """Rounds what it reads, as its scheme says."""
+    """Rounds its inputs, as its scheme says."""
 
     scheme: Scheme
 
@@ -232,22 +231,22 @@ class PackedEmbedding(PackedLinear):
 
 
 Place = tuple[int, int]
-"""Of a part of an expert's rows: which of the module's weights, and which of the matrices stacked there."""
+"""Position of a part of an expert's rows: (which of the module's weights, which matrix stacked there)."""
 
 
 class PackedExperts(Shell):
-    """Fused experts; `packed_weights` hold what their stacked parameters are made of, which `runs` tells."""
+    """Fused experts; `packed_weights` hold the parts of their stacked parameters, which `runs` assigns to experts."""
 
     is_transposed: bool
     runs: dict[str, list[tuple[tuple[int, ...], int, int]]]
-    """The weights that hold the parts of some experts, and which experts, counted in the order of `_order`."""
+    """By parameter: (the weights that hold the parts of some experts, the range of these experts in `_order`)."""
 
     def fill_experts(
         self, name: str, weights: list[nn.Module], experts: list[list[Place]], turned: bool, device: torch.device
     ) -> None:
-        """For the parameter `name`: its weights, and for each expert where its rows are, one part after the other.
+        """Sets the weights of the parameter `name`, and for each expert the positions of the parts of its rows.
 
-        Matrices of one weight are those of experts that have their parts in the same weights.
+        All experts with a matrix in one weight must have their parts in the same weights.
         """
         if "packed_weights" not in self._modules:
             self.packed_weights, self.places, self.runs = nn.ModuleDict(), {}, {}
@@ -275,7 +274,7 @@ class PackedExperts(Shell):
         order, runs = self._buffers.get(f"{name}_order"), self.runs[name]
         if order is None and len(runs) == 1:
             return self._run(name, runs[0][0], x, offsets)
-        # Experts of one run come one after the other, so that each run has rows that do.
+        # Experts of one run are neighbours, so that the rows of each run are contiguous.
         rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
         if order is not None:
             held = torch.searchsorted(offsets[1:], rows, right=True)
@@ -294,7 +293,7 @@ class PackedExperts(Shell):
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def expanded(self, name: str) -> torch.Tensor:
-        """The stacked parameter that it means, as it is stored."""
+        """The stacked parameter, dequantized, in its stored orientation."""
         if name in self.awaited:
             return self.awaited[name]
         weights: Any = self.packed_weights[name]
@@ -304,34 +303,34 @@ class PackedExperts(Shell):
 
 
 class WatchedExperts(PackedExperts):
-    """Those that compute by transformers' interface, which then runs matrix by matrix."""
+    """Fused experts that compute by transformers' interface, which calls `product` for each stacked parameter."""
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return forward(self, hidden, top_k_index, top_k_weights)
 
 
 def hollow(module: nn.Module, scheme: Scheme | None) -> None:
-    """Takes the weight of a Linear, Embedding or Conv1D away; it waits for `fill`. No scheme: it is not in codes."""
+    """Removes the weight of a Linear, Embedding or Conv1D until `fill`. `scheme` is None if it is not in codes."""
     from transformers.pytorch_utils import Conv1D
 
     base: Any = next(kind for kind in (nn.Linear, nn.Embedding, Conv1D) if isinstance(module, kind))
     cls: Any = type(module)
     packed = type(f"Packed{base.__name__}", (PackedEmbedding if base is nn.Embedding else PackedLinear, base), {})
-    # A class with a forward of its own comes first, and finds ours where it calls its parent's.
+    # A class with its own forward comes first in the MRO; its call of super().forward finds ours.
     kinds = (packed,) if cls is base else (cls, packed)
     kinds = (Rounds, *kinds) if scheme is not None and scheme.inputs else kinds
     _become(module, type(f"Packed{cls.__name__}", kinds, {"scheme": scheme}), ["weight"])
 
 
 def hollow_experts(module: nn.Module, names: list[str]) -> None:
-    """Takes stacked parameters of experts away; they wait for `fill_experts`."""
+    """Removes stacked parameters of experts until `fill_experts`."""
     mixin = WatchedExperts if watched(module) else PackedExperts
     held = {name: property(partial(_expanded, name)) for name in names}
     _become(module, type(f"Packed{type(module).__name__}", (mixin, type(module)), held), names)
 
 
 class Expanded(torch.Tensor):
-    """What a packed weight means, which cannot be written back."""
+    """A dequantized packed weight, which cannot be assigned to."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -346,7 +345,7 @@ class Expanded(torch.Tensor):
 
 
 def _kept(dense: torch.Tensor) -> torch.Tensor:
-    # Compiled code writes no weights.
+    # Compiled code never assigns to weights, so a plain tensor will do.
     return dense if torch.compiler.is_compiling() else dense.as_subclass(Expanded)
 
 
@@ -361,7 +360,7 @@ def _become(module: nn.Module, cls: type, names: list[str]) -> None:
         dense = module._parameters.pop(name)
         assert dense is not None
         awaited[name] = torch.empty((), dtype=dense.dtype, device="cpu").expand(dense.shape)
-        # transformers initialises what it has not loaded, unless it bears this mark.
+        # transformers initialises parameters that it has not loaded, unless they have this attribute.
         awaited[name]._is_hf_initialized = True  # type: ignore[attr-defined]
     module.__class__ = cls
     module.awaited, module.awaited_bytes = awaited, 0  # type: ignore[assignment]

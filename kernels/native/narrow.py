@@ -1,8 +1,8 @@
-"""Narrow: on disk, no bytes for columns that only fill a chunk; in memory, all.
+"""Narrow: no padding of the last chunk of columns on disk, only in memory.
 
-Where chunks do not divide the columns, and there is more than one, the last chunk is not among NAME.tiles. Its columns are
+If chunks do not divide the columns, and there is more than one, the last chunk is not in NAME.tiles. Its columns are
     NAME.rest    uint8 [experts?, rows, bytes]   code j of a row at bits b j up, rows of whole 32-bit words, as in bitstream.py
-and the grids of scales and zero points end with the groups of the columns that there are.
+and the grids of scales and zero points end with the groups of the real columns.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from compress.spec.scheme import Scheme
 
 
 def rest(columns: int, bits: int) -> int:
-    """Columns of the last chunk, where it is cut off; else 0."""
+    """Columns of the last chunk if it is cut off, else 0."""
     chunk = tiles.chunk(bits)
     return columns % chunk if columns > chunk else 0
 
 
 def cut(parts: Mapping[str, torch.Tensor], q: QTensor) -> dict[str, torch.Tensor]:
-    """The parts of a packed QTensor as they lie on disk."""
+    """The parts of a packed QTensor in their form on disk."""
     scheme, columns = q.scheme, q.codes.shape[-1]
     codes = bitstream.pack(q.codes[..., -rest(columns, scheme.bits) :], scheme.bits)
     found = {"tiles": parts["tiles"][..., :-1, :, :].contiguous(), "rest": codes.contiguous()}
@@ -36,7 +36,7 @@ def cut(parts: Mapping[str, torch.Tensor], q: QTensor) -> dict[str, torch.Tensor
 
 
 def whole(parts: Mapping[str, torch.Tensor], scheme: Scheme, columns: int) -> dict[str, torch.Tensor]:
-    """The inverse of `cut`: what lies beyond the columns is zero again. Without a rest, the same."""
+    """The inverse of `cut`: columns are padded with zeros again. Returns parts without a rest unchanged."""
     if "rest" not in parts:
         return dict(parts)
     last = tiles.pack(bitstream.unpack(parts["rest"], scheme.bits, rest(columns, scheme.bits)), scheme.bits)

@@ -1,8 +1,8 @@
 """The operators `compress::packed_linear`, `packed_experts` and `packed_rows`.
 
-They multiply by a packed weight, by the matrices of a stack, each for the rows of its expert, and look rows up; eager, compiled
-and exported. `parts` are the tensors that a backend keeps of a weight, `names` says what each is. Gradients go to x and to the
-bias; codes have none. Registered with plain definitions, which cost a quarter of a custom_op's call.
+They multiply by a packed weight, multiply by a stack (rows of each expert by its matrix), and look rows up; eager, compiled
+and exported. `parts` are the tensors that a backend keeps for a weight, `names` their names. Gradients go to x and to the
+bias; codes have none. Registered by plain definitions, whose calls cost a quarter of a custom_op's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress.kernels.native.packed import Packed
 from compress.spec.weight_state import State
 
 Arguments = tuple[list[torch.Tensor], str, str, int, int, bool, str]
-"""Of a weight: parts, their names, state, rows, columns, whether inputs are in rows, backend."""
+"""Arguments for a weight: parts, their names, state, rows, columns, whether inputs are in rows, backend."""
 _WEIGHT = "Tensor[] parts, str names, str state, int rows, int columns, bool turned, str backend"
 _LIBRARY = torch.library.Library("compress", "DEF")
 
@@ -52,7 +52,7 @@ def _experts(x: torch.Tensor, offsets: torch.Tensor, *weight: Any) -> torch.Tens
 def _experts_gradient(gradient: torch.Tensor, offsets: torch.Tensor, *weight: Any) -> torch.Tensor:
     packed, runs = _weight(*weight)
     found = gradient.new_zeros(len(gradient), packed.columns)
-    # Training may wait for the device; running does not.
+    # Training may wait for the device; inference must not.
     for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
         if start < end:
             found[start:end] = _times_weight(gradient[start:end], packed.expert(expert), runs, False)
@@ -60,7 +60,7 @@ def _experts_gradient(gradient: torch.Tensor, offsets: torch.Tensor, *weight: An
 
 
 def _times_weight(gradient: torch.Tensor, packed: Packed, runs: Backend, turned: bool) -> torch.Tensor:
-    """gradient [tokens, outputs] -> [tokens, inputs], added up in fp32."""
+    """gradient [tokens, outputs] -> [tokens, inputs], summed in fp32."""
     wide = gradient.float()
     found = wide.new_zeros(len(wide), packed.rows if turned else packed.columns)
     for part in runs.chunks(packed):
@@ -78,13 +78,13 @@ def _rows(ids: torch.Tensor, dtype: torch.dtype, *weight: Any) -> torch.Tensor:
 
 
 def _like(x: torch.Tensor, _: Any, *weight: Any) -> Any:
-    """The outputs of x [..., inputs], in its dtype."""
+    """An empty tensor like the outputs for x [..., inputs], in its dtype."""
     *_, rows, columns, turned, _ = weight
     return x.new_empty(*x.shape[:-1], columns if turned else rows)
 
 
 def _like_gradient(gradient: torch.Tensor, *weight: Any) -> Any:
-    """The gradient [..., inputs] of outputs [..., outputs], before which offsets may stand."""
+    """An empty tensor like the gradient [..., inputs] for one of outputs [..., outputs]; `offsets` may come before the weight."""
     *_, rows, columns, turned, _ = weight
     return gradient.new_empty(*gradient.shape[:-1], rows if turned else columns)
 

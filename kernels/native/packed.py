@@ -1,8 +1,8 @@
-"""Packed: a weight in the native layout, whole or by rows.
+"""Packed: packs and unpacks a weight in the native layout, whole or by rows.
 
-Parts, by name: `tiles` and the grids `scale` and `zero` as in tiles.py; scales of a matrix or of blocks, `tensor_scale`, and
-what stands beside codes (outliers, low-rank factors) as in QTensor. With `indices` beside them tiles hold what a 2:4 weight
-keeps, codes or plain values, as in sparse.py. Codes are given as QTensors, so that what they mean is said in one place.
+Parts, by name: `tiles` and the grids `scale` and `zero` as in tiles.py; scales of a matrix or of blocks, `tensor_scale`,
+outliers and low-rank factors as in QTensor. If there are `indices`, tiles hold the kept entries of a 2:4 weight, codes or plain
+values, as in sparse.py. Codes are returned as QTensors, so that their values are defined in one place.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 
 PARTS = ("tiles", "rest", "indices", *CANONICAL_PARTS)
-"""What may follow a weight's name on disk."""
+"""Suffixes of a weight's name on disk."""
 
 
 def groups_of(scheme: Scheme, columns: int, halved: bool = False) -> int:
-    """Groups of the padded columns: a kernel reads scales of whole chunks."""
+    """Groups of the padded columns, because kernels read scales of whole chunks."""
     chunk = sparse.chunk(coded=True) if halved else tiles.chunk(scheme.bits)
     return scheme.groups(-(-columns // chunk) * chunk)
 
 
 def by_row(scheme: Scheme) -> bool:
-    """Whether each row has scales of its own, which then lie in tiles; those of a matrix or of blocks lie as they are."""
+    """Whether each row has scales of its own, which are stored in tiles; scales of a matrix or of blocks are not."""
     return scheme.scales not in ("tensor", "block")
 
 
 def pack(q: QTensor, halved: bool = False) -> dict[str, torch.Tensor]:
-    """The parts of a QTensor, without zeros if it is `halved`. Raises sparse.Crowded where that cannot be."""
+    """The parts of a QTensor, if `halved` without its zeros. Raises sparse.Crowded if it is not 2:4."""
     groups = groups_of(q.scheme, q.codes.shape[-1], halved)
     scale = tiles.pack_grid(q.scale, groups) if by_row(q.scheme) else q.scale
     zero = None if q.zero is None else tiles.pack_grid(q.zero, groups)
@@ -65,7 +65,7 @@ class Packed:
         return "indices" in self.parts
 
     def values(self, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
-        """What all of it means, or some rows of a matrix as `take` has them; in fp32, or the stored dtype if not in codes."""
+        """Dequantized values, of all or of some rows (see `take`), in fp32; in the stored dtype if not in codes."""
         if self.state.scheme is not None:
             return (self.unpack() if rows is None else self.take(rows)).dequantize()
         if rows is None:
@@ -73,7 +73,7 @@ class Packed:
         return sparse.take(self.parts, rows, self.columns, 0)
 
     def whole(self) -> Packed:
-        """The same codes with their zeros among them."""
+        """The same weight with the left-out zeros put back."""
         if not self.halved:
             return self
         codes = sparse.unpack(self.parts, self.rows, self.columns, self.scheme.middle)
@@ -103,7 +103,7 @@ class Packed:
         return replace(self, parts={name: part[index] for name, part in self.parts.items()})
 
     def take(self, rows: slice | torch.Tensor) -> QTensor:
-        """Some rows of a matrix, each with scales of its own: a slice that begins at a tile, or an index int64 [n]."""
+        """Some rows of a matrix as a QTensor with scales per row: a slice that begins at a tile, or an index int64 [n]."""
         index = torch.arange(rows.start, rows.stop, device=self.parts["tiles"].device) if isinstance(rows, slice) else rows
         scheme, groups, zero = self.scheme, self.scheme.groups(self.columns), self.parts.get("zero")
         if self.halved:

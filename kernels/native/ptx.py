@@ -1,4 +1,4 @@
-"""PTX: codes of two words become two halves in registers, a plane at a time.
+"""PTX: converts codes to half precision in registers, a plane at a time.
 
 Legend: p a plane, b bits of a code, m mantissa bits of a half (10 in f16, 7 in bf16). A 32-bit register holds two words of a
 row, and its halves the two codes of plane p at bits bp. A text takes such a register ($1) to the half-precision values of
@@ -12,8 +12,8 @@ the plane ($0), which a tensor core reads as they are:
                exponents' biases differ. bf16 would fall below its normal numbers and is multiplied back
     nf4        four bytes at a time are looked up in registers by byte permutation, for low and high bytes of 16 values
 
-Where there are zero points, an operand holds `offset` - zero; where weights are scaled before they are multiplied, the last
-operand holds the scale. Every operand is a register of two equal halves, but for words.
+With zero points, an operand holds `offset` - zero; if weights are scaled before they are multiplied, the last operand holds
+the scale. Every operand but the words is a register of two equal halves.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def planes(bits: int) -> int:
 
 
 def unit(grid: str, x: str, normal: bool) -> float:
-    """What a text's values are to be divided by, a power of two; 1 where they are made `normal`."""
+    """The power of two by which a text's values must be divided; 1 if they are made `normal`."""
     return 2.0 ** (FLOATS[grid][1] - _BIAS[x]) if grid in FLOATS and not normal else 1.0
 
 
 def offset(grid: str, bits: int, plane: int, x: str) -> float:
-    """What the operand of zero points holds, plus the zero point."""
+    """The operand of zero points holds this number less the zero point."""
     if bits == 8 and x == "bf16":
         return 128.0
     return -(2.0 ** (_MANTISSA[x] - _place(bits, plane, x)[1])) if grid == "int" else 0.0
@@ -55,7 +55,7 @@ def offset(grid: str, bits: int, plane: int, x: str) -> float:
 
 @cache
 def text(grid: str, bits: int, plane: int, x: str, zero: bool = False, scaled: bool = False, normal: bool = True) -> str:
-    """The PTX of a plane: $0 from words $1, for 3 bits $2 and $3, then zero points and scales where there are any."""
+    """The PTX of a plane: $0 from words $1, for 3 bits also $2 and $3, then zero points and scales if there are any."""
     operands = iter(range(4 if bits == 3 else 2, 6))
     z = f"${next(operands)}" if zero else None
     if grid == "int":
@@ -83,7 +83,7 @@ def _twice(mask: int) -> str:
 
 
 def _place(bits: int, plane: int, x: str) -> tuple[int, int]:
-    """How far words are shifted for a plane, and s."""
+    """(the right shift of words for a plane, s)."""
     at = max(2, bits & ~1) * plane
     shift = at & ~7
     return (shift, at - shift) if at - shift + bits <= _MANTISSA[x] else (at, 0)
@@ -133,7 +133,7 @@ def _lookup(grid: str, plane: int, x: str) -> list[str]:
     # Planes 2j and 2j + 1 are byte j of each word: four codes of a selector, of which the lower three bits look up in the
     # first and the last eight values, and the fourth takes one of both.
     lines = ["prmt.b32 t, $1, $1, 0x3120;", "shr.u32 u, t, 1;", "and.b32 t, t, 0x77777777;"]
-    # A zero that only the GPU knows to be one, so that constants stay in registers and are not moved there each time.
+    # A zero that the compiler cannot know, so that constants stay in registers instead of being loaded each time.
     lines += ["mov.u32 z, %lanemask_lt;", "shr.u32 z, z, 31;", "add.u32 c, z, 0x32103210;"]
     lines += [f"lop3.b32 u, u, 0x44444444, c, {_AND_OR};"]
     lines += ["shr.u32 t, t, 16;", "shr.u32 u, u, 16;"] if plane > 1 else []

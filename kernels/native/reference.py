@@ -1,4 +1,4 @@
-"""Reference backend: the whole weight as it is meant, then a dense product."""
+"""Reference backend: dequantizes the whole weight, then multiplies densely."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""scaled_mm backend: FP8 by FP8, torch's own product with scales by rows.
+"""scaled_mm backend: torch's own product of FP8 by FP8, with scales per row.
 
 Legend: M tokens, N rows, K columns; x = q s with q in E4M3 [M, K] and s [M]; w = v t with v in E4M3 [N, K] and t [N].
 
-The codes lie by rows as torch multiplies them, N and K padded to multiples of 16. Activations come rounded already, as
-algebra/inputs.py does it in their own dtype, where q s is rounded once more; rounding them again gives the same q and s. So
-products are of the numbers that a reader of the checkpoint would multiply.
+The codes are kept in plain rows, as torch multiplies them, with N and K padded to multiples of 16. Activations are rounded
+already, by numerics/inputs.py in their own dtype, in which q s is rounded once more; rounding them again gives the same q and
+s. So the product has the same factors as in a reader of the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _E4M3 = torch.float8_e4m3fn
 
 
 class ScaledMM(Fused):
-    """E4M3 with a scale per row or matrix, where activations are rounded to FP8 per token."""
+    """E4M3 weights with a scale per row or matrix, and activations rounded to FP8 per token."""
 
     name = "scaled_mm"
 
@@ -81,7 +81,7 @@ class ScaledMM(Fused):
 
 @lru_cache(maxsize=1)
 def _fails() -> str:
-    """What torch says against such a product, on GPUs that have one."""
+    """torch's error for such a product, on GPUs that should support it; empty if it works."""
     side = torch.zeros(_MULTIPLE, _MULTIPLE, device="cuda").to(_E4M3)
     ones = torch.ones(_MULTIPLE, 1, device="cuda")
     try:

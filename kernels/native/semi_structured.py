@@ -1,9 +1,9 @@
-"""semi_structured backend: 2:4 weights in half precision on a GPU's sparse units.
+"""semi_structured backend: 2:4 weights in half precision on GPU sparse units.
 
-Legend: N rows, K columns, M tokens. torch has two libraries for the product W @ x.T. CUTLASS, for capability 8.x alone, takes
-kept values [N, K / 2] and the places of those as words int16 [N, K / 16], which its threads read in an order of their own:
-column pairs first, and rows 32a + 16b + 8c + d, columns 2e + f as [e, a, d, b, f, c]. cuSPARSELt, for any from 8.0 on, makes
-a secret of what it keeps, and makes it of the dense matrix, which is there for as long as that takes.
+Legend: N rows, K columns, M tokens. torch has two libraries for the product W @ x.T. CUTLASS, only for capability 8.x, takes
+kept values [N, K / 2] and their positions as words int16 [N, K / 16], which its threads read in a special order:
+column pairs first, and rows 32a + 16b + 8c + d, columns 2e + f as [e, a, d, b, f, c]. cuSPARSELt, for 8.0 and later, has an
+undocumented format, which it makes from the dense matrix, so that matrix exists meanwhile.
 
 It runs for any number of tokens: expanding the weight first, 9 bits to 16 that are read again, would move four times the bytes.
 """
@@ -22,9 +22,9 @@ from compress.kernels.native import sparse, tiles
 from compress.kernels.native.packed import Packed
 
 _CUTLASS, _LEAST = 8, (8, 0)
-"""The one major capability that CUTLASS takes here, and the least that has sparse units."""
+"""The only major capability that CUTLASS supports here, and the first with sparse units."""
 _ROWS, _COLUMNS, _TOKENS = 32, 64, 8
-"""What sizes must be multiples of."""
+"""Rows and columns must be multiples of these."""
 
 
 class SemiStructured(Backend):
@@ -62,7 +62,7 @@ class SemiStructured(Backend):
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         parts = packed.parts
         if "places" not in parts:
-            # A product with ones is exact, and the one way to what cuSPARSELt keeps.
+            # A product with the identity is exact, and the only way to read cuSPARSELt's format.
             compressed = parts["compressed"]
             one = torch.eye(packed.columns, dtype=compressed.dtype, device=compressed.device)
             return torch._cslt_sparse_mm(compressed, one).to(dtype)

@@ -1,17 +1,17 @@
-"""Sparse: a weight of pattern 2:4 without the half of it that is zero.
+"""Sparse: stores a 2:4 weight without the half of it that is zero.
 
-Legend: N rows, K columns, a multiple of 4. Two of each aligned four columns are kept, in the first pair of places that covers
-all that are not zero; kept entry j of a row, of K / 2, lies in column 4 (j // 2) + its place, which has two bits. P planes of
+Legend: N rows, K columns, a multiple of 4. Two of each aligned four columns are kept, at the first pair of positions that covers
+all non-zeros. Kept entry j (of K / 2) of a row is in column 4 (j // 2) + its position, a number of two bits. P planes of
 32 kept entries make a chunk: P = 4 for codes of 4 bits, 1 for values; C = ceil(K / 64P) chunks, T = ceil(N / 16) tiles of rows.
 
     tiles    int16 [experts?, T, C, 16, 32]     kept codes, as tiles.py has those of a matrix of K / 2 columns
     tiles    a float dtype, in that shape       kept values: [n // 16, c, n % 16, r] is kept entry [n, 32c + r]
-    indices  int16 [experts?, T, C, 16, 4P]     bits 2i, 2i + 1 of [n // 16, c, n % 16, Pt + p] are the place of
+    indices  int16 [experts?, T, C, 16, 4P]     bits 2i, 2i + 1 of [n // 16, c, n % 16, Pt + p] are the position of
                                                 kept entry [n, 32 (Pc + p) + 8t + i], i < 8
 
 So a plane is 64 neighbouring columns, a lane that owns the words 8t .. 8t + 7 of tiles owns the P neighbouring words of their
-places, and four bits are what `mma.sp` takes for four columns, the lower place first. What lies beyond N and K is zero bits in
-tiles, and places 0 and 1, since a pair must have two. A zero that is kept stays as it is; the others come back as +0.
+positions, and four bits are what `mma.sp` takes for four columns, the lower position first. Padding beyond N and K is zero bits
+in tiles, and positions 0 and 1, since a pair must have two. A kept zero keeps its sign; the others are read back as +0.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _BITS = 4
 _LEAST_GROUP = 32
 """Columns that one sparse product of matrix units takes."""
 _FIRST = 0b0100
-"""The pair of places 0 and 1."""
+"""The pair of positions 0 and 1."""
 _CROWDED = 0xFF
-"""In the place of a pair: more than two of four are not zero."""
+"""Marks, instead of a pair, that more than two of four are not zero."""
 _CHUNK = 1 << 20
-"""Entries worked on at a time."""
+"""Entries processed at a time."""
 
 
-class Crowded(ValueError):  # noqa: N818 (the caller knows the weight's name, and says it)
-    """More than two of an aligned four are not zero: `place` says in words where."""
+class Crowded(ValueError):  # noqa: N818 (the caller adds the weight's name)
+    """More than two of an aligned four are not zero; `place` is a text that says where."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -61,7 +61,7 @@ def specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, ...]]
 
 
 def stays(weight: Weight, state: State) -> str:
-    """Why a weight is stored with all of its zeros; empty where half of it can be left out."""
+    """Why a weight is stored with all of its zeros; empty if half of it can be left out."""
     scheme = state.scheme
     if state.sparsity != PATTERN:
         return f"its pattern is not {PATTERN}"
@@ -84,7 +84,7 @@ def stays(weight: Weight, state: State) -> str:
 
 
 def pack(entries: torch.Tensor, zero: int) -> dict[str, torch.Tensor]:
-    """Tiles and indices of uint8 codes or float values [experts?, N, K], of which `zero` means zero. Raises Crowded."""
+    """Tiles and indices of uint8 codes or float values [experts?, N, K]; `zero` is the code or value of zero. Raises Crowded."""
     kept = entries.new_empty(*entries.shape[:-1], entries.shape[-1] // 2)
     pairs = torch.empty(*entries.shape[:-1], entries.shape[-1] // 4, dtype=torch.uint8)
     flat = [whole.reshape(-1, whole.shape[-1]) for whole in (entries, kept, pairs)]
@@ -118,25 +118,25 @@ def take(parts: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, columns:
     """Some rows [n, columns] of a matrix, codes or values; `rows` as `tiles.by_rows` takes them."""
     held = tiles.by_rows(parts["tiles"], rows)
     kept = (tiles.split(held, _BITS) if held.dtype == torch.int16 else held).flatten(1)
-    # By planes, [n, C, P, 4], as the kept entries lie.
+    # By planes, [n, C, P, 4], like the kept entries.
     places = tiles.by_rows(parts["indices"], rows).unflatten(-1, (4, -1)).transpose(-1, -2).flatten(1)
     return spread(kept, places, zero)[:, :columns]
 
 
 def spread(kept: torch.Tensor, places: torch.Tensor, zero: int) -> torch.Tensor:
-    """Kept entries [n, K / 2] and words of their places int16 [n, K / 16], both in order -> [n, K]."""
+    """Kept entries [n, K / 2] and words of their positions int16 [n, K / 16], both in plain order -> [n, K]."""
     pairs = torch.stack([places >> shift & 0xF for shift in (0, 4, 8, 12)], -1).flatten(1)
     return kept.new_full((len(kept), 2 * kept.shape[1]), zero).scatter_(1, _columns(pairs), kept)
 
 
 def sound(indices: torch.Tensor) -> bool:
-    """Whether all pairs are two places, the lower one first."""
+    """Whether all pairs are two different positions, the lower one first."""
     return all(bool((((indices >> shift) & 3) < ((indices >> (shift + 2)) & 3)).all()) for shift in (0, 4, 8, 12))
 
 
 @lru_cache(maxsize=1)
 def _pairs() -> torch.Tensor:
-    """By which of four columns are not zero, in bits, the first pair of places that covers them: uint8 [16]."""
+    """For each set of non-zero columns among four, in bits, the first pair of positions that covers it: uint8 [16]."""
     pairs = [*combinations(range(4), 2)]
     covering = ([pair for pair in pairs if not held & ~(1 << pair[0] | 1 << pair[1])] for held in range(16))
     return torch.tensor([_CROWDED if not found else found[0][0] | found[0][1] << 2 for found in covering], dtype=torch.uint8)
@@ -156,11 +156,11 @@ def _tile(kept: torch.Tensor) -> torch.Tensor:
 
 
 def _indices(pairs: torch.Tensor, columns: int) -> torch.Tensor:
-    """Pairs [experts?, N, K / 4] -> indices, with chunks of so many columns."""
+    """Pairs [experts?, N, K / 4] -> indices, with chunks of `columns` columns."""
     padded = pad(pairs, (0, -pairs.shape[-1] % (columns // 4), 0, -pairs.shape[-2] % tiles.ROWS), value=_FIRST)
     four = padded.unflatten(-1, (-1, 4)).to(torch.int32)
     words = (four[..., 0] | four[..., 1] << 4 | four[..., 2] << 8 | four[..., 3] << 12).to(torch.int16)
-    # A lane's words side by side: [..., N, C, P, 4] -> [..., N, C, 4P].
+    # The words of a lane become neighbours: [..., N, C, P, 4] -> [..., N, C, 4P].
     ordered = words.unflatten(-1, (-1, columns // 64, 4)).transpose(-1, -2).flatten(-2)
     found: torch.Tensor = ordered.unflatten(-3, (-1, tiles.ROWS)).transpose(-2, -3).contiguous()
     return found

@@ -1,16 +1,16 @@
-"""Swap-AB: Triton kernels that multiply tiles as they lie, weights on the left.
+"""Swap-AB: Triton kernels that multiply packed tiles, with weights on the left.
 
 Legend: N rows of the weight, K columns, M tokens; BN rows by BM tokens are a program's tile of out^T = W x^T, so that
 weights are the operand that tensor cores take from registers, and tokens come in eights. A chunk is KC columns, in PLANES
 planes of 32; a plane, or where groups are of 16 columns half of one (WIDTH), multiplies a plain slice of x.
 
-Planes come from the PTX in ASM (ptx.py) as halves. Where there is none, `value` says the same in fp32, for whoever has no GPU,
-and x is multiplied in fp32. A group's sum is in fp32 and scaled there, or weights are scaled as halves before they are
-multiplied (PRE), which takes fewer registers; a scale of a whole row waits for the end (WHOLE). Nothing is added atomically:
-of several splits of K each writes its fp32 sums, and `add` adds them in order.
+The PTX in ASM (ptx.py) converts planes to halves. Without it, on machines without a GPU, `value` computes the same in fp32,
+and x is multiplied in fp32. A group's sum is in fp32 and scaled afterwards, or weights are scaled as halves before they are
+multiplied (PRE), which takes fewer registers; a scale of a whole row is applied at the end (WHOLE). Nothing is added
+atomically: if K is split, each split writes its fp32 sums, and `add` adds them in order.
 """
 
-# Triton's language has no types, its constants are in capitals, and it knows neither unpacking nor `and` of its own values.
+# Triton's language has no types, its constants are in capitals, and it supports neither unpacking nor `and` of its values.
 # mypy: ignore-errors
 # ruff: noqa: N803, N806, RUF005, SIM102
 
@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def value(words, high, r, zero, PLANE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, TABLE: tl.constexpr):
-    """What a plane means, fp32: `words` int16 [BN, WIDTH], for 3 bits `high` too, `r` the columns, `zero` fp32."""
+    """The values of a plane, fp32: `words` int16 [BN, WIDTH], for 3 bits also `high`, `r` the columns, `zero` fp32."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
     code = (words.to(tl.int32) >> (low * PLANE)) & ((1 << low) - 1)
     if BITS == 3:
@@ -45,10 +45,10 @@ def value(words, high, r, zero, PLANE: tl.constexpr, BITS: tl.constexpr, FLOAT: 
 
 @triton.jit
 def step(stored, KIND: tl.constexpr, LIFT: tl.constexpr):
-    """What stored scales mean, fp32; those in E4M3 times LIFT."""
+    """The values of stored scales, fp32; those in E4M3 are multiplied by LIFT."""
     if KIND == "e8m0":
         bits = stored.to(tl.int32)
-        # The lowest byte is 2^-127, which is below fp32's normal numbers, and the highest is NaN.
+        # The lowest byte is 2^-127, which is subnormal in fp32, and the highest is NaN.
         found = ((bits << 23) | tl.where(((bits + 1) & 0xFE) == 0, 0x400000, 0)).to(tl.float32, bitcast=True)
     elif KIND == "e4m3":
         bits = stored.to(tl.int32)
@@ -95,7 +95,7 @@ def swap(
     SHARED: tl.constexpr = FOLD if FOLD else 1
     DTYPE: tl.constexpr = x.dtype.element_ty
     block, n, split = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(2)
-    # Rows beyond the last tile read the last one, and are dropped.
+    # Rows beyond the last tile read the last one; their results are dropped.
     held = (N + 15) // 16
     tile = tl.minimum(n // 16, held - 1).to(tl.int64)
     if blocks is None:
@@ -114,7 +114,7 @@ def swap(
     select = tl.where(r // 2 % 2 == 1, 0x2301, 0x3210).to(tl.int16)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     start, end = split * per, tl.minimum((split + 1) * per, chunks)
-    # Those of the next chunk are on their way while one is multiplied.
+    # The words of the next chunk are loaded while one is multiplied.
     scales, zeros = _grids(s, z, start, shift, zero is not None, not WHOLE, PLANES, SHARED, WIDTH)
     for c in range(start, end):
         later = _grids(s, z, tl.minimum(c + 1, end - 1), shift, zero is not None, not WHOLE, PLANES, SHARED, WIDTH)
@@ -145,7 +145,7 @@ def swap(
                     if BITS == 3:
                         operands = operands + (high, select)
                     if zero is not None:
-                        # An integer under the exponent of 2^23, so that no conversion is needed.
+                        # The integer is put into the mantissa of 2^23, so that no conversion is needed.
                         point = (point | 0x4B000000).to(tl.float32, bitcast=True)
                         operands = operands + ((OFFSET[p] + 8388608.0 - point).to(DTYPE),)
                     if PRE:

@@ -1,4 +1,4 @@
-"""Tiles: how codes lie in the native layout, 16 rows by 64 bytes at a time.
+"""Tiles: the order of codes in the native layout, 16 rows by 64 bytes at a time.
 
 Legend: N rows, K columns, b bits; T = ceil(N / 16) tiles of rows, C = ceil(K / KC) chunks of KC = 32 * 16 / b' columns, where
 b' is b, or 2 for codes of 3 bits; p one of the 16 / b' planes of a word, r one of its 32 words.
@@ -7,11 +7,11 @@ b' is b, or 2 for codes of 3 bits; p one of the 16 / b' planes of a word, r one 
 
 Codes of 3 bits have their two low bits there, and their high bits in 16 more words of the same row, [..., 16, 48]: that of
 column c KC + 32p + r is bit BIT[r % 8 // 2 % 2][p // 4][p % 4] of word 32 + 4 (r // 8) + 2 (r % 8 // 4) + r % 2. So a lane that
-owns the words 8t .. 8t + 7 owns their high bits too, and finds them where two bits of a half-precision mantissa take them up.
+owns the words 8t .. 8t + 7 also owns their high bits, at positions from which one mask moves them next to the low bits.
 
-A plane is a run of 32 neighbouring columns, which multiplies a plain slice of activations; a chunk of 16 rows is a KiB in a
-row; rows and columns can be cut off at tiles and chunks. What lies beyond N and K is zero bits: a kernel reads zeros for
-activations beyond K, and drops rows beyond N.
+A plane is a run of 32 neighbouring columns, which multiplies a plain slice of activations; a chunk of 16 rows is a contiguous
+KiB; rows and columns can be split at tiles and chunks. Padding beyond N and K is zero bits: kernels read zeros for activations
+beyond K, and drop rows beyond N.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 ROWS, WORDS = 16, 32
 BIT = (((2, 4, 6, 8), (3, 5, 7, 9)), ((10, 12, 14, 0), (11, 13, 15, 1)))
 _CHUNK = 1 << 20
-"""Codes worked on at a time."""
+"""Codes processed at a time."""
 
 
 def chunk(bits: int) -> int:
@@ -82,7 +82,7 @@ def unpack(tiles: torch.Tensor, bits: int, rows: int, columns: int) -> torch.Ten
 
 
 def by_rows(tiled: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-    """Some rows of what lies in tiles [T, c, 16, ...]: [n, c, ...]. A slice begins at a tile; an index is int64 [n]."""
+    """Some rows [n, c, ...] of tiles [T, c, 16, ...]. A slice must begin at a tile; an index is int64 [n]."""
     if isinstance(rows, slice):
         held = tiled[rows.start // ROWS : -(-rows.stop // ROWS)].transpose(1, 2).flatten(0, 1)
         return held[: rows.stop - rows.start]
@@ -115,7 +115,7 @@ def split(found: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_grid(grid: torch.Tensor, groups: int) -> torch.Tensor:
-    """Scales or zero points [experts?, N, g] -> [experts?, T, groups, 16], zero bytes where there is no row or group."""
+    """Scales or zero points [experts?, N, g] -> [experts?, T, groups, 16], padded with zero bytes."""
     rows, held = grid.shape[-2:]
     full = torch.zeros(*grid.shape[:-2], -(-rows // ROWS) * ROWS, groups, dtype=torch.uint8 if grid.itemsize == 1 else grid.dtype)
     full[..., :rows, :held] = grid.view(full.dtype)
@@ -126,5 +126,5 @@ def pack_grid(grid: torch.Tensor, groups: int) -> torch.Tensor:
 def unpack_grid(tiled: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     """The inverse of `pack_grid`."""
     held = tiled.transpose(-1, -2).flatten(-3, -2)[..., :rows, :groups]
-    # A clone, because a single group counts as contiguous with strides that cannot be viewed as bytes.
+    # Cloned: a single group counts as contiguous whatever its strides, which may prevent the view as bytes.
     return held.clone(memory_format=torch.contiguous_format)

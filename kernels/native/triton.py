@@ -1,6 +1,6 @@
-"""triton backend: tiles multiplied by Triton, for tens to hundreds of tokens.
+"""triton backend: multiplies tiles by Triton, for tens to hundreds of tokens.
 
-Under TRITON_INTERPRET=1 it runs on a CPU, slowly, and says what the kernels mean; the PTX in them is not run there.
+Under TRITON_INTERPRET=1 it runs on a CPU, slowly, to check the kernels' results; their PTX is not run there.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from compress.kernels.native.packed import Packed
 _LEAST = (8, 0)
 """Below this compute capability Triton multiplies without tensor cores."""
 _MEMORY = {80: 160, 86: 96, 90: 224, 120: 96}
-"""KiB of shared memory that a tile may take, by compute capability; what is between or beyond has what is below it."""
+"""KiB of shared memory that a tile may take, by compute capability; others take the next lower one."""
 _ROWS = 128
-"""Rows of a weight that a program multiplies: two of what tensor cores of an H100 take."""
+"""Rows of a weight that a program multiplies: two tensor core operands of an H100."""
 _BLOCK = 1024
 """Sums that a program adds."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program multiplies, and how."""
+    """The tile of a program, and how it is multiplied."""
 
     tokens: int
     warps: int
     stages: int
-    """Chunks on their way at a time."""
+    """Chunks that are loaded at the same time (pipeline stages)."""
     scaled: bool
     """Whether weights are scaled as halves before they are multiplied, not fp32 sums after."""
 
 
 @lru_cache(maxsize=1024)
 def tile(kind: Kind, whole: bool, tokens: int, capability: tuple[int, int]) -> Tile:
-    """For so many tokens by each matrix; `whole` says whether a scale is a row's. As registers allow, by compiled code."""
+    """The tile for this many tokens per matrix, as registers of compiled code allow; `whole`: one scale for a row."""
     planes = ptx.planes(kind.bits)
     several = not whole and kind.planes < planes
     memory = _MEMORY[max(number for number in _MEMORY if number <= max(80, 10 * capability[0] + capability[1]))]
 
     def stages(wide: int) -> int:
-        """Chunks of weights and of tokens that shared memory holds."""
+        """How many chunks of weights and of tokens shared memory holds."""
         return min(4, memory * 1024 // (2 * (_ROWS * tiles.words(kind.bits) + wide * planes * tiles.WORDS)))
 
     wide = next((size for size in (16, 32, 64) if tokens <= size), 128)
     while stages(wide) < 2:
         wide //= 2
     table = kind.grid == "table"
-    # Sums of several groups before they are scaled would not stay in registers.
+    # Unscaled sums of several groups would not fit in registers.
     scaled = wide == 128 or kind.planes == 0
     scaled |= (wide == 64 and (several or table or kind.bits == 3)) or (wide == 32 and several and kind.bits < 4)
     crowded = table or kind.bits == 3 or capability < (9, 0) or (kind.scale == "f32" and not whole)
@@ -71,9 +71,9 @@ def tile(kind: Kind, whole: bool, tokens: int, capability: tuple[int, int]) -> T
 
 @lru_cache(maxsize=1024)
 def constants(kind: Kind, grid: str, whole: bool, tile: Tile, even: bool, split: bool, texts: bool = True) -> dict[str, Any]:
-    """Arguments that `swap` is compiled for. `grid` is the scheme's, `even` says that chunks end where columns do."""
-    # Sums in fp32 take any unit that f16 has. So do scales in E4M3: their products with E2M1 are exact in f16, and in bf16 if
-    # they are lifted above its least normal number.
+    """Compile-time arguments of `swap`. `grid` is the scheme's; `even`: chunks divide the columns."""
+    # fp32 sums allow any unit of f16. So do scales in E4M3: their products with E2M1 are exact in f16, and in bf16 if
+    # they are multiplied to lie above its smallest normal number.
     fine = kind.scale == "e4m3"
     normal, lift = not fine and (tile.scaled or kind.x == "bf16"), 2.0**117 if fine and kind.x == "bf16" else 1.0
     planes = range(ptx.planes(kind.bits))
@@ -107,7 +107,7 @@ class Triton(Fused):
         return _multiply(x, packed, bias, None)
 
     def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
-        # Outliers and low-rank factors are a matrix's own.
+        # Outliers and low-rank factors belong to single matrices.
         if packed.state.outliers is not None or packed.state.lowrank is not None:
             return super().grouped(x, packed, offsets)
         return _multiply(x, packed, None, offsets)
@@ -118,7 +118,7 @@ def _interpreted() -> bool:
 
 
 def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, offsets: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K] by what codes alone mean, or by the matrices of a stack, if `offsets` tell the rows of each: [M, N]."""
+    """x [M, K] by the codes alone, or by the matrices of a stack if `offsets` give the rows of each: [M, N]."""
     from compress.kernels.native import swap
 
     parts, kind, grid, rows = packed.parts, kind_of(packed, x), packed.scheme.grid, packed.rows
@@ -151,9 +151,9 @@ def _multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, offset
 
 
 def splits(kind: Kind, tile: Tile, programs: int, chunks: int, processors: int) -> int:
-    """Parts that columns are cut into, so that a GPU has two programs for each processor.
+    """Parts that columns are cut into, so that a GPU has two programs for each multiprocessor.
 
-    Each has four chunks or more, and fp32 sums, which are written and read, stay below half the bytes of codes.
+    Each has at least four chunks, and fp32 sums, which are written and read, stay below half the bytes of codes.
     """
     codes = chunks * 2 * tiles.words(kind.bits)
     return max(1, min(2 * processors // programs, chunks // 4, codes // (16 * tile.tokens)))

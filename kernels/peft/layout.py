@@ -1,18 +1,18 @@
-"""peft: the dense base that codes mean, and their factors as a LoRA adapter.
+"""peft: a dense base (the dequantized codes), and the factors as LoRA adapter.
 
-At the root lies the base, every weight in the dtype of its source, outliers included; in `loftq_init/` the adapter, named as
-LoftQ's own artifacts have it. For factors left [out, r] and right [r, in] of a linear (left [in, r] and right [r, out] of a
-Conv1D, which lies the other way round) it has
+The top folder holds the base, every weight in the dtype of its source, outliers included; `loftq_init/` holds the adapter, as
+in LoftQ's own artifacts. For factors left [out, r] and right [r, in] of a linear (left [in, r] and right [r, out] of a
+Conv1D, which is transposed) it has
     base_model.model.PATH.lora_A.weight  [r, in]     bf16, as the factors are; fp32 where they are int8
     base_model.model.PATH.lora_B.weight  [out, r]
-PEFT multiplies their product by lora_alpha / r, so alpha is r: each weight's own, in rank_pattern and alpha_pattern, where
-it is not the most common one. `init_lora_weights` is true, because "loftq" would make the factors anew. The base is dense
-because PEFT asks a module for its weight, which one of a packed compressed-tensors checkpoint has not (PEFT 0.21.2 raises);
-whoever wants it in four bits has it quantized while it is loaded, with the same grid.
+PEFT multiplies their product by lora_alpha / r, so alpha is r; ranks other than the most common one are in rank_pattern and
+alpha_pattern. `init_lora_weights` is true, because "loftq" would compute new factors. The base is dense because PEFT accesses
+a module's weight, which modules of a packed compressed-tensors checkpoint lack (PEFT 0.21.2 raises); to have it in four bits,
+quantize it while it is loaded, with the same grid.
 
-base_model_name_or_path becomes the absolute path of the artifact as soon as it has one (output_paths.py): PEFT hands it to
-from_pretrained, which takes a relative one from where Python was started. Whoever moves or pushes the folder writes the new
-place or the Hub id there; the manifest's digest of this file leaves that key out, so it may be changed, and the same run into
+base_model_name_or_path becomes the absolute path of the artifact once that is known (pipeline/output_paths.py): PEFT passes it
+to from_pretrained, which resolves a relative path from the working directory. After moving or pushing the folder, write the
+new path or the Hub id there. The manifest's digest of this file ignores that key, so it may be changed, and the same run into
 another directory has the same fingerprint.
 """
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 VERSION = "0.21.2"
-"""The version of PEFT that this was run with."""
+"""The version of PEFT that this was tested with."""
 _MOVED = "base_model_name_or_path is the directory it was made in; after moving or pushing it, write its path or Hub id there"
 _PREFIX = "base_model.model."
 
 
 class Peft(Format):
-    """A dense base with low-rank factors as an adapter beside it."""
+    """A dense base, and low-rank factors as an adapter."""
 
     name = "peft"
     expands = True
@@ -117,12 +117,12 @@ class Peft(Format):
 
 
 def _names(weight: Weight) -> tuple[str, str]:
-    """What PEFT calls the factors of a weight, A and B."""
+    """PEFT's names of the factors of a weight, A and B."""
     return f"{_PREFIX}{weight.module}.lora_A.weight", f"{_PREFIX}{weight.module}.lora_B.weight"
 
 
 def _targets(ranks: dict[str, int], model: Model) -> list[str]:
-    """Last parts of paths where all modules that end so have factors, else whole paths, which PEFT takes as well."""
+    """Last parts of module paths if all modules with that ending have factors, else whole paths; PEFT accepts both."""
     lasts = {path.rpartition(".")[2] for path in ranks}
     torn = {path.rpartition(".")[2] for path in model.linears if path not in ranks}
     return sorted(lasts - torn | {path for path in ranks if path.rpartition(".")[2] in torn})

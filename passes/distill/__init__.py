@@ -1,1 +1,1 @@
-"""Passes that train a model on what another one says."""
+"""Passes that train a model on the predictions of a teacher."""

@@ -1,8 +1,8 @@
 """Trains a checkpoint in any state to predict what its teacher predicts.
 
 Logit distillation (Hinton et al., 1503.02531): for every scored token the divergence of the student's distribution from the
-teacher's, over the whole vocabulary in fp32. Forward KL alone is the usual choice for getting back what pruning or
-quantizing has cost a base model (Muralidharan et al., Minitron, 2407.14679); codes and zeros stay where they are.
+teacher's, over the whole vocabulary in fp32. Forward KL alone is the usual choice for recovering the quality that pruning or
+quantizing a base model has cost (Muralidharan et al., Minitron, 2407.14679). Codes and zeros do not change.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ class Logits(TrainingPass):
 
     teacher: str = Field("", description="a directory or a Hub id; without it, the dense model that this one was made from")
     divergence: Literal["forward", "reverse", "skew", "skew-reverse", "jsd"] = Field(
-        "forward", description="KL of teacher to student, of student to teacher, their skews, or Jensen-Shannon"
+        "forward", description="KL(teacher || student), KL(student || teacher), their skews, or Jensen-Shannon"
     )
-    temperature: float = Field(1.0, gt=0, description="what logits are divided by; the divergence is multiplied by its square")
-    mix: float | None = Field(
-        None, ge=0, le=1, description="share of the other in a skew or in Jensen-Shannon: 0.1 or 0.5 if left out"
-    )
-    top_k: int = Field(0, ge=0, description="tokens of the teacher that count one by one, all others together; 0 is all")
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it; the divergence is multiplied by its square")
+    mix: float | None = Field(None, ge=0, le=1, description="mixing weight of a skew or of Jensen-Shannon; by default 0.1 or 0.5")
+    top_k: int = Field(0, ge=0, description="the teacher's likeliest tokens, compared one by one, all others as one; 0 for all")
     kl: float = Field(1.0, ge=0, description="weight of the divergence")
-    ce: float = Field(0.0, ge=0, description="weight of the cross entropy with the text itself")
+    ce: float = Field(0.0, ge=0, description="weight of the cross entropy with the text's own tokens")
 
     @model_validator(mode="after")
     def _sensible(self) -> Logits:

@@ -1,1 +1,1 @@
-"""Passes that set weights to zero, or take them out."""
+"""Passes that set weights to zero, or remove them."""

@@ -1,6 +1,6 @@
 """Zeroes the smallest weights: a share of each matrix, or n:m along the inputs.
 
-The baseline that every pruning method is measured against; data-free. Entries that stay keep their bits. Zeroed
+The baseline that every pruning method is measured against; data-free. Kept entries do not change. Zeroed
 weights stay zero through later passes, which is checked after each of them.
 """
 

@@ -1,7 +1,7 @@
-"""Zeroes the weights that matter least to what they read: |w_ij| |x_j|.
+"""Zeroes the weights with the smallest |w_ij| |x_j|, magnitude times input norm.
 
 Wanda (Sun et al., 2306.11695): the score of a weight is its magnitude times the root mean square of its input over the
-calibration tokens; the lowest go, in each output's row by default, and the others keep their bits.
+calibration tokens; the lowest are set to zero, in each output's row by default, and the others do not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Wanda(PruningPass, LinearPass):
 
     example: ClassVar[str] = "calibrate | prune.wanda(sparsity=2:4)"
 
-    scope: Literal["matrix", "row"] = Field("row", description="what a share is taken of: the matrix, or each output's row")
+    scope: Literal["matrix", "row"] = Field("row", description="a share is taken of the whole matrix, or of each output's row")
 
     def statistic(self, width: int) -> Statistic:
         from compress.numerics.norms import InputNorms
@@ -48,7 +48,7 @@ class Wanda(PruningPass, LinearPass):
             magnitudes = task.value.float().abs()
             scores = magnitudes if prepared is None else magnitudes * prepared
             keep = keep_best(scores, self.sparsity, per_row=self.scope == "row")
-            # The inputs' cross terms are not known here, so the outputs' error is that of inputs that do not correlate.
+            # Cross terms of inputs are not known here, so the outputs' error assumes uncorrelated inputs.
             lost, norm, out_lost, out_norm = (
                 float(values.square().sum()) for values in (magnitudes * ~keep, magnitudes, scores * ~keep, scores)
             )

@@ -1,8 +1,8 @@
-"""GPTQ: rounds columns in turn, each making up for the errors before it.
+"""GPTQ: rounds columns in turn, each compensating the errors before it.
 
-Frantar et al., 2210.17323, on the second moments of what a weight reads, with three additions that are options: ranges
-of groups by a weighted search (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards
-(`sweeps`). Derivation and conventions: compress/numerics/gptq.py.
+Frantar et al., 2210.17323, from the second moments of a weight's inputs, with three optional additions: a weighted search for
+ranges of groups (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards (`sweeps`).
+Derivation and conventions: compress/numerics/gptq.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """The Hessian [in, in] of some inputs, its factor, and what was not as asked."""
+    """The Hessian [in, in] of some inputs, its factor, and a note if it was not solved as asked."""
 
     hessian: torch.Tensor
     factor: Factor
@@ -38,18 +38,19 @@ class Gptq(QuantizingPass, LinearPass):
     example: ClassVar[str] = "calibrate | quantize.gptq(scheme=w4a16g32)"
 
     order: Literal["activation", "stored"] = Field(
-        "activation", description="columns with the largest inputs first, scales fixed before; or as stored, scales on the way"
+        "activation",
+        description="columns with the largest inputs first, with fixed scales; or in stored order, with refitted scales",
     )
     clip: Clip = "mse"
     signed: bool = Field(
-        True, description="scales of integers may be negative, which puts a symmetric code's extra level where it helps"
+        True, description="scales of integers may be negative, so that the extra level of symmetric codes is on the better side"
     )
     sweeps: int = Field(
-        1, ge=0, le=100, description="rounds of coordinate descent over codes and scales afterwards; 3 is better and slower"
+        1, ge=0, le=100, description="rounds of coordinate descent over codes and scales afterwards; 3 are better but slower"
     )
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     min_tokens: int = Field(
-        32, ge=0, description="what saw fewer calibration tokens, such as a rare expert, is rounded to nearest, and counted"
+        32, ge=0, description="matrices with fewer calibration tokens, such as rare experts, are rounded to nearest, and counted"
     )
 
     def statistic(self, width: int) -> Statistic:
@@ -67,7 +68,7 @@ class Gptq(QuantizingPass, LinearPass):
 
         order: Any = "activation" if self.order == "activation" else "none"
         if statistic.tokens < max(1, self.min_tokens):
-            # With the identity for a Hessian every column is rounded by itself.
+            # With the identity as Hessian this is rounding to nearest.
             alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
             few = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
             note = few if statistic.tokens else ("unrouted", "no calibration token: rounded to nearest")
@@ -80,7 +81,7 @@ class Gptq(QuantizingPass, LinearPass):
     def solve(self, tasks: Sequence[MatrixTask], prepared: Prepared) -> list[Solution]:
         stacks: dict[Any, list[MatrixTask]] = {}
         for number, task in enumerate(tasks):
-            # A Conv1D has scales along its outputs, and some schemes scales of many rows: none of these are cut out of a stack.
+            # Scales of a Conv1D run along its outputs, and some schemes share scales among rows: these cannot be stacked.
             shared = task.after.scheme is not None and task.after.scheme.scales in ("tensor", "block", "e4m3")
             alone = number if shared or _along(task) == "outputs" else None
             stacks.setdefault((task.after, task.value.dtype, alone), []).append(task)
@@ -101,7 +102,7 @@ class Gptq(QuantizingPass, LinearPass):
         mask = w != 0 if tasks[0].after.sparsity is not None else None
         rest, kept = w, []
         if (outliers := tasks[0].after.outliers) is not None:
-            # Where an outlier is, the rest is zero and its code has to be, so that nothing is lost there.
+            # In place of an outlier the rest is zero, and so must be its code, so that nothing is lost there.
             splits = [split(along_inputs(task.weight, task.value), outliers) for task in tasks]
             kept = [part.sparse for part in splits]
             out = torch.cat([along_inputs(task.weight, part.mask) for task, part in zip(tasks, splits, strict=True)])
@@ -127,5 +128,5 @@ class Gptq(QuantizingPass, LinearPass):
 
 
 def _along(task: MatrixTask) -> Literal["inputs", "outputs"]:
-    """What the groups of a matrix run along."""
+    """The direction in which the groups of a matrix run."""
     return "outputs" if task.weight.transposed and task.weight.experts is None else "inputs"

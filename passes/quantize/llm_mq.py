@@ -1,15 +1,15 @@
-"""LLM-MQ: bits where the loss feels them, within a budget of bits or bytes.
+"""LLM-MQ: bits where the loss is sensitive, within a budget of bits or bytes.
 
-Li et al., ENLSP 2023: a gradient of the language model's loss tells what rounding a weight to each scheme would cost, and an
+Li et al., ENLSP 2023: gradients of the language model's loss estimate what rounding a weight to each scheme would cost, and an
 exact integer program spends the budget. Gradients, which the paper leaves open, are those of the mean loss over all calibration
-tokens, added up in fp32, with the weights as they are; what a scheme costs is felt by rounding to nearest, with the ranges of
+tokens, summed in fp32, with unrounded weights. The cost of a scheme is measured by rounding to nearest, with the ranges of
 the method that rounds in the end. With g the gradient and D = W - Q(W):
 
     paper   |sum g D|      the loss to first order. Terms of either sign cancel, near a minimum to noise, so that more
                            bits may cost more
     abs     sum |g D|      the same without cancelling
-    fisher  sum (g D)^2    to second order, with the square of the mean gradient for the Hessian's diagonal: not summed over
-                           tokens, so noisier than a Fisher matrix, but of all tokens at once
+    fisher  sum (g D)^2    to second order, with the square of the mean gradient as the Hessian's diagonal: not a sum over
+                           tokens, so noisier than a Fisher matrix, but from all tokens at once
 
 abs is the default: rounded by GPTQ, it had the least KL to the source on a model of 2.6 M parameters at 3 bits (0.0142,
 fisher 0.0153, paper 0.0258, 3 bits everywhere 0.0192), and fisher at 2.5 (0.0363, abs 0.0378, paper 0.0469). On one of 0.26 M
@@ -47,33 +47,33 @@ if TYPE_CHECKING:
     import torch
 
 _BAND = 1 << 22
-"""Elements of a matrix that are worked on at a time."""
+"""Elements of a matrix that are processed at a time."""
 
 
 class LlmMq(CodeOptions, DelegatingPass, Allocator):
-    """Gives each weight one of several schemes, by what it costs in loss."""
+    """Gives each weight one of several schemes, by its cost in loss."""
 
     example: ClassVar[str] = "calibrate | quantize.llm_mq(schemes=[w2a16g32-asym, w4a16g32-asym], bits=3)"
 
     schemes: tuple[Scheme, ...] = Field(
         tuple(map(Scheme.parse, ("w2a16g128-asym", "w3a16g128-asym", "w4a16g128-asym"))), description="schemes to choose among"
     )
-    bits: float | None = Field(None, gt=0, description="budget: mean bits of a code over the targeted weights, as in the paper")
+    bits: float | None = Field(None, gt=0, description="budget: mean bits of codes over the targeted weights, as in the paper")
     bpw: float | None = Field(
-        None, gt=0, description="budget: mean bits of a weight over the whole model, with scales and what is not targeted"
+        None, gt=0, description="budget: mean bits per weight over the whole model, with scales and untargeted weights"
     )
     size: str | None = Field(None, description="budget: the checkpoint's weights and config on disk, e.g. 3.2GB")
     mode: Literal["paper", "abs", "fisher"] = Field(
-        "abs", description="what a rounding costs: |sum g D|, sum |g D| or sum (g D)^2, gradient times error"
+        "abs", description="cost of rounding: |sum g D|, sum |g D| or sum (g D)^2, with gradient g and error D"
     )
-    method: Literal["gptq", "rtn"] = Field("gptq", description="the pass that then rounds, with its defaults but for clip")
+    method: Literal["gptq", "rtn"] = Field("gptq", description="the pass that then rounds, with its defaults except clip")
     clip: Clip = "mse"
     outlier_bits: tuple[int, ...] = Field(
         (2,), description="schemes that have outliers, by the bits of their codes; the paper has 0.005 outliers at 2 bits"
     )
     fused: bool = Field(True, description="q, k and v share a scheme, gate and up too: some readers fuse them")
     experts: Literal["model", "block", "own"] = Field(
-        "model", description="routed experts that share a scheme: all, as readers want it, those of a block, or none"
+        "model", description="routed experts that share a scheme: all, as readers require, those of a block, or none"
     )
     reuse: str = Field("", description="an allocation.jsonl to take instead of a budget")
 
@@ -97,11 +97,11 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
         return self
 
     def redacted(self) -> Self:
-        """A table by its name: its content has a digest, and folders of a machine are not told."""
+        """The table's name instead of its path: a digest identifies its content, and paths are private."""
         return self.model_copy(update={"reuse": PurePath(self.reuse).name})
 
     def worker(self) -> Pass:
-        # One with zero points, if any has them: whether the format has a word for the least of them is asked of this pass.
+        # A scheme with zero points, if any has them, because a plan asks this pass whether the format can store them.
         scheme = min(self.schemes, key=lambda scheme: scheme.symmetric)
         options = {"scheme": scheme, "clip": self.clip, "least_zero": self.least_zero}
         return load_pass(f"quantize.{self.method}").model_validate(options)
@@ -137,7 +137,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
 
     @cached_property
     def table(self) -> dict[str, State]:
-        """What the table that is reused says of each weight."""
+        """The states in the table that is reused."""
         return read_table(Path(self.reuse))
 
     def known(self, weights: Sequence[Weight]) -> dict[str, State] | None:
@@ -156,17 +156,17 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
         assert gradient is not None
         found = [0.0] * len(offer.states)
         columns = value.shape[-1]
-        # Whole blocks of 128 rows, which some schemes have a scale for.
+        # Whole blocks of 128 rows, which share a scale in some schemes.
         height = max(1, _BAND // (128 * columns)) * 128
         for w, g in zip(value.reshape(-1, *value.shape[-2:]), gradient.reshape(-1, *value.shape[-2:]), strict=True):
             peak = offer.weight.peak or largest(w)
             for number, state in enumerate(offer.states):
                 assert state.scheme is not None
-                # An outlier costs nothing: the rest is zero there, and its code too.
+                # Outliers cost nothing: in their places the rest and its codes are zero.
                 rest = w if state.outliers is None else split(w, state.outliers).rest
                 for own, slope in zip(rest.split(height), g.split(height), strict=True):
                     if state.scheme.integer and self.method == "gptq":
-                        # The ranges that GPTQ will look for, in a seventh of the time.
+                        # The ranges that GPTQ will choose, in a seventh of the time.
                         rounded = meant(own, state.scheme, value.dtype, self.clip, True, self.least_zero)
                     else:
                         rounded = nearest(own, state.scheme, value.dtype, self.clip, self.least_zero, peak).q.dequantize()
@@ -174,7 +174,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
         return tuple(map(abs, found))
 
     def _felt(self, products: torch.Tensor) -> float:
-        """The sum that the mode takes over gradient times error."""
+        """The cost of the mode, a sum over gradient times error."""
         if self.mode == "paper":
             return float(products.double().sum())
         return float((products.abs() if self.mode == "abs" else products.square()).double().sum())
@@ -199,7 +199,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
         return {o.weight.name: o.states[c] for c, group in zip(found, groups.values(), strict=True) for o in group}
 
     def _budget(self, numel: int, rest: Rest) -> tuple[str, float, float, int]:
-        """The option and its value; what one of it is worth, in what `_taken` counts, and how much of that is taken anyway."""
+        """(the option, its value, units of `_taken` in one of it, units that untargeted weights take anyway)."""
         if self.bits is not None:
             return "bits", self.bits, numel, 0
         if self.bpw is not None:
@@ -208,7 +208,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
         return "size", parse_size(self.size), 1, rest.nbytes + rest.overhead_bytes
 
     def _taken(self, offer: Offer, choice: int) -> int:
-        """What a choice takes of the budget: bits of codes, or bytes of everything."""
+        """The share of the budget that a choice takes: bits of codes, or bytes of all parts."""
         state = offer.states[choice]
         assert state.scheme is not None
         if self.bits is not None:
@@ -216,7 +216,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
         return sum(spec.nbytes for spec in specs(offer.weight, state))
 
     def _group(self, weight: Weight) -> str:
-        """What weights have in common that share a scheme."""
+        """A key that is equal for weights that share a scheme."""
         if weight.kind == "expert" and self.experts != "own":
             return f"experts {weight.stack} {weight.block}" if self.experts == "block" else "experts"
         return together(weight.name) if self.fused else weight.name

@@ -1,9 +1,9 @@
-"""LoftQ: codes and low-rank factors in turn, a start for fine-tuning.
+"""LoftQ: codes and low-rank factors, found in turn, as a start for fine-tuning.
 
-Li et al., 2310.08659, on any scheme and without data: round what the factors leave, then take the best factors of what
-rounding lost, and again. Beside the paper's form, in which scales are fitted in every round and the residual may
-rise, there is one with the scales of the first round, in which it cannot (`scales=frozen`); and the best round is kept
-rather than the last. Derivation: compress/numerics/loftq.py.
+Li et al., 2310.08659, for any scheme and without data: round the weight less the factors' product, then take the best factors
+of the rounding error, and repeat. In the paper scales are fitted in every round, and the residual may increase; with
+`scales=frozen` they are those of the first round, and it cannot. The best round is kept, not the last. Derivation:
+compress/numerics/loftq.py.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Loftq(QuantizingPass, FactoringPass, TensorPass):
 
     example: ClassVar[str] = "quantize.loftq(scheme=nf4g32, rank=4, iterations=2)"
 
-    rank: int = Field(16, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
-    iterations: int = Field(5, ge=1, le=1000, description="rounds; one is rounding and the factors of what it lost")
+    rank: int = Field(16, ge=1, description="rank of the factors; less if a matrix has fewer rows or columns")
+    iterations: int = Field(5, ge=1, le=1000, description="rounds; one is rounding and the factors of its error")
     scales: Literal["fitted", "frozen"] = Field(
-        "fitted", description="scales of later rounds: fitted anew, as in the paper, or those of the first, which never do harm"
+        "fitted", description="scales of later rounds: fitted anew, as in the paper, or frozen, so that no round gets worse"
     )
-    keep: Literal["best", "last"] = Field("best", description="which round to take: the one that errs least, or the last")
+    keep: Literal["best", "last"] = Field("best", description="which round to keep: the one with the least error, or the last")
     clip: Clip = "none"
 
     @model_validator(mode="after")
@@ -71,6 +71,6 @@ class Loftq(QuantizingPass, FactoringPass, TensorPass):
         return stacked(found) if weight.experts is not None else found[0], (lost / norm) ** 0.5 if norm else 0.0
 
     def workspace_bytes(self, weight: Weight) -> int:
-        # fp32: the matrix, what is left of it, what codes mean, what is lost, the factors' product and their difference; that
-        # in fp64, twice; and what the search for ranges works in.
+        # fp32: the matrix, its residual, dequantized codes, their error, the factors' product and the difference; that
+        # in fp64, twice; and the workspace of the search for ranges.
         return 48 * weight.rows * weight.columns

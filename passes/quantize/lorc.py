@@ -1,8 +1,8 @@
-"""LoRC: low-rank factors of what rounding lost, beside the codes.
+"""LoRC: adds low-rank factors of the rounding error to the codes.
 
 Yao et al., ZeroQuant-V2, 2303.08302: after any quantizer, the best factors of E = W - Q. White rounding noise has nearly
-full rank, so at four bits little of |E| is caught; what helps is structure, at two and three bits and where there are
-outliers. With `weighted` the factors are the best for outputs on the calibration tokens instead. W is read from the
+full rank, so at four bits the factors capture little of |E|; they help if E has structure, at two and three bits and with
+outliers. With `weighted` they minimise the error of outputs on the calibration tokens instead. W is read from the
 checkpoint that the codes were made from. Derivation: compress/numerics/lowrank.py.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """The Hessian [in, in] of some inputs, its upper triangular root, and what was not as asked."""
+    """The Hessian [in, in] of some inputs, its upper triangular root, and a note if it was not solved as asked."""
 
     hessian: torch.Tensor
     root: torch.Tensor
@@ -36,15 +36,15 @@ class Prepared(NamedTuple):
 
 
 class Lorc(FactoringPass, CompensatingPass, LinearPass):
-    """Adds low-rank factors that make up for what rounding lost."""
+    """Adds low-rank factors that compensate for rounding errors."""
 
     example: ClassVar[str] = "quantize.rtn(scheme=w3a16g32) | quantize.lorc(rank=4)"
 
-    factors: Literal["int8", "bf16"] = Field("int8", description="what factors are stored in; int8 ones cannot be trained")
-    weighted: bool = Field(False, description="make up for errors of outputs on the calibration tokens, not of weights")
+    factors: Literal["int8", "bf16"] = Field("int8", description="dtype of the stored factors; int8 ones cannot be trained")
+    weighted: bool = Field(False, description="minimise errors of outputs on the calibration tokens, not of weights")
     damping: float = Field(0.01, gt=0, le=1, description="with weighted: added to the Hessian's diagonal, as a share of its mean")
     min_tokens: int = Field(
-        32, ge=0, description="with weighted: what saw fewer calibration tokens is made up for by its weights, and counted"
+        32, ge=0, description="with weighted: matrices that see fewer calibration tokens are not weighted, and counted"
     )
 
     @model_validator(mode="after")
@@ -92,7 +92,7 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
         from compress.numerics.hessian import factor
 
         if statistic.tokens < self.min_tokens:
-            # With the identity for a Hessian all weights matter alike.
+            # With the identity as Hessian all inputs have equal weight.
             alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
             return Prepared(alone, alone, ("fallback", f"fewer than {self.min_tokens} calibration tokens: not weighted"))
         hessian = statistic.mean()

@@ -1,13 +1,13 @@
-"""MoQE: codes for routed experts only; all other weights keep their bits.
+"""MoQE: quantizes routed experts only; all other weights stay dense.
 
-Kim et al., 2310.02410: experts are most of a mixture's weights and suffer rounding best, down to 2 bits without data (which
-the paper then trains with; `distill.logits` does that here). One scale per output channel, 2 max|w| / (2^b - 1), and no
-zero point. The paper's `int()` leaves the rounding open: cutting off would leave 3 levels of 2 bits, rounding to nearest 5,
-which 2 bits cannot say. Here codes are rounded to nearest and kept within +-(2^(b-1) - 1): that errs by half a step at most,
-as the largest weight lies half a step beyond, Q(-w) is -Q(w), and one code stays unused (2 bits are ternary). With
-`grid=full` it is used: exactly what quantize.rtn does with targets=[experts].
+Kim et al., 2310.02410: experts hold most of a mixture's weights and tolerate rounding best, down to 2 bits without data (the
+paper then trains the model; `distill.logits` does that here). One scale per output channel, 2 max|w| / (2^b - 1), and no
+zero point. The paper's `int()` leaves the rounding open: truncation would give 3 levels for 2 bits, rounding to nearest 5,
+which 2 bits cannot store. Here codes are rounded to nearest and clamped to +-(2^(b-1) - 1): the error is at most half a step,
+as the largest weight lies half a step beyond, Q(-w) is -Q(w), and one code is unused (2 bits are ternary). With
+`grid=full` all codes are used, exactly as by quantize.rtn with targets=[experts].
 
-Groups, searched ranges and groups by matrix are options; so is GPTQ, each expert on its own calibration tokens: those that
+Groups, searched ranges and groups by matrix are options; so is GPTQ, with each expert's own calibration tokens: experts that
 few tokens reach are rounded to nearest, and counted.
 """
 
@@ -39,13 +39,14 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
     targets: tuple[str, ...] = Field(("experts",), description="which weights of routed experts: all, or by re:REGEX or name")
     method: Literal["rtn", "gptq"] = Field("rtn", description="round to nearest without data, or GPTQ on calibration tokens")
     grid: Literal["paper", "full"] | None = Field(
-        None, description="as many codes below zero as above, the default of rtn; or all of them, as gptq has it"
+        None, description="as many codes below zero as above (paper), the default of rtn; or all codes (full), that of gptq"
     )
     clip: Literal["none", "mse"] | None = Field(
-        None, description="range of a group: its largest magnitude, the default of rtn; or a search for least error, that of gptq"
+        None,
+        description="range of a group: its largest magnitude (none), the default of rtn; or the best one (mse), that of gptq",
     )
     min_tokens: int | None = Field(
-        None, ge=0, description="gptq: experts that saw fewer calibration tokens are rounded to nearest; 32 without it"
+        None, ge=0, description="gptq: experts that see fewer calibration tokens are rounded to nearest; by default 32"
     )
 
     @model_validator(mode="after")
@@ -81,7 +82,7 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
 
 
 def _layout(weight: Weight) -> str:
-    """How the experts of a weight lie on disk."""
+    """A text on how the experts of a weight are stored."""
     if weight.experts is None:
         return "a tensor for each expert"
     return f"{weight.experts} experts in one tensor, each stored [{'in, out' if weight.transposed else 'out, in'}]"

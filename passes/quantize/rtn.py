@@ -1,9 +1,9 @@
-"""Round to nearest: codes of any scheme without data, one weight at a time.
+"""Round to nearest: quantizes to any scheme, without data, weight by weight.
 
-Scale from the largest magnitude of each group (`clip=none`) or from a search for the least squared error
-(`clip=mse`; FP8 has nothing to search); all rounding in fp32, scales on the grid of the dtype they are stored in.
-With granularity=adaptive the group of each matrix is chosen before (compress/contract/adaptive_group_pass.py).
-Derivation and conventions: compress/numerics/grid.py for integers, scales.py and floats.py beside it for all others.
+Scales come from the largest magnitude of each group (`clip=none`) or from a search for the least squared error
+(`clip=mse`; FP8 has nothing to search). All rounding is in fp32, with scales already rounded to their stored dtype.
+With granularity=adaptive the group size of each matrix is chosen first (compress/contract/adaptive_group_pass.py).
+Derivation and conventions: compress/numerics/grid.py for integers, scales.py and floats.py for all others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rtn(AdaptiveGroupPass, TensorPass):
 
     clip: Clip = "none"
     grid: Literal["full", "paper"] = Field(
-        "full", description="symmetric integers: all of them, or as many below zero as above, as MoQE and FineQuant have them"
+        "full", description="symmetric integers: all codes, or (paper) as many below zero as above, as in MoQE and FineQuant"
     )
 
     @model_validator(mode="after")

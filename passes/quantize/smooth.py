@@ -1,17 +1,17 @@
-"""Smooth: rescales activations so that weights round well, keeping the function.
+"""Smooth: rescales activations so that weights round well; outputs do not change.
 
-Channels of an activation are divided by numbers where they are written (a norm, the linear before) and multiplied in the
-columns of all that reads them. Large channels then have large weights, which rounding hurts less (AWQ, Lin et al.,
-2306.00978), or activations lose outliers to weights (SmoothQuant, Xiao et al., 2211.10438).
+Channels of an activation are divided by numbers where they are written (a norm, the linear before), and the columns of all
+weights that read them are multiplied. Large channels then have large weights, which rounding affects less (AWQ, Lin et al.,
+2306.00978), or outliers move from activations to weights (SmoothQuant, Xiao et al., 2211.10438).
 
     awq          mean |x|^r, r = 0, .05, .., .95, by the least error of outputs when the readers are rounded to nearest
-                 to the scheme that will follow; r = 0 changes nothing, so that no layer gets worse on these tokens.
-                 Errors are those of each layer's outputs over all tokens (AWQ: of a block's on a few), and experts are judged
-                 by all tokens that reach their router
+                 to the scheme of the next pass; r = 0 changes nothing, so that no layer gets worse on these tokens.
+                 Errors are those of each layer's outputs over all tokens (AWQ: of a block's, over a few tokens); for experts
+                 over all tokens that reach their router
     smoothquant  max |x|^alpha / max |w|^(1 - alpha)
 
-Which spaces there are: compress/architecture/families.py; what cannot be rescaled is counted. Put it before the pass that
-quantizes.
+compress/architecture/families.py lists the activations that can be rescaled; others are counted. Put it before the pass
+that quantizes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Smooth(SmoothingPass):
     example: ClassVar[str] = "calibrate | quantize.smooth(scheme=w4a16g32)"
 
     method: Literal["awq", "smoothquant"] = Field(
-        "awq", description="a search by the error of outputs, or a fixed share of ranges"
+        "awq", description="search for the least error of outputs (awq), or a fixed share of ranges (smoothquant)"
     )
-    scheme: Scheme | None = Field(None, description="awq: the scheme that will follow, e.g. w4a16g128")
+    scheme: Scheme | None = Field(None, description="awq: the scheme of the pass that will quantize, e.g. w4a16g128")
     ragged: Ragged = "refuse"
     clip: Clip = "none"
     steps: int = Field(20, ge=2, le=100, description="awq: how many exponents from 0 to below 1 are tried")
@@ -69,7 +69,7 @@ class Smooth(SmoothingPass):
         return super().becomes(weight, state)
 
     def _scheme(self, weight: Weight) -> Scheme | None:
-        """What will follow for a weight. Raises Refusal where it cannot."""
+        """The scheme that a weight will be quantized to. Raises Refusal if it cannot be."""
         if self.scheme is None:
             return None
         return fitting(self.scheme, weight, self.ragged)

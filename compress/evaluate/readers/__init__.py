@@ -99,10 +99,10 @@ def gptqmodel() -> Environment:
     return Environment("gptqmodel", (_TOOLS, (torch_pin(),), rest, (torch_pin(), *own)), variables=_PLAIN, needs_bytes=3 * 10**9)
 
 
-_BESIDE = ("torch", "transformers", "safetensors")
+_LIBRARIES = ("torch", "transformers", "safetensors")
 READERS: dict[str, Reader] = {
     "transformers": Reader(
-        ("compressed-tensors", "dense"), "probe_transformers.py", None, (*_BESIDE, "compressed-tensors"), ("transformers",)
+        ("compressed-tensors", "dense"), "probe_transformers.py", None, (*_LIBRARIES, "compressed-tensors"), ("transformers",)
     ),
     "auto-gptq": Reader(
         ("gptq",),
@@ -114,8 +114,8 @@ READERS: dict[str, Reader] = {
     "gptqmodel": Reader(
         ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
     ),
-    "peft": Reader(("peft",), "probe_peft.py", None, (*_BESIDE, "peft"), ("peft",), needs_base=True, dtype="float32"),
-    "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_BESIDE[:2])),
+    "peft": Reader(("peft",), "probe_peft.py", None, (*_LIBRARIES, "peft"), ("peft",), needs_base=True, dtype="float32"),
+    "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_LIBRARIES[:2])),
     "ours": Reader((), packages=("compress-llm", "torch", "transformers")),
 }
 
@@ -146,27 +146,27 @@ def logits(
     Raises UsageError, InputError for a folder that is no artifact, MachineError for an
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
     """
-    who = reader_named(reader)
-    _there(artifact, "adapter_config.json" if base is not None or who.needs_base else "config.json")
-    if who.needs_base:
+    chosen = reader_named(reader)
+    _there(artifact, "adapter_config.json" if base is not None or chosen.needs_base else "config.json")
+    if chosen.needs_base:
         if base is None:
             raise InputError(str(artifact), "the base model of this adapter", "none", "give its directory")
         _there(base, "config.json")
     refuse_kernels(read_json((base or artifact) / "config.json"))
     if trusted:
         references(base or artifact)  # raises for code of another repository
-    if not who.probe:
-        return _our_own(who, artifact, ids, dtype, base, rounded, trusted)
-    if who.environment is None and (absent := [name for name in who.modules if find_spec(name) is None]):
+    if not chosen.probe:
+        return _our_own(chosen, artifact, ids, dtype, base, rounded, trusted)
+    if chosen.environment is None and (absent := [name for name in chosen.modules if find_spec(name) is None]):
         do = "pip install 'compress-llm[readers]'"
         raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
     # Checked before an environment is built, which takes minutes.
-    method = _method(artifact) if who.formats and not who.needs_base else None
-    if method is not None and method not in who.formats:
-        raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(who.formats)}")
+    method = _method(artifact) if chosen.formats and not chosen.needs_base else None
+    if method is not None and method not in chosen.formats:
+        raise UsageError("reader", f"one that is run on {method} here", reader, f"{reader} is run on {', '.join(chosen.formats)}")
     python, held = Path(sys.executable), {}
-    if who.environment is not None:
-        python = ensure(who.environment(), tell)
+    if chosen.environment is not None:
+        python = ensure(chosen.environment(), tell)
         held = packages(python)
     tell(f"{reader} reads {artifact.name}")
     with tempfile.TemporaryDirectory(prefix="compress-reader-") as scratch:
@@ -187,7 +187,7 @@ def _there(folder: Path, file: str) -> None:
 
 
 def _our_own(
-    who: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool
+    chosen: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool
 ) -> Reading:
     """Our own reading; an adapter is added to its base."""
     import importlib.metadata
@@ -205,7 +205,7 @@ def _our_own(
     with torch.inference_mode():
         rows = [model(input_ids=row[None], use_cache=False).logits.float() for row in ids]
     versions = {}
-    for name in who.packages:
+    for name in chosen.packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -220,24 +220,24 @@ def _probe(
     import torch
     from safetensors.torch import load_file, save_file
 
-    who = READERS[reader]
+    chosen = READERS[reader]
     (scratch / "work").mkdir()
     files = {name: scratch / name for name in ("ids", "out", "answer", "request")}
     save_file({"input_ids": ids.to(torch.int64).contiguous()}, files["ids"])
     request: dict[str, Any] = {
         **{name: str(path) for name, path in files.items()}, "artifact": str(artifact.absolute()), "dtype": dtype,
-        "base": str(base.absolute()) if base else "", "scratch": str(scratch / "work"), "packages": who.packages,
+        "base": str(base.absolute()) if base else "", "scratch": str(scratch / "work"), "packages": chosen.packages,
         "threads": torch.get_num_threads(), "trusted": trusted,
     }  # fmt: skip
     files["request"].write_text(json.dumps(request))
     log = scratch / "log"
     # The user's own interpreter keeps the user's variables; -P keeps our folder out of the reader's imports.
-    variables = clean_variables() if who.environment else dict(os.environ)
-    command = [str(python), "-P", str(HERE / "probe.py"), str(HERE / who.probe), str(files["request"])]
+    variables = clean_variables() if chosen.environment else dict(os.environ)
+    command = [str(python), "-P", str(HERE / "probe.py"), str(HERE / chosen.probe), str(files["request"])]
     status = _run(command, variables, scratch, log, timeout_seconds)
     answer = json.loads(files["answer"].read_text()) if files["answer"].is_file() else {}
     if status == 0:
-        return Reading(load_file(files["out"])["logits"], {**_shown(who, held), **answer["versions"]}, answer["notes"])
+        return Reading(load_file(files["out"])["logits"], {**_shown(chosen, held), **answer["versions"]}, answer["notes"])
     kept, last = _kept(log, reader)
     where = f"{artifact.name}, read by {reader}"
     if status is None:
@@ -253,9 +253,9 @@ def _probe(
     raise kind(where, "an artifact that it loads and runs", got, f"see {kept}")
 
 
-def _shown(who: Reader, held: dict[str, str]) -> dict[str, str]:
+def _shown(chosen: Reader, held: dict[str, str]) -> dict[str, str]:
     plain = {name.lower().replace("_", "-"): version for name, version in held.items()}
-    return {name: plain[name] for name in who.packages if name in plain}
+    return {name: plain[name] for name in chosen.packages if name in plain}
 
 
 def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path, timeout_seconds: float) -> int | None:
