@@ -88,9 +88,9 @@ def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
             problems.append(Problem(f"'{name}'", expected, got, "make the artifact anew"))
     if problems:
         raise FormatError(problems[:20])
-    foreign = dense_view.foreign
-    corrected = tuple((note.reason, note.count) for note in (foreign.notes if foreign is not None else ()))
-    decoded = len(dense_view.weights) if foreign is None else len(foreign.weights)
+    imported = dense_view.foreign
+    corrected = tuple((note.reason, note.count) for note in (imported.notes if imported is not None else ()))
+    decoded = len(dense_view.weights) if imported is None else len(imported.weights)
     return Bytes(len(checkpoint.refs), checkpoint.manifest is not None, decoded, corrected)
 
 
