@@ -75,10 +75,10 @@ def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
     scan_source(checkpoint, ctx)
     dense_view = DenseView(checkpoint)
     # By config.json alone, because a reader has no manifest.
-    foreign = open_foreign(checkpoint).weights if dense_view.format is not None and method_of(checkpoint) in METHODS else {}
+    by_config = open_foreign(checkpoint).weights if dense_view.format is not None and method_of(checkpoint) in METHODS else {}
     problems = []
     for number, name in enumerate(dense_view.logical, 1):
-        if problem := _wrong(dense_view, name, foreign):
+        if problem := _wrong(dense_view, name, by_config):
             problems.append(problem)
         ctx.tell("progress", step="verify", phase="decode", done=number, total=len(dense_view.logical), unit="weights")
     described = dense_view.format.described(checkpoint) if dense_view.format is not None else {}
@@ -94,7 +94,7 @@ def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:
     return Bytes(len(checkpoint.refs), checkpoint.manifest is not None, decoded, corrected)
 
 
-def _wrong(dense_view: DenseView, name: str, foreign: dict[str, Packed]) -> Problem | None:
+def _wrong(dense_view: DenseView, name: str, by_config: dict[str, Packed]) -> Problem | None:
     """The problem with one weight, None if there is none."""
     from compress.numerics import masks
 
@@ -112,13 +112,13 @@ def _wrong(dense_view: DenseView, name: str, foreign: dict[str, Packed]) -> Prob
         return Problem(where, f"finite scales, codes and zero points below {top}", "others", do)
     if state.sparsity is not None and not masks.holds(along_inputs(weight, q.nonzero()), state.sparsity):
         return Problem(where, f"the zeros of masked({state.sparsity})", "other zeros", do)
-    if foreign:
-        if name not in foreign:
+    if by_config:
+        if name not in by_config:
             return Problem(where, "codes, as manifest.json says", "a dense weight by config.json", do)
-        said = foreign[name].scheme
+        said = by_config[name].scheme
         if q.scheme.inputs != (said.inputs if said is not None else ""):
             return Problem(where, f"activations as in {q.scheme}, as manifest.json says", f"{said} by config.json", do)
-        other = foreign[name].read(dense_view.checkpoint.read)
+        other = by_config[name].read(dense_view.checkpoint.read)
         value = other.dequantize() if isinstance(other, QTensor) else other.float()
         if not torch.equal(value, q.dequantize().to(value.dtype)):
             return Problem(where, "the same weight by config.json as by manifest.json", "another one", do)
