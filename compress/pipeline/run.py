@@ -33,7 +33,7 @@ from compress.pipeline.output_paths import based, check_disk, empty, locked, pla
 from compress.pipeline.plan import SHARD_BYTES, PlanOptions, make_plan
 from compress.pipeline.resume import check_bytes, kept
 from compress.pipeline.reuse import ReusedStep, searched, solved, take_steps
-from compress.pipeline.step import Beside, RunState, run_step
+from compress.pipeline.step import RunState, StepInputs, run_step
 from compress.pipeline.step_identity import step_id
 from compress.spec.recipe import Recipe
 from compress.spec.weight_state import State
@@ -248,8 +248,10 @@ class _RecipeRun:
                 id=identity, parent=state.fingerprint, text=str(redacted.line()), revision=redacted.revision,
                 options=redacted.model_dump(mode="json"), inputs=self.inputs_of(step),
             )  # fmt: skip
-            beside = Beside(self.plan, self.scan, self.corpora.get(step.number), self.second_models.get(step.number), self.gates)
-            made = run_step(step, state, line, place, beside, ctx)
+            inputs = StepInputs(
+                self.plan, self.scan, self.corpora.get(step.number), self.second_models.get(step.number), self.gates
+            )
+            made = run_step(step, state, line, place, inputs, ctx)
             self.measured[step.name] = made
             ctx.tell("step", name=step.name, where=str(place), **made)
         ctx.barrier()

@@ -52,7 +52,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Beside:
+class StepInputs:
     """Inputs of a step besides the state of the run."""
 
     plan: Plan
@@ -63,11 +63,11 @@ class Beside:
     gates: Sequence[Gate]
 
 
-def run_step(step: StepPlan, state: RunState, line: Step, place: Path, beside: Beside, ctx: Context) -> dict[str, Any]:
+def run_step(step: StepPlan, state: RunState, line: Step, place: Path, inputs: StepInputs, ctx: Context) -> dict[str, Any]:
     """Runs one step in its .tmp and publishes it at `place`. Returns its seconds, in all and of each kind of work."""
     started = time.perf_counter()
     ctx.tell("begin", step=step.name)
-    plan = beside.plan
+    plan = inputs.plan
     folder = steps_folder(place) if step is plan.steps[-1] else place.parent
     writer = Writer(folder / f"{step.number}-{step.name}-{line.id[:8]}.tmp", step.shards, ctx.rank)
     if ctx.broadcast(_only_to_rename(writer, step, line, ctx) if ctx.is_main else None):
@@ -79,7 +79,7 @@ def run_step(step: StepPlan, state: RunState, line: Step, place: Path, beside: B
         writer.open(line.id)
     ctx.barrier()
     writer.attach()
-    run = _step_run(step, state, beside, writer, ctx)
+    run = _step_run(step, state, inputs, writer, ctx)
     spent = execute(run)
     if step.pass_.allocator() is not None and ctx.is_main:
         record(writer.path.with_suffix(f".{ALLOCATION[0]}"), writer.path, str(step.pass_.redacted().line()))
@@ -87,21 +87,21 @@ def run_step(step: StepPlan, state: RunState, line: Step, place: Path, beside: B
     ctx.barrier()
     measured: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3), **({"spent": spent} if spent else {})}
     if ctx.is_main:
-        _seal(run, state, line, beside, measured)
+        _seal(run, state, line, inputs, measured)
         _publish(writer, step, plan, place)
     ctx.barrier()
     return measured
 
 
-def _step_run(step: StepPlan, state: RunState, beside: Beside, writer: Writer, ctx: Context) -> StepRun:
+def _step_run(step: StepPlan, state: RunState, inputs: StepInputs, writer: Writer, ctx: Context) -> StepRun:
     """Collects what the executor of a step needs."""
-    weights, model = [] if step.inherits else beside.plan.weights, beside.second_model
+    weights, model = [] if step.inherits else inputs.plan.weights, inputs.second_model
     compensates = step.pass_.second_model == "dense"
     return StepRun(
         step, state.source, weights, state.digests, writer, ctx,
-        tokens=_tokens_for(step, state, beside.corpus, writer, ctx),
+        tokens=_tokens_for(step, state, inputs.corpus, writer, ctx),
         teacher=None if model is None or compensates else model.checkpoint,
-        dense_parent=DenseParent(step, beside.plan, state.past, model) if compensates else None,
+        dense_parent=DenseParent(step, inputs.plan, state.past, model) if compensates else None,
         dense_view=DenseView(state.source) if step.pass_.unpacks else None,
     )  # fmt: skip
 
@@ -116,10 +116,10 @@ def _tokens_for(step: StepPlan, state: RunState, corpus: Corpus | None, writer: 
     return writer.path / TOKENS
 
 
-def _seal(run: StepRun, state: RunState, line: Step, beside: Beside, measured: dict[str, Any]) -> None:
+def _seal(run: StepRun, state: RunState, line: Step, inputs: StepInputs, measured: dict[str, Any]) -> None:
     """Checks the written weights, and adds the manifest and all side files."""
     step, writer = run.step, run.writer
-    side = _side_files(run, state, beside.corpus)
+    side = _side_files(run, state, inputs.corpus)
     entries = writer.read_journals()
     _verify(writer, run.weights, entries)
     texts = {} if step.inherits else step.texts
@@ -130,10 +130,10 @@ def _seal(run: StepRun, state: RunState, line: Step, beside: Beside, measured: d
     made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in copied]
     files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
     written = Written((*state.lineage, line), entries, files, measured)
-    manifest = build_manifest(run, state.manifest, beside.scan, beside.second_model, written)
-    hold(beside.gates, manifest)
+    manifest = build_manifest(run, state.manifest, inputs.scan, inputs.second_model, written)
+    hold(inputs.gates, manifest)
     if not step.inherits:
-        texts = {**texts, README: _card(manifest, step, beside.plan, side)}
+        texts = {**texts, README: _card(manifest, step, inputs.plan, side)}
     run.ctx.tell("publish", step=step.name)
     writer.seal({**texts, FILE: manifest.to_text()}, copied)
 
