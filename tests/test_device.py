@@ -159,7 +159,7 @@ def test_states_are_parked_in_the_hosts_memory_and_then_in_files(
     rehearsal = rehearse(small, tmp_path, calibrated(RECIPES[recipe]))
     assert (GPU in written) == (not hosted)
     assert sites(rehearsal.reads) <= ONCE_A_WEIGHT | ONCE_A_STATISTIC | ONCE_A_BATCH | PARKED
-    assert "offload._to_host" in sites(rehearsal.reads)
+    assert "hidden_state_offload._to_host" in sites(rehearsal.reads)
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_commands_say_the_same_there(verb: str, demo_model: Path, artifact: Path
         assert found.pop("device") == f"cuda:0 ({NAME})"
         assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
         # Of all logits, nothing but numbers for each token, and of some rows whether a NaN is among them.
-        assert sites(rehearsal.reads) <= {"measure.add", "measure._rows"}
+        assert sites(rehearsal.reads) <= {"perplexity_kl.add", "perplexity_kl._rows"}
     else:
         assert there == here
 
@@ -419,14 +419,20 @@ def test_every_option_of_a_pass_is_read(name: str) -> None:
 
 def test_every_option_of_a_command_is_read() -> None:
     from compress.cli import passes
+    from compress.cli.run import RunFlags
 
+    seen: set[str] = set()
     for path in sorted((ROOT / "compress/cli").glob("*.py")):
         for node in ast.parse(path.read_text()).body:
-            if not isinstance(node, ast.FunctionDef) or node.name not in ("verb", "execute", "context"):
+            if not isinstance(node, ast.FunctionDef) or node.name not in ("command", "execute", "context"):
                 continue
+            seen.add(node.name)
             read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
             # Tracebacks are the guard's, who looks at the command line itself.
             given = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} - {"debug"}
             assert given <= read, f"{path.name}: {sorted(given - read)}"
             if node.name == "execute":
-                assert passes._COMMON.keys() - {"debug"} == given - {"recipe", "model", "out", "steps", "keep"}
+                flags = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "flags"}
+                assert flags == {field.name for field in fields(RunFlags)}
+                assert passes._COMMON.keys() - {"debug"} == flags - {"steps", "keep"}
+    assert seen == {"command", "execute", "context"}

@@ -73,10 +73,14 @@ class CodeOptions(TargetedPass):
         return State(scheme, state.sparsity, Outliers(share) if share else None)
 
 
-class QuantizingPass(CodeOptions):
-    """Quantizes dense or masked weights to codes of one scheme."""
+class SchemeOption(TargetedPass):
+    """The option that says what codes mean; a class of its own, so that it stands before the others in help."""
 
     scheme: Scheme = Field(description="what the codes mean, e.g. w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4, nvfp4")
+
+
+class QuantizingPass(CodeOptions, SchemeOption):
+    """Quantizes dense or masked weights to codes of one scheme."""
 
     def becomes(self, weight: Weight, state: State) -> State:
         return self.coded(weight, state, self.scheme)

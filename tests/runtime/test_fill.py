@@ -29,6 +29,7 @@ from compress.layerwise.model import build
 from compress.numerics.rounding import nearest
 from compress.runtime import artifact, fuse_experts
 from compress.runtime.device_map import where
+from compress.runtime.fill import PackedWeights
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from families import build as build_family
@@ -319,7 +320,7 @@ def test_devices_are_dealt_out_by_packed_sizes(packed: Any) -> None:
 
     for name in ("tied", "mixtral"):
         model: Any = meta_model(open_checkpoint(packed(name)))
-        artifact.PackedWeights(model, open_checkpoint(packed(name)), torch.float32)
+        PackedWeights(model, open_checkpoint(packed(name)), torch.float32)
         sizes, _ = compute_module_sizes(model, CompressQuantizer(CompressConfig()))
         loaded = compress.load(packed(name), "float32")
         for path in ("", "model.layers.0", "model.layers.1.mlp"):

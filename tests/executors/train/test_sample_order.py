@@ -41,13 +41,13 @@ def documents(samples: int = 7) -> Corpus:
     return Corpus({**streams(samples).tensors, "position_ids": torch.stack(places)})
 
 
-def lessons(corpus: Corpus, seed: int = 0, causal: bool = True, **how: Any) -> SampleOrder:
+def order_of(corpus: Corpus, seed: int = 0, causal: bool = True, **how: Any) -> SampleOrder:
     return SampleOrder(corpus, TrainingOptions(**{"batch": 3, "micro_batch": 2, **how}), seed, causal=causal)
 
 
 @pytest.mark.parametrize("corpus", [streams(), padded(), documents()])
 def test_an_epoch_sees_every_sample_once_in_an_order_of_its_own(corpus: Corpus) -> None:
-    found = lessons(corpus, batch=7, epochs=4)
+    found = order_of(corpus, batch=7, epochs=4)
     epochs = [found.of_step(step) for step in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -55,7 +55,7 @@ def test_an_epoch_sees_every_sample_once_in_an_order_of_its_own(corpus: Corpus) 
 
 @pytest.mark.parametrize(("samples", "epochs", "batch"), [(7, 1, 3), (7, 3, 3), (6, 2, 4), (5, 2, 100), (8, 1, 1), (4, 2, 8)])
 def test_steps_cover_all_epochs_and_the_last_may_be_smaller(samples: int, epochs: int, batch: int) -> None:
-    found = lessons(streams(samples), epochs=epochs, batch=batch)
+    found = order_of(streams(samples), epochs=epochs, batch=batch)
     steps = [found.of_step(step) for step in range(found.steps)]
     assert all(len(step) == batch for step in steps[:-1])
     assert 0 < len(steps[-1]) <= batch
@@ -68,7 +68,7 @@ def test_steps_cover_all_epochs_and_the_last_may_be_smaller(samples: int, epochs
 
 def test_the_order_is_a_function_of_the_seed_and_the_tokens() -> None:
     def order(corpus: Corpus, seed: int) -> list[int]:
-        found = lessons(corpus, seed, batch=5, epochs=3)
+        found = order_of(corpus, seed, batch=5, epochs=3)
         return [sample for step in range(found.steps) for sample in found.of_step(step)]
 
     assert order(streams(), 1) == order(streams(), 1)
@@ -78,9 +78,9 @@ def test_the_order_is_a_function_of_the_seed_and_the_tokens() -> None:
 
 def test_a_step_needs_no_steps_before_it() -> None:
     """A run that goes on asks for its steps from the middle; a step over the end of an epoch has samples of both."""
-    whole = lessons(streams(), epochs=3, batch=4)
+    whole = order_of(streams(), epochs=3, batch=4)
     wanted = [whole.of_step(step) for step in range(whole.steps)]
-    assert [lessons(streams(), epochs=3, batch=4).of_step(step) for step in range(whole.steps)] == wanted
+    assert [order_of(streams(), epochs=3, batch=4).of_step(step) for step in range(whole.steps)] == wanted
     assert [whole.of_step(step) for step in reversed(range(whole.steps))] == wanted[::-1]
 
 
@@ -97,59 +97,59 @@ def oracle(corpus: Corpus, row: int) -> list[tuple[int, int]]:
     return [(here, int(ids[row, after])) for here, after in pairs if texts[here] is not None and texts[here] == texts[after]]
 
 
-def scored(lesson: TrainingBatch) -> list[tuple[int, int]]:
-    return list(zip(lesson.positions.tolist(), lesson.labels.tolist(), strict=True))
+def scored(batch: TrainingBatch) -> list[tuple[int, int]]:
+    return list(zip(batch.positions.tolist(), batch.labels.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("corpus", [streams(), padded(), documents()])
 def test_a_token_counts_if_the_next_one_is_of_the_same_text(corpus: Corpus) -> None:
-    found = lessons(corpus)
+    found = order_of(corpus)
     for row in range(7):
-        assert scored(found.lesson([row])) == oracle(corpus, row)
+        assert scored(found.batch([row])) == oracle(corpus, row)
         assert found.tokens([row]) == len(oracle(corpus, row))
     several = [5, 0, 3]
     wanted = [(at * LENGTH + position, label) for at, row in enumerate(several) for position, label in oracle(corpus, row)]
-    assert scored(found.lesson(several)) == wanted
+    assert scored(found.batch(several)) == wanted
     assert found.tokens(several) == len(wanted)
 
 
 def test_of_streams_all_but_the_last_token_count() -> None:
-    assert lessons(streams()).tokens([0, 1]) == 2 * (LENGTH - 1)
+    assert order_of(streams()).tokens([0, 1]) == 2 * (LENGTH - 1)
 
 
 def test_padding_neither_predicts_nor_is_predicted() -> None:
     corpus = padded()
-    lesson = lessons(corpus).lesson(list(range(7)))
+    batch = order_of(corpus).batch(list(range(7)))
     mask = corpus.tensors["attention_mask"].bool().flatten()
-    assert bool(mask[lesson.positions].all())
-    assert bool(mask[lesson.positions + 1].all())
-    assert lessons(corpus).tokens([0]) == 0, "a text of one token predicts nothing"
+    assert bool(mask[batch.positions].all())
+    assert bool(mask[batch.positions + 1].all())
+    assert order_of(corpus).tokens([0]) == 0, "a text of one token predicts nothing"
 
 
 def test_the_first_token_of_a_text_is_never_a_label() -> None:
     corpus = documents()
-    lesson = lessons(corpus).lesson(list(range(7)))
-    assert not bool((corpus.tensors["position_ids"].flatten()[lesson.positions + 1] == 0).any())
-    assert len(lesson.labels) == 7 * (LENGTH - 3)
+    batch = order_of(corpus).batch(list(range(7)))
+    assert not bool((corpus.tensors["position_ids"].flatten()[batch.positions + 1] == 0).any())
+    assert len(batch.labels) == 7 * (LENGTH - 3)
 
 
 def test_a_masked_model_answers_for_every_token_it_sees() -> None:
     corpus = padded()
-    found = lessons(corpus, causal=False)
+    found = order_of(corpus, causal=False)
     for row in range(7):
         seen = corpus.tensors["attention_mask"][row].nonzero()[:, 0].tolist()
-        assert scored(found.lesson([row])) == [(at, int(corpus.tensors["input_ids"][row, at])) for at in seen]
+        assert scored(found.batch([row])) == [(at, int(corpus.tensors["input_ids"][row, at])) for at in seen]
 
 
 def test_a_batch_gives_the_model_what_it_needs_and_no_more() -> None:
     """Masks only where there is padding, and positions without a mask, which would join texts."""
-    assert lessons(streams()).lesson([0, 1]).inputs.keys() == {"input_ids"}
-    assert lessons(documents()).lesson([0, 1]).inputs.keys() == {"input_ids", "position_ids"}
+    assert order_of(streams()).batch([0, 1]).inputs.keys() == {"input_ids"}
+    assert order_of(documents()).batch([0, 1]).inputs.keys() == {"input_ids", "position_ids"}
     corpus = padded(8)
-    with_mask = lessons(corpus).lesson([0, 7]).inputs
+    with_mask = order_of(corpus).batch([0, 7]).inputs
     assert with_mask.keys() == {"input_ids", "attention_mask"}
     assert torch.equal(with_mask["attention_mask"], corpus.tensors["attention_mask"][[0, 7]].long())
-    assert lessons(corpus).lesson([6]).inputs.keys() == {"input_ids"}, "a sample without padding"
+    assert order_of(corpus).batch([6]).inputs.keys() == {"input_ids"}, "a sample without padding"
     assert with_mask["input_ids"].dtype == torch.int64
 
 
@@ -157,7 +157,7 @@ def test_a_batch_gives_the_model_what_it_needs_and_no_more() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("corpus", [streams(), padded(), documents()])
 def test_all_processes_together_have_the_samples_of_the_step(corpus: Corpus, world_size: int, micro_batch: int) -> None:
-    found = lessons(corpus, batch=5, micro_batch=micro_batch)
+    found = order_of(corpus, batch=5, micro_batch=micro_batch)
     for step in range(found.steps):
         shares = [list(found.share(step, rank, world_size)) for rank in range(world_size)]
         assert len({len(share) for share in shares}) == 1, "as many micro-batches on every process, or they wait for ever"
@@ -165,18 +165,18 @@ def test_all_processes_together_have_the_samples_of_the_step(corpus: Corpus, wor
         labels = 0
         for share in shares:
             assert [last for _, last in share] == [False] * (len(share) - 1) + [True]
-            for lesson, _ in share:
-                assert len(lesson.inputs["input_ids"]) <= micro_batch
-                labels += len(lesson.labels)
-                if len(lesson.labels) or found.tokens(found.of_step(step)) == 0:
-                    rows += lesson.inputs["input_ids"].tolist()
+            for batch, _ in share:
+                assert len(batch.inputs["input_ids"]) <= micro_batch
+                labels += len(batch.labels)
+                if len(batch.labels) or found.tokens(found.of_step(step)) == 0:
+                    rows += batch.inputs["input_ids"].tolist()
         wanted = [found.ids[row].tolist() for row in found.of_step(step) if found.tokens([row])]
         assert sorted(row for row in rows if row in wanted) == sorted(wanted)
         assert labels == found.tokens(found.of_step(step))
 
 
 def test_a_process_without_samples_gets_a_batch_that_counts_nothing() -> None:
-    found = lessons(streams(), batch=3, micro_batch=2)
+    found = order_of(streams(), batch=3, micro_batch=2)
     (first, _), (second, _) = (next(iter(found.share(0, rank, 3))) for rank in (0, 2))
     assert len(first.labels) == 2 * (LENGTH - 1)
     assert second.inputs["input_ids"].shape == (1, LENGTH), "it has a forward, and so takes part in the gradient"
@@ -185,11 +185,11 @@ def test_a_process_without_samples_gets_a_batch_that_counts_nothing() -> None:
 
 
 def test_a_row_of_several_texts_is_found() -> None:
-    assert lessons(streams()).joined() is None
-    assert lessons(padded()).joined() is None
+    assert order_of(streams()).joined() is None
+    assert order_of(padded()).joined() is None
     alone = Corpus({**streams().tensors, "position_ids": torch.arange(LENGTH).expand(7, -1)})
-    assert lessons(alone).joined() is None
-    row = lessons(documents()).joined()
+    assert order_of(alone).joined() is None
+    row = order_of(documents()).joined()
     assert row is not None
     assert int((row.inputs["position_ids"] == 0).sum()) == 3
 
@@ -198,9 +198,9 @@ def test_a_row_of_several_texts_is_found() -> None:
 def test_what_is_no_text_is_refused(name: str) -> None:
     tensors = {**streams().tensors, name: torch.zeros(7, 4)}
     with pytest.raises(InputError, match="train on texts"):
-        lessons(Corpus(tensors))
+        order_of(Corpus(tensors))
     with pytest.raises(InputError, match="train on texts"):
-        lessons(Corpus({name: torch.zeros(7, 4)}))
+        order_of(Corpus({name: torch.zeros(7, 4)}))
 
 
 CURVES = ["cosine", "linear", "constant"]
@@ -249,4 +249,4 @@ def test_texts_without_a_token_to_predict_are_refused() -> None:
     mask = torch.zeros(7, LENGTH, dtype=torch.uint8)
     mask[:, 0] = 1
     with pytest.raises(InputError, match="token"):
-        lessons(Corpus({**streams().tensors, "attention_mask": mask}))
+        order_of(Corpus({**streams().tensors, "attention_mask": mask}))
