@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> None:
         print(f"warning: {folder} shadows a package of that name; run with PYTHONSAFEPATH=1", file=sys.stderr)
     # Large pages for large tensors: fewer page faults, and fewer gaps that stay in memory. torch reads it when it is loaded.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from compress.cli.guard import close_output, stopped
+    from compress.cli.guard import STOPPED, close_output, stopped
 
     try:
         from compress.cli.app import build
@@ -43,6 +44,11 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         # Interrupts while the command is looked up; a command that runs is guarded by its own wrapper.
         stopped(stop)
+    except SystemExit as end:
+        # typer ends without a word where an interrupt comes while it reads the arguments.
+        if end.code == STOPPED + signal.SIGINT:
+            stopped(KeyboardInterrupt())
+        raise
     finally:
         close_output()
 

@@ -67,6 +67,26 @@ def test_ctrl_c_of_a_real_process(after: float | None, model: Path, tmp_path: Pa
         assert f"\n  compress run {model} '{tmp_path / 'a b'}' -p" in said
 
 
+def test_ctrl_c_while_arguments_are_read_has_words() -> None:
+    """typer itself would end with the status alone."""
+    code = """
+import sys
+from compress import __main__
+from compress.cli import app
+def interrupted(arguments):
+    import typer
+    made = typer.Typer()
+    @made.callback(invoke_without_command=True)
+    def nothing(value: str = typer.Option("", parser=lambda text: exec("raise KeyboardInterrupt"))): ...
+    return made
+app.build = interrupted
+sys.argv = ["compress", "--value", "x"]
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
+
+
 def wait(condition: object) -> None:
     deadline = time.monotonic() + 60
     while not condition():  # type: ignore[operator]
