@@ -19,10 +19,10 @@ demo: $(VENV)/demo
 check: $(VENV)/dev
 	$(MAKE) --no-print-directory -j2 lint types quick
 
-# Floors, the spec, the numerics that take no seconds, and one demo from end to end.
+# Floors, the spec, the numerics that take no seconds, and one run from end to end: quantized, packed, loaded.
 quick: $(VENV)/test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/house/test_floors.py \
-		tests/spec tests/numerics tests/cli/test_demo.py::test_a_short_demo --ignore tests/numerics/test_gptq_floats.py \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" tests/house/test_floors.py \
+		tests/spec tests/numerics tests/test_api.py::test_three_lines --ignore tests/numerics/test_gptq_floats.py \
 		--deselect tests/numerics/test_knapsack.py::test_thousands_of_weights_take_seconds $(ARGS)
 
 # A process per core, each with one thread: threads of several processes that wait for each other cost more than they gain.
