@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class StepRun:
     dense_view: DenseView | None = None
     """Reads a packed source for the pass that unpacks it."""
 
-    @property
+    @cached_property
     def pass_(self) -> Pass:
         """The pass that does the work."""
         return self.step.pass_.worker()

@@ -33,9 +33,10 @@ def stream(run: StepRun) -> None:
     done, lock = [0], threading.Lock()
     for file in {ref.file for ref in source.refs.values()}:
         source.descriptor(file)
-    touched = {weight.name for weight in run.touched}
+    changed = run.touched
+    touched = {weight.name for weight in changed}
     phase = "copy" if touched.isdisjoint(weight.name for weight in mine) else "write"
-    peaks = Peaks(run.touched, step.after, source.read)
+    peaks = Peaks(changed, step.after, source.read)
 
     def one(weight: Weight) -> None:
         started, kept = time.perf_counter(), writer.is_done(weight.name)

@@ -35,20 +35,20 @@ from corpus.oracle import (
     spec,
 )
 
+JOINED: list[Any] = [
+    ("plain", {}, [], [EOS]),
+    ("plain", {"join": "none"}, [], []),
+    ("plain", {"bos": "always"}, [BOS], [EOS]),
+    ("bos", {}, [BOS], [EOS]),
+    ("bos", {"bos": "never", "join": "eos"}, [], [EOS]),
+    ("both", {}, [BOS], [EOS]),
+    ("bare", {}, [], []),
+    ("bos", {"join": "none"}, [BOS], []),
+]
+"""A tokenizer, options, and what they put before a document and after it."""
 
-@pytest.mark.parametrize(
-    ("tokenizer", "options", "prefix", "joint"),
-    [
-        ("plain", {}, [], [EOS]),
-        ("plain", {"join": "none"}, [], []),
-        ("plain", {"bos": "always"}, [BOS], [EOS]),
-        ("bos", {}, [BOS], [EOS]),
-        ("bos", {"bos": "never", "join": "eos"}, [], [EOS]),
-        ("both", {}, [BOS], [EOS]),
-        ("bare", {}, [], []),
-        ("bos", {"join": "none"}, [BOS], []),
-    ],
-)
+
+@pytest.mark.parametrize(("tokenizer", "options", "prefix", "joint"), JOINED)
 def test_a_stream_is_documents_one_by_one(
     tokenizer: str, options: dict[str, Any], prefix: list[int], joint: list[int], tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -68,20 +68,7 @@ def test_a_window_that_begins_with_bos_gets_no_second(tokenizers: dict[str, Path
             assert not any(pair == (EOS, EOS) for row in first for pair in pairwise(row))
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "options", "prefix", "joint"),
-    [
-        ("plain", {}, [], [EOS]),
-        ("plain", {"join": "none"}, [], []),
-        ("plain", {"bos": "always"}, [BOS], [EOS]),
-        ("bos", {}, [BOS], [EOS]),
-        ("bos", {"bos": "never", "join": "eos"}, [], [EOS]),
-        ("both", {}, [BOS], [EOS]),
-        ("bare", {}, [], []),
-        ("bos", {"join": "none"}, [BOS], []),
-        ("two", {"join": "none"}, [BOS, EOS], []),
-    ],
-)
+@pytest.mark.parametrize(("tokenizer", "options", "prefix", "joint"), [*JOINED, ("two", {"join": "none"}, [BOS, EOS], [])])
 @pytest.mark.parametrize("length", [5, 32, 500])
 def test_packed_documents_begin_at_position_0(
     tokenizer: str, options: dict[str, Any], prefix: list[int], joint: list[int], length: int,
