@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ def digest(*files: Path) -> str:
     return found[0][1] if len(found) == 1 else hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+@cache
 def commit() -> str:
-    """The version with the commit that is measured, and whether files differ from it."""
+    """The version with the commit that is measured, and whether files differed from it before the page was written."""
     done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return f"{__version__} ({done.stdout.strip()})" if done.returncode == 0 else __version__
 
@@ -228,6 +230,7 @@ def write_down(
     table: Table, names: list[str], json_: Path, page_: Path, say: Callable[[str], None] = tell
 ) -> list[dict[str, Any]]:
     """Measures rows, and writes both files after each; the rows that failed."""
+    commit()  # before a page changes
     failed, there = [], machine()
     for number, name in enumerate([*names, None]):
         rows = [table.known(row.name) for row in (*ROWS, *PEER_ROWS)]
