@@ -286,8 +286,16 @@ def test_the_command_itself(tmp_path: Path, cache: Path, demo_model: Path) -> No
     files = ["--json", str(tmp_path / "real.json"), "--page", str(tmp_path / "real.md")]
     sizes = ["--samples", "8", "--length", "64", "--tokens", "512"]
     texts = ["--text", str(TEXT / "evaluation.jsonl"), "--calibrate", str(TEXT / "calibration.jsonl")]
-    assert table.main(["--model", str(demo_model), "--rows", "source rtn-w3g32 gptq-w3g32", *files, *sizes, *texts]) == 1
-    measured = {row["name"]: row for row in json.loads((tmp_path / "real.json").read_text())["rows"]}
-    # Its columns are no multiple of 32: the command's own message is what is told.
-    assert "172" in measured["rtn-w3g32"]["error"]
-    assert measured["source"]["quality"]["perplexity"]["value"] > 5
+
+    def measured(model: Path, rows: str, status: int) -> dict[str, dict[str, Any]]:
+        assert table.main(["--model", str(model), "--rows", rows, *files, *sizes, *texts]) == status
+        return {row["name"]: row for row in json.loads((tmp_path / "real.json").read_text())["rows"]}
+
+    found = measured(demo_model, "source gptq-w3g32", 0)
+    assert found["source"]["quality"]["perplexity"]["value"] > 5
+    assert 0 < found["gptq-w3g32"]["quality"]["kl"]["value"] < 2
+    cut = shutil.copytree(demo_model, tmp_path / "cut")
+    with open(cut / "model.safetensors", "rb+") as stream:
+        stream.truncate(100_000)
+    # The command's own message is what is told.
+    assert "model.safetensors" in measured(cut, "rtn-w3g32", 1)["rtn-w3g32"]["error"]
