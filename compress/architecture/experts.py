@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 IMPLEMENTATION = "compress"
-INPUT, MIDDLE = "input", "middle"
-"""The two activations that an expert's weights read: its tokens' hidden states, and the gated product."""
+INPUT, MIDDLE, OUTPUT = "input", "middle", "output"
+"""The two activations that an expert's weights read: its tokens' hidden states, and the gated product; and what it adds."""
 
 
 class Routed(NamedTuple):
@@ -74,6 +74,8 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[order.indices].unsqueeze(-1)
+    if listener is not None:
+        listener(OUTPUT, Routed(out, ends, tokens))
     # A sum over each token's experts adds in fp32, whatever the dtype.
     return out[order.indices.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
 

@@ -20,6 +20,10 @@ def execute(run: StepRun) -> dict[str, float]:
         from compress.executors.train import train
 
         return train(run)
+    if executor == "slice":
+        from compress.executors.slice import cut
+
+        return cut(run)
     from compress.executors.stream import stream
 
     stream(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,11 @@ from compress.context import Context
 from compress.contract.pass_base import Pass
 from compress.contract.step_plan import StepPlan
 from compress.layerwise.dense_view import DenseView
+from compress.spec.kept import Kept
 from compress.spec.weight_state import Weight
+
+KEPT_FILE = ".kept.json"
+"""In the .tmp of a slicing step, once it has decided."""
 
 if TYPE_CHECKING:
     from compress.corpus import Corpus
@@ -40,6 +45,12 @@ class StepRun:
     """Reads dense weights for a CompensatingPass."""
     dense_view: DenseView | None = None
     """Reads a packed source for the pass that unpacks it."""
+
+    @property
+    def kept(self) -> Kept | None:
+        """Which parts of the source a slicing pass has kept; None before it has decided, and for other passes."""
+        file = self.writer.path / KEPT_FILE
+        return Kept.from_json(json.loads(file.read_text())) if file.is_file() else None
 
     @cached_property
     def pass_(self) -> Pass:

@@ -71,4 +71,4 @@ def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
 def is_changed(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's weights differ from those of the model that it was made from."""
     manifest = checkpoint.manifest
-    return manifest is not None and bool(manifest.weights or trained_by(manifest.notes))
+    return manifest is not None and bool(manifest.weights or manifest.structure or trained_by(manifest.notes))

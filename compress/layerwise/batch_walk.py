@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from compress.architecture.experts import Routed
@@ -23,9 +26,15 @@ class BatchWalk:
         """Goes to the first block."""
         self._arrive(self._forward.advance())
 
-    def go_on(self) -> None:
-        """Finishes the block and goes to the next one; `call` is None at the end of the model."""
+    def go_on(self, seen: Callable[[Call, Any], None] | None = None) -> None:
+        """Finishes the block and goes to the next one; `call` is None at the end of the model.
+
+        `seen` gets the block's call and output.
+        """
         output = self._inside().finish()
+        if seen is not None:
+            assert self.call is not None
+            seen(self.call, output)
         # Frees the old hidden states.
         self.call = self._visit = None
         self._arrive(self._forward.advance(output))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
@@ -71,6 +72,31 @@ def sweep_bytes(
     statistic = max((pass_.statistic_bytes(w.in_features) * _at_once(w, pass_) for w in touched), default=0)
     work = max((pass_.workspace_bytes(w) for w in touched), default=0)
     return max(head, block + within + statistic + work) + between + outside
+
+
+def slice_bytes(facts: Sequence[str], weights: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int) -> int:
+    """Resident bytes beyond the interpreter of a forward that observes a model block by block; 0 if nothing is observed."""
+    if not facts:
+        return 0
+    blocks: dict[tuple[str, int | None], int] = defaultdict(int)
+    outside = head = 0
+    for weight in weights:
+        if weight.block is not None:
+            blocks[weight.stack, weight.block] += weight.numel
+        elif weight.kind in ("embedding", "head"):
+            head = max(head, weight.numel)
+        else:
+            outside += weight.numel
+    hidden = size_of(config, "hidden_size", "n_embd", "d_model") or 0
+    widest = max((max(w.shape) for w in weights if w.block is not None and len(w.shape) > 1), default=hidden)
+    vocabulary = size_of(config, "vocab_size") or 0
+    # A batch's activations inside a block in fp32, a matrix of products and its factors, logits of a batch.
+    within = 8 * BATCH_TOKENS * widest * 4 + (5 * 4 * widest * widest if "inputs" in facts else 0)
+    logits = 2 * 4 * min(tokens, batch_tokens(config)) * vocabulary if "loss" in facts else 0
+    size = 4 if "loss" in facts else element_bytes
+    state = min(BETWEEN_BYTES, 2 * tokens * hidden * size)
+    block = max(blocks.values(), default=0)
+    return max((head + outside) * size + logits, (block + outside) * size + within) + state + (64 << 20)
 
 
 def _at_once(weight: Weight, pass_: ObservingPass) -> int:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compress.checkpoint.reader import Checkpoint
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass, TrainPass
+from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import layout_specs
 from compress.executors.teacher import teacher_weights
-from compress.layerwise.memory_estimate import DEVICE_BYTES, MAX_WORKERS, computing, reverse_bytes, sweep_bytes, train_bytes
+from compress.layerwise.memory_estimate import (
+    DEVICE_BYTES,
+    MAX_WORKERS,
+    computing,
+    reverse_bytes,
+    slice_bytes,
+    sweep_bytes,
+    train_bytes,
+)
 from compress.spec.weight_state import State, Weight
 
 
@@ -20,6 +29,8 @@ class Surroundings:
     """The facts besides the pass that a step's memory depends on."""
 
     checkpoint: Checkpoint
+    config: dict[str, Any]
+    """config.json of the model that the step reads."""
     weights: list[Weight]
     threads: int
     dtype: str
@@ -40,7 +51,7 @@ def needs_of(
     pass_: WeightPass, touched: list[Weight], after: dict[str, State], fmt: Format | None, around: Surroundings
 ) -> Needs:
     """The bytes that a step needs, given the states `after` it and the weights that it changes."""
-    worker, config = pass_.worker(), around.checkpoint.config
+    worker, config = pass_.worker(), around.config
     size = computing(around.dtype, config).itemsize
     if isinstance(worker, TrainPass):
         texts = worker.texts()
@@ -48,6 +59,10 @@ def needs_of(
         resident, scratch = train_bytes(worker, around.weights, touched, after, config, teacher, sample, size)
         return Needs(resident, scratch, resident + DEVICE_BYTES)
     assert isinstance(worker, WeightPass)
+    if isinstance(worker, SlicingPass):
+        there = slice_bytes(worker.facts(), around.weights, config, around.tokens, size)
+        most = 4 * max((weight.nbytes for weight in touched), default=0) + (32 << 20)
+        return Needs(max(there, min(around.threads, MAX_WORKERS) * most), 0, there and there + DEVICE_BYTES)
     work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
     scratch = there = 0

@@ -140,7 +140,7 @@ class _RecipeRun:
         self.dropped = frozenset(alias for alias, kept in copies if same_bytes(self.source, alias, kept))
         self.plan = self.planned()
         for step in self.plan.steps:
-            hold_plan(self.gates, step, self.plan.weights)
+            hold_plan(self.gates, step, step.weights)
         if not self.options.allow_overcommit:
             check_memory(self.plan, device_of(self.ctx))
 
@@ -238,7 +238,7 @@ class _RecipeRun:
             # The decision fixes the layout of this step, and the states from which later steps start.
             table = own.with_name(f"{own.name}.{ALLOCATION[0]}")
             known = _decided(step, Manifest.read(place)) if done else {}
-            found = known or allocate(step, self.plan.weights, state.source, state.tokens, table, ctx)
+            found = known or allocate(step, step.weights, state.source, state.tokens, table, ctx)
             self.decided[step.number] = found
             self.plan = self.planned()
             step = self.plan.steps[number]
