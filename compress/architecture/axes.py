@@ -42,14 +42,15 @@ _SHARED: dict[str, Dims] = {
     **{path.replace("mlp.", "mlp.shared_expert."): dims for path, dims in _MLP.items()},
 }
 _LLAMA = {**_ATTENTION, **_MLP}
-_MIXTRAL = {**_ATTENTION, **_ROUTED}
+_GEMMA2 = {**_LLAMA, **_MORE_NORMS}
+_MIXTRAL = {**_LLAMA, **_ROUTED}
 _FAMILIES: dict[str, dict[str, Dims]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "stablelm"), _LLAMA),
-    **dict.fromkeys(("gemma2", "gemma3_text"), {**_LLAMA, **_MORE_NORMS}),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     "olmo2": {**_LLAMA, **_ALL_HEADS, **_MORE_NORMS},
-    **dict.fromkeys(("mixtral", "qwen3_moe"), {**_MIXTRAL, **_MLP}),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _MIXTRAL),
     "olmoe": {**_MIXTRAL, **_ALL_HEADS},
-    "qwen2_moe": {**_MIXTRAL, **_MLP, **_SHARED},
+    "qwen2_moe": {**_MIXTRAL, **_SHARED},
     "gpt_oss": {
         **_ATTENTION, "self_attn.sinks": ("queries/head",), "mlp.router": ("experts", "hidden"),
         "mlp.experts.gate_up_proj": ("experts", "units*2", "hidden"), "mlp.experts.gate_up_proj_bias": ("experts", "units*2"),
@@ -181,9 +182,9 @@ def rescaled(value: torch.Tensor, part: Slice, family: str, before: Sizes, after
         return value
     ratio = (before.hidden / after.hidden) ** 0.5
     if part.source.kind == "embedding":
-        return (value.float() * ratio).to(value.dtype)
-    if tied and part.source.kind == "norm":
-        return ((1 + value.float()) / ratio - 1).to(value.dtype)
+        value = (value.float() * ratio).to(value.dtype)
+    elif tied and part.source.kind == "norm":
+        value = ((1 + value.float()) / ratio - 1).to(value.dtype)
     return value
 
 

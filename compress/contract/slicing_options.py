@@ -79,8 +79,9 @@ class TargetOptions(SlicingPass):
         return parse_size(self.size), structure.nbytes
 
     def fitting(self, structure: Structure, exponents: Mapping[str, float]) -> Sizes:
-        """The largest sizes within the target. A part shrinks by the common factor to its exponent; then neurons fill what is left.
+        """The largest sizes within the target.
 
+        A part shrinks by the common factor to the power of its exponent; then neurons fill what is left.
         Raises Refusal if nothing fits, or the model is as small already.
         """
         most, count = self.target(structure)

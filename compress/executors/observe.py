@@ -6,7 +6,7 @@ What was observed of a block is kept in a file at once; after a crash that block
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -103,7 +103,7 @@ class _BlockSums:
         self.saliency = torch.zeros(2, max(1, self.sizes.experts), dtype=torch.float64, device=self.device)
         self.readers: dict[Key, str] = {}
         """What the inputs of a reader count: hidden, queries or the name of a feed-forward."""
-        self.forget = lambda: None
+        self.forget: Callable[[], None] = lambda: None
 
     def watch(self, probe: BatchWalk, hooks: ForwardHooks) -> list[Key]:
         """Finds the readers of a block; returns one of each activation, in the order of a forward."""
@@ -222,4 +222,5 @@ def _save(tensors: Tensors, path: Path) -> None:
 def _load(path: Path) -> Tensors:
     from safetensors.torch import load_file
 
-    return load_file(path)
+    found: Tensors = load_file(path)
+    return found

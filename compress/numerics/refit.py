@@ -12,7 +12,7 @@ DAMP = 1e-4
 
 
 def fitted(w: torch.Tensor, c: torch.Tensor, kept: torch.Tensor, damp: float = DAMP) -> tuple[torch.Tensor, float, float]:
-    """(W' [out, kept] fp32, relative error of outputs without a fit, and with it). Raises ValueError for a C that is not finite."""
+    """(W' [out, kept] fp32, relative error of outputs without a fit, and with it). Raises ValueError for inputs not finite."""
     c, w = c.double(), w.double()
     if not bool(torch.isfinite(c).all()):
         raise ValueError("an input was not finite")

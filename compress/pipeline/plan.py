@@ -175,7 +175,8 @@ class _Planner:
         shards = arrange(specs, self.options.shard_bytes, CANONICAL_STEM if canonical else STEM) if last else []
         texts = _texts(self.config, None, self.written, self.states)
         return StepPlan(
-            number, pass_, tuple(self.weights), (), {}, self.states, self.states, None, shards, texts, tuple(self.shared), _DATA_BYTES
+            number, pass_, tuple(self.weights), (), {}, self.states, self.states, None, shards, texts, tuple(self.shared),
+            _DATA_BYTES,
         )  # fmt: skip
 
 
@@ -205,7 +206,8 @@ class _StepPlanner:
         needs = needs_of(self.pass_, touched, self.after, self.format, self.planner.surroundings())
         texts = _texts(self.planner.config, self.format, self.planner.written, self.after)
         step = StepPlan(
-            self.number, self.pass_, tuple(self.planner.weights), tuple(w.name for w in chosen), skipped, self.before, self.after, self.format, self.shards(),
+            self.number, self.pass_, tuple(self.planner.weights), tuple(w.name for w in chosen), skipped, self.before, self.after,
+            self.format, self.shards(),
             texts, tuple(notes), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes,
         )  # fmt: skip
         if self.allocator is not None and not decided:

@@ -40,16 +40,18 @@ class Gqa(SlicingPass):
     def value(self, one: Slice, value: torch.Tensor, kept: Kept, before: Sizes) -> torch.Tensor:
         import torch
 
+        joined = len(kept.blocks[0].groups)
+
+        def mean(heads: torch.Tensor, axis: int) -> torch.Tensor:
+            # In fp32, over heads that follow each other.
+            apart: torch.Tensor = heads.float().unflatten(axis, (joined, before.groups // joined, before.head))
+            return apart.mean(axis + 1).flatten(axis, axis + 1).to(heads.dtype)
+
         for axis, dim in enumerate(one.dims):
             if "groups" not in dim:
                 continue
-            widths = [(before.queries if part == "queries" else before.groups) * before.head for part in dim.split("+")]
-            joined, groups = len(kept.blocks[0].groups), before.groups
-            parts = [
-                piece if part == "queries"
-                # A mean in fp32, over the heads that follow each other.
-                else piece.float().unflatten(axis, (joined, groups // joined, before.head)).mean(axis + 1).flatten(axis, axis + 1).to(value.dtype)
-                for part, piece in zip(dim.split("+"), value.split(widths, axis), strict=True)
-            ]  # fmt: skip
-            value = torch.cat(parts, axis)
+            parts = dim.split("+")
+            widths = [(before.queries if part == "queries" else before.groups) * before.head for part in parts]
+            pieces = zip(parts, value.split(widths, axis), strict=True)
+            value = torch.cat([piece if part == "queries" else mean(piece, axis) for part, piece in pieces], axis)
         return value.contiguous()

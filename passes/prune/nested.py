@@ -1,8 +1,8 @@
 """Sorts neurons and heads by importance, so that the first of them are a smaller model.
 
 The order of neurons, of key-value heads with their query heads, and of hidden channels means nothing to a model: sorting changes
-no logit. Afterwards `prune.slice` takes any prefix (MatFormer, Devvrit et al., 2310.07707; SortedNet, Valipour et al., 2309.00255).
-Without training, half of it is as bad as `prune.width` at that size. Scores are those of `prune.width`.
+no logit. Afterwards `prune.slice` takes any prefix (MatFormer, Devvrit et al., 2310.07707; SortedNet, Valipour et al.,
+2309.00255). Without training, half of it is as bad as `prune.width` at that size. Scores are those of `prune.width`.
 """
 
 from __future__ import annotations
