@@ -21,6 +21,7 @@ _HOMES = {
     "DataPass": "contract.shapes",
     "Format": "contract.format",
     "LinearPass": "contract.shapes",
+    "LossPass": "contract.shapes",
     "Manifest": "checkpoint.manifest",
     "Options": "pipeline.run",
     "Pass": "contract.pass_base",

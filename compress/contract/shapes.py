@@ -5,7 +5,8 @@
     LinearPass        weight by weight, from its inputs          executor: sweep
     CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
     SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
-    TrainPass         the whole model, by gradients of a loss    executor: train
+    TrainPass         the whole model, by gradients              executor: train
+    LossPass          a TrainPass whose loss needs only a batch  executor: train
     DelegatingPass    decides, and delegates the work            executor: that of its worker
 
 A pass that trains one block at a time towards the outputs of its dense twin would get its shape here, and an executor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.reader import Checkpoint
+    from compress.contract.objective import Models, Objective
     from compress.contract.training_options import TrainingOptions
     from compress.corpus import Corpus, CorpusSpec
     from compress.numerics.qtensor import QTensor
@@ -145,8 +147,15 @@ class TrainPass(TargetedPass):
         return None
 
     @abstractmethod
-    def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
-        """The loss summed over the batch's scored tokens, fp32; both models are called like models of transformers."""
+    def objective(self, models: Models) -> Objective:
+        """What a run minimizes, and what it learns besides weights. Raises InputError for models that it cannot train."""
+
+    def check_teacher(self, student: Checkpoint, teacher: Checkpoint) -> None:
+        """Raises InputError, from headers and manifests alone, for a teacher that cannot teach this model."""
+
+    def objective_bytes(self, student: Checkpoint, teacher: Checkpoint | None, tokens: int, element_bytes: int) -> int:
+        """Memory that the objective needs besides logits, for micro-batches of so many tokens."""
+        return 0
 
     def reads_tokens(self) -> bool:
         return self.texts() is None
@@ -163,6 +172,19 @@ class TrainPass(TargetedPass):
 
     def how_to_use_less_memory(self) -> str:
         return "lower micro_batch or length, or set recompute=true"
+
+
+class LossPass(TrainPass):
+    """A TrainPass whose loss needs a batch and the models, and nothing else."""
+
+    @abstractmethod
+    def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
+        """The loss summed over the batch's scored tokens, fp32; both models are called like models of transformers."""
+
+    def objective(self, models: Models) -> Objective:
+        from compress.contract.objective import LossObjective
+
+        return LossObjective(self.loss)
 
 
 class DelegatingPass(WeightPass):

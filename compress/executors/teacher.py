@@ -6,7 +6,6 @@ pruned, quantized or trained, the model of the Hub that its manifest names.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from compress.checkpoint.reader import Checkpoint
@@ -45,13 +44,14 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Co
     return Teacher(teacher, ctx.broadcast(scan_source(teacher, quiet).fingerprint if ctx.is_main else None))
 
 
-def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
-    """Number of the teacher's parameters, from headers only; 0 without a teacher. Raises CompressError."""
+def teacher_headers(pass_: TrainPass, source: Checkpoint) -> Checkpoint | None:
+    """The teacher, from headers only; None without one. Raises CompressError for one that cannot teach its model."""
     name = _name(pass_, source)
     if name is None:
-        return 0
-    checkpoint = source if not name else open_headers(name)
-    return sum(math.prod(entry.shape) for entry in checkpoint.logical.values())
+        return None
+    teacher = source if not name else open_headers(name)
+    pass_.check_teacher(source, teacher)
+    return teacher
 
 
 def _name(pass_: TrainPass, source: Checkpoint) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass, TrainPass
 from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import layout_specs
-from compress.executors.teacher import teacher_weights
+from compress.executors.teacher import teacher_headers
 from compress.layerwise.memory_estimate import (
     DEVICE_BYTES,
     MAX_WORKERS,
@@ -55,8 +56,11 @@ def needs_of(
     size = computing(around.dtype, config).itemsize
     if isinstance(worker, TrainPass):
         texts = worker.texts()
-        sample, teacher = texts.length if texts else around.length, teacher_weights(worker, around.checkpoint)
-        resident, scratch = train_bytes(worker, around.weights, touched, after, config, teacher, sample, size)
+        sample, teacher = texts.length if texts else around.length, teacher_headers(worker, around.checkpoint)
+        taught = sum(math.prod(entry.shape) for entry in teacher.logical.values()) if teacher is not None else 0
+        resident, scratch = train_bytes(worker, around.weights, touched, after, config, taught, sample, size)
+        tokens = worker.training_options().micro_batch * sample
+        resident += worker.objective_bytes(around.checkpoint, teacher, tokens, size)
         return Needs(resident, scratch, resident + DEVICE_BYTES)
     assert isinstance(worker, WeightPass)
     if isinstance(worker, SlicingPass):

@@ -1,6 +1,6 @@
 """Record: a line of JSON for every training step, and a picture of the loss.
 
-    training.jsonl   step, loss per scored token, learning rate, norm of the gradient, tokens so far
+    training.jsonl   step, loss per scored token, learning rate, norm of the gradient, tokens so far, what the objective adds
     training.svg     the loss over the steps
 It holds no times, so that the same run gives the same bytes; the manifest has them under `measured`.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from compress.checkpoint.reader import TRAINING
+from compress.contract.objective import Metric
 
 LINES, PICTURE = TRAINING
 
@@ -22,7 +24,7 @@ class Record:
     def __init__(self, folder: Path, title: str) -> None:
         self.folder, self.title = folder, title
 
-    def _rows(self) -> list[dict[str, float]]:
+    def _rows(self) -> list[dict[str, Any]]:
         """The lines so far, without a last one that a crash has cut."""
         path = self.folder / LINES
         rows = []
@@ -44,7 +46,7 @@ class Record:
             self.keep()
         return int(rows[-1]["tokens"]) if rows else 0
 
-    def add(self, **row: float) -> None:
+    def add(self, **row: Metric) -> None:
         """Writes down a step."""
         with open(self.folder / LINES, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
+from compress.contract.objective import LossObjective
 from compress.executors.train.loop import Training
 from compress.executors.train.record import LINES, Record
 from compress.pipeline.run import run_recipe
@@ -186,10 +187,10 @@ def test_only_the_first_process_writes_the_record(tmp_path: Path) -> None:
     record.add(step=1, loss=0.5, tokens=10)
     whole = (tmp_path / LINES).read_bytes()
     second: Any = SimpleNamespace(
-        order=SimpleNamespace(steps=0), writer=SimpleNamespace(path=tmp_path), parameters={}, optimizer=None, record=record,
-        ctx=Context(rank=1, world_size=2),
+        order=SimpleNamespace(steps=0, share=lambda *_: []), writer=SimpleNamespace(path=tmp_path), trained=[], record=record,
+        ctx=Context(rank=1, world_size=2), objective=LossObjective(lambda *_: torch.zeros(())),
     )  # fmt: skip
-    Training.all_steps(second)
+    Training._steps(second)
     assert (tmp_path / LINES).read_bytes() == whole
 
 
