@@ -78,6 +78,11 @@ _FAMILIES: dict[str, dict[str, Dims]] = {
         "mlp.dense_4h_to_h": ("hidden", "units"),
     },
 }  # fmt: skip
+POST_NORMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), ("post_attention_layernorm", "post_feedforward_layernorm")),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+}
+"""Families whose blocks norm what attention and feed-forward add to the residual stream, with those norms."""
 _OUTSIDE = re.compile(r"(?:^|\.)(embed_tokens|embed_in|wte|wpe|embed_positions|lm_head|embed_out|norm|ln_f|final_layer_?norm)$")
 """Modules outside of blocks; each has hidden channels in its last dimension."""
 _NUMBER = re.compile(r"(^|\.)(\d+)(?=\.)")

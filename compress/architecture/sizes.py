@@ -18,8 +18,14 @@ _LAYERS = ("num_hidden_layers", "n_layer")
 _HIDDEN = ("hidden_size", "n_embd")
 _QUERIES = ("num_attention_heads", "n_head")
 _UNITS = ("intermediate_size", "n_inner", "ffn_dim")
+_UNITS_OF = {"gpt2": ("n_inner",), "opt": ("ffn_dim",)}
+"""Families whose code reads this key alone."""
+_NO_GROUPS = ("gpt2", "gpt_neox", "opt")
+"""Families with as many key-value heads as query heads, whatever else a config says."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EXPERT_UNITS = ("moe_intermediate_size",)
+_PLAIN_EXPERTS = ("mixtral", "olmoe", "gpt_oss")
+"""Families whose experts have the width of `_UNITS`, whatever else a config says."""
 _SHARED_UNITS = ("shared_expert_intermediate_size",)
 _BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Keys whose list has an entry for each layer."""
@@ -41,11 +47,12 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
     if not (layers and hidden and queries):
         expected = "layers, hidden channels and attention heads"
         raise InputError("config.json", expected, f"model_type '{text.model_type}' without them", "prune entries instead")
-    experts, units = size(_EXPERTS), size(_UNITS, 4 * hidden)
-    expert_units = size(_EXPERT_UNITS, units) if experts else 0
+    experts, units = size(_EXPERTS), size(_UNITS_OF.get(text.model_type, _UNITS), 4 * hidden)
+    plain = text.model_type in _PLAIN_EXPERTS
+    expert_units = (units if plain else size(_EXPERT_UNITS, units)) if experts else 0
     mixed = any(getattr(text, key, None) not in (None, 0, 1, []) for key in _MIXED)
     dense = units if mixed or not experts else 0
-    groups = size(("num_key_value_heads",), queries)
+    groups = queries if text.model_type in _NO_GROUPS else size(("num_key_value_heads",), queries)
     return Sizes(
         layers, hidden, queries, groups, size(("head_dim",), hidden // queries), dense, experts, expert_units,
         size(_SHARED_UNITS) if experts else 0,
@@ -67,6 +74,8 @@ def resized_config(config: dict[str, Any], before: Sizes, after: Sizes, layers: 
 
     for keys, name in ((_LAYERS, "layers"), (_HIDDEN, "hidden"), (_QUERIES, "queries")):
         put(keys, getattr(before, name), getattr(after, name))
+    if text.get("model_type") in _NO_GROUPS and after.groups != after.queries:
+        raise Refusal("its heads of keys and values cannot be fewer than those of queries", "keep as many")
     if after.groups != after.queries or "num_key_value_heads" in text:
         text["num_key_value_heads"] = after.groups
     if after.head * after.queries != after.hidden or "head_dim" in text:
@@ -74,6 +83,7 @@ def resized_config(config: dict[str, Any], before: Sizes, after: Sizes, layers: 
     if before.experts:
         put(_EXPERTS, before.experts, after.experts)
         moe = [key for key in _EXPERT_UNITS if isinstance(text.get(key), int)]
+        moe = [] if text.get("model_type") in _PLAIN_EXPERTS else moe
         put(tuple(moe) or _UNITS, before.expert_units, after.expert_units)
         if before.shared_units:
             put(_SHARED_UNITS, before.shared_units, after.shared_units)
@@ -81,7 +91,7 @@ def resized_config(config: dict[str, Any], before: Sizes, after: Sizes, layers: 
             if isinstance(text.get(key), int):
                 text[key] = min(text[key], after.experts)
     if before.units:
-        put(_UNITS, before.units, after.units)
+        put(_UNITS_OF.get(text.get("model_type", ""), _UNITS), before.units, after.units)
     if isinstance(text.get("word_embed_proj_dim"), int):
         if text["word_embed_proj_dim"] != before.hidden:
             raise Refusal("embeddings have a width of their own", "keep that size")
