@@ -84,6 +84,10 @@ class SlicingPass(WeightPass):
     def keep(self, observed: Observed, before: Sizes, after: Sizes) -> Kept:
         """Which parts stay: as many as `after` says."""
 
+    def trained(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights that are trained before the model is cut."""
+        return []
+
     def facts(self) -> tuple[Fact, ...]:
         """What has to be observed for that."""
         return ()

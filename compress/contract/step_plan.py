@@ -29,6 +29,8 @@ class Cut:
     after: Sizes
     config: dict[str, Any]
     """config.json of the model that it cuts, without what says how weights are packed."""
+    trained: tuple[Weight, ...] = ()
+    """Those of `weights` that are trained before they are cut."""
 
 
 @dataclass(frozen=True)

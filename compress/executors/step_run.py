@@ -63,6 +63,11 @@ class StepRun:
         names = set(self.step.transformed)
         return [weight for weight in self.weights if weight.name in names]
 
+    @property
+    def trained(self) -> list[Weight]:
+        """The weights that a training pass learns: of the larger model, if it makes a smaller one."""
+        return self.touched if self.step.cut is None else list(self.step.cut.trained)
+
     def untouched(self) -> StepRun:
         """The same run, limited to the weights that are copied unchanged."""
         names = set(self.step.transformed)

@@ -73,7 +73,7 @@ class MaskedModel:
         module, dims = self.module.get_submodule(weight.module), logical(part)
         if weight.kind == "norm" and dims == ("hidden",):
             post = is_post_norm(part, self.family)
-            if isinstance(module, nn.LayerNorm) or "LayerNorm" in type(module).__name__ and hasattr(module, "bias"):
+            if isinstance(module, nn.LayerNorm) or ("LayerNorm" in type(module).__name__ and hasattr(module, "bias")):
                 self._replace(module, partial(self._layer_norm, module))
             else:
                 self._before(module, partial(self._spread, post))
@@ -178,7 +178,7 @@ class MaskedModel:
         if layer is None:
             return value
         matrix = value.transpose(-1, -2) if weight.transposed and value.dim() >= 2 else value
-        writes = dims[0] == "hidden" or dims[:2] == ("experts", "hidden") and weight.kind in ("expert", "bias")
+        writes = dims[0] == "hidden" or (dims[:2] == ("experts", "hidden") and weight.kind in ("expert", "bias"))
         if writes and self.family not in POST_NORMS:
             z = masks.gate(layer)
             if masks.experts is not None and part.expert is not None:

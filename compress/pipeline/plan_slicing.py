@@ -58,7 +58,10 @@ def smaller_model(
     notes = [Note("sliced", changes, tuple(weight.name for weight in placed.weights))]
     if left := tuple(weight.name for weight in weights if not weight.module):
         notes.append(Note("dropped", "tensors that the model does not take", left))
-    return SmallerModel(Cut(model.family, tuple(chosen), before, after, config), made, placed, notes)
+    cut = Cut(model.family, tuple(chosen), before, after, config, tuple(pass_.trained(chosen)))
+    if cut.trained:
+        notes.append(Note("trained", f"weights, by {pass_.pass_name()}", tuple(w.name for w in placed.weights)))
+    return SmallerModel(cut, made, placed, notes)
 
 
 def _check(before: Sizes, after: Sizes) -> None:

@@ -52,7 +52,7 @@ def train(run: StepRun) -> dict[str, float]:
     training = Training(run)
     training.all_steps()
     started = time.perf_counter()
-    training.write()
+    training.write() if run.step.cut is None else training.write_smaller(run)
     training.seconds["write"] = time.perf_counter() - started
     trim_memory()
     return {name: round(seconds, 3) for name, seconds in training.seconds.items()}
@@ -67,7 +67,7 @@ class Training:
         step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
         assert isinstance(step.pass_, TrainPass)
         started = time.perf_counter()
-        self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, run.touched, writer, ctx
+        self.step, self.pass_, self.weights, self.writer, self.ctx = step, step.pass_, run.trained, writer, ctx
         self.training_options = step.pass_.training_options()
         self.dtype = computing(ctx.dtype, source.config)
         # An expert in a module of its own gets no gradient in a step whose tokens are not routed to it.
@@ -78,7 +78,7 @@ class Training:
         _check_launch(self.accelerator)
         self.student = Student(source)
         self.student.learn(self.weights)
-        masks = self.student.masks(step.after)
+        masks = self.student.masks(step.before)
         self.order = SampleOrder(run.corpus(), self.training_options, ctx.seed, causal=_causal(self.student.module, source))
         self._recompute()
         self.teacher = None if run.teacher is None else self._placed(build(run.teacher, str(self.dtype).removeprefix("torch.")))
@@ -291,6 +291,16 @@ class Training:
             digests = {name: self.writer.put(name, part) for name, part in parts.items()}
             # The error of pruning or rounding that an earlier step measured no longer holds.
             self.writer.record(weight.name, digests, {"error": None, "output_error": None, "notes": odd})
+        if self.ctx.is_main:
+            self.record.draw()
+
+    def write_smaller(self, run: StepRun) -> None:
+        """Writes the smaller model that the masks have found, and the record of the training."""
+        from compress.executors.train.extract import extract
+        from compress.executors.train.mask_objective import MaskObjective
+
+        assert isinstance(self.objective, MaskObjective)
+        extract(run, self.objective, lambda name: state.whole(self.parameters[name]) if name in self.parameters else None)
         if self.ctx.is_main:
             self.record.draw()
 
