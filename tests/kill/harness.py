@@ -25,6 +25,7 @@ RECIPES = {
     "stream": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32) | pack",
     "train": f"{CALIBRATE} | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=2) | quantize.rtn(scheme=w4a16g32) | pack",
+    "slice": f"{CALIBRATE} | prune.width(ffn=64, refit=true)",
 }
 """A pass of every driver, and pack."""
 
