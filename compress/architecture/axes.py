@@ -1,8 +1,8 @@
-"""Axes: what each dimension of each tensor counts, by model family: hidden channels, heads, neurons, experts.
+"""Axes: what each dimension of each tensor counts, by model family.
 
-The table names tensors by their paths inside a block, in Llama's words, and their dimensions as [out, in]. Several parts that
-follow each other are joined by `+`; `*2` is a part whose entries take two places each. A bias has the first dimension of its
-matrix. What no part is cut of is empty.
+Hidden channels, heads, neurons or experts. The table names tensors by their paths inside a block, in Llama's words, and their
+dimensions as [out, in]. Several parts that follow each other are joined by `+`; `*2` is a part whose entries take two places
+each. A bias has the first dimension of its matrix. What no part is cut of is empty.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sizes: reads the sizes of a model's structure from its config, and writes those of a smaller one.
+"""Sizes: a model's structure in numbers, read from its config and written to it.
 
 What a config cannot say is found by building the smaller model from it: transformers then wants other shapes.
 """

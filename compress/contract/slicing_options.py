@@ -1,4 +1,4 @@
-"""Slicing options: the sizes that a smaller model is asked to have, in numbers, in parameters, or in bytes."""
+"""Slicing options: which sizes a smaller model is asked to have."""
 
 from __future__ import annotations
 

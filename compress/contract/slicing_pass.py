@@ -1,4 +1,4 @@
-"""Slicing pass: makes a smaller model of the parts that it keeps, which readers load as any other.
+"""Slicing pass: makes a smaller model of the parts that it keeps.
 
 It says how many parts of each kind stay, from the config alone, so that a plan has exact sizes; and which ones, from what was
 observed on calibration tokens. Its executor is executors/slice.py, with axes.py for what each tensor's dimensions count.

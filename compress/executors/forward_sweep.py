@@ -1,4 +1,4 @@
-"""Forward sweep: takes all batches through a model as it is, one block in memory at a time.
+"""Forward sweep: takes all batches through a model, a block in memory at a time.
 
 Nothing is replaced on the way: what is observed is the model of the source.
 """

@@ -1,4 +1,4 @@
-"""Leave out: the loss on the calibration tokens without each layer in turn, with one block in memory.
+"""Leave out: the loss on the calibration tokens without each layer in turn.
 
 A layer that is left out hands on what it got. Every loss is kept at once, so that a crash costs the forward of one.
 """

@@ -1,4 +1,4 @@
-"""Refit: fits what a layer's output projection makes of the channels that it still gets to what it made of all of them.
+"""Refit: fits output projections anew, by least squares, to the inputs that are left.
 
 With C the mean of x x^T over the calibration tokens and K the kept inputs, W' = W C[:, K] (C[K, K] + lambda I)^-1 has the least
 squared error of outputs. It is done for attention outputs and down projections, whose inputs lose heads and neurons, block by
@@ -17,7 +17,7 @@ from compress.architecture.experts import MIDDLE, Routed
 from compress.device import made_on
 from compress.errors import InputError
 from compress.executors.forward_sweep import ForwardSweep
-from compress.executors.slice import put
+from compress.executors.sliced import put
 from compress.executors.step_run import StepRun
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.meta_model import Block

@@ -1,4 +1,4 @@
-"""Slice: runs a slicing pass over a checkpoint: observes, decides, and writes the smaller model tensor by tensor.
+"""Slice: runs a slicing pass: observes, decides, and writes the smaller model.
 
 The decision is kept at once, and what was observed of each block before that, so that a crash costs one block or one tensor.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
-
-import torch
 
 from compress.architecture.axes import Slice, rescaled, slices
 from compress.checkpoint.writer import trim_memory
 from compress.contract.slicing_pass import Observed, SlicingPass
 from compress.contract.step_plan import Cut
 from compress.executors.observe import Observations
+from compress.executors.sliced import check, put
 from compress.executors.step_run import KEPT_FILE, StepRun
 from compress.executors.stream import share
 from compress.layerwise.memory_estimate import MAX_WORKERS
@@ -62,17 +60,6 @@ def decided(run: StepRun, pass_: SlicingPass, what: Cut) -> Kept:
     return kept
 
 
-def check(kept: Kept, what: Cut) -> None:
-    """Raises AssertionError unless as much is kept as was planned."""
-    sizes = what.after
-    assert len(kept.layers) == len(kept.blocks) == sizes.layers, kept.layers
-    assert len(set(kept.hidden)) == sizes.hidden, len(kept.hidden)
-    for block in kept.blocks:
-        assert len(set(block.groups)) == sizes.groups, block.groups
-        assert len(set(block.queries)) == sizes.queries, block.queries
-        assert len(set(block.experts)) == sizes.experts, block.experts
-
-
 def write(run: StepRun, kept: Kept, found: dict[str, Slice]) -> None:
     """Cuts and writes the tensors that are not journaled yet."""
     step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
@@ -100,9 +87,3 @@ def write(run: StepRun, kept: Kept, found: dict[str, Slice]) -> None:
                 "progress", step=step.name, phase="write", weight=weight.name, kept=int(there), done_bytes=done, total_bytes=total
             )
     trim_memory()
-
-
-def put(run: StepRun, weight: Weight, value: torch.Tensor, facts: dict[str, Any] | None = None) -> None:
-    """Writes and journals one tensor."""
-    assert tuple(value.shape) == weight.shape, (weight.name, value.shape, weight.shape)
-    run.writer.record(weight.name, {weight.name: run.writer.put(weight.name, value)}, facts or {})

@@ -1,4 +1,7 @@
-"""Plan slicing: the smaller model that a slicing pass will make, checked by building it from its config."""
+"""Plan slicing: the smaller model that a slicing pass will make.
+
+It is checked by building it, without data, from its config.
+"""
 
 from __future__ import annotations
 

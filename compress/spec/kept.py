@@ -1,4 +1,4 @@
-"""Kept: the sizes of a model's structure, and which of its parts a smaller model has kept.
+"""Kept: which parts of a model a smaller one has kept, and how many there are.
 
     layers    blocks of the text model
     hidden    channels of the residual stream

@@ -1,6 +1,6 @@
-"""Joins key-value heads: each new one is the mean of several, read by all of their query heads.
+"""Joins key-value heads: each new one is the mean of several.
 
-Grouped-query attention from multi-head attention (Ainslie et al., 2305.13245), whose cache is smaller. Without training it costs
+It is read by all of their query heads. Grouped-query attention from multi-head attention (Ainslie et al., 2305.13245), whose cache is smaller. Without training it costs
 much quality: heads that are equal are joined without loss, others are not.
 """
 

@@ -1,4 +1,4 @@
-"""Sorts neurons and heads by importance, so that the first of them are a smaller model.
+"""Sorts neurons and heads by importance: the first of them are a smaller model.
 
 The order of neurons, of key-value heads with their query heads, and of hidden channels means nothing to a model: sorting changes
 no logit. Afterwards `prune.slice` takes any prefix (MatFormer, Devvrit et al., 2310.07707; SortedNet, Valipour et al.,

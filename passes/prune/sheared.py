@@ -1,4 +1,4 @@
-"""Learns which layers, channels, heads, neurons and experts to keep, while it trains the model.
+"""Learns which layers, channels, heads, neurons and experts to keep.
 
 Sheared LLaMA (Xia et al., 2310.06694): hard-concrete masks on every part, a constraint that pulls each kind to the wanted size,
 and the loss of a language model; masks and weights are trained together. In the end exactly the wanted sizes are cut out, with

@@ -1,4 +1,7 @@
-"""Extract: writes the smaller model that a training run has found, with its masks folded into what is kept."""
+"""Extract: writes the smaller model that a training run has found.
+
+The masks of what is kept are folded into its tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from compress.architecture.axes import rescaled, slices
-from compress.executors.slice import check, put
+from compress.executors.sliced import check, put
 from compress.executors.step_run import KEPT_FILE, StepRun
 from compress.executors.train.mask_objective import MaskObjective
 

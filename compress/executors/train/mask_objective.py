@@ -1,4 +1,4 @@
-"""Mask objective: learns which parts of a model are kept, while the model is trained.
+"""Mask objective: learns which parts of a model are kept, while it is trained.
 
 The loss is that of the language model under masks that are drawn anew for each step. Constraints pull the expected share of
 closed masks of each kind to the one that is wanted: their multipliers ascend where masks and weights descend. The wanted share
