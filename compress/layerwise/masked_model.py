@@ -1,7 +1,8 @@
 """Masked model: transformers' model with masks on its parts.
 
-They are on layers, hidden channels, key-value heads, neurons and experts. With masks of 0 and 1 it computes what the smaller model computes, and with others what the smaller model computes after `folded`.
-Sheared LLaMA (Xia et al., 2310.06694), with what its code gets wrong put right:
+They are on layers, hidden channels, key-value heads, neurons and experts. With masks of 0 and 1 it computes what the smaller
+model computes, and with others what the smaller model computes after `folded`. Sheared LLaMA (Xia et al., 2310.06694), with what
+its code gets wrong put right:
 
     embeddings     a channel is on or off, never in between: tied embeddings are on both sides, and one matrix cannot hold z twice
     norms          the mean runs over the channels that are on, and the output is multiplied by z

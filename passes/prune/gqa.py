@@ -1,7 +1,7 @@
 """Joins key-value heads: each new one is the mean of several.
 
-It is read by all of their query heads. Grouped-query attention from multi-head attention (Ainslie et al., 2305.13245), whose cache is smaller. Without training it costs
-much quality: heads that are equal are joined without loss, others are not.
+It is read by all of their query heads. Grouped-query attention from multi-head attention (Ainslie et al., 2305.13245), whose
+cache is smaller. Without training it costs much quality: heads that are equal are joined without loss, others are not.
 """
 
 from __future__ import annotations
