@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -17,6 +17,8 @@ from compress.spec.kept import Sizes
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.ASCII)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _STEPS = 400
+_EVEN = 16
+"""Hidden channels that follow from a target are a multiple of this, or of `multiple` where it has a smaller one in common."""
 
 
 class WidthOptions(SlicingPass):
@@ -90,14 +92,17 @@ class TargetOptions(SlicingPass):
             raise Refusal(f"a target of {most:,}, and the model has {count(before):,}", "choose a smaller target")
 
         def at(factor: float) -> Sizes:
-            sizes: dict[str, Any] = {}
-            for name, exponent in exponents.items():
-                size = getattr(before, name)
-                unit = self.multiple if name in ("hidden", "units", "expert_units", "shared_units") else 1
-                wanted = size * factor**exponent
-                sizes[name] = min(size, max(min(unit, size), round(wanted / unit) * unit)) if size else 0
+            def part(name: str, unit: int = 1) -> int:
+                size: int = getattr(before, name)
+                wanted = round(size * factor ** exponents[name] / unit) * unit
+                return min(size, max(min(unit, size), wanted)) if size else 0
+
+            sizes = {name: part(name, self.multiple if name.endswith("units") else 1) for name in exponents if name != "hidden"}
             made = replace(before, **sizes)
-            return replace(made, queries=made.groups * before.share)
+            made = replace(made, queries=made.groups * before.share)
+            # Many configs refuse a width that is no multiple of the number of heads.
+            unit = math.lcm(made.queries, math.gcd(self.multiple, _EVEN))
+            return replace(made, hidden=part("hidden", unit)) if "hidden" in exponents else made
 
         factors = (1 - step / _STEPS for step in range(1, _STEPS))
         found = next((sizes for factor in factors if count(sizes := at(factor)) <= most), None)

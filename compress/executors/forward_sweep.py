@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,10 +23,10 @@ from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, computing
 from compress.layerwise.meta_model import Block, MetaModel
-from compress.layerwise.stepwise import ForwardHooks
+from compress.layerwise.stepwise import Call, ForwardHooks
 
 AtBlock = Callable[[Block, BatchWalk, list[BatchWalk], ForwardHooks], None]
-"""(block, which is loaded; a walk of one sample; the walks of all batches, which it must take on by `go_on`; hooks)."""
+"""(block, which is loaded; a walk of one sample; the walks of all batches, which it must take on by `on`; hooks)."""
 
 
 class ForwardSweep:
@@ -39,6 +40,13 @@ class ForwardSweep:
         self.meta_model = MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config, device), device)
         dtype = self.meta_model.dtype
         self.batches = cut(run.corpus().tensors, self.meta_model.module, run.ctx.rank, run.ctx.world_size, dtype, device)
+
+        self.last = False
+
+    def on(self, walk: BatchWalk, seen: Callable[[Call, Any], None] | None = None) -> None:
+        """Takes a batch through the block, and to the next one; `seen` gets the block's call and output."""
+        # Nobody asks for logits after the last block, and they are larger than all else.
+        walk.go_on(seen, last=self.last)
 
     @torch.no_grad()
     def all_blocks(self, at: AtBlock) -> None:
@@ -59,8 +67,9 @@ class ForwardSweep:
                 seen.add(block.path)
                 self.meta_model.release_visitors()
                 self.meta_model.load(block.path)
+                self.last = block == self.meta_model.blocks[-1]
                 at(block, probe, walks, hooks)
-                probe.go_on()
+                probe.go_on(last=self.last)
                 self.meta_model.release(block.path)
                 trim_memory()
             for walk in (probe, *walks):

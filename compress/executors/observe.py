@@ -65,7 +65,7 @@ class Observations:
         order = seen.watch(probe, hooks) if seen is not None else None
         for walk in walks:
             if seen is None or order is None:
-                walk.go_on()
+                self.sweep.on(walk)
             else:
                 seen.take(walk, order)
         if seen is not None:
@@ -158,7 +158,7 @@ class _BlockSums:
                 self._add(self.readers[key], rows, torch.arange(len(rows), device=rows.device), valid, samples, length)
             else:
                 self._experts(key, x, valid, samples, length)
-        walk.go_on(self._influence if "influence" in self.asked.facts else None)
+        self.asked.sweep.on(walk, self._influence if "influence" in self.asked.facts else None)
 
     def _add(
         self, word: str, rows: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, samples: int, length: int

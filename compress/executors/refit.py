@@ -87,7 +87,7 @@ class Refit:
                 self.one(part, self.statistic(part, key, walks))
         forget()
         for walk in walks:
-            walk.go_on()
+            self.sweep.on(walk)
         self.run.ctx.tell(
             "progress", step=self.run.step.name, phase="refit", weight=block.path, total_bytes=1, done_bytes=0, unit="blocks",
             total=len(meta_model.blocks), done=block.index + 1,

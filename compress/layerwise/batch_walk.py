@@ -26,10 +26,10 @@ class BatchWalk:
         """Goes to the first block."""
         self._arrive(self._forward.advance())
 
-    def go_on(self, seen: Callable[[Call, Any], None] | None = None) -> None:
+    def go_on(self, seen: Callable[[Call, Any], None] | None = None, last: bool = False) -> None:
         """Finishes the block and goes to the next one; `call` is None at the end of the model.
 
-        `seen` gets the block's call and output.
+        `seen` gets the block's call and output. After the `last` block that is of interest the forward is aborted.
         """
         output = self._inside().finish()
         if seen is not None:
@@ -37,6 +37,9 @@ class BatchWalk:
             seen(self.call, output)
         # Frees the old hidden states.
         self.call = self._visit = None
+        if last:
+            self._forward.leave()
+            return
         self._arrive(self._forward.advance(output))
 
     def until(self, key: Key) -> torch.Tensor | Routed:
