@@ -84,8 +84,10 @@ def test_a_student_of_zeros_costs_one_for_each_layer(tiny: Path, tmp_path: Path)
     assert rows(tmp_path / "out")[0]["squarehead"] == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3", "bert", "mamba2"])
-@pytest.mark.parametrize("pass_", ["squarehead", "features"])
+@pytest.mark.parametrize(
+    ("name", "pass_"),
+    [("gpt2", "squarehead"), ("mixtral", "squarehead"), ("gemma3", "features"), ("bert", "squarehead"), ("mamba2", "features")],
+)
 def test_families_learn(name: str, pass_: str, tmp_path: Path) -> None:
     """Whatever transformers fuses or splits while it loads, and whatever its blocks put out."""
     recipe = f"prune.magnitude(sparsity=0.5) | distill.{pass_}({STEP}, epochs=6, lr=3e-3, schedule=constant)"
@@ -119,17 +121,14 @@ def test_neither_padding_nor_packing_nor_micro_batches_move_it(recipe: str, tiny
     """A token's loss does not depend on what is beside it, so a step's is the same however its tokens are laid out."""
     found = {}
     for name, data in batches(tmp_path).items():
-        for size in (1, 3, 16):
-            out = tmp_path / f"{name}{size}"
-            do(tiny, out, f"{PRUNE} | {recipe.format(data)}, batch=16, epochs=2, micro_batch={size}, lr=1e-3)")
-            found[out.name] = rows(out)
-    first = found.pop("packed1")
+        for size in (1, 3):
+            do(tiny, tmp_path / f"{name}{size}", f"{PRUNE} | {recipe.format(data)}, batch=16, micro_batch={size})")
+            (found[name, size],) = rows(tmp_path / f"{name}{size}")
+    first = found.pop(("packed", 1))
     for name, other in found.items():
-        assert len(other) == len(first) if "packed" in name else True
-        for one, two in zip(first[:1] if "padded" in name else first, other, strict=False):
-            assert one.keys() == two.keys()
-            for key in one.keys() - {"norm", "lr"}:
-                assert one[key] == pytest.approx(two[key], rel=1e-5), (name, key)
+        assert first.keys() == other.keys()
+        for key in first:
+            assert first[key] == pytest.approx(other[key], rel=1e-4 if key == "norm" else 1e-5), (name, key)
 
 
 def test_recomputed_blocks_change_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -169,23 +168,21 @@ def test_the_teacher_gets_no_gradient(name: str, tiny: Path) -> None:
     loss.value.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
-    assert float(loss.value) > 0
+    assert float(loss.value.detach()) > 0
     objective.close()
     assert not [module for module in student.modules() if module._forward_pre_hooks]
 
 
 def test_sparser_activations_are_learned(tiny: Path, tmp_path: Path) -> None:
-    for weight in (0, 5):
-        density = f"density={weight}, " if weight else ""
-        do(tiny, tmp_path / f"{weight}", f"{PRUNE} | distill.squarehead({STEPS}, {density}lr=3e-3, schedule=constant)")
-    found = [row["density"] for row in rows(tmp_path / "5")]
+    """Only inputs near zero have a gradient, so small steps of nearly nothing else."""
+    do(tiny, tmp_path / "out", f"distill.squarehead({STEP}, epochs=6, density=1e5, lr=1e-5, schedule=constant)")
+    found = [row["density"] for row in rows(tmp_path / "out")]
     assert all(0 < value < 1 for value in found)
-    assert found[-1] < found[0]
-    assert "density" not in rows(tmp_path / "0")[0]
+    assert found[-1] < found[0] - 0.005
 
 
 def test_squarehead_alone_trains_what_it_reaches(tiny: Path, tmp_path: Path) -> None:
-    do(tiny, tmp_path / "out", f"{PRUNE} | distill.squarehead({STEPS}, kl=0)")
+    do(tiny, tmp_path / "out", f"{PRUNE} | distill.squarehead({STEPS}, kl=0, lr=1e-2)")
     assert rows(tmp_path / "out")[0].keys() == {"step", "loss", "lr", "norm", "tokens", "squarehead", "squarehead_layers"}
     before = load_file(step_of(tmp_path / "out", "prune.magnitude") / "model.safetensors")
     after = load_file(tmp_path / "out/model.safetensors")
@@ -257,18 +254,20 @@ def test_projections_teach_a_student_of_any_size(tiny: Path, tmp_path: Path) -> 
 # What is refused, before a byte is read.
 
 
-def test_a_teacher_of_another_size_is_refused_before_anything_is_read(tiny: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_another_size_is_refused_before_anything_is_read(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wide = tiny_llama(tmp_path / "wide", hidden_size=128)
-    for plan in (["plan", str(tiny), "-p"], ["run", str(tiny), str(tmp_path / "out"), "-p"]):
-        arguments = [*plan, f"{PRUNE} | distill.squarehead({STEP}, teacher='{wide}')"]
-        with pytest.raises(CompressError) as error:
+    for words in (["plan", str(tiny), "-p"], ["run", str(tiny), str(tmp_path / "out"), "-p"]):
+        arguments = [*words, f"{PRUNE} | distill.squarehead({STEP}, teacher='{wide}')"]
+        with pytest.raises(SystemExit) as ended:
             command(arguments)(arguments, standalone_mode=False)
-        assert error.value.exit_status == 3
-        (problem,) = error.value.problems
-        assert problem.where == "teacher wide"
-        assert "64 hidden channels as the student has, or a student whose manifest tells" in problem.expected
-        assert problem.got == "128 hidden channels"
-        assert "distill.features" in problem.do
+        assert ended.value.code == 3
+        said = capsys.readouterr().err
+        assert "error: teacher wide\n" in said
+        assert "64 hidden channels as the student has, or a student whose manifest tells which it has kept" in said
+        assert "128 hidden channels\n" in said
+        assert "use distill.features, which learns a map between them" in said
     assert not list(tmp_path.glob("out*"))
     deep = tiny_llama(tmp_path / "deep", num_hidden_layers=3)
     with pytest.raises(InputError, match="2 layers as the student has"):
