@@ -84,10 +84,7 @@ def test_a_student_of_zeros_costs_one_for_each_layer(tiny: Path, tmp_path: Path)
     assert rows(tmp_path / "out")[0]["squarehead"] == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "pass_"),
-    [("gpt2", "squarehead"), ("mixtral", "squarehead"), ("gemma3", "features"), ("bert", "squarehead"), ("mamba2", "features")],
-)
+@pytest.mark.parametrize(("name", "pass_"), [("gpt2", "squarehead"), ("mixtral", "squarehead"), ("mamba2", "features")])
 def test_families_learn(name: str, pass_: str, tmp_path: Path) -> None:
     """Whatever transformers fuses or splits while it loads, and whatever its blocks put out."""
     recipe = f"prune.magnitude(sparsity=0.5) | distill.{pass_}({STEP}, epochs=6, lr=3e-3, schedule=constant)"
