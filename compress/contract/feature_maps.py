@@ -58,9 +58,7 @@ def _places(student: tuple[int, ...], teacher: tuple[int, ...], word: str) -> tu
         return () if student == teacher else student
     place = {index: number for number, index in enumerate(teacher)}
     if not student or (lost := [index for index in student if index not in place]):
-        got = (
-            f"a teacher without {word} {', '.join(map(str, lost[:3]))}" if student else f"{len(teacher)} {word} of the student's"
-        )
+        got = f"{len(teacher)} {word}" + (f", without {', '.join(map(str, lost[:3]))}" if student else "")
         raise InputError("teacher", f"a teacher that has all {word} of the student", got, "name an ancestor of the student")
     return tuple(place[index] for index in student)
 

@@ -47,7 +47,7 @@ class Loss:
     """fp32 scalar, summed over the batch's scored tokens. A step's is divided by its scored tokens over all processes, so
     what adds up over tokens does not depend on how a step is divided."""
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Sums of the same kind that are recorded by name for every step; a vector is recorded as a list."""
+    """Sums of the same kind, recorded for every step by names that training.jsonl does not have yet; a vector as a list."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Features(FeaturePass):
 
     def check_teacher(self, student: Checkpoint, teacher: Checkpoint) -> None:
         self.chosen_layers(student)
+        maps_of(student.manifest, teacher.manifest)
         sizes_of(teacher)
 
     def objective_bytes(self, student: Checkpoint, teacher: Checkpoint | None, tokens: int, element_bytes: int) -> int:

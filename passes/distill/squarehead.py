@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from compress.contract.tasks import TrainingBatch
 
 _NAMED_EPS = ("parity", "paper")
+_DOWN = ("down_proj", "dense_4h_to_h", "mlp.c_proj", "fc2")
+"""Ends of the paths of modules that read what a feed-forward layer has activated."""
 
 
 class SquareHead(FeaturePass):
@@ -66,6 +68,8 @@ class SquareHead(FeaturePass):
     def check_teacher(self, student: Checkpoint, teacher: Checkpoint) -> None:
         self.chosen_layers(student)
         compared(student, teacher)
+        if self.density:
+            _refuse_hidden(student)
 
     def objective(self, models: Models) -> Objective:
         return SquareHeadObjective(self, models)
@@ -89,8 +93,9 @@ class SquareHeadObjective(FeatureObjective):
         self.hooks: list[Any] = []
         self.inputs: list[torch.Tensor] = []
         if self.density:
-            for module in down_projections(models.student):
-                self.hooks.append(module.register_forward_pre_hook(lambda _, given: self.inputs.append(given[0])))
+            for path, module in models.student.named_modules():
+                if path.endswith(_DOWN) and not any(True for _ in module.children()):
+                    self.hooks.append(module.register_forward_pre_hook(lambda _, given: self.inputs.append(given[0])))
 
     def buffers(self) -> dict[str, torch.Tensor]:
         return {"mean_square": self.mean_square}
@@ -143,11 +148,10 @@ class SquareHeadObjective(FeatureObjective):
         self.inputs.clear()
 
 
-def down_projections(model: Any) -> list[Any]:
-    """The modules that read what a block's feed-forward layer has activated. Raises InputError where experts hide them."""
-    ends = ("down_proj", "dense_4h_to_h", "mlp.c_proj", "fc2", "fc_out")
-    found = [module for path, module in model.named_modules() if path.endswith(ends) and not any(True for _ in module.children())]
-    if not found or any("experts" in path for path, _ in model.named_modules()):
-        expected, got = "feed-forward layers with a down projection that every token goes through", type(model).__name__
-        raise InputError("distill.squarehead.density", expected, got, "leave density out")
-    return found
+def _refuse_hidden(student: Checkpoint) -> None:
+    """Raises InputError for a model with experts, which only some tokens go through, or without a known down projection."""
+    names = {name.removesuffix(".weight") for name in student.logical}
+    if not any(name.endswith(_DOWN) for name in names) or any("experts" in name for name in names):
+        expected = f"feed-forward layers that every token goes through and that end in {' or '.join(_DOWN)}"
+        kind = student.config.get("model_type")
+        raise InputError("distill.squarehead.density", expected, f"a model of type '{kind}' without", "leave density out")

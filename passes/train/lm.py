@@ -1,4 +1,4 @@
-"""Trains a checkpoint in any state on texts: continued pre-training, without a teacher.
+"""Trains a checkpoint in any state on texts alone: continued pre-training.
 
 The loss is the cross entropy of the next token. It is what a pruned model is usually trained further by when it has many
 tokens of its domains, and the baseline that distillation has to beat on few. Codes and zeros do not change.

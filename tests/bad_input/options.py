@@ -9,6 +9,7 @@ from bad_input.bench import RTN, Case
 
 GPTQ = "quantize gptq {model} {out} --scheme w4a16g32 "
 RATE = "distill logits {model} {out} --data {work}/data.jsonl "
+HIDDEN = "distill squarehead {model} {out} --data {work}/data.jsonl "
 CALIBRATE = "calibrate {model} {out} --data {work}/data.jsonl "
 EVAL = "eval {model} --data {work}/data.jsonl "
 
@@ -60,6 +61,11 @@ CASES = {
     "one beta": _case(RATE + "--betas 0.9", "distill.logits.betas", "one more value", "('0.9',)", "AdamW's two"),
     "batch 0": _case(RATE + "--batch 0", "distill.logits.batch", "greater than or equal to 1"),
     "weight_decay -1": _case(RATE + "--weight-decay -1", "distill.logits.weight_decay", "greater than or equal to 0"),
+    "eps of text": _case(HIDDEN + "--eps small", "distill.squarehead.eps", "parity, paper or a number above 0", "'small'"),
+    "eps 0": _case(HIDDEN + "--eps 0", "distill.squarehead.eps", "parity, paper or a number above 0"),
+    "eps NaN": _case(HIDDEN + "--eps nan", "distill.squarehead.eps", "parity, paper or a number above 0"),
+    "squarehead 0": _case(HIDDEN + "--squarehead 0", "distill.squarehead.squarehead", "greater than 0"),
+    "a layer that is not there": _case(HIDDEN + "--layers 99", "distill.squarehead.layers", "layers from 0 to", "99", status=3),
     "shard-size 0": _case(RTN + " --shard-size 0", "--shard-size", "a size such as 500MB or 5GB", "'0'"),
     "shard-size -1GB": _case(RTN + " --shard-size=-1GB", "--shard-size", "a size such as", "'-1GB'"),
     "shard-size nan": _case(RTN + " --shard-size nan", "--shard-size", "a size such as", "'nan'"),

@@ -21,6 +21,10 @@ RECIPES = {
     "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=4, batch=2, micro_batch=2, save_every=3) | pack",
     "slice": f"{CALIBRATE} | prune.width(ffn=64, refit=true) | prune.depth(layers=6) | pack(format=native)",
     "sheared": f"{CALIBRATE} | prune.sheared(layers=6, ffn=64, epochs=4, batch=2, micro_batch=2, save_every=3)",
+    "an objective that learns": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.features(epochs=4, batch=2, micro_batch=2, "
+    "save_every=3, intra_class=0.1)",
+    "an objective that measures": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.squarehead(epochs=4, batch=2, "
+    "micro_batch=2, save_every=3)",
 }
 SAVE_EVERY = 3
 
