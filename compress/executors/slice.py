@@ -12,10 +12,10 @@ from compress.architecture.axes import Slice, rescaled, slices
 from compress.checkpoint.writer import trim_memory
 from compress.contract.slicing_pass import Observed, SlicingPass
 from compress.contract.step_plan import Cut
-from compress.executors.observe import Observations
 from compress.executors.sliced import check, put
 from compress.executors.step_run import KEPT_FILE, StepRun
 from compress.executors.stream import share
+from compress.executors.structure_scores import Observations
 from compress.layerwise.memory_estimate import MAX_WORKERS
 from compress.spec.kept import Kept
 from compress.spec.weight_state import Weight
@@ -33,7 +33,7 @@ def cut(run: StepRun) -> dict[str, float]:
     seconds["observe"] = time.perf_counter() - started
     found = {one.name: one for one in slices(what.weights, what.family, kept.layers, [b.experts for b in kept.blocks])}
     if "inputs" in pass_.facts():
-        from compress.executors.refit import refit
+        from compress.executors.output_fit import refit
 
         started = time.perf_counter()
         refit(run, kept, list(found.values()))

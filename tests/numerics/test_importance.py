@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.numerics.importance import Importance, best, best_queries, by_head
-from compress.numerics.refit import fitted
+from compress.numerics.output_fit import fitted
 
 CPU = torch.device("cpu")
 

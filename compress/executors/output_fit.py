@@ -1,4 +1,4 @@
-"""Refit: fits output projections by least squares to the inputs that are left.
+"""Output fit: fits output projections by least squares to the inputs that are left.
 
 With C the mean of x x^T over the calibration tokens and K the kept inputs, W' = W C[:, K] (C[K, K] + lambda I)^-1 has the least
 squared error of outputs. It is done for attention outputs and down projections, whose inputs lose heads and neurons, block by
@@ -23,7 +23,7 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.meta_model import Block
 from compress.layerwise.stepwise import ForwardHooks, Key
 from compress.numerics.hessian import Hessian
-from compress.numerics.refit import fitted
+from compress.numerics.output_fit import fitted
 from compress.spec.kept import Kept
 from compress.spec.weight_state import Weight
 

@@ -1,4 +1,4 @@
-"""Refit: the least-squares matrix on some of its inputs.
+"""Output fit: the least-squares matrix on some of its inputs.
 
 Legend: W [out, in]; C [in, in] mean of x x^T over tokens; K the inputs that are left. W' = argmin |W x - W' x_K|^2 has the normal
 equations W' C[K, K] = W C[:, K]. The damping lambda is a share of C's mean diagonal, as in GPTQ.
