@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,17 +19,8 @@ from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.spec.weight_state import Weight
 
 if TYPE_CHECKING:
-    import torch
 
-    from compress.numerics.hessian import Factor, Hessian
-
-
-class Prepared(NamedTuple):
-    """The Hessian [in, in] of some inputs, its factor, and a note if it was not solved as asked."""
-
-    hessian: torch.Tensor
-    factor: Factor
-    note: tuple[str, str] | None
+    from compress.numerics.hessian import Hessian, Prepared
 
 
 class Gptq(QuantizingPass, LinearPass):
@@ -62,21 +53,11 @@ class Gptq(QuantizingPass, LinearPass):
         return 12 * width * width  # fp64 sums and the fp32 mean; then the mean and while it is factored two more
 
     def prepare(self, statistic: Hessian) -> Prepared:
-        import torch
-
-        from compress.numerics.hessian import factor
+        from compress.numerics.hessian import prepare
 
         order: Any = "activation" if self.order == "activation" else "none"
-        if statistic.tokens < max(1, self.min_tokens):
-            # With the identity as Hessian this is rounding to nearest.
-            alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
-            few = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
-            note = few if statistic.tokens else ("unrouted", "no calibration token: rounded to nearest")
-            return Prepared(alone, factor(alone, self.damping, "none"), note)
-        hessian = statistic.mean()
-        found = factor(hessian, self.damping, order)
-        raised = ("damping", f"a Hessian that needed more damping than {self.damping:g}")
-        return Prepared(hessian, found, raised if found.damping > self.damping else None)
+        # With the identity as Hessian this is rounding to nearest.
+        return prepare(statistic, self.damping, order, self.min_tokens, "rounded to nearest")
 
     def solve(self, tasks: Sequence[MatrixTask], prepared: Prepared) -> list[Solution]:
         stacks: dict[Any, list[MatrixTask]] = {}
