@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from compress.contract.group_size import Ragged, fitting
 from compress.contract.pass_base import ExternalInputs, Pass, TargetedPass
 from compress.contract.shapes import TrainPass
-from compress.contract.tasks import Solution
 from compress.errors import Refusal, Unsound, UsageError
 from compress.spec import selectors as targets
 from compress.spec.corrections import Lowrank, Outliers
@@ -21,8 +20,6 @@ from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import FLOATS, MATRICES, Note, State, Weight, counted
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.contract.allocator import Allocator
     from compress.contract.training_options import TrainingOptions
     from compress.corpus import CorpusSpec
@@ -228,16 +225,6 @@ class RefitOption(TargetedPass):
     """The option to solve for what a mask keeps; its solver is numerics/refit.py."""
 
     refit: bool = Field(False, description="then fit the entries that are kept by least squares on the outputs, row by row")
-
-    @staticmethod
-    def solution(old: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor, note: tuple[str, str] | None) -> Solution:
-        """The solution that replaces a matrix by another, with errors of outputs by the Hessian of its inputs."""
-        from compress.numerics.hessian import energies
-
-        before = old.float()
-        moved = before - new.float()
-        outputs = (float(energies(part.T, hessian).double().sum()) for part in (moved, before))
-        return Solution(new, float(moved.square().sum()), float(before.square().sum()), *outputs, note)
 
 
 class TextPass(Pass):

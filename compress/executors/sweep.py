@@ -342,7 +342,7 @@ class Sweep:
         return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
 
 
-def experts_of(weights: list[Weight]) -> list[Part]:
+def experts_of(weights: list[Weight]) -> list[tuple[Weight, int]]:
     """Every matrix of weights that hold experts."""
     return [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
 

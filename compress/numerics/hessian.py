@@ -154,6 +154,14 @@ def factor(h: torch.Tensor, damp: float = 0.01, order: Order = "none", together:
     return Factor(feedback, pivots.square_(), permutation, dead, damp, damp * scale)
 
 
+def errors(old: torch.Tensor, new: torch.Tensor, h: torch.Tensor) -> tuple[float, float, float, float]:
+    """|W - W'|^2, |W|^2, and the same of the outputs per token, for W [rows, n] that becomes W'."""
+    before = old.float()
+    moved = before - new.float()
+    outputs = [float(energies(part.T, h).double().sum()) for part in (moved, before)]
+    return float(moved.square().sum()), float(before.square().sum()), outputs[0], outputs[1]
+
+
 def energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """v^T H v of each column v of V [n, rows]. H is symmetric: tiles below the diagonal are counted twice instead."""
     total = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)

@@ -55,6 +55,7 @@ class Sparsegpt(RefitOption, PruningPass, LinearPass):
     def solve(self, tasks: Sequence[MatrixTask], prepared: Prepared) -> list[Solution]:
         import torch
 
+        from compress.numerics.hessian import errors
         from compress.numerics.refit import refit
         from compress.numerics.sparsegpt import prune
 
@@ -66,8 +67,9 @@ class Sparsegpt(RefitOption, PruningPass, LinearPass):
         q = q.to(w.dtype)
         if self.refit:
             q = refit(w, q, keep, prepared.hessian, self.damping)
-        parts = zip(tasks, q.split(heights), strict=True)
-        return [self.solution(task.value, new.to(task.value.dtype) + 0, prepared.hessian, prepared.note) for task, new in parts]
+        # A kept value may be too small for the dtype: adding zero turns -0 into +0.
+        parts = [(task.value, new.to(task.value.dtype) + 0) for task, new in zip(tasks, q.split(heights), strict=True)]
+        return [Solution(new, *errors(old, new, prepared.hessian), prepared.note) for old, new in parts]
 
     def workspace_bytes(self, weight: Weight) -> int:
         return (40 if self.refit else 24) * weight.out_features * weight.in_features

@@ -45,11 +45,13 @@ class Wanda(RefitOption, PruningPass, LinearPass):
         if not statistic.tokens:
             return None
         if not self.refit:
-            return statistic.rms()
+            rms: torch.Tensor = statistic.rms()
+            return rms
         few, hessian = statistic.tokens < LEAST_TOKENS, finite(statistic.mean())
         return hessian.diagonal().sqrt() if few else hessian
 
     def solve(self, tasks: Sequence[MatrixTask], prepared: torch.Tensor | None) -> list[Solution]:
+        from compress.numerics.hessian import errors
         from compress.numerics.masks import keep_best, zeroed
         from compress.numerics.refit import DAMPING, LEAST_TOKENS, refit
 
@@ -68,7 +70,8 @@ class Wanda(RefitOption, PruningPass, LinearPass):
             keep = keep_best(scores, task.after.sparsity, per_row=self.scope == "row")
             pruned = zeroed(task.value, keep)
             if hessian is not None:
-                solutions.append(self.solution(task.value, refit(task.value, pruned, keep, hessian, DAMPING), hessian, note))
+                pruned = refit(task.value, pruned, keep, hessian, DAMPING) + 0
+                solutions.append(Solution(pruned, *errors(task.value, pruned, hessian), note))
                 continue
             # Cross terms of inputs are not known here, so the outputs' error assumes uncorrelated inputs.
             lost, norm, out_lost, out_norm = (
