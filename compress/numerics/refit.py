@@ -24,7 +24,7 @@ _ENOUGH = 1e-4
 
 
 def refit(
-    w: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, hessian: torch.Tensor, damping: float, steps: int = 32
+    w: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, hessian: torch.Tensor, damping: float, steps: int = 16
 ) -> torch.Tensor:
     """Q [rows, n] in its dtype with refitted entries; a row whose outputs would not come nearer to W's keeps what it has.
 
