@@ -6,7 +6,7 @@ ones on its diagonal; D sparse, W dense, which agree in the end; U the scaled du
 U is what D leaves of Z, so Z and its mask are all that is kept between steps. Every few steps rho grows, the faster the more of
 the mask still changes, until none does. What the mask keeps is then fitted by least squares (refit.py).
 
-A share of zeros is chosen over a whole matrix, and the mask is not greedy: entries may come back. That takes some 40 products with
+A share of zeros is chosen over a whole matrix, and the mask is not greedy: entries may come back. That takes some 40 products by
 all of H, and an eigendecomposition, where SparseGPT takes one product.
 """
 

@@ -76,7 +76,9 @@ class Sparsegpt(RefitOption, PruningPass, LinearPass):
         heights = [len(task.value) for task in tasks]
         w = torch.cat([task.value for task in tasks])
         how: Any = {"per_row": self.scope == "row", "heights": heights}
-        if self.solver == "alps":
+        # Without inputs to go by only the columns one by one are magnitude.
+        starved = prepared.note is not None and prepared.note[0] != "damping"
+        if self.solver == "alps" and not starved:
             q, keep = alps.prune(w, prepared.hessian, sparsity, self.damping, **how)
         else:
             q, keep = prune(w, prepared.factor, sparsity, block=self.block, **how)

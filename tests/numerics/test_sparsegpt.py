@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.numerics import alps
 from compress.numerics.hessian import energies, factor
 from compress.numerics.masks import holds, keep_best
 from compress.numerics.refit import refit
@@ -141,3 +142,20 @@ def test_orders_of_quality_on_correlated_inputs() -> None:
         for name, found in results.items():
             errors[name] += float(energies((w - found).T, h).sum())
     assert errors["sparsegpt+refit"] < errors["wanda+refit"] < errors["sparsegpt"] < errors["wanda"]
+
+
+@pytest.mark.parametrize("text", ["0.5", "2:4", "4:8"])
+def test_alps_errs_less_than_sparsegpt_with_a_refit(text: str) -> None:
+    """On correlated inputs (a statistic, on fixed seeds); and the pattern holds, of each matrix."""
+    sparsity, errors = Sparsity.parse(text), [0.0, 0.0]
+    for seed in range(3):
+        w, h = problem(64, 96, seed)
+        greedy, mask = prune(w, factor(h.clone()), sparsity)
+        found, keep = alps.prune(w, h, sparsity, 0.01, heights=(32, 32))
+        for place, (q, kept) in enumerate(((greedy, mask), (found, keep))):
+            errors[place] += float(energies((w - refit(w, q, kept, h, 0.01)).T, h).sum())
+        assert torch.equal(found != 0, keep)
+        assert holds(keep, sparsity)
+        if sparsity.fraction:
+            assert keep.view(2, -1).sum(1).tolist() == [32 * 48] * 2
+    assert errors[1] < errors[0]

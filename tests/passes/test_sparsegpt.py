@@ -38,7 +38,7 @@ def test_it_is_ahead_of_wanda_and_a_refit_of_both(demo_model: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("llama", "0.5, scope=row"), ("gpt2", "2:4"), ("mixtral", "4:8, order=activation"), ("gpt_oss", "0.7, block=32, refit=true"),
+    [("llama", "0.5, scope=row"), ("gpt2", "2:4"), ("mixtral", "4:8, order=activation"), ("qwen3", "0.6, solver=alps"), ("gpt_oss", "0.7, block=32, refit=true"),
      ("t5", "2:4, refit=true")],
 )  # fmt: skip
 def test_patterns_and_zeros_of_many_families(name: str, options: str, tmp_path: Path) -> None:
@@ -71,6 +71,9 @@ def test_starved_experts_are_pruned_by_magnitude_and_counted(tmp_path: Path) -> 
     for name in note.names:
         old = before.read(name)
         assert torch.equal(after.read(name), old * keep_best(old.float().abs(), Sparsity.parse("2:4")))
+    again = run(source, tmp_path / "alps", f"{calibrate} | prune.sparsegpt(sparsity=2:4, min_tokens=12, solver=alps)")
+    assert note.names == next(note.names for note in again.manifest.notes if note.what == "fallback")
+    assert torch.equal(open_checkpoint(again.out).read(note.names[0]), after.read(note.names[0]))
     refitted = run(source, tmp_path / "wanda", f"{calibrate} | prune.wanda(sparsity=2:4, refit=true)")
     (note,) = [note for note in refitted.manifest.notes if note.what == "fallback"]
     assert note.reason == "fewer than 32 calibration tokens: not refitted"

@@ -46,7 +46,8 @@ def llm_compressor(request: dict[str, Any], ids: list[list[int]], stages: Stages
         # Half is what 2:4 comes to; a structure of 0:0 is none.
         share, structure = (1 - int(kept) / int(of), request["sparsity"]) if of else (float(kept), "0:0")
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
-        modifier = kind(sparsity=share, mask_structure=structure, targets=["Linear"], ignore=["lm_head"])
+        # It prunes what it targets whatever is ignored; the head stays as it is here too.
+        modifier = kind(sparsity=share, mask_structure=structure, targets=[r"re:.*layers\..*_proj$"])
     else:
         weights = {
             "num_bits": request["bits"], "type": "int", "symmetric": True, "strategy": "group", "group_size": request["group"],

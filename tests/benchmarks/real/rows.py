@@ -74,6 +74,8 @@ def masks() -> Iterator[Row]:
             if method == "sparsegpt" or name == "70":
                 yield Row(f"{method}-{name}", f"prune.{method}(sparsity={sparsity})", form="")
             yield Row(f"{method}-{name}-refit", f"prune.{method}(sparsity={sparsity}, refit=true)", form="")
+            if method == "sparsegpt":
+                yield Row(f"alps-{name}", f"prune.sparsegpt(sparsity={sparsity}, solver=alps)", form="")
             if name != "2-4":
                 yield Row(f"{method}-{name}-owl", f"prune.{method}(sparsity={sparsity}, owl=true)", form="")
 
