@@ -117,32 +117,37 @@ def stages(path: Path, stages: Sequence[Stage], title: str) -> None:
 
 
 def allocation(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draws rows of `weight`, `block`, `bytes` and `numel`: bits per weight, a column a block; raises ValueError for none."""
+    """Draws rows of `weight`, `block`, `bytes` and `numel`, a column a block: bits per weight, or for plain masked weights the
+    share of `zeros`. Raises ValueError for none."""
     if not rows:
         raise ValueError("there are no rows to draw")
     places = sorted({-1 if row["block"] is None else row["block"] for row in rows})
-    cells: dict[str, dict[int, list[tuple[int, int]]]] = {}
+    masked = all("zeros" in row for row in rows)
+    cells: dict[str, dict[int, list[tuple[float, int]]]] = {}
     for row in rows:
         # All experts of a block are one row, of means.
         name = re.sub(r"\.\d+(?=\.)", ".*", row["weight"].removesuffix(".weight"))
         place = -1 if row["block"] is None else row["block"]
-        cells.setdefault(name, {}).setdefault(place, []).append((8 * row["bytes"], row["numel"]))
+        amount = row["numel"] * row["zeros"] if masked else 8 * row["bytes"]
+        cells.setdefault(name, {}).setdefault(place, []).append((amount, row["numel"]))
 
-    def mean(found: list[tuple[int, int]]) -> float:
-        return sum(bits for bits, _ in found) / sum(numel for _, numel in found) if found else math.nan
+    def mean(found: list[tuple[float, int]]) -> float:
+        return sum(amount for amount, _ in found) / sum(numel for _, numel in found) if found else math.nan
 
-    bits = [[mean(row.get(place, [])) for place in places] for row in cells.values()]
+    means = [[mean(row.get(place, [])) for place in places] for row in cells.values()]
     with _page(path, (3.6 + 0.28 * max(12, len(places)), 1.3 + 0.28 * len(cells)), title) as page:
         axes = page.subplots()
-        mesh = axes.pcolormesh(bits, cmap="YlGnBu", edgecolors="white", linewidth=0.7)
+        mesh = axes.pcolormesh(means, cmap="YlGnBu", edgecolors="white", linewidth=0.7)
         axes.set_yticks([number + 0.5 for number in range(len(cells))], list(cells))
         shown = range(0, len(places), max(1, len(places) // 16))
         axes.set_xticks([at + 0.5 for at in shown], ["none" if places[at] < 0 else str(places[at]) for at in shown])
         axes.invert_yaxis()
         axes.set_xlabel("block")
         axes.tick_params(length=0)
-        total = 8 * sum(row["bytes"] for row in rows) / sum(row["numel"] for row in rows)
-        axes.set_title(f"bits per weight, scales included: {total:.3f} over all")
+        what = "share of zeros" if masked else "bits per weight, scales included"
+        axes.set_title(
+            f"{what}: {mean([cell for row in cells.values() for found in row.values() for cell in found]):.3f} over all"
+        )
         page.colorbar(mesh, ax=axes, format=_plain).outline.set_visible(False)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract.group_size import Ragged, fitting
-from compress.contract.pass_base import Pass, TargetedPass
+from compress.contract.pass_base import ExternalInputs, Pass, TargetedPass
 from compress.contract.shapes import TrainPass
 from compress.errors import Refusal, Unsound, UsageError
 from compress.spec import selectors as targets
@@ -20,6 +20,7 @@ from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import FLOATS, MATRICES, Note, State, Weight, counted
 
 if TYPE_CHECKING:
+    from compress.contract.allocator import Allocator
     from compress.contract.training_options import TrainingOptions
     from compress.corpus import CorpusSpec
 
@@ -154,19 +155,76 @@ class FactoringPass(TargetedPass):
         return [*super().notes(weights, states), *counted("lowrank", short)]
 
 
+def pruned(weight: Weight, state: State, sparsity: Sparsity, per_row: bool = False) -> State:
+    """The state of a weight with these zeros. Raises Refusal."""
+    refuse_no_matrix(weight)
+    if state != State():
+        raise Refusal(f"it is already {state}", "prune first, and once")
+    if sparsity.of is not None and weight.in_features % sparsity.of:
+        raise Refusal(f"{sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
+    if sparsity.fraction is not None:
+        rows, columns = weight.out_features, weight.in_features
+        kept = (
+            rows * (columns - int(columns * sparsity.fraction))
+            if per_row
+            else rows * columns - int(rows * columns * sparsity.fraction)
+        )
+        if kept < rows:
+            raise Refusal(
+                f"{sparsity} of zeros leaves {kept} weights for {rows} outputs, so some would be empty", "keep more, or skip it"
+            )
+    return State(None, sparsity)
+
+
 class PruningPass(TargetedPass):
     """Sets entries of dense weights to zero."""
 
     sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")
     scope: Literal["matrix", "row"] = Field("matrix", description="a share is taken of the whole matrix, or of each output's row")
+    owl: bool = Field(
+        False, description="OWL: blocks with more outliers among |w_ij| |x_j| keep a larger share, with the same share over all"
+    )
+    owl_lambda: float = Field(0.08, gt=0, lt=0.5, description="owl: shares differ by at most twice this among blocks")
+    owl_m: float = Field(5.0, gt=1, le=1e6, description="owl: an outlier is this many times the mean of its block, or more")
+
+    @model_validator(mode="after")
+    def _densities(self) -> Self:
+        if not self.owl:
+            if given := self.model_fields_set & {"owl_lambda", "owl_m"}:
+                raise ValueError(f"{', '.join(sorted(given))}: only with owl=true")
+        elif (share := self.sparsity.fraction) is None:
+            raise ValueError(f"owl: with a share of zeros such as 0.7; {self.sparsity} is the same in every block")
+        elif 2 * self.owl_lambda >= min(share, 1 - share):
+            most = min(share, 1 - share) / 2
+            raise ValueError(f"owl_lambda: below {most:.4g}, or a block might keep nothing or all with sparsity={self.sparsity}")
+        return self
+
+    def allocator(self) -> Allocator | None:
+        from compress.contract.owl import OwlDensities
+
+        return OwlDensities(self) if self.owl else None
+
+    def reads_tokens(self) -> bool:
+        return self.owl or super().reads_tokens()
+
+    def external_inputs(self, found: ExternalInputs) -> dict[str, str]:
+        own = {"tokens": found.tokens, "dtype": found.dtype} if self.owl else {}
+        return own | super().external_inputs(found)
 
     def becomes(self, weight: Weight, state: State) -> State:
-        refuse_no_matrix(weight)
-        if state != State():
-            raise Refusal(f"it is already {state}", "prune first, and once")
-        if self.sparsity.of is not None and weight.in_features % self.sparsity.of:
-            raise Refusal(f"{self.sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
-        return State(None, self.sparsity)
+        most = (
+            Sparsity(fraction=self.sparsity.fraction + 2 * self.owl_lambda)
+            if self.owl and self.sparsity.fraction
+            else self.sparsity
+        )
+        pruned(weight, state, most, self.scope == "row")
+        return pruned(weight, state, self.sparsity, self.scope == "row")
+
+
+class RefitOption(TargetedPass):
+    """The option to solve for what a mask keeps; its solver is numerics/refit.py."""
+
+    refit: bool = Field(False, description="then fit the entries that are kept by least squares on the outputs, row by row")
 
 
 class TextPass(Pass):

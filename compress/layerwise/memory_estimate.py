@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
-from compress.contract.shapes import ObservingPass, TrainPass
+from compress.contract.shapes import TrainPass
+from compress.contract.tasks import Observer
 from compress.errors import UsageError
 from compress.spec.weight_state import State, Weight
 
@@ -52,7 +53,7 @@ def computing(dtype: str, config: dict[str, Any], device: torch.device | None = 
 
 
 def sweep_bytes(
-    pass_: ObservingPass, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+    pass_: Observer, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> int:
     """Resident bytes beyond the interpreter: a block, its statistics and solutions, activations, weights outside of blocks."""
     blocks: dict[tuple[str, int | None], int] = defaultdict(int)
@@ -99,7 +100,7 @@ def slice_bytes(facts: Sequence[str], weights: list[Weight], config: dict[str, A
     return max((head + outside) * size + logits, (block + outside) * size + within) + state + (64 << 20)
 
 
-def _at_once(weight: Weight, pass_: ObservingPass) -> int:
+def _at_once(weight: Weight, pass_: Observer) -> int:
     """How many statistics are in memory together with that of this weight, its own included."""
     if weight.kind != "expert":
         return 1

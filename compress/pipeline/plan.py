@@ -17,7 +17,7 @@ from compress.architecture.families import Layout
 from compress.architecture.weight_map import Model
 from compress.checkpoint.reader import CALIBRATION, CANONICAL, Checkpoint, local_header
 from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, Shard, arrange, single
-from compress.contract.allocator import offers_of
+from compress.contract.allocator import InputAllocator, offers_of
 from compress.contract.format import Format, Verdict
 from compress.contract.notes import changed_by, folded, shared_notes, untouched
 from compress.contract.pass_base import Pass, WeightPass
@@ -234,7 +234,7 @@ class _StepPlanner:
     def become(self, chosen: Sequence[Weight]) -> Refused:
         """Sets the states after the pass; returns the refusals of pass and format."""
         refused: Refused = []
-        observes = self.pass_.executor() in ("sweep", "smooth")
+        observes = self.pass_.executor() in ("sweep", "smooth") or isinstance(self.allocator, InputAllocator)
         for weight in chosen:
             try:
                 if observes:

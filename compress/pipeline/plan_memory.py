@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from compress.checkpoint.reader import Checkpoint
+from compress.contract.allocator import InputAllocator
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass, TrainPass
@@ -73,6 +74,8 @@ def needs_of(
     if isinstance(worker, ObservingPass) and worker.observes():
         there = sweep_bytes(worker, around.weights, touched, config, around.tokens, size)
     allocator = pass_.allocator()
+    if isinstance(allocator, InputAllocator):
+        there = max(there, sweep_bytes(allocator, around.weights, touched, config, around.tokens, size))
     if allocator is not None and allocator.reads_gradients:
         needed, scratch = reverse_bytes(around.weights, touched, config, around.tokens, size)
         there = max(there, needed)
