@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.reader import Checkpoint
+    from compress.contract.domain_options import DomainOptions
     from compress.contract.training_options import TrainingOptions
     from compress.corpus import Corpus, CorpusSpec
     from compress.numerics.qtensor import QTensor
@@ -142,6 +143,14 @@ class TrainPass(TargetedPass):
 
     def teacher_model(self) -> str | None:
         """The teacher: a directory, a Hub id, or empty for the dense parent; None for no teacher."""
+        return None
+
+    def second_name(self) -> str | None:
+        """The other model that it reads, named alike: its teacher, or one whose losses it is compared with."""
+        return self.teacher_model()
+
+    def domains(self) -> DomainOptions | None:
+        """How the shares of its sources follow losses while it trains; None if they are fixed."""
         return None
 
     @abstractmethod

@@ -22,7 +22,7 @@ Imports errors, checkpoint.
 
 from compress.corpus.build import Corpus, SourceRecord, build_for
 from compress.corpus.build import build_corpus as build
-from compress.corpus.domains import build_domains
+from compress.corpus.domains import build_domains, domain_names
 from compress.corpus.spec import CorpusSpec, DomainSpec, shares
 
-__all__ = ["Corpus", "CorpusSpec", "DomainSpec", "SourceRecord", "build", "build_domains", "build_for", "shares"]
+__all__ = ["Corpus", "CorpusSpec", "DomainSpec", "SourceRecord", "build", "build_domains", "build_for", "domain_names", "shares"]

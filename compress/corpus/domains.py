@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -63,6 +63,12 @@ def build_domains(
                 facts = (source.sha256, source.revision, source.fingerprint)
                 records.append(SourceRecord(source.label, len(kept + trained), used, source.count, *facts))
     return Corpus({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, tuple(records))
+
+
+def domain_names(sources: Sequence[SourceRecord]) -> list[str]:
+    """Names of domains: those of the sources, numbered where two are alike."""
+    names = [source.name for source in sources]
+    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _held_rows(file: Inputs, spec: DomainSpec) -> int:

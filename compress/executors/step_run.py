@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from compress.context import Context
 from compress.contract.pass_base import Pass
 from compress.contract.step_plan import StepPlan
 from compress.layerwise.dense_view import DenseView
-from compress.spec.weight_state import Weight
+from compress.spec.weight_state import Note, Weight
 
 if TYPE_CHECKING:
     from compress.corpus import Corpus
@@ -40,6 +40,8 @@ class StepRun:
     """Reads dense weights for a CompensatingPass."""
     dense_view: DenseView | None = None
     """Reads a packed source for the pass that unpacks it."""
+    notes: list[Note] = field(default_factory=list)
+    """Counted lines that the executor adds about the step as a whole."""
 
     @cached_property
     def pass_(self) -> Pass:

@@ -6,8 +6,8 @@ of the next samples. Two forms are in use. Legend: w weights, k domains, l losse
     paper   w' = w exp(max(l - r, 0)), divided by its sum
     code    w' = w exp(eta (l - r)), divided by its sum, and then (1 - c) w' + c / k; c = 1e-4, eta = 1
 
-Without the maximum a domain that is already below its reference loses share, and the smoothing keeps each share at c / k at least,
-so that no domain is lost for good.
+Without the maximum a domain that is already below its reference loses share, and the smoothing keeps each share at c / k at
+least, so that no domain is lost for good.
 """
 
 from __future__ import annotations

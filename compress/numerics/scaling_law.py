@@ -1,7 +1,7 @@
 """Scaling law: the loss that a family of models would have at another size.
 
-L(N) = a N^-b + c, with N parameters, goes exactly through three sizes of a family (Sheared LLaMA, 2310.06694, takes 7B, 13B and 70B).
-The ratio of the two falls of the loss depends on b alone, and grows with it, so b is found by bisection and a and c follow.
+L(N) = a N^-b + c, with N parameters, goes exactly through three sizes of a family (Sheared LLaMA, 2310.06694, takes 7B, 13B and
+70B). The ratio of the two falls of the loss depends on b alone, and grows with it, so b is found by bisection; a and c follow.
 """
 
 from __future__ import annotations
