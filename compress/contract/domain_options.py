@@ -1,4 +1,4 @@
-"""Domain options: how the shares of domains follow their losses while a pass trains."""
+"""Domain options: how shares of domains follow losses while a pass trains."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CALIBRATE, Ran, Server, journal, same
+from harness import CALIBRATE, Ran, Server, journal, same, two_domains
 
 from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
@@ -19,6 +19,8 @@ RECIPES = {
     "stream and pack": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32) | pack",
     "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=4, batch=2, micro_batch=2, save_every=3) | pack",
+    "train over domains": f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains()}, samples=24, batch=2, micro_batch=2, "
+    "reweight_every=2, save_every=3) | pack",
 }
 SAVE_EVERY = 3
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
+from compress.context import Context
+from compress.contract.domain_options import DomainOptions
+from compress.contract.training_options import TrainingOptions
 from compress.corpus import Corpus, DomainSpec, build_domains
 from compress.errors import CompressError, InputError, RecipeError
+from compress.executors.train.domain_order import DomainOrder
+from compress.executors.train.domains import Domains
 from compress.numerics.domain_weights import updated
 from compress.numerics.scaling_law import through
 from support import do as do_on_two_threads
@@ -78,6 +84,34 @@ def test_losses_are_of_held_out_samples_by_the_teacher_and_by_the_model_as_it_is
         # The artifact is rounded to bf16.
         assert at_end[name]["loss"] == pytest.approx(loss_of(tmp_path / "out", ids), rel=2e-3)
         assert at_end[name]["loss"] != pytest.approx(before[name]["reference"], rel=1e-4)
+
+
+def test_processes_share_the_held_out_samples(data: str) -> None:
+    """However many there are, also more than micro-batches: the sums are those of one."""
+
+    class Alone(Context):
+        def add_up(self, tensor: torch.Tensor) -> None:
+            sums.append(tensor.clone())
+
+    options = TrainingOptions(batch=4, micro_batch=2)
+    corpus = build_domains(DomainSpec(tuple(map(str, option(data))), samples=28, held_out=72), Path(), 0)
+    order = DomainOrder(corpus, options, 0, DomainOptions("paper", 3, 28, (0.5, 0.5)), causal=True)
+    table = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    whole = None
+    for world_size in (1, 2, 3, 5):
+        sums: list[torch.Tensor] = []
+        for rank in range(world_size):
+            run: Any = SimpleNamespace(ctx=Alone(rank=rank, world_size=world_size), teacher=None, weights=())
+            calls: list[int] = []
+
+            def model(input_ids: torch.Tensor, use_cache: bool, calls: list[int] = calls) -> Any:
+                calls.append(len(input_ids))
+                return SimpleNamespace(logits=table[input_ids])
+
+            Domains(run, order, torch.device("cpu"), torch.float32).losses(model)
+            assert len(calls) == -(-4 // world_size), "a sharded model is called by all of them as often"
+        whole = sum(sums) if whole is None else whole
+        torch.testing.assert_close(sum(sums), whole)
 
 
 @pytest.mark.parametrize(("loading", "how"), [("dynamic", {}), ("dynamic-code", {"eta": 3.0, "smoothing": 0.01})])
