@@ -1,4 +1,4 @@
-"""Plots of a run as SVG: losses, weights of domains, stages by size and KL, bits by block.
+"""Plots of a run as SVG: losses, domains, stages by size and KL, bits by block.
 
 The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw; the
 user's matplotlib settings are neither read nor changed.

@@ -1,4 +1,4 @@
-"""Text passes: options of passes that read texts, and how a training pass mixes its domains."""
+"""Text passes: options of texts, and how a training pass mixes its domains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Domain order: the samples of each step, drawn from domains by weights that change.
+"""Domain order: samples drawn from domains, by weights that change.
 
 A draw is a function of the seed, the tokens, the step and the place in the step, and of the weights at that step; the sample is
 the next of its domain in an order that the seed fixes, and after the last the domain begins again in another order. So every

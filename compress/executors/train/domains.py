@@ -1,4 +1,4 @@
-"""Domains: measures the loss of each domain while a run trains, and moves the weights by it.
+"""Domains: measures domain losses while a run trains, and moves the weights.
 
 The loss is the cross entropy per scored token of the domain's held-out samples, by the model as it is then. Micro-batches are
 divided among the processes, and their sums are added up over them; the first process computes the weights for all.
