@@ -1,4 +1,4 @@
-"""Domains: each source is a domain, with samples to train on and samples held out.
+"""Domains: each source has samples to train on, and samples that are held out.
 
 A source is split by its documents, so nothing of a held-out document is trained on. Held-out samples are drawn from a tenth of
 the documents, taken by a shuffle that depends on the seed and the source alone; where these have too few tokens, from a fifth, or
