@@ -25,7 +25,7 @@ class ScalingLaw:
 
     def loss(self, parameters: float) -> float:
         """The loss of a model with that many parameters."""
-        return self.a * (parameters / self.middle) ** -self.b + self.c
+        return self.a * math.pow(parameters / self.middle, -self.b) + self.c
 
 
 def through(sizes: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
