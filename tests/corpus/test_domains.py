@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,8 +18,8 @@ from compress.errors import InputError
 from corpus.oracle import TEXTS, ids_of, lines, said
 
 
-def of(*data: Path, **options: Any) -> DomainSpec:
-    return DomainSpec(tuple(map(str, data)), **{"samples": 6, "length": 32, "held_out": 64, **options})
+def of(*data: Path | str, **options: Any) -> DomainSpec:
+    return DomainSpec(**{"data": tuple(map(str, data)), "samples": 6, "length": 32, "held_out": 64, **options})
 
 
 def part(corpus: Corpus, domain: int, held: bool, name: str = "input_ids") -> torch.Tensor:
@@ -45,6 +49,25 @@ def test_nothing_of_a_held_out_document_is_trained_on(packing: str, tokenizers: 
         assert seen[0]
         assert not seen[0] & seen[1]
         assert len(seen[0] | seen[1]) >= count - 1, "the last may lie in a window that was not filled"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset", "jsonl.gz"])
+def test_other_kinds_of_sources_are_split_alike(kind: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    """Those that read several rows together, too: a token of a document says which one it is from."""
+    content = letters(tmp_path / "made.jsonl", 300, 12)
+    if kind == "parquet":
+        texts = [json.loads(line)["text"] for line in content.read_text().splitlines()]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
+    elif kind == "dataset":
+        (tmp_path / "set").mkdir()
+        content.rename(tmp_path / "set" / "train.jsonl")
+    else:
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content.read_bytes()))
+    source = f"hf:{tmp_path / 'set'}" if kind == "dataset" else str(tmp_path / f"a.{kind}")
+    corpus = build_domains(of(source, samples=500, packing="pad"), tokenizers["plain"], 0)
+    held, trained = ({tuple(row) for row in part(corpus, 0, held).tolist()} for held in (True, False))
+    assert (len(held), len(trained)) == (2, 298)
+    assert not held & trained
 
 
 def test_the_seed_fixes_it_and_sources_do_not_affect_each_other(tokenizers: dict[str, Path], tmp_path: Path) -> None:

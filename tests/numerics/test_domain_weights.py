@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.numerics.domain_weights import Rule, updated
@@ -50,6 +50,7 @@ numbers = st.lists(st.tuples(st.floats(1e-6, 1), st.floats(0, 20), st.floats(0, 
 rules = st.sampled_from(["paper", "code"])
 
 
+@settings(deadline=None)
 @given(numbers, rules)
 def test_weights_sum_to_one_and_none_is_lost(domains: list[tuple[float, float, float]], rule: Rule) -> None:
     weights, losses, references = zip(*domains, strict=True)
@@ -58,6 +59,7 @@ def test_weights_sum_to_one_and_none_is_lost(domains: list[tuple[float, float, f
     assert min(found) >= SMOOTHING / len(found) * (1 - 1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 5), min_size=2, max_size=7), rules)
 def test_of_equal_weights_the_one_with_more_excess_grows(excess: list[float], rule: Rule) -> None:
     found = updated([1.0] * len(excess), excess, [0.0] * len(excess), rule, smoothing=SMOOTHING)
@@ -69,6 +71,7 @@ def test_of_equal_weights_the_one_with_more_excess_grows(excess: list[float], ru
                 assert found[i] == found[j]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1), min_size=2, max_size=7), st.floats(-3, 3), rules)
 def test_equal_excess_changes_nothing_but_the_smoothing(weights: list[float], excess: float, rule: Rule) -> None:
     k = len(weights)

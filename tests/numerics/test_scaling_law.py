@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.numerics.scaling_law import through
@@ -13,6 +13,7 @@ from compress.numerics.scaling_law import through
 SIZES = (7e9, 13e9, 70e9)
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 2), st.floats(0.03, 1.5), st.floats(0, 3))
 def test_it_finds_the_curve_that_the_points_are_on(a: float, b: float, c: float) -> None:
     def loss(size: float) -> float:
