@@ -1,4 +1,4 @@
-"""Plots of a run as SVG: losses, stages by size and KL, bits by block.
+"""Plots of a run as SVG: losses, domains, stages by size and KL, bits by block.
 
 The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw; the
 user's matplotlib settings are neither read nor changed.
@@ -43,6 +43,8 @@ _STYLE: dict[str, Any] = {
     "text.color": "#222222",
 }
 _BLUE, _PALE, _RED, _GREY = "#2f6594", "#a9c4dc", "#b5573a", "#767676"
+_SERIES = (_BLUE, _RED, "#5d8a3c", "#8460a0", "#b98a1d", "#3d8f8f", "#a8487c", _GREY)
+"""Colours of curves side by side; more curves have them again, dashed."""
 _SMOOTH_SHARE = 0.05
 """A smoothed loss is the mean over this share of a run."""
 
@@ -90,6 +92,32 @@ def losses(path: Path, rows: Sequence[Mapping[str, float]], title: str) -> None:
             below.set_xticks(steps, [f"{steps[0]:.0f}"])
         else:
             below.locator_params(axis="x", integer=True)
+
+
+def domains(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws rows of `step` and `domains` (by name: weight, loss, reference); raises ValueError where there are none."""
+    if not rows:
+        raise ValueError("there are no rows to draw")
+    steps, names = [row["step"] for row in rows], list(rows[0]["domains"])
+    with _page(path, (7.2, 5.2), title) as page:
+        above, below = page.subplots(2, 1, sharex=True)
+        for number, name in enumerate(names):
+            found = [row["domains"][name] for row in rows]
+            excess = [math.nan if one["loss"] is None else one["loss"] - one["reference"] for one in found]
+            dashes = "--" if number >= len(_SERIES) else "-"
+            how = {"color": _SERIES[number % len(_SERIES)], "linestyle": dashes, "linewidth": 1.6, "marker": "o", "markersize": 3}
+            above.plot(steps, [one["weight"] for one in found], label=name, **how)
+            below.plot(steps, excess, **how)
+        above.set_title("share of the samples from here on")
+        above.set_ylim(0, 1)
+        below.set_title("loss above the reference, nats per token")
+        below.axhline(0, color=_GREY, linewidth=0.8)
+        below.set_xlabel("step")
+        below.locator_params(axis="x", integer=True)
+        above.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        for axes in (above, below):
+            axes.grid(axis="y")
+            axes.tick_params(length=0)
 
 
 def stages(path: Path, stages: Sequence[Stage], title: str) -> None:

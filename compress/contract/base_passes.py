@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract.group_size import Ragged, fitting
-from compress.contract.pass_base import ExternalInputs, Pass, TargetedPass
-from compress.contract.shapes import TrainPass
-from compress.errors import Refusal, Unsound, UsageError
+from compress.contract.pass_base import ExternalInputs, TargetedPass
+from compress.contract.text_passes import TrainingTexts
+from compress.errors import Refusal
 from compress.spec import selectors as targets
 from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import BLOCK, Scheme
@@ -22,7 +22,6 @@ from compress.spec.weight_state import FLOATS, MATRICES, Note, State, Weight, co
 if TYPE_CHECKING:
     from compress.contract.allocator import Allocator
     from compress.contract.training_options import TrainingOptions
-    from compress.corpus import CorpusSpec
 
 Clip = Annotated[
     Literal["none", "mse"], Field(description="range of a group: its largest magnitude, or the one with least squared error")
@@ -227,46 +226,9 @@ class RefitOption(TargetedPass):
     refit: bool = Field(False, description="then fit the entries that are kept by least squares on the outputs, row by row")
 
 
-class TextPass(Pass):
-    """Base of passes that read texts: parses, redacts and checks their sources."""
-
-    data: tuple[str, ...]
-
-    @field_validator("data", "weights", mode="before", check_fields=False)
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
-
-    def redacted(self) -> Self:
-        """The pass with file names instead of paths: the tokens identify their content, and paths are private."""
-        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
-        return self.model_copy(update={"data": names})
-
-    @staticmethod
-    def sound(draw: Callable[[], Any]) -> None:
-        """Raises Unsound with the problems for which `draw` cannot make a CorpusSpec."""
-        try:
-            draw()
-        except UsageError as error:
-            raise Unsound(error.problems) from None
-
-
-class TrainingPass(TextPass, TrainPass):
+class TrainingPass(TrainingTexts):
     """Trains by AdamW: dense weights, the non-zero entries of masked ones, scales of codes, low-rank factors."""
 
-    data: tuple[str, ...] = Field(
-        (), description="texts to train on, named as for calibrate; without them, the calibration tokens"
-    )
-    weights: tuple[float, ...] = Field((), description="share of the samples from each source; equal without it")
-    samples: int = Field(1024, ge=1, description="how many samples of data")
-    length: int = Field(512, ge=2, description="tokens in each sample of data")
-    packing: Literal["documents", "concatenate", "pad"] = Field(
-        "documents",
-        description="a sample holds several texts that do not attend to each other, a part of a stream, or one text and padding",
-    )
-    chat: bool = Field(False, description="records of data are conversations: apply the tokenizer's chat template")
-    field: str = Field("text", description="field of a record that holds its text or its messages")
-    split: str = Field("train", description="split of a dataset")
     epochs: int = Field(1, ge=1, description="how often each sample is seen")
     batch: int = Field(16, ge=1, description="samples in an optimizer step, over all processes")
     micro_batch: int = Field(4, ge=1, description="samples in one forward of one process")
@@ -291,25 +253,14 @@ class TrainingPass(TextPass, TrainPass):
     def _sound(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas are from 0 to below 1")
-        if not self.data:
-            given = self.model_fields_set & {"weights", "samples", "length", "packing", "chat", "field", "split"}
-            if given:
-                raise ValueError(f"{', '.join(sorted(given))}: only with data, for the calibration tokens are cut already")
-        self.sound(self.texts)
+        if self.loading != "static" and "epochs" in self.model_fields_set:
+            raise ValueError(f"epochs: not with loading={self.loading}, which draws as many samples as samples says")
         return self
 
     def redacted(self) -> Self:
         """Also the teacher's name instead of its path; its content is identified by a digest."""
         named, teacher = super().redacted(), self.teacher_model()
         return named.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else named
-
-    def texts(self) -> CorpusSpec | None:
-        if not self.data:
-            return None
-        from compress.corpus import CorpusSpec
-
-        words = ("data", "weights", "field", "split", "samples", "length", "packing", "chat")
-        return CorpusSpec(**{word: getattr(self, word) for word in words})
 
     def training_options(self) -> TrainingOptions:
         from compress.contract.training_options import TrainingOptions

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.reader import Checkpoint
+    from compress.contract.domain_options import DomainOptions
     from compress.contract.objective import Models, Objective
     from compress.contract.training_options import TrainingOptions
     from compress.corpus import Corpus, CorpusSpec
@@ -144,6 +145,14 @@ class TrainPass(TargetedPass):
 
     def teacher_model(self) -> str | None:
         """The teacher: a directory, a Hub id, or empty for the dense parent; None for no teacher."""
+        return None
+
+    def second_name(self) -> str | None:
+        """The other model that it reads, named alike: its teacher, or one whose losses it is compared with."""
+        return self.teacher_model()
+
+    def domains(self) -> DomainOptions | None:
+        """How the shares of its sources follow losses while it trains; None if they are fixed."""
         return None
 
     @abstractmethod

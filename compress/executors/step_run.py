@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from compress.contract.pass_base import Pass
 from compress.contract.step_plan import StepPlan
 from compress.layerwise.dense_view import DenseView
 from compress.spec.kept import Kept
-from compress.spec.weight_state import Weight
+from compress.spec.weight_state import Note, Weight
 
 KEPT_FILE = ".kept.json"
 """In the .tmp of a slicing step, once it has decided."""
@@ -45,6 +45,8 @@ class StepRun:
     """Reads dense weights for a CompensatingPass."""
     dense_view: DenseView | None = None
     """Reads a packed source for the pass that unpacks it."""
+    notes: list[Note] = field(default_factory=list)
+    """Counted lines that the executor adds about the step as a whole."""
 
     @property
     def kept(self) -> Kept | None:

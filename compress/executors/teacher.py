@@ -34,7 +34,7 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Co
     if not name:
         return Teacher(source, scan.fingerprint)
     # A dense parent is named by a manifest, not by the user, so its code is not trusted.
-    teacher = open_source(name, source.trusted and bool(pass_.teacher_model()))
+    teacher = open_source(name, source.trusted and bool(pass_.second_name()))
     tell_code(teacher, ctx)
     from compress.layerwise.eval_windows import tokenizer_folder
 
@@ -56,16 +56,16 @@ def teacher_headers(pass_: TrainPass, source: Checkpoint) -> Checkpoint | None:
 
 def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
     """The name to open: None for no teacher, empty for `source` itself."""
-    name = pass_.teacher_model()
+    name, word = pass_.second_name(), "teacher" if pass_.teacher_model() is not None else "reference"
     manifest = source.manifest
     if name or name is None or manifest is None or not is_changed(source):
         return name
     dense_parent = manifest.source
     if dense_parent.commit:
         return f"{dense_parent.name}@{dense_parent.commit}"
-    expected = f"teacher: the dense model it was made from, {dense_parent.name}"
+    expected = f"{word}: the dense model it was made from, {dense_parent.name}"
     got = "its name only, for a manifest tells no directories"
-    raise InputError(str(source.path), expected, got, f"set teacher to the directory of {dense_parent.name}")
+    raise InputError(str(source.path), expected, got, f"set {word} to the directory of {dense_parent.name}")
 
 
 def is_changed(checkpoint: Checkpoint) -> bool:

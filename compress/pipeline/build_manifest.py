@@ -24,7 +24,7 @@ from compress.spec.weight_state import DENSE, Note
 
 LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
-    "smoothed", "sliced", "default text", NOTE,
+    "smoothed", "sliced", "default text", "domains", "repeated", "no loss", NOTE,
 )  # fmt: skip
 """Words of counted lines that still hold after later steps."""
 
@@ -105,7 +105,7 @@ def _notes(
     run: StepRun, before: Manifest | None, scan: SourceScan, second_model: Teacher | None, happened: list[Note]
 ) -> list[Note]:
     """The counted lines of this step."""
-    notes = [*run.step.notes, *happened]
+    notes = [*run.step.notes, *happened, *run.notes]
     if scan.nonfinite and before is None:
         notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", scan.nonfinite))
     notes += code_notes(run.source, "model")

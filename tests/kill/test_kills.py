@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CALIBRATE, Ran, Server, journal, same
+from harness import CALIBRATE, Ran, Server, journal, same, two_domains
 
 from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
@@ -26,6 +26,8 @@ RECIPES = {
     "save_every=3, intra_class=0.1)",
     "an objective that measures": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.squarehead(epochs=4, batch=2, "
     "micro_batch=2, save_every=3)",
+    "train over domains": f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains()}, samples=24, batch=2, micro_batch=2, "
+    "reweight_every=2, save_every=3) | pack",
 }
 SAVE_EVERY = 3
 

@@ -32,8 +32,9 @@ from compress.executors.anomalies import watch
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.executors.train import state
+from compress.executors.train.domain_order import order_for
+from compress.executors.train.domains import domains_for
 from compress.executors.train.record import Record
-from compress.executors.train.sample_order import SampleOrder
 from compress.executors.train.student import Student
 from compress.layerwise.logits import is_masked
 from compress.layerwise.memory_estimate import computing
@@ -53,6 +54,8 @@ def train(run: StepRun) -> dict[str, float]:
     training.all_steps()
     started = time.perf_counter()
     training.write() if run.step.cut is None else training.write_smaller(run)
+    if training.domains is not None:
+        training.domains.tell(run)
     training.seconds["write"] = time.perf_counter() - started
     trim_memory()
     return {name: round(seconds, 3) for name, seconds in training.seconds.items()}
@@ -79,9 +82,11 @@ class Training:
         self.student = Student(source)
         self.student.learn(self.weights)
         masks = self.student.masks(step.before)
-        self.order = SampleOrder(run.corpus(), self.training_options, ctx.seed, causal=_causal(self.student.module, source))
+        self.order = order_for(run, step.pass_, causal=_causal(self.student.module, source))
+        self.domains = domains_for(run, self.order, self.accelerator.device, self.dtype)
         self._recompute()
-        self.teacher = None if run.teacher is None else self._placed(build(run.teacher, str(self.dtype).removeprefix("torch.")))
+        teacher = None if step.pass_.teacher_model() is None else run.teacher
+        self.teacher = None if teacher is None else self._placed(build(teacher, str(self.dtype).removeprefix("torch.")))
         self._keeps_texts_apart()
         paths = {name: self.student.path_of(name) for name in self.student.trainable}
         self.model, self.optimizer = self._prepared()
@@ -169,6 +174,8 @@ class Training:
         if not done:
             share = order.share(0, self.ctx.rank, self.ctx.world_size)
             self.objective.prepare((self._placed_batch(batch) for batch, _ in share), self.ctx.add_up)
+        if self.domains is not None:
+            self.domains.begin(self.record, self.teacher)
         began, began_tokens = time.perf_counter(), tokens
         for number in range(done, order.steps):
             started = time.perf_counter()
@@ -178,8 +185,9 @@ class Training:
             tokens += count
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._stop(number, samples, loss, norm)
+            told = {} if self.domains is None else self.domains.after(number + 1, self.model)
             if self.ctx.is_main:
-                self.record.add(step=number + 1, loss=loss, lr=rate, norm=norm, tokens=tokens, **metrics)
+                self.record.add(step=number + 1, loss=loss, lr=rate, norm=norm, tokens=tokens, **metrics, **told)
             self.seconds["steps"] += time.perf_counter() - started
             pace = (tokens - began_tokens) / (time.perf_counter() - began)
             self.ctx.tell(

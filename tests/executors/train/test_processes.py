@@ -172,6 +172,36 @@ def test_a_killed_run_ends_at_the_bytes_of_one_that_was_not(pass_: str, tmp_path
         assert not list((tmp_path / f"{moment}.steps").glob("*.tmp"))
 
 
+def two_domains(folder: Path, samples: int = 9) -> str:
+    """Two files of token ids, one of them of few different tokens; as an option."""
+    chance, paths = torch.Generator().manual_seed(0), []
+    for top in (128, 40):
+        paths.append(str(folder / f"ids-below-{top}.safetensors"))
+        save_file({"input_ids": torch.randint(3, top, (samples, 24), generator=chance)}, paths[-1])
+    return f"data={paths}, loading=dynamic"
+
+
+def test_a_killed_run_over_domains_goes_on_at_the_same_sample(tmp_path: Path) -> None:
+    """Weights move after steps 2, 4, 6 and 7, and states are after 3, 6 and 7: between them, with them, and at the end."""
+    how = "samples=27, batch=4, micro_batch=3, reweight_every=2, lr=1e-2, save_every=3"
+    recipe = f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains(tmp_path)}-code, held_out=48, {how})"
+    # Killed while it measures, in the middle of a step after an update, and before the last state is in its place.
+    moments: list[Any] = [["compress.executors.train.domains:loss_sum", 8], 5, ["compress.executors.train.state:os.replace", 2]]
+    plans = {str(tmp_path / "whole"): [], str(tmp_path / "killed"): moments}
+    seen = python(FORKS, tmp_path, build("llama", tmp_path), recipe, json.dumps(plans))
+    assert [json.loads(line)[2] for line in seen.splitlines()] == [[4, 5]]
+    whole, found = tree(tmp_path / "whole"), tree(tmp_path / "killed")
+    assert {"canonical.safetensors", "training.jsonl", "domains.svg"} <= whole.keys()
+    assert whole == found
+    updates = [row["domains"] for row in rows(tmp_path / "whole") if "domains" in row]
+    assert [row["step"] for row in rows(tmp_path / "whole") if "domains" in row] == [2, 4, 6, 7]
+    assert len({json.dumps(update) for update in updates}) == 4
+    one, two = (Manifest.read(tmp_path / name) for name in ("whole", "killed"))
+    assert one is not None
+    assert two is not None
+    assert one.fingerprint == two.fingerprint
+
+
 def test_a_line_that_a_crash_has_cut_is_dropped(tmp_path: Path) -> None:
     record = Record(tmp_path, "title")
     assert record.back_to(0) == 0
@@ -192,8 +222,8 @@ def test_only_the_first_process_writes_the_record(tmp_path: Path) -> None:
     record.add(step=1, loss=0.5, tokens=10)
     whole = (tmp_path / LINES).read_bytes()
     second: Any = SimpleNamespace(
-        order=SimpleNamespace(steps=0, share=lambda *_: []), writer=SimpleNamespace(path=tmp_path), trained=[], record=record,
-        ctx=Context(rank=1, world_size=2), objective=LossObjective(lambda *_: torch.zeros(())),
+        order=SimpleNamespace(steps=0, share=lambda *_: []), domains=None, writer=SimpleNamespace(path=tmp_path), trained=[],
+        record=record, ctx=Context(rank=1, world_size=2), objective=LossObjective(lambda *_: torch.zeros(())),
     )  # fmt: skip
     Training._steps(second)
     assert (tmp_path / LINES).read_bytes() == whole
@@ -206,12 +236,14 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     ids = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": ids, "attention_mask": mask}, padded)
     how = "samples=7, batch=5, micro_batch=2, epochs=2, lr=1e-3, scale_lr=1e-2"
+    domains = "samples=14, batch=5, micro_batch=1, lr=1e-2, reweight_every=1, held_out=72"
     recipes = {
         "llama": f"prune.magnitude(sparsity=2:4) | distill.logits(data='{data}', {how}, save_every=1)",
         "tied": f"quantize.rtn(scheme=w4a16g32, targets=[linear, embeddings]) | distill.logits(data='{padded}', {how})",
         "mixtral": f"quantize.rtn(scheme=w3a16g32) | distill.logits(data='{data}', {how}, recompute=true)",
         "qwen2": f"prune.magnitude(sparsity=0.5) | distill.squarehead(data='{padded}', {how}, density=0.1, kl=0)",
         "gemma2": f"prune.magnitude(sparsity=0.5) | distill.features(data='{padded}', {how}, projection_lr=1e-2, save_every=1)",
+        "qwen3": f"prune.magnitude(sparsity=0.5) | distill.logits({two_domains(tmp_path)}, {domains})",
     }
     stopped = ("llama", "gemma2")
     tasks = []
@@ -227,8 +259,10 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
             assert a["norm"] == pytest.approx(b["norm"], rel=1e-4), name
             assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
             assert a.keys() == b.keys()
-            for key in a.keys() - {"norm"}:
+            for key in a.keys() - {"norm", "domains"}:
                 assert a[key] == pytest.approx(b[key], rel=1e-5), (name, key)
+            for domain, told in b.get("domains", {}).items():
+                assert a["domains"][domain] == pytest.approx(told, rel=1e-5)
         manifest = open_checkpoint(tmp_path / f"{name}.2").manifest
         assert manifest is not None
         assert manifest.measured["ranks"] == 2
