@@ -6,10 +6,8 @@
     CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
     SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
     TrainPass         the whole model, by gradients of a loss    executor: train
+    BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
     DelegatingPass    decides, and delegates the work            executor: that of its worker
-
-A pass that trains one block at a time towards the outputs of its dense twin would get its shape here, and an executor
-next to `sweep`: it would name the parameters of a block that are trained, and the loss between two outputs.
 """
 
 from __future__ import annotations

@@ -20,6 +20,10 @@ def execute(run: StepRun) -> dict[str, float]:
         from compress.executors.train import train
 
         return train(run)
+    if executor == "blocks":
+        from compress.executors.blocks import blocks
+
+        return blocks(run)
     from compress.executors.stream import stream
 
     stream(run)

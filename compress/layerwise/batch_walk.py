@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from compress.architecture.experts import Routed
@@ -25,7 +27,14 @@ class BatchWalk:
 
     def go_on(self) -> None:
         """Finishes the block and goes to the next one; `call` is None at the end of the model."""
-        output = self._inside().finish()
+        self.hand_on(self.output())
+
+    def output(self) -> Any:
+        """The block's output."""
+        return self._inside().finish()
+
+    def hand_on(self, output: Any) -> None:
+        """Goes to the next block with this output of the block."""
         # Frees the old hidden states.
         self.call = self._visit = None
         self._arrive(self._forward.advance(output))
@@ -37,6 +46,12 @@ class BatchWalk:
     def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
         """All readers of this block with their inputs, in order."""
         return self._inside().survey()
+
+    def arguments(self) -> Call:
+        """The call of this block, its arguments in memory until `step_back` or `go_on`."""
+        self._inside()
+        assert self.call is not None
+        return self.call
 
     def step_back(self) -> None:
         """Drops the activations inside the block; when it is needed again, the block is run from its start."""

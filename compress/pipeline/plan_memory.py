@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from compress.checkpoint.reader import Checkpoint
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass, TrainPass
 from compress.contract.step_plan import layout_specs
-from compress.executors.teacher import teacher_weights
-from compress.layerwise.memory_estimate import DEVICE_BYTES, MAX_WORKERS, computing, reverse_bytes, sweep_bytes, train_bytes
+from compress.executors.teacher import open_twin, teacher_weights
+from compress.layerwise.memory_estimate import (
+    DEVICE_BYTES,
+    MAX_WORKERS,
+    blocks_bytes,
+    computing,
+    reverse_bytes,
+    sweep_bytes,
+    train_bytes,
+)
 from compress.spec.weight_state import State, Weight
 
 
@@ -46,6 +55,10 @@ def needs_of(
         texts = worker.texts()
         sample, teacher = texts.length if texts else around.length, teacher_weights(worker, around.checkpoint)
         resident, scratch = train_bytes(worker, around.weights, touched, after, config, teacher, sample, size)
+        return Needs(resident, scratch, resident + DEVICE_BYTES)
+    if isinstance(worker, BlockTrainPass):
+        open_twin(worker, around.checkpoint, touched)
+        resident, scratch = blocks_bytes(worker, around.weights, touched, after, config, around.tokens, around.length, size)
         return Needs(resident, scratch, resident + DEVICE_BYTES)
     assert isinstance(worker, WeightPass)
     work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
