@@ -178,15 +178,19 @@ class BlockTraining:
 
     def twin_output(self, walk: BatchWalk, twin: BatchWalk | None) -> Any:
         """What the twin's block returns: in its own stream, or for the inputs of the student's block."""
-        if twin is None:
-            output = self.twin_hooks.visit(walk.arguments()).finish()
-            walk.step_back()
-            return output
         assert walk.call is not None
-        expected, got = walk.call.block.path, twin.call.block.path if twin.call is not None else "the end of the model"
+        expected, there = walk.call.block.path, walk.call if twin is None else twin.call
+        got = there.block.path if there is not None else "the end of the model"
         if got != expected:
             raise InputError("the dense twin", f"{expected}, the student's block", got, "name another teacher")
-        return twin.output()
+        call = (twin or walk).arguments()
+        given = tree_leaves((call.args, call.kwargs))
+        output = self.twin_hooks.visit(call).finish()
+        # Its forward is run many times, with the same arguments.
+        refuse_shared(call.block, given, tree_leaves((call.args, call.kwargs)))
+        if twin is None:
+            walk.step_back()
+        return output
 
     def train(self, block: Block, weights: list[Weight]) -> tuple[dict[str, Parts], dict[str, list[tuple[str, str]]], Outcome]:
         """(tensors on disk of the weights that have changed, what there is to say of some, losses) of a block's training."""
@@ -210,14 +214,12 @@ class BlockTraining:
         walk, owner = self.walks[number - self.micros.own.start], ("target", number)
         call = walk.arguments()
         self.offload.fetch(owner)
-        given = tree_leaves((call.args, call.kwargs))
         dtype = self.student.dtype
         with torch.autocast(self.student.device.type, dtype, enabled=dtype is not torch.float32):
             output = _hidden(self.block.forward(*call.args, **call.kwargs))
-        refuse_shared(call.block, given, tree_leaves((call.args, call.kwargs)))
         valid = walk.batch.valid(output, call)
         rows = [x.reshape(-1, x.shape[-1]).float() for x in (output, self.targets[number].args[0])]
-        del output, given
+        del output
         one, other = rows if valid is None else [x[valid] for x in rows]
         yield one, other
         walk.step_back()

@@ -27,11 +27,7 @@ class BatchWalk:
 
     def go_on(self) -> None:
         """Finishes the block and goes to the next one; `call` is None at the end of the model."""
-        self.hand_on(self.output())
-
-    def output(self) -> Any:
-        """The block's output."""
-        return self._inside().finish()
+        self.hand_on(self._inside().finish())
 
     def hand_on(self, output: Any) -> None:
         """Goes to the next block with this output of the block."""

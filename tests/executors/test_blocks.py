@@ -83,23 +83,21 @@ def test_what_lies_outside_of_blocks_is_left_and_counted(tiny: Path, tmp_path: P
 
 @pytest.mark.parametrize("before", [ROUND, "quantize.rtn(scheme=w3a16g32-asym, ragged=divide)", "quantize.rtn(scheme=fp8-afp8)"])
 def test_codes_do_not_change_and_scales_do(before: str, tiny: Path, tmp_path: Path) -> None:
-    do(tiny, tmp_path / "out", f"{CALIBRATE} | {before} | {HEAL})")
+    do(tiny, tmp_path / "out", f"{CALIBRATE} | {before} | {HEAL}, keep=last)")
     old, new = tensors(step_of(tmp_path / "out", "quantize.rtn")), tensors(tmp_path / "out")
     codes = [name for name in old if name.endswith((".codes", ".zero"))]
     assert codes
     assert all(torch.equal(old[name], new[name]) for name in codes)
     scales = [name for name in old if name.endswith(".scale")]
     assert all(not torch.equal(old[name].float(), new[name].float()) for name in scales)
-    assert all(row["loss"] < row["start"] for row in rows(tmp_path / "out"))
 
 
 def test_low_rank_factors_are_trained_beside_scales(tiny: Path, tmp_path: Path) -> None:
-    do(tiny, tmp_path / "out", f"{CALIBRATE} | {ROUND} | quantize.lorc(rank=4) | {HEAL})")
+    do(tiny, tmp_path / "out", f"{CALIBRATE} | {ROUND} | quantize.lorc(rank=4, factors=bf16) | {HEAL}, keep=last)")
     old, new = tensors(step_of(tmp_path / "out", "quantize.lorc")), tensors(tmp_path / "out")
     factors = [name for name in old if name.endswith((".left", ".right"))]
     assert factors
     assert all(not torch.equal(old[name], new[name]) for name in factors)
-    assert all(row["loss"] < row["start"] for row in rows(tmp_path / "out"))
 
 
 def test_scales_bound_to_powers_of_two_are_counted_and_left(tiny: Path, tmp_path: Path) -> None:
@@ -209,7 +207,8 @@ def test_padding_counts_in_no_loss(tiny: Path, tmp_path: Path) -> None:
     mask = (torch.arange(24) < torch.tensor([20, 24, 9, 24, 5, 17, 24, 3, 11, 24, 24, 2])[:, None]).to(torch.uint8)
     for name, filler in (("a", 3), ("b", 77)):
         save_file({"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask}, tmp_path / f"{name}.safetensors")
-        do(tiny, tmp_path / name, f"calibrate(data='{tmp_path / name}.safetensors', samples=12) | {PRUNE} | {HEAL})")
+        calibrate = f"calibrate(data='{tmp_path / name}.safetensors', samples=12)"
+        do(tiny, tmp_path / name, f"{calibrate} | {PRUNE} | distill.blocks(epochs=3, batch=12, micro_batch=1, held_out=0)")
     for one, other in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["tokens"] == other["tokens"]
@@ -234,7 +233,7 @@ def test_experts_without_a_token_are_counted_and_left(source: Callable[[str], Pa
 # Crashes, memory, processes.
 
 
-@pytest.mark.parametrize("at", [1, 5, 14, 25])
+@pytest.mark.parametrize("at", [1, 5, 14, 18])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     at: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

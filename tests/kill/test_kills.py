@@ -19,6 +19,7 @@ RECIPES = {
     "stream and pack": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32) | pack",
     "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=4, batch=2, micro_batch=2, save_every=3) | pack",
+    "blocks": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.blocks(epochs=2, batch=4, micro_batch=2, lr=1e-3) | pack(format=native)",
 }
 SAVE_EVERY = 3
 
