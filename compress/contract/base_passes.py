@@ -226,7 +226,46 @@ class RefitOption(TargetedPass):
     refit: bool = Field(False, description="then fit the entries that are kept by least squares on the outputs, row by row")
 
 
-class TrainingPass(TrainingTexts):
+class LearningPass(TargetedPass):
+    """Trains what a weight's state leaves to train: a dense weight, what is between its zeros, scales, low-rank factors."""
+
+    targets: tuple[str, ...] = Field(
+        ("all",),
+        description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
+    )
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        # Selectors such as `all` also match tensors that cannot be trained, or that the model does not load.
+        return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        if not learned_of(state):
+            raise Refusal(unlearnable(state), "skip it")
+        return state
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        found = {w.name: (" and ".join(learned_of(states[w.name])), unlearnable(states[w.name])) for w in weights}
+        trained = {name: f"{learned}, by {self.pass_name()}" for name, (learned, _) in found.items() if learned}
+        return [
+            *counted("trained", trained),
+            *counted("untrained", {name: why for name, (learned, why) in found.items() if not learned}),
+        ]
+
+
+def learned_of(state: State) -> list[str]:
+    """What can be trained of a weight in this state, in words."""
+    if state.scheme is None:
+        return ["weights" if state.sparsity is None else "weights between zeros"]
+    scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
+    return ["scales"] * scales + ["low-rank factors"] * factors
+
+
+def unlearnable(state: State) -> str:
+    """Why nothing of a weight in codes can be trained."""
+    return f"{state.scheme} binds scales to powers of two or to few bits: none can be moved"
+
+
+class TrainingPass(LearningPass, TrainingTexts):
     """Trains by AdamW: dense weights, the non-zero entries of masked ones, scales of codes, low-rank factors."""
 
     epochs: int = Field(1, ge=1, description="how often each sample is seen")
@@ -244,10 +283,6 @@ class TrainingPass(TrainingTexts):
     clip: float = Field(1.0, ge=0, description="gradients are scaled down to at most this norm; 0 for no limit")
     recompute: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third more work")
     save_every: int = Field(100, ge=1, description="steps between saved training states, from which a killed run resumes")
-    targets: tuple[str, ...] = Field(
-        ("all",),
-        description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
-    )
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -269,22 +304,3 @@ class TrainingPass(TrainingTexts):
             self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, self.schedule, self.warmup, self.final,
             self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
         )  # fmt: skip
-
-    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
-        # Selectors such as `all` also match tensors that cannot be trained, or that the model does not load.
-        return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
-
-    def becomes(self, weight: Weight, state: State) -> State:
-        factors = state.lowrank is not None and not state.lowrank.int8
-        if state.scheme is not None and state.scheme.powers and not factors:
-            raise Refusal(f"{state.scheme} binds scales to powers of two or to few bits: none can be moved", "skip it")
-        return state
-
-    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        def learned(state: State) -> str:
-            if state.scheme is None:
-                return "weights" if state.sparsity is None else "weights between zeros"
-            scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
-            return " and ".join(["scales"] * scales + ["low-rank factors"] * factors)
-
-        return counted("trained", {w.name: f"{learned(states[w.name])}, by {self.pass_name()}" for w in weights})

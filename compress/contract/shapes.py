@@ -1,16 +1,14 @@
 """Shapes: the kinds of work that a pass can do, and the methods of each.
 
-    DataPass          texts become calibration tokens            executor: the pipeline
-    TensorPass        data-free, weight by weight                executor: stream
-    LinearPass        weight by weight, from its inputs          executor: sweep
-    CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
-    SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
-    TrainPass         the whole model, by gradients              executor: train
-    LossPass          a TrainPass whose loss needs only a batch  executor: train
-    DelegatingPass    decides, and delegates the work            executor: that of its worker
-
-A pass that trains one block at a time towards the outputs of its dense twin would get its shape here, and an executor
-next to `sweep`: it would name the parameters of a block that are trained, and the loss between two outputs.
+DataPass          texts become calibration tokens            executor: the pipeline
+TensorPass        data-free, weight by weight                executor: stream
+LinearPass        weight by weight, from its inputs          executor: sweep
+CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
+SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
+TrainPass         the whole model, by gradients              executor: train
+LossPass          a TrainPass whose loss needs only a batch  executor: train
+BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
+DelegatingPass    decides, and delegates the work            executor: that of its worker
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ def execute(run: StepRun) -> dict[str, float]:
         from compress.executors.slice import cut
 
         return cut(run)
+    if executor == "blocks":
+        from compress.executors.blocks import blocks
+
+        return blocks(run)
     from compress.executors.stream import stream
 
     stream(run)

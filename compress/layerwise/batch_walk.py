@@ -35,11 +35,15 @@ class BatchWalk:
         if seen is not None:
             assert self.call is not None
             seen(self.call, output)
+        if last:
+            self.leave()
+            return
+        self.hand_on(output)
+
+    def hand_on(self, output: Any) -> None:
+        """Goes to the next block with this output of the block."""
         # Frees the old hidden states.
         self.call = self._visit = None
-        if last:
-            self._forward.leave()
-            return
         self._arrive(self._forward.advance(output))
 
     def until(self, key: Key) -> torch.Tensor | Routed:
@@ -49,6 +53,12 @@ class BatchWalk:
     def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
         """All readers of this block with their inputs, in order."""
         return self._inside().survey()
+
+    def arguments(self) -> Call:
+        """The call of this block, its arguments in memory until `step_back` or `go_on`."""
+        self._inside()
+        assert self.call is not None
+        return self.call
 
     def step_back(self) -> None:
         """Drops the activations inside the block; when it is needed again, the block is run from its start."""

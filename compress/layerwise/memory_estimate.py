@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.shapes import TrainPass
 from compress.contract.tasks import Observer
 from compress.errors import UsageError
@@ -184,6 +185,46 @@ def train_bytes(
     logits = 4 * tokens * vocabulary * element_bytes + 10 * min(64 << 20, 4 * tokens * vocabulary)
     resident = model + 16 * trained + masks + expanded + activations + teacher * element_bytes + logits
     return resident, 2 * 12 * trained
+
+
+def blocks_bytes(
+    pass_: BlockTrainPass, weights: list[Weight], touched: list[Weight], states: dict[str, State], config: dict[str, Any],
+    tokens: int, sample: int, element_bytes: int,
+) -> tuple[int, int]:  # fmt: skip
+    """(resident bytes beyond the interpreter, bytes of hidden states on disk) of one process; `sample` is a sample's tokens.
+
+    In memory: one block, in fp32 or in codes with its expanded weights, what is trained of it with its gradient, two moments
+    and the best iterate, and a micro-batch's autograd graph; or the embedding. Hidden states of both models, and the targets.
+    """
+    micro = min(tokens, pass_.block_options().micro_batch * sample)
+    trained, outside, head = {weight.name for weight in touched}, 0, 0
+    blocks: dict[tuple[str, int | None], int] = defaultdict(int)
+    graphs: dict[tuple[str, int | None], int] = defaultdict(int)
+    for weight in weights:
+        if weight.block is None:
+            wide = weight.numel * element_bytes
+            head, outside = (max(head, wide), outside) if weight.kind in ("embedding", "head") else (head, outside + wide)
+            continue
+        place, state = (weight.stack, weight.block), states[weight.name]
+        # fp32; the copy that autocast makes; where transformers fuses or splits, its sources and the index of each number.
+        asked = 4 + element_bytes + (16 if weight.converted else 0) + (5 if state.scheme is not None else 0)
+        blocks[place] += asked * weight.numel
+        if weight.name in trained:
+            blocks[place] += (20 + element_bytes) * learned(weight, state) + weight.numel * (state.sparsity is not None)
+        if len(weight.shape) > 1:
+            # A router usually sends a token to two experts, so fused experts count twice.
+            share = 2 if weight.experts else 1
+            graphs[place] += 2 * micro * (weight.in_features + weight.out_features) * share * element_bytes
+        else:
+            graphs[place] += 4 * micro * weight.numel * 4
+    hidden = size_of(config, "hidden_size", "d_model") or max((w.in_features for w in touched if len(w.shape) > 1), default=0)
+    scores = sample * micro * (size_of(config, "num_attention_heads", "num_heads", "n_head") or 0) * 4
+    # The rows of both outputs, their difference and its gradient.
+    rows = 6 * micro * hidden * 4
+    states_bytes = 3 * tokens * hidden * element_bytes
+    block = max((blocks[place] + graphs[place] for place in blocks), default=0)
+    resident = max(block + scores + rows, 2 * head) + min(BETWEEN_BYTES, states_bytes) + 2 * outside
+    return resident + (64 << 20), states_bytes if states_bytes > BETWEEN_BYTES else 0
 
 
 def learned(weight: Weight, state: State) -> int:

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 from compress.checkpoint.reader import Checkpoint
 from compress.contract.allocator import InputAllocator
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass, TrainPass
 from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import layout_specs
-from compress.executors.teacher import teacher_headers
+from compress.executors.teacher import open_twin, teacher_headers
 from compress.layerwise.memory_estimate import (
     DEVICE_BYTES,
     MAX_WORKERS,
+    blocks_bytes,
     computing,
     reverse_bytes,
     slice_bytes,
@@ -62,6 +64,10 @@ def needs_of(
         resident, scratch = train_bytes(worker, around.weights, touched, after, config, taught, sample, size)
         tokens = worker.training_options().micro_batch * sample
         resident += worker.objective_bytes(around.checkpoint, teacher, tokens, size)
+        return Needs(resident, scratch, resident + DEVICE_BYTES)
+    if isinstance(worker, BlockTrainPass):
+        open_twin(worker, around.checkpoint, touched)
+        resident, scratch = blocks_bytes(worker, around.weights, touched, after, config, around.tokens, around.length, size)
         return Needs(resident, scratch, resident + DEVICE_BYTES)
     assert isinstance(worker, WeightPass)
     if isinstance(worker, SlicingPass):

@@ -17,6 +17,7 @@ from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open
 from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
 from compress.context import Context
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.pass_base import ExternalInputs
 from compress.contract.shapes import TrainPass
 from compress.contract.step_plan import Plan, StepPlan
@@ -306,7 +307,7 @@ def _draw_tokens(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corp
 
 def _second_model(step: StepPlan, plan: Plan, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
     """The other model that a step reads: a teacher, or the dense model of a source in codes."""
-    if isinstance(step.pass_, TrainPass):
+    if isinstance(step.pass_, TrainPass | BlockTrainPass):
         return open_teacher(step.pass_, source, scan, ctx)
     return open_dense_parent(step, plan, source, ctx) if step.pass_.second_model == "dense" else None
 
