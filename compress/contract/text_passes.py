@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract.pass_base import ExternalInputs, Pass
-from compress.contract.shapes import TrainPass
+from compress.contract.train_pass import TrainPass
 from compress.errors import Unsound, UsageError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from compress.checkpoint.source import open_headers, open_source
 from compress.context import Context
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.notes import trained_by
-from compress.contract.shapes import TrainPass
+from compress.contract.train_pass import TrainPass
 from compress.errors import InputError, Problem
 from compress.layerwise.dense_view import DenseView
 from compress.spec.weight_state import Weight

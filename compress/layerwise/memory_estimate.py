@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
 from compress.contract.block_training import BlockTrainPass
-from compress.contract.shapes import TrainPass
 from compress.contract.tasks import Observer
+from compress.contract.train_pass import TrainPass
 from compress.errors import UsageError
 from compress.spec.weight_state import State, Weight
 

@@ -11,9 +11,10 @@ from compress.contract.allocator import InputAllocator
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
-from compress.contract.shapes import ObservingPass, TrainPass
+from compress.contract.shapes import ObservingPass
 from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import layout_specs
+from compress.contract.train_pass import TrainPass
 from compress.executors.teacher import open_twin, teacher_headers
 from compress.layerwise.memory_estimate import (
     DEVICE_BYTES,

@@ -19,8 +19,8 @@ from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
 from compress.context import Context
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.pass_base import ExternalInputs
-from compress.contract.shapes import TrainPass
 from compress.contract.step_plan import Plan, StepPlan
+from compress.contract.train_pass import TrainPass
 from compress.device import device_of
 from compress.errors import InputError, Problem
 from compress.executors.allocate import allocate

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.contract.base_passes import TrainingPass
-from compress.contract.shapes import LossPass
 from compress.contract.tasks import TrainingBatch
+from compress.contract.train_pass import LossPass
 
 if TYPE_CHECKING:
     import torch

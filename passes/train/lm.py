@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.contract.base_passes import TrainingPass
-from compress.contract.shapes import LossPass
 from compress.contract.tasks import TrainingBatch
+from compress.contract.train_pass import LossPass
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from itertools import accumulate
 
 from compress.contract.domain_options import DomainOptions
-from compress.contract.shapes import TrainPass
+from compress.contract.train_pass import TrainPass
 from compress.contract.training_options import TrainingOptions
 from compress.corpus import Corpus, domain_names
 from compress.corpus.domains import DOMAIN, HELD_OUT

@@ -24,8 +24,8 @@ from torch import nn
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import trim_memory
 from compress.contract.objective import Loss, Metric, Models
-from compress.contract.shapes import TrainPass
 from compress.contract.tasks import TrainingBatch
+from compress.contract.train_pass import TrainPass
 from compress.device import CPU, device_of
 from compress.errors import InputError, UsageError
 from compress.executors.anomalies import watch
