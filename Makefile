@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo check quick test fuzz faults slow kill readers formats cubins gpu bench real lint types wheel docs demo-model clean
+.PHONY: demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results lint types wheel docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -71,6 +71,11 @@ bench: $(VENV)/test
 real: $(VENV)/real
 	$(BIN)/python tests/benchmarks/real --rows "$(ROWS)" $(if $(PEERS),--peers) --iters $(or $(ITERS),200) \
 		--model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
+
+# Pruning and recovery on trained models, to recipes/pruning.md and build/prune.json; hours on 2 cores. What was measured is kept, so
+# it can be stopped and run again. ROWS="tiny-* smol-2:4*" takes some.
+prune-results: $(VENV)/real
+	$(BIN)/python tests/benchmarks/prune_results.py $(if $(ROWS),--rows "$(ROWS)") $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
