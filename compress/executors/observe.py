@@ -1,4 +1,4 @@
-"""Observe: what an allocator needs to know of the inputs of weights, in one forward.
+"""Observe: what an allocator needs to know of weights' inputs, in one forward.
 
 A sweep that changes nothing: every block runs as it is, and the next one gets its outputs.
 """
