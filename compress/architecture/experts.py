@@ -6,12 +6,15 @@ family that computes its experts elsewhere (Llama 4's batched product) cannot be
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+
+from compress.spec.weight_state import Weight
 
 IMPLEMENTATION = "compress"
 INPUT, MIDDLE, OUTPUT = "input", "middle", "output"
@@ -86,3 +89,15 @@ def _dense(module: Any, name: str, x: torch.Tensor, offsets: tuple[int, ...]) ->
     matrices = [matrix.T if module.is_transposed else matrix for matrix in getattr(module, name).unbind()]
     parts = [linear(x[start:end], matrices[e]) for e, (start, end) in enumerate(pairwise(offsets)) if start < end]
     return torch.cat(parts) if parts else linear(x, matrices[0])
+
+
+def experts_of(weights: list[Weight]) -> list[tuple[Weight, int]]:
+    """Every matrix of weights that hold experts."""
+    return [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
+
+
+def _expert(weight: Weight) -> int:
+    """Which expert a weight belongs to, by its name on disk."""
+    number = re.search(r"experts\.(\d+)\.", weight.name)
+    assert number is not None, weight.name
+    return int(number[1])

@@ -1,4 +1,4 @@
-"""Allocator: decides the state of each weight, within a budget, by its values or its inputs."""
+"""Allocator: decides states of weights by a budget, by values or by inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OWL: each block's share of zeros, by the outliers among its weights times inputs.
+"""OWL: each block's share of zeros, by outliers among its weights times inputs.
 
 Yin et al., 2310.05175. The scores are Wanda's, |w_ij| times the root mean square of input j, of the unpruned model. Arithmetic:
 compress/numerics/owl.py.

@@ -1,4 +1,4 @@
-"""Observe: what an allocator needs to know of the inputs of weights, in one forward.
+"""Observe: what an allocator needs to know of weights' inputs, in one forward.
 
 A sweep that changes nothing: every block runs as it is, and the next one gets its outputs.
 """
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from compress.architecture.experts import experts_of
 from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.contract.allocator import InputAllocator, Observed
-from compress.executors.sweep import Part, Sweep, experts_of
+from compress.executors.sweep import Part, Sweep
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch
 from compress.layerwise.meta_model import MetaModel

@@ -10,7 +10,6 @@ A solved weight is written and journaled at once. After a crash it is read back,
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from compress.architecture.experts import INPUT, MIDDLE, Routed
+from compress.architecture.experts import INPUT, MIDDLE, Routed, experts_of
 from compress.checkpoint.reader import torch_dtype
 from compress.checkpoint.writer import trim_memory
 from compress.contract.fused_groups import Peaks
@@ -340,18 +339,6 @@ class Sweep:
         parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
         value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
         return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
-
-
-def experts_of(weights: list[Weight]) -> list[tuple[Weight, int]]:
-    """Every matrix of weights that hold experts."""
-    return [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
-
-
-def _expert(weight: Weight) -> int:
-    """Which expert a weight belongs to, by its name on disk."""
-    number = re.search(r"experts\.(\d+)\.", weight.name)
-    assert number is not None, weight.name
-    return int(number[1])
 
 
 def _stacks(parts: list[Part]) -> list[list[Part]]:

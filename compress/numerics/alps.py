@@ -1,4 +1,4 @@
-"""ALPS: mask and weights together, by alternating directions on the layer's outputs.
+"""ALPS: finds mask and weights together, by alternating directions.
 
 Meng et al., 2406.07831. Legend: W0 [rows, n] weights, H and lambda as in hessian.py, columns scaled so that X = H + lambda I has
 ones on its diagonal; D sparse, W dense, which agree in the end; U the scaled dual of W = D; rho the weight of their difference.

@@ -1,4 +1,4 @@
-"""OWL: the share of outliers in a block, and the shares of zeros that follow from them.
+"""OWL: the share of outliers in a block, and the shares of zeros that follow.
 
 Yin et al., 2310.05175. Legend: S the scores of all entries of a block together; D = 100 times the share of S > M mean(S);
 p the share of zeros over all; lambda half of the most by which shares differ.

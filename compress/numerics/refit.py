@@ -19,8 +19,6 @@ LEAST_TOKENS = 32
 """Inputs with fewer tokens say too little for a fit."""
 _ROWS = 2048
 """Rows solved at a time."""
-_ENOUGH = 1e-4
-"""The share of the first residual's energy at which a solve ends."""
 
 
 def refit(
@@ -51,10 +49,7 @@ def _solve(
     residual = (damped @ (w.T.to(damped.dtype) - found)).mul_(mask)
     direction = residual * scale
     energy = (residual * direction).sum(0)
-    first = float(energy.sum())
     for _ in range(steps):
-        if not float(energy.sum()) > _ENOUGH * first:
-            break
         product = damped @ direction
         curve = (product * direction).sum(0)
         step = torch.where(curve > 0, energy / curve, 0)

@@ -4,6 +4,9 @@ Frantar & Alistarh, 2301.00774, from the second moments of a weight's inputs, wi
 inputs first (`order`), and a refit of what is kept by least squares (`refit`). Derivation and conventions:
 compress/numerics/sparsegpt.py. `solver=alps` finds mask and weights together, not greedily (Meng et al., 2406.07831;
 compress/numerics/alps.py). To prune and to quantize by one Hessian: quantize.gptq with `sparsity`.
+
+2:4 on a model of 135 M parameters, KL to the source and CPU seconds of the run: Wanda 1.70; SparseGPT 0.873 and 64, with a refit
+0.752 and 125, ALPS 0.666 and 428.
 """
 
 from __future__ import annotations

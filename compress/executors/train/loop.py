@@ -93,7 +93,7 @@ class Training:
         inner = self.accelerator.unwrap_model(self.model)
         self.parameters: dict[str, nn.Parameter] = {name: inner.get_parameter(path) for name, path in paths.items()}
         self.masks = {name: state.like(mask, self.parameters[name]) for name, mask in masks.items()}
-        models = Models(inner, self.teacher, source, run.teacher, self.training_options, ctx.seed)
+        models = Models(inner, self.teacher, source, teacher, self.training_options, ctx.seed)
         self.objective = step.pass_.objective(models)
         self.own = self._own()
         self.trained = [state.Trained(self.parameters, self.optimizer), *self.own]
