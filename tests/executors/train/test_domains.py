@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
+from compress.checkpoint.scan import file_digest
 from compress.context import Context
 from compress.contract.domain_options import DomainOptions
 from compress.contract.training_options import TrainingOptions
@@ -152,7 +153,11 @@ def test_the_manifest_tells_weights_to_start_the_next_pass_from(tiny: Path, data
     assert list(note.names) == NAMES
     ends = re.search(r"weights=\[(.*)\]", note.reason)
     assert ends
-    last = told(step_of(tmp_path / "out", "distill.logits"))[-1]
+    folder = step_of(tmp_path / "out", "distill.logits")
+    manifest, last = Manifest.read(folder), told(folder)[-1]
+    assert manifest is not None
+    assert manifest.files["domains.svg"] == file_digest(folder / "domains.svg")
+    assert not (tmp_path / "out/domains.svg").exists()
     assert [float(text) for text in ends[1].split(",")] == pytest.approx(weights_of(last), rel=1e-5)
     assert ends[0] in next(event["text"] for event in events if event["event"] == "notice" and "domains" in event["text"])
     do(tiny, tmp_path / "next", f"distill.logits({data}, {HOW}, {ends[0]}, kl=0, ce=1, reference_losses=[99, 99])")
