@@ -8,6 +8,8 @@
     TrainPass         the whole model, by gradients of a loss    executor: train
     BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
     DelegatingPass    decides, and delegates the work            executor: that of its worker
+
+Executors are modules of compress/executors/, by these names.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class BlockTrainer:
                 with self.pair(number) as (output, target):
                     loss = self.loss(output, target).sum()
                     if loss.requires_grad:
-                        loss.backward()  # type: ignore[no-untyped-call]
+                        loss.backward()
                     total += torch.tensor([float(loss.detach()), len(output)], dtype=torch.float64)
         self.per_token(total, f"step {done + 1}")
         for parameter in self.distinct:
