@@ -1,14 +1,17 @@
 """Shapes: the kinds of work that a pass can do, and the methods of each.
 
-DataPass          texts become calibration tokens            executor: the pipeline
-TensorPass        data-free, weight by weight                executor: stream
-LinearPass        weight by weight, from its inputs          executor: sweep
-CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
-SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
-TrainPass         the whole model, by gradients              executor: train
-LossPass          a TrainPass whose loss needs only a batch  executor: train
-BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
-DelegatingPass    decides, and delegates the work            executor: that of its worker
+    DataPass          texts become calibration tokens            executor: the pipeline
+    TensorPass        data-free, weight by weight                executor: stream
+    LinearPass        weight by weight, from its inputs          executor: sweep
+    CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
+    SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
+    TrainPass         the whole model, by gradients              executor: train (train_pass.py)
+    LossPass          a TrainPass whose loss needs only a batch  executor: train (train_pass.py)
+    BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
+    SlicingPass       a smaller model of the kept parts          executor: slice, or train (slicing_pass.py)
+    DelegatingPass    decides, and delegates the work            executor: that of its worker
+
+Executors are modules of compress/executors/, by these names.
 """
 
 from __future__ import annotations

@@ -306,6 +306,6 @@ def _missed(weight: Weight, reached: dict[str, torch.Tensor], names: list[str]) 
     if bool(found.all()):
         return []
     if weight.kind != "expert":
-        return [("unreached", "no gradient reached it: not trained")]
+        return [("untrained", "no gradient reached it")]
     missed = "" if weight.experts is None else f"{int((~found).sum())} of {len(found)} experts: "
-    return [("unrouted", f"{missed}no calibration token at all: not trained")]
+    return [("untrained", f"{missed}no calibration token at all")]

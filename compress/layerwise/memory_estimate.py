@@ -224,7 +224,7 @@ def blocks_bytes(
     states_bytes = 3 * tokens * hidden * element_bytes
     block = max((blocks[place] + graphs[place] for place in blocks), default=0)
     resident = max(block + scores + rows, 2 * head) + min(BETWEEN_BYTES, states_bytes) + 2 * outside
-    return resident + (64 << 20), states_bytes if states_bytes > BETWEEN_BYTES else 0
+    return resident + (96 << 20), states_bytes if states_bytes > BETWEEN_BYTES else 0
 
 
 def learned(weight: Weight, state: State) -> int:

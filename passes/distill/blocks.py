@@ -35,10 +35,10 @@ class Blocks(BlockTrainPass):
     error: Literal["relative", "squared"] = Field(
         "relative", description="squared error of a token's output, as a share of the target's energy or in all"
     )
-    epochs: int = Field(4, ge=0, description="how often each block sees each calibration sample; 0 leaves all as it was")
-    batch: int = Field(8, ge=1, description="samples in an optimizer step, over all processes")
+    epochs: int = Field(2, ge=0, description="how often each block sees each calibration sample; 0 leaves all as it was")
+    batch: int = Field(4, ge=1, description="samples in an optimizer step, over all processes")
     micro_batch: int = Field(4, ge=1, description="samples in one forward of one process")
-    lr: float = Field(1e-4, ge=0, le=1e30, description="peak learning rate of weights")
+    lr: float = Field(3e-4, ge=0, le=1e30, description="peak learning rate of weights")
     scale_lr: float = Field(
         5e-3, ge=0, le=1e30, description="peak learning rate of the scales of codes, as a share of each scale"
     )

@@ -222,12 +222,12 @@ def test_experts_without_a_token_are_counted_and_left(source: Callable[[str], Pa
     save_file({"input_ids": torch.full((12, 24), 7)}, tmp_path / "same.safetensors")
     calibrate = f"calibrate(data='{tmp_path / 'same.safetensors'}', samples=12)"
     result = do(source("mixtral"), tmp_path / "out", f"{calibrate} | {PRUNE} | {HEAL})")
-    (left,) = notes(result.manifest, "unrouted").values()
+    (left,) = notes(result.manifest, "untrained").values()
     assert len(left) == 2 * 2 * 3, "two experts of each of two blocks, of three matrices each"
     old, new = tensors(step_of(tmp_path / "out", "prune.magnitude")), tensors(tmp_path / "out")
     assert all(torch.equal(old[name], new[name]) for name in left)
     fused = do(source("gpt_oss"), tmp_path / "fused", f"{calibrate} | {PRUNE} | {HEAL})")
-    assert all(reason.startswith("2 of 4 experts: ") for reason in notes(fused.manifest, "unrouted"))
+    assert all(reason.startswith("2 of 4 experts: ") for reason in notes(fused.manifest, "untrained"))
 
 
 # Crashes, memory, processes.

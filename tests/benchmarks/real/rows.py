@@ -55,6 +55,8 @@ FLATTERED = "flattered: the source's weights lie on a grid of 4 bits"
 MIX = "[w2a16g64, w3a16g64, w4a16g64]"
 TRAIN = "distill.logits(data=['{text}'], samples=256, length=512, batch=8)"
 """32 steps on 131,072 tokens; the text that the others are calibrated on."""
+HEAL = "distill.blocks"
+"""Its defaults, on the calibration tokens."""
 OPTIONS = {
     "stored": "order=stored",
     "largest": "clip=none",
@@ -104,6 +106,8 @@ ROWS = (
     *masks(),
     Row("sparsegpt-2-4-w4g64", "quantize.gptq(scheme=w4a16g64, sparsity=2:4)"),
     Row("sparsegpt-2-4-then-w4g64", "prune.sparsegpt(sparsity=2:4) | quantize.gptq(scheme=w4a16g64)"),
+    Row("wanda-2:4-blocks", f"prune.wanda(sparsity=2:4) | {HEAL}", form=""),
+    Row("gptq-w2g32-blocks", f"quantize.gptq(scheme=w2a16g32) | {HEAL}"),
     Row("llm_mq-3.0-fisher", f"quantize.llm_mq(bits=3.0, schemes={MIX}, mode=fisher)"),
     Row("five-stages", f"prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w3a16g32) | {TRAIN}"),
     *(Row(f"w3g64-{name}", f"quantize.gptq(scheme=w3a16g64, {option})", option=option) for name, option in OPTIONS.items()),
