@@ -50,7 +50,10 @@ def maps_of(student: Manifest | None, teacher: Manifest | None) -> Maps:
 
 def _kept(manifest: Manifest | None, word: str) -> tuple[int, ...]:
     """What a lineage has kept of layers or hidden channels; empty for all."""
-    return tuple(getattr(getattr(manifest, "kept", None), word, ()))
+    kept = manifest.kept if manifest is not None else None
+    if kept is None:
+        return ()
+    return kept.layers if word == "layers" else kept.hidden
 
 
 def _places(student: tuple[int, ...], teacher: tuple[int, ...], word: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from compress.errors import CompressError, CoverageError
 from compress.layerwise.model import build as build_model
 from compress.spec.kept import MLP, Kept
 from families import build
-from support import do, load, logits, ready_inputs, run, tiny_llama, tree
+from support import do, load, logits, ready_inputs, rows, run, tiny_llama, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs()}', samples=6)"
 
@@ -214,6 +214,18 @@ def test_a_recipe_goes_on_from_the_smaller_model(deep: Path, tmp_path: Path) -> 
     assert sizes(model)[0] == 3
     assert torch.isfinite(logits(model)).all()
     assert {note.what for note in result.manifest.notes} >= {"sliced"}
+
+
+def test_a_smaller_student_is_compared_by_what_it_has_kept(deep: Path, tmp_path: Path) -> None:
+    recipe = (
+        f"{CALIBRATE} | prune.depth(layers=3) | prune.width(hidden=48) | distill.squarehead(batch=2, micro_batch=2, epochs=2)"
+    )
+    run(deep, tmp_path / "out", recipe)
+    kept = kept_of(tmp_path / "out")
+    assert (len(kept.layers), len(kept.hidden)) == (3, 48)
+    first = rows(tmp_path / "out")[0]
+    assert first["loss"] > 0
+    assert sizes(load(tmp_path / "out"))[:2] == (3, 48)
 
 
 def test_layer_types_go_along(tmp_path: Path) -> None:
