@@ -1,4 +1,4 @@
-"""Output fit: fits output projections by least squares to the inputs that are left.
+"""Output fit: fits output projections, by least squares, to fewer inputs.
 
 With C the mean of x x^T over the calibration tokens and K the kept inputs, W' = W C[:, K] (C[K, K] + lambda I)^-1 has the least
 squared error of outputs. It is done for attention outputs and down projections, whose inputs lose heads and neurons, block by
