@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results lint types wheel docs demo-model clean
+.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results lint types wheel docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -116,6 +116,11 @@ $(VENV)/test: $(VENV)/torch pyproject.toml setup.py
 $(VENV)/dev: $(VENV)/test
 	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev]"
 	touch $@
+
+# Everything at once, for CI: an installation of its own for each target would solve and build again.
+install: $(VENV)/torch
+	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev,docs]"
+	touch $(VENV)/demo $(VENV)/test $(VENV)/dev $(VENV)/docs
 
 $(VENV)/docs: $(VENV)/torch pyproject.toml setup.py
 	$(PIP) --editable ".[readers,docs]"

@@ -1,4 +1,4 @@
-"""Structure scores: answers what a slicing pass asks about a model, in one forward.
+"""Structure scores: what a slicing pass asks about a model, in one forward.
 
 One block is in memory at a time. What was observed of a block is kept in a file at once; after a crash that block is only run, to
 get to the next one.
