@@ -39,7 +39,7 @@ faults: $(VENV)/test
 	$(BIN)/python -m pytest -q -n auto -m slow -rP tests/house/test_planted_faults.py $(ARGS)
 
 slow: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
 
 # Kills, signals, power cuts, full disks: every kind of pass, at every moment; ends with a table of the kills.
 kill: $(VENV)/test
@@ -47,7 +47,7 @@ kill: $(VENV)/test
 
 # Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow tests/evaluate/readers $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow tests/evaluate/readers $(ARGS)
 
 # Every width, symmetry and format on some models: make formats MODELS="A B" ARGS=--gptqmodel
 formats: $(VENV)/test
