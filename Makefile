@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: demo check quick test fuzz faults slow kill readers formats cubins gpu bench real lint types wheel docs demo-model clean
+.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results lint types wheel docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -39,7 +39,7 @@ faults: $(VENV)/test
 	$(BIN)/python -m pytest -q -n auto -m slow -rP tests/house/test_planted_faults.py $(ARGS)
 
 slow: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
 
 # Kills, signals, power cuts, full disks: every kind of pass, at every moment; ends with a table of the kills.
 kill: $(VENV)/test
@@ -47,7 +47,7 @@ kill: $(VENV)/test
 
 # Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow tests/evaluate/readers $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow tests/evaluate/readers $(ARGS)
 
 # Every width, symmetry and format on some models: make formats MODELS="A B" ARGS=--gptqmodel
 formats: $(VENV)/test
@@ -71,6 +71,11 @@ bench: $(VENV)/test
 real: $(VENV)/real
 	$(BIN)/python tests/benchmarks/real --rows "$(ROWS)" $(if $(PEERS),--peers) --iters $(or $(ITERS),200) \
 		--model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
+
+# Pruning and recovery on trained models, to recipes/pruning.md and build/prune.json; hours on 2 cores. What was measured is kept, so
+# it can be stopped and run again. ROWS="tiny-* smol-2:4*" takes some.
+prune-results: $(VENV)/real
+	$(BIN)/python tests/benchmarks/prune_results.py $(if $(ROWS),--rows "$(ROWS)") $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -111,6 +116,11 @@ $(VENV)/test: $(VENV)/torch pyproject.toml setup.py
 $(VENV)/dev: $(VENV)/test
 	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev]"
 	touch $@
+
+# Everything at once, for CI: an installation of its own for each target would solve and build again.
+install: $(VENV)/torch
+	$(PIP) "setuptools>=77" wheel --editable ".[readers,test,dev,docs]"
+	touch $(VENV)/demo $(VENV)/test $(VENV)/dev $(VENV)/docs
 
 $(VENV)/docs: $(VENV)/torch pyproject.toml setup.py
 	$(PIP) --editable ".[readers,docs]"

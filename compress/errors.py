@@ -119,9 +119,15 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+_LONGEST_NAME = 200
+"""Characters of a word up to which names like it are looked for: the search takes seconds for a million."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name nearest to `word`, or the empty string."""
     import difflib
 
+    if len(word) > _LONGEST_NAME:
+        return ""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,4 +1,4 @@
-"""Plots of a run as SVG: losses, stages by size and KL, bits by block.
+"""Plots of a run as SVG: losses, domains, stages by size and KL, bits by block.
 
 The same rows give the same bytes, so that a picture can be committed and compared. Matplotlib is imported only to draw; the
 user's matplotlib settings are neither read nor changed.
@@ -43,6 +43,8 @@ _STYLE: dict[str, Any] = {
     "text.color": "#222222",
 }
 _BLUE, _PALE, _RED, _GREY = "#2f6594", "#a9c4dc", "#b5573a", "#767676"
+_SERIES = (_BLUE, _RED, "#5d8a3c", "#8460a0", "#b98a1d", "#3d8f8f", "#a8487c", _GREY)
+"""Colours of curves side by side; more curves have them again, dashed."""
 _SMOOTH_SHARE = 0.05
 """A smoothed loss is the mean over this share of a run."""
 
@@ -92,6 +94,32 @@ def losses(path: Path, rows: Sequence[Mapping[str, float]], title: str) -> None:
             below.locator_params(axis="x", integer=True)
 
 
+def domains(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws rows of `step` and `domains` (by name: weight, loss, reference); raises ValueError where there are none."""
+    if not rows:
+        raise ValueError("there are no rows to draw")
+    steps, names = [row["step"] for row in rows], list(rows[0]["domains"])
+    with _page(path, (7.2, 5.2), title) as page:
+        above, below = page.subplots(2, 1, sharex=True)
+        for number, name in enumerate(names):
+            found = [row["domains"][name] for row in rows]
+            excess = [math.nan if one["loss"] is None else one["loss"] - one["reference"] for one in found]
+            dashes = "--" if number >= len(_SERIES) else "-"
+            how = {"color": _SERIES[number % len(_SERIES)], "linestyle": dashes, "linewidth": 1.6, "marker": "o", "markersize": 3}
+            above.plot(steps, [one["weight"] for one in found], label=name, **how)
+            below.plot(steps, excess, **how)
+        above.set_title("share of the samples from here on")
+        above.set_ylim(0, 1)
+        below.set_title("loss above the reference, nats per token")
+        below.axhline(0, color=_GREY, linewidth=0.8)
+        below.set_xlabel("step")
+        below.locator_params(axis="x", integer=True)
+        above.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        for axes in (above, below):
+            axes.grid(axis="y")
+            axes.tick_params(length=0)
+
+
 def stages(path: Path, stages: Sequence[Stage], title: str) -> None:
     """Draws a bar of bytes and a bar of KL for each stage, the first on top; raises ValueError where there are none."""
     if not stages:
@@ -117,32 +145,37 @@ def stages(path: Path, stages: Sequence[Stage], title: str) -> None:
 
 
 def allocation(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draws rows of `weight`, `block`, `bytes` and `numel`: bits per weight, a column a block; raises ValueError for none."""
+    """Draws rows of `weight`, `block`, `bytes` and `numel`, a column a block: bits per weight, or for plain masked weights the
+    share of `zeros`. Raises ValueError for none."""
     if not rows:
         raise ValueError("there are no rows to draw")
     places = sorted({-1 if row["block"] is None else row["block"] for row in rows})
-    cells: dict[str, dict[int, list[tuple[int, int]]]] = {}
+    masked = all("zeros" in row for row in rows)
+    cells: dict[str, dict[int, list[tuple[float, int]]]] = {}
     for row in rows:
         # All experts of a block are one row, of means.
         name = re.sub(r"\.\d+(?=\.)", ".*", row["weight"].removesuffix(".weight"))
         place = -1 if row["block"] is None else row["block"]
-        cells.setdefault(name, {}).setdefault(place, []).append((8 * row["bytes"], row["numel"]))
+        amount = row["numel"] * row["zeros"] if masked else 8 * row["bytes"]
+        cells.setdefault(name, {}).setdefault(place, []).append((amount, row["numel"]))
 
-    def mean(found: list[tuple[int, int]]) -> float:
-        return sum(bits for bits, _ in found) / sum(numel for _, numel in found) if found else math.nan
+    def mean(found: list[tuple[float, int]]) -> float:
+        return sum(amount for amount, _ in found) / sum(numel for _, numel in found) if found else math.nan
 
-    bits = [[mean(row.get(place, [])) for place in places] for row in cells.values()]
+    means = [[mean(row.get(place, [])) for place in places] for row in cells.values()]
     with _page(path, (3.6 + 0.28 * max(12, len(places)), 1.3 + 0.28 * len(cells)), title) as page:
         axes = page.subplots()
-        mesh = axes.pcolormesh(bits, cmap="YlGnBu", edgecolors="white", linewidth=0.7)
+        mesh = axes.pcolormesh(means, cmap="YlGnBu", edgecolors="white", linewidth=0.7)
         axes.set_yticks([number + 0.5 for number in range(len(cells))], list(cells))
         shown = range(0, len(places), max(1, len(places) // 16))
         axes.set_xticks([at + 0.5 for at in shown], ["none" if places[at] < 0 else str(places[at]) for at in shown])
         axes.invert_yaxis()
         axes.set_xlabel("block")
         axes.tick_params(length=0)
-        total = 8 * sum(row["bytes"] for row in rows) / sum(row["numel"] for row in rows)
-        axes.set_title(f"bits per weight, scales included: {total:.3f} over all")
+        what = "share of zeros" if masked else "bits per weight, scales included"
+        axes.set_title(
+            f"{what}: {mean([cell for row in cells.values() for found in row.values() for cell in found]):.3f} over all"
+        )
         page.colorbar(mesh, ax=axes, format=_plain).outline.set_visible(False)
 
 

@@ -1,4 +1,5 @@
 """The passes, one file each.
 
-Imports errors, spec, numerics, checkpoint, corpus, architecture, contract, kernels.
+Imports errors, spec, numerics, checkpoint, corpus, architecture, contract, kernels,
+executors.
 """

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import TextPass
 from compress.contract.shapes import DataPass
+from compress.contract.text_passes import TextPass
 from compress.corpus import shipped
 from compress.spec.recipe import Line
 from compress.spec.weight_state import Note

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.plots import Stage, losses, stages
+from compress.plots import Stage, domains, losses, stages
 
 ROWS = [{"step": i, "loss": 2 / i, "lr": 1e-4 / i, "tokens": 2048.0 * i} for i in range(1, 60)]
 STAGES = [
@@ -32,6 +32,26 @@ def test_losses_show_steps_tokens_and_rates(tmp_path: Path) -> None:
     path = tmp_path / "losses.svg"
     losses(path, ROWS, "A title")
     assert {"A title", "loss, nats per token", "learning rate", "smoothed", "step (120,832 tokens in all)"} <= set(texts(path))
+
+
+def updates(count: int, names: int = 2) -> list[dict[str, object]]:
+    """Rows of `count` updates, the loss of the first domain missing in the last."""
+    found = []
+    for i in range(count):
+        told = {f"d{n} & <$>": {"weight": 1 / names, "loss": 2.0 + n / (1 + i), "reference": 2.1} for n in range(names)}
+        if i == count - 1:
+            told["d0 & <$>"]["loss"] = None
+        found.append({"step": 50 * (i + 1), "domains": told})
+    return found
+
+
+@pytest.mark.parametrize(("count", "names"), [(20, 2), (1, 2), (3, 11)])
+def test_domains_show_every_name(count: int, names: int, tmp_path: Path) -> None:
+    domains(tmp_path / "a.svg", updates(count, names), "A title")
+    wanted = {"A title", "share of the samples from here on", "loss above the reference, nats per token", "step"}
+    assert wanted | {f"d{n} & <$>" for n in range(names)} <= set(texts(tmp_path / "a.svg"))
+    domains(tmp_path / "b.svg", updates(count, names), "A title")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_stages_show_every_name_and_number(tmp_path: Path) -> None:
@@ -86,6 +106,8 @@ def test_a_suffix_is_a_format_and_nothing_is_no_plot(tmp_path: Path) -> None:
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rows"):
         losses(tmp_path / "a.svg", [], "none")
+    with pytest.raises(ValueError, match="no rows"):
+        domains(tmp_path / "a.svg", [], "none")
     with pytest.raises(ValueError, match="no stages"):
         stages(tmp_path / "a.svg", [], "none")
 

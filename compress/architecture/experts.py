@@ -6,6 +6,7 @@ family that computes its experts elsewhere (Llama 4's batched product) cannot be
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from compress.spec.weight_state import Weight
+
 IMPLEMENTATION = "compress"
-INPUT, MIDDLE = "input", "middle"
-"""The two activations that an expert's weights read: its tokens' hidden states, and the gated product."""
+INPUT, MIDDLE, OUTPUT = "input", "middle", "output"
+"""The two activations that an expert's weights read: its tokens' hidden states, and the gated product; and what it adds."""
 
 
 class Routed(NamedTuple):
@@ -74,6 +77,8 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[order.indices].unsqueeze(-1)
+    if listener is not None:
+        listener(OUTPUT, Routed(out, ends, tokens))
     # A sum over each token's experts adds in fp32, whatever the dtype.
     return out[order.indices.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
 
@@ -84,3 +89,15 @@ def _dense(module: Any, name: str, x: torch.Tensor, offsets: tuple[int, ...]) ->
     matrices = [matrix.T if module.is_transposed else matrix for matrix in getattr(module, name).unbind()]
     parts = [linear(x[start:end], matrices[e]) for e, (start, end) in enumerate(pairwise(offsets)) if start < end]
     return torch.cat(parts) if parts else linear(x, matrices[0])
+
+
+def experts_of(weights: list[Weight]) -> list[tuple[Weight, int]]:
+    """Every matrix of weights that hold experts."""
+    return [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
+
+
+def _expert(weight: Weight) -> int:
+    """Which expert a weight belongs to, by its name on disk."""
+    number = re.search(r"experts\.(\d+)\.", weight.name)
+    assert number is not None, weight.name
+    return int(number[1])

@@ -178,7 +178,7 @@ def layout(weights: Sequence[Weight], family: str, config: dict[str, Any], wante
     blocks: dict[str, dict[str, Weight]] = {}
     for weight in weights:
         if weight.block is not None and not weight.stack.startswith("tower:"):
-            block, place = _place(weight)
+            block, place = place_of(weight)
             blocks.setdefault(block, {})[place] = weight
     # Without num_key_value_heads there are as many heads of values as of queries.
     head = int(text.get("head_dim") or text.get("hidden_size", 0) // text.get("num_attention_heads", 1))
@@ -196,7 +196,7 @@ def layout(weights: Sequence[Weight], family: str, config: dict[str, Any], wante
     return Layout(tuple(spaces), wanted, left)
 
 
-def _place(weight: Weight) -> tuple[str, str]:
+def place_of(weight: Weight) -> tuple[str, str]:
     """(path of the block, path inside it); experts that are separate tensors get Llama's names, with their number."""
     match = re.match(r"(.*?\.\d+)\.(.+)", weight.module)
     assert match is not None, weight.module

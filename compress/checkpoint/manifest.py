@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress.errors import InputError, UsageError
+from compress.spec.kept import Kept
 from compress.spec.weight_state import DTYPE_BYTES, State
 
 FILE = "manifest.json"
@@ -99,6 +100,9 @@ class Manifest(_Model):
     coverage: dict[str, int] = Field(description="targeted, transformed and skipped weights of the last pass")
     weights: dict[str, WeightRecord]
     notes: tuple[NoteRecord, ...] = ()
+    structure: dict[str, Any] = Field(
+        default_factory=dict, description="what was kept of the source: layers, channels, heads, neurons; empty for all of it"
+    )
     digests: dict[str, str] = Field(description="sha256 of each stored tensor's bytes")
     files: dict[str, str] = Field(description="sha256 of every other file; see scan.text_digest")
     measured: dict[str, Any] = Field(default_factory=dict)
@@ -119,6 +123,18 @@ class Manifest(_Model):
             raise ValueError("coverage tells of targeted, transformed and skipped")
         return coverage
 
+    @field_validator("structure")
+    @classmethod
+    def _readable(cls, structure: dict[str, Any]) -> dict[str, Any]:
+        if structure:
+            Kept.from_json(structure)
+        return structure
+
+    @property
+    def kept(self) -> Kept | None:
+        """What was kept of the lineage's source; None for all of it."""
+        return Kept.from_json(self.structure) if self.structure else None
+
     def sealed(self) -> Manifest:
         """The same manifest with its fingerprint filled in."""
         return self.model_copy(update={"fingerprint": self.compute_fingerprint()})
@@ -130,8 +146,9 @@ class Manifest(_Model):
         return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
 
     def _content(self, *without: str) -> dict[str, Any]:
-        # A device of the CPU is left out, as in manifests from before there was a choice.
-        return self.model_dump(mode="json", exclude={*without, *(() if self.device else ("device",))})
+        # What says nothing is left out, as in manifests from before it could be said.
+        silent = [name for name in ("device", "structure") if not getattr(self, name)]
+        return self.model_dump(mode="json", exclude={*without, *silent})
 
     @staticmethod
     def is_ours(path: Path) -> bool:

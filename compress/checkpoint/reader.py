@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-TRAINING = ("training.jsonl", "training.svg")
-"""The record of a training pass; it stays in the directory of its step."""
+TRAINING = ("training.jsonl", "training.svg", "domains.svg")
+"""The record of a training pass, the last only where weights of domains move; it stays in the directory of its step."""
 ALLOCATION = ("allocation.jsonl", "allocation.svg")
 """The decisions of an allocator, one line for each weight; they stay in the directory of their step, too."""
 _NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION}

@@ -1,13 +1,13 @@
-"""Allocator: decides the state of each weight, within a budget or by its values."""
+"""Allocator: decides states of weights by a budget, by values or by inputs."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from compress.checkpoint.reader import ALLOCATION
 from compress.errors import InputError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.contract.step_plan import StepPlan
+    from compress.contract.tasks import Statistic
 
 _ENTRY_BYTES = 256
 """Most bytes that headers and index need for a tensor, besides its name."""
@@ -33,6 +34,13 @@ class Offer:
     costs: tuple[float, ...] = ()
 
 
+class Observed(NamedTuple):
+    """One matrix [out, in] in its dtype, and what is prepared from its inputs."""
+
+    value: torch.Tensor
+    inputs: Any
+
+
 @dataclass(frozen=True)
 class Rest:
     """Sizes of everything in a checkpoint but the weights that are decided on."""
@@ -45,7 +53,7 @@ class Rest:
 
 
 class Allocator(ABC):
-    """Decides the state of each weight before shards are laid out, by gradients of the loss or by the weights alone."""
+    """Decides the state of each weight before shards are laid out, by gradients of the loss, inputs, or the weights alone."""
 
     gradients: ClassVar[bool] = True
     """Whether `costs` needs gradients of the loss."""
@@ -71,16 +79,42 @@ class Allocator(ABC):
         """Whether its decision needs a gradient sweep over calibration tokens."""
         return self.gradients and not self.table_digest()
 
-    @abstractmethod
     def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
         """The numbers that `decide` needs for a weight; with gradients, the increase of the loss by each offered state.
 
         The weight comes in its dtype and its gradient in fp32, both [experts?, rows, columns].
         """
+        return ()
 
     @abstractmethod
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:
         """The state of every weight; without costs it only checks that some choice fits. Raises UsageError if none does."""
+
+
+class InputAllocator(Allocator):
+    """Decides by the inputs of weights, block by block, in one forward of the model as it is before the step."""
+
+    gradients: ClassVar[bool] = False
+
+    @abstractmethod
+    def statistic(self, width: int) -> Statistic:
+        """An empty statistic of inputs of that width."""
+
+    @abstractmethod
+    def statistic_bytes(self, width: int) -> int:
+        """Memory of a statistic, including what `prepare` needs."""
+
+    @abstractmethod
+    def prepare(self, statistic: Any) -> Any:
+        """Computes from a statistic what `cost` needs of it. Raises ValueError if an input was not finite."""
+
+    @abstractmethod
+    def cost(self, matrices: Callable[[], Iterable[Observed]]) -> float:
+        """The number that `decide` needs for a block; `matrices` yields its targeted matrices, as often as it is called."""
+
+    def workspace_bytes(self, weight: Weight) -> int:
+        """Memory that the work on one weight needs besides it."""
+        return 10 * weight.numel // (weight.experts or 1)
 
 
 def rows_of(table: Path) -> list[dict[str, Any]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract.group_size import Ragged, fitting
-from compress.contract.pass_base import Pass, TargetedPass
-from compress.contract.shapes import TrainPass
-from compress.errors import Refusal, Unsound, UsageError
+from compress.contract.pass_base import ExternalInputs, TargetedPass
+from compress.contract.text_passes import TrainingTexts
+from compress.errors import Refusal
 from compress.spec import selectors as targets
 from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import BLOCK, Scheme
@@ -20,8 +20,8 @@ from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import FLOATS, MATRICES, Note, State, Weight, counted
 
 if TYPE_CHECKING:
+    from compress.contract.allocator import Allocator
     from compress.contract.training_options import TrainingOptions
-    from compress.corpus import CorpusSpec
 
 Clip = Annotated[
     Literal["none", "mse"], Field(description="range of a group: its largest magnitude, or the one with least squared error")
@@ -154,61 +154,120 @@ class FactoringPass(TargetedPass):
         return [*super().notes(weights, states), *counted("lowrank", short)]
 
 
+def pruned(weight: Weight, state: State, sparsity: Sparsity, per_row: bool = False) -> State:
+    """The state of a weight with these zeros. Raises Refusal."""
+    refuse_no_matrix(weight)
+    if state != State():
+        raise Refusal(f"it is already {state}", "prune first, and once")
+    if sparsity.of is not None and weight.in_features % sparsity.of:
+        raise Refusal(f"{sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
+    if sparsity.fraction is not None:
+        rows, columns = weight.out_features, weight.in_features
+        kept = (
+            rows * (columns - int(columns * sparsity.fraction))
+            if per_row
+            else rows * columns - int(rows * columns * sparsity.fraction)
+        )
+        if kept < rows:
+            raise Refusal(
+                f"{sparsity} of zeros leaves {kept} weights for {rows} outputs, so some would be empty", "keep more, or skip it"
+            )
+    return State(None, sparsity)
+
+
 class PruningPass(TargetedPass):
     """Sets entries of dense weights to zero."""
 
     sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")
     scope: Literal["matrix", "row"] = Field("matrix", description="a share is taken of the whole matrix, or of each output's row")
+    owl: bool = Field(
+        False, description="OWL: blocks with more outliers among |w_ij| |x_j| keep a larger share, with the same share over all"
+    )
+    owl_lambda: float = Field(0.08, gt=0, lt=0.5, description="owl: shares differ by at most twice this among blocks")
+    owl_m: float = Field(5.0, gt=1, le=1e6, description="owl: an outlier is this many times the mean of its block, or more")
+
+    @model_validator(mode="after")
+    def _densities(self) -> Self:
+        if not self.owl:
+            if given := self.model_fields_set & {"owl_lambda", "owl_m"}:
+                raise ValueError(f"{', '.join(sorted(given))}: only with owl=true")
+        elif (share := self.sparsity.fraction) is None:
+            raise ValueError(f"owl: with a share of zeros such as 0.7; {self.sparsity} is the same in every block")
+        elif 2 * self.owl_lambda >= min(share, 1 - share):
+            most = min(share, 1 - share) / 2
+            raise ValueError(f"owl_lambda: below {most:.4g}, or a block might keep nothing or all with sparsity={self.sparsity}")
+        return self
+
+    def allocator(self) -> Allocator | None:
+        from compress.contract.owl import OwlDensities
+
+        return OwlDensities(self) if self.owl else None
+
+    def reads_tokens(self) -> bool:
+        return self.owl or super().reads_tokens()
+
+    def external_inputs(self, found: ExternalInputs) -> dict[str, str]:
+        own = {"tokens": found.tokens, "dtype": found.dtype} if self.owl else {}
+        return own | super().external_inputs(found)
 
     def becomes(self, weight: Weight, state: State) -> State:
-        refuse_no_matrix(weight)
-        if state != State():
-            raise Refusal(f"it is already {state}", "prune first, and once")
-        if self.sparsity.of is not None and weight.in_features % self.sparsity.of:
-            raise Refusal(f"{self.sparsity.of} does not divide {weight.in_features} inputs", "skip it, or use a share of zeros")
-        return State(None, self.sparsity)
+        most = (
+            Sparsity(fraction=self.sparsity.fraction + 2 * self.owl_lambda)
+            if self.owl and self.sparsity.fraction
+            else self.sparsity
+        )
+        pruned(weight, state, most, self.scope == "row")
+        return pruned(weight, state, self.sparsity, self.scope == "row")
 
 
-class TextPass(Pass):
-    """Base of passes that read texts: parses, redacts and checks their sources."""
+class RefitOption(TargetedPass):
+    """The option to solve for what a mask keeps; its solver is numerics/refit.py."""
 
-    data: tuple[str, ...]
-
-    @field_validator("data", "weights", mode="before", check_fields=False)
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
-
-    def redacted(self) -> Self:
-        """The pass with file names instead of paths: the tokens identify their content, and paths are private."""
-        names = tuple(source if source.startswith("hf:") else PurePath(source).name for source in self.data)
-        return self.model_copy(update={"data": names})
-
-    @staticmethod
-    def sound(draw: Callable[[], Any]) -> None:
-        """Raises Unsound with the problems for which `draw` cannot make a CorpusSpec."""
-        try:
-            draw()
-        except UsageError as error:
-            raise Unsound(error.problems) from None
+    refit: bool = Field(False, description="then fit the entries that are kept by least squares on the outputs, row by row")
 
 
-class TrainingPass(TextPass, TrainPass):
+class LearningPass(TargetedPass):
+    """Trains what a weight's state leaves to train: a dense weight, what is between its zeros, scales, low-rank factors."""
+
+    targets: tuple[str, ...] = Field(
+        ("all",),
+        description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
+    )
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        # Selectors such as `all` also match tensors that cannot be trained, or that the model does not load.
+        return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        if not learned_of(state):
+            raise Refusal(unlearnable(state), "skip it")
+        return state
+
+    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+        found = {w.name: (" and ".join(learned_of(states[w.name])), unlearnable(states[w.name])) for w in weights}
+        trained = {name: f"{learned}, by {self.pass_name()}" for name, (learned, _) in found.items() if learned}
+        return [
+            *counted("trained", trained),
+            *counted("untrained", {name: why for name, (learned, why) in found.items() if not learned}),
+        ]
+
+
+def learned_of(state: State) -> list[str]:
+    """What can be trained of a weight in this state, in words."""
+    if state.scheme is None:
+        return ["weights" if state.sparsity is None else "weights between zeros"]
+    scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
+    return ["scales"] * scales + ["low-rank factors"] * factors
+
+
+def unlearnable(state: State) -> str:
+    """Why nothing of a weight in codes can be trained."""
+    return f"{state.scheme} binds scales to powers of two or to few bits: none can be moved"
+
+
+class TrainingPass(LearningPass, TrainingTexts):
     """Trains by AdamW: dense weights, the non-zero entries of masked ones, scales of codes, low-rank factors."""
 
-    data: tuple[str, ...] = Field(
-        (), description="texts to train on, named as for calibrate; without them, the calibration tokens"
-    )
-    weights: tuple[float, ...] = Field((), description="share of the samples from each source; equal without it")
-    samples: int = Field(1024, ge=1, description="how many samples of data")
-    length: int = Field(512, ge=2, description="tokens in each sample of data")
-    packing: Literal["documents", "concatenate", "pad"] = Field(
-        "documents",
-        description="a sample holds several texts that do not attend to each other, a part of a stream, or one text and padding",
-    )
-    chat: bool = Field(False, description="records of data are conversations: apply the tokenizer's chat template")
-    field: str = Field("text", description="field of a record that holds its text or its messages")
-    split: str = Field("train", description="split of a dataset")
     epochs: int = Field(1, ge=1, description="how often each sample is seen")
     batch: int = Field(16, ge=1, description="samples in an optimizer step, over all processes")
     micro_batch: int = Field(4, ge=1, description="samples in one forward of one process")
@@ -224,34 +283,19 @@ class TrainingPass(TextPass, TrainPass):
     clip: float = Field(1.0, ge=0, description="gradients are scaled down to at most this norm; 0 for no limit")
     recompute: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third more work")
     save_every: int = Field(100, ge=1, description="steps between saved training states, from which a killed run resumes")
-    targets: tuple[str, ...] = Field(
-        ("all",),
-        description="what to train: linear, attention, mlp, experts, embeddings, head, norms, all, re:REGEX or a name",
-    )
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas are from 0 to below 1")
-        if not self.data:
-            given = self.model_fields_set & {"weights", "samples", "length", "packing", "chat", "field", "split"}
-            if given:
-                raise ValueError(f"{', '.join(sorted(given))}: only with data, for the calibration tokens are cut already")
-        self.sound(self.texts)
+        if self.loading != "static" and "epochs" in self.model_fields_set:
+            raise ValueError(f"epochs: not with loading={self.loading}, which draws as many samples as samples says")
         return self
 
     def redacted(self) -> Self:
         """Also the teacher's name instead of its path; its content is identified by a digest."""
         named, teacher = super().redacted(), self.teacher_model()
         return named.model_copy(update={"teacher": PurePath(teacher).name}) if teacher else named
-
-    def texts(self) -> CorpusSpec | None:
-        if not self.data:
-            return None
-        from compress.corpus import CorpusSpec
-
-        words = ("data", "weights", "field", "split", "samples", "length", "packing", "chat")
-        return CorpusSpec(**{word: getattr(self, word) for word in words})
 
     def training_options(self) -> TrainingOptions:
         from compress.contract.training_options import TrainingOptions
@@ -260,22 +304,3 @@ class TrainingPass(TextPass, TrainPass):
             self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, self.schedule, self.warmup, self.final,
             self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
         )  # fmt: skip
-
-    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
-        # Selectors such as `all` also match tensors that cannot be trained, or that the model does not load.
-        return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
-
-    def becomes(self, weight: Weight, state: State) -> State:
-        factors = state.lowrank is not None and not state.lowrank.int8
-        if state.scheme is not None and state.scheme.powers and not factors:
-            raise Refusal(f"{state.scheme} binds scales to powers of two or to few bits: none can be moved", "skip it")
-        return state
-
-    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        def learned(state: State) -> str:
-            if state.scheme is None:
-                return "weights" if state.sparsity is None else "weights between zeros"
-            scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
-            return " and ".join(["scales"] * scales + ["low-rank factors"] * factors)
-
-        return counted("trained", {w.name: f"{learned(states[w.name])}, by {self.pass_name()}" for w in weights})

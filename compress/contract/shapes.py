@@ -5,11 +5,13 @@
     LinearPass        weight by weight, from its inputs          executor: sweep
     CompensatingPass  corrects codes, from dense weights         executor: stream, or sweep for a LinearPass that observes
     SmoothingPass     activation by activation                   executor: smooth (smoothing_pass.py)
-    TrainPass         the whole model, by gradients of a loss    executor: train
+    TrainPass         the whole model, by gradients              executor: train (train_pass.py)
+    LossPass          a TrainPass whose loss needs only a batch  executor: train (train_pass.py)
+    BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
+    SlicingPass       a smaller model of the kept parts          executor: slice, or train (slicing_pass.py)
     DelegatingPass    decides, and delegates the work            executor: that of its worker
 
-A pass that trains one block at a time towards the outputs of its dense twin would get its shape here, and an executor
-next to `sweep`: it would name the parameters of a block that are trained, and the loss between two outputs.
+Executors are modules of compress/executors/, by these names.
 """
 
 from __future__ import annotations
@@ -21,15 +23,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from compress.contract.pass_base import Executor, ExternalInputs, Pass, TargetedPass, WeightPass
-from compress.contract.tasks import MatrixTask, Solution, Statistic, TrainingBatch
+from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.reader import Checkpoint
-    from compress.contract.training_options import TrainingOptions
-    from compress.corpus import Corpus, CorpusSpec
+    from compress.corpus import Corpus
     from compress.numerics.qtensor import QTensor
 
 
@@ -122,47 +123,6 @@ class CompensatingPass(TargetedPass):
     def redacted(self) -> Self:
         """The dense checkpoint's name instead of its path: the lineage identifies its content, and paths are private."""
         return self.model_copy(update={"dense": self.dense.rstrip("/").rpartition("/")[2]})
-
-
-class TrainPass(TargetedPass):
-    """Gradient training of the whole model."""
-
-    second_model: ClassVar[Literal["", "teacher", "dense"]] = "teacher"
-
-    def executor(self) -> Executor:
-        return "train"
-
-    def texts(self) -> CorpusSpec | None:
-        """The texts to train on; None for the calibration tokens that are stored with the checkpoint."""
-        return None
-
-    @abstractmethod
-    def training_options(self) -> TrainingOptions:
-        """How to train."""
-
-    def teacher_model(self) -> str | None:
-        """The teacher: a directory, a Hub id, or empty for the dense parent; None for no teacher."""
-        return None
-
-    @abstractmethod
-    def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> torch.Tensor:
-        """The loss summed over the batch's scored tokens, fp32; both models are called like models of transformers."""
-
-    def reads_tokens(self) -> bool:
-        return self.texts() is None
-
-    def own_tokens(self, model: Checkpoint, seed: int) -> Corpus | None:
-        from compress.corpus import build_for
-
-        texts = self.texts()
-        return None if texts is None else build_for(texts, model, seed)
-
-    def external_inputs(self, found: ExternalInputs) -> dict[str, str]:
-        taught = {"teacher": found.second_model} if found.second_model else {}
-        return {"tokens": found.tokens, "dtype": found.dtype, **taught}
-
-    def how_to_use_less_memory(self) -> str:
-        return "lower micro_batch or length, or set recompute=true"
 
 
 class DelegatingPass(WeightPass):

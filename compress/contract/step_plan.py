@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from compress.architecture.weight_map import Model
 from compress.checkpoint.safetensors_header import Shard, index_file
 from compress.contract.format import Format, Verdict
 from compress.contract.pass_base import Pass
 from compress.numerics import qtensor
+from compress.spec.kept import Sizes
 from compress.spec.weight_state import Note, State, TensorSpec, Weight
 
 INTERPRETER_BYTES = 480 << 20
 """Resident bytes of Python with torch, transformers and one model class imported, measured on Linux x86-64."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a step that makes a smaller model starts from, and the sizes that it ends with."""
+
+    family: str
+    weights: tuple[Weight, ...]
+    """Every weight of the model that it cuts."""
+    before: Sizes
+    after: Sizes
+    config: dict[str, Any]
+    """config.json of the model that it cuts, without what says how weights are packed."""
+    trained: tuple[Weight, ...] = ()
+    """Those of `weights` that are trained before they are cut."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,8 @@ class StepPlan:
 
     number: int
     pass_: Pass
+    weights: tuple[Weight, ...]
+    """Every weight of the checkpoint that the step makes, without tied duplicates."""
     targeted: tuple[str, ...]
     skipped: dict[str, str]
     before: dict[str, State]
@@ -37,6 +56,8 @@ class StepPlan:
     """Temporary disk space while the step runs."""
     device_bytes: int = 0
     """GPU memory, if the run computes on a GPU; 0 for a step that always runs on the CPU."""
+    cut: Cut | None = None
+    """For a step that makes a smaller model; `before` then has other names than `after`."""
 
     @property
     def inherits(self) -> bool:
@@ -85,12 +106,11 @@ class Plan:
     source_bytes: int
     threads: int
     verdicts: tuple[Verdict, ...] = ()
-    dropped: frozenset[str] = field(default_factory=frozenset)
 
     @property
-    def weights(self) -> list[Weight]:
-        """The weights that are written, without tied duplicates."""
-        return [weight for weight in self.model.weights if weight.name not in self.dropped]
+    def weights(self) -> tuple[Weight, ...]:
+        """The weights of the output, without tied duplicates."""
+        return self.steps[-1].weights
 
     @property
     def disk_bytes(self) -> int:
@@ -110,7 +130,7 @@ class Plan:
     def bits(self, step: StepPlan, names: Sequence[str] | None = None) -> float:
         """Bits per weight after `step`, scales and padding included; of `names`, or of the whole model."""
         chosen = set(names) if names is not None else None
-        return step.bits([w for w in self.weights if chosen is None or w.name in chosen])
+        return step.bits([w for w in step.weights if chosen is None or w.name in chosen])
 
 
 def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.spec.weight_state import State, Weight
 
@@ -23,6 +23,22 @@ class Statistic(Protocol):
 
     def parts(self) -> list[torch.Tensor]:
         """The sums, to be added up over processes in place."""
+
+
+class Observer(Protocol):
+    """What observes inputs: a pass, or an allocator that decides by them."""
+
+    def statistic(self, width: int) -> Statistic:
+        """An empty statistic of inputs of that width."""
+
+    def statistic_bytes(self, width: int) -> int:
+        """Memory of a statistic, including what `prepare` needs."""
+
+    def prepare(self, statistic: Any) -> Any:
+        """Computes, once, from the statistic what all weights with the same inputs share."""
+
+    def workspace_bytes(self, weight: Weight) -> int:
+        """Memory that the work on one weight needs besides it."""
 
 
 @dataclass(frozen=True)

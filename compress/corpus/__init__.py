@@ -14,11 +14,15 @@ each document or part (EOS is its last token) and with each window. The rest of 
 of its own in the next window. So every text, not only every sample, begins with the tokenizer's prefix. Attention must not
 cross a position of 0.
 
+Domains. Where each source is a domain whose loss is measured, some of its documents are held out: none of a held-out document is
+trained on. Tensors `domain` and `held_out` say of each sample which source it is from, and which part.
+
 Imports errors, checkpoint.
 """
 
 from compress.corpus.build import Corpus, SourceRecord, build_for
 from compress.corpus.build import build_corpus as build
-from compress.corpus.spec import CorpusSpec, shares
+from compress.corpus.domains import build_domains, domain_names
+from compress.corpus.spec import CorpusSpec, DomainSpec, shares
 
-__all__ = ["Corpus", "CorpusSpec", "SourceRecord", "build", "build_for", "shares"]
+__all__ = ["Corpus", "CorpusSpec", "DomainSpec", "SourceRecord", "build", "build_domains", "build_for", "domain_names", "shares"]

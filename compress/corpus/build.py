@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -106,9 +107,7 @@ def build_corpus(
     """Draws the corpus; `vocabulary` and `positions` are the model's limits on ids and on length. Raises CompressError."""
     import torch
 
-    if not spec.ready and positions is not None and spec.length > positions:
-        do = f"set length to {positions} or less"
-        raise UsageError("length", f"at most {positions}, the positions of the model", str(spec.length), do)
+    check_length(spec, positions)
     parts: list[dict[str, torch.Tensor]] = []
     records: list[SourceRecord] = []
     if spec.ready:
@@ -118,7 +117,7 @@ def build_corpus(
             if file.count < count:
                 do = f"give more, or lower samples: it has {file.count}"
                 raise InputError(file.name, f"{count} samples", str(file.count), do)
-        _check_apart([(file.name, file.sha256) for file in files])
+        check_apart([(file.name, file.sha256) for file in files])
         for file, count in zip(files, spec.shares, strict=True):
             parts.append(file.rows(islice(shuffled(file.count, f"{seed}/{file.sha256}"), count)))
             check_values(parts[-1], file.name, vocabulary, positions)
@@ -127,23 +126,30 @@ def build_corpus(
         encoder = Encoder(spec, tokenizer_folder, trusted)
         with ExitStack() as stack:
             sources = [open_documents(source, spec.field, spec.split, spec.chat, stack) for source in spec.data]
-            _check_apart([(source.name, source.key) for source in sources])
+            check_apart([(source.name, source.key) for source in sources])
             for source, count in zip(sources, spec.shares, strict=True):
                 rows, used = encoder.draw(source, count, f"{seed}/{source.key}")
                 parts.append(encoder.tensors(rows, vocabulary))
                 facts = (source.sha256, source.revision, source.fingerprint)
-                records.append(SourceRecord(source.label, count, used, source.count, *facts))
+                records.append(SourceRecord(source.label, count, len(used), source.count, *facts))
     order = list(shuffled(spec.samples, f"{seed}/order"))
     return Corpus({name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}, tuple(records))
 
 
-def build_for(spec: CorpusSpec, model: Checkpoint, seed: int) -> Corpus:
-    """`build_corpus` with the tokenizer of a model, within the limits of its config.json."""
+def build_for(spec: CorpusSpec, model: Checkpoint, seed: int, build: Callable[..., Corpus] = build_corpus) -> Corpus:
+    """`build_corpus`, or another, with the tokenizer of a model, within the limits of its config.json."""
     vocabulary, positions = size_of(model.config, "vocab_size"), size_of(model.config, "max_position_embeddings")
-    return build_corpus(spec, model.path, seed, vocabulary=vocabulary, positions=positions, trusted=model.trusted)
+    return build(spec, model.path, seed, vocabulary=vocabulary, positions=positions, trusted=model.trusted)
 
 
-def _check_apart(sources: list[tuple[str, str]]) -> None:
+def check_length(spec: CorpusSpec, positions: int | None) -> None:
+    """Raises UsageError for samples that are longer than the model has positions."""
+    if not spec.ready and positions is not None and spec.length > positions:
+        do = f"set length to {positions} or less"
+        raise UsageError("length", f"at most {positions}, the positions of the model", str(spec.length), do)
+
+
+def check_apart(sources: list[tuple[str, str]]) -> None:
     """Raises InputError for two sources with the same content, which would give the same samples twice."""
     seen: dict[str, str] = {}
     for name, key in sources:

@@ -75,11 +75,13 @@ class Encoder:
         found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
-    def draw(self, source: Documents, count: int, key: str) -> tuple[list[Sample], int]:
-        """`count` samples of a source, not yet padded, and how many documents went into them."""
-        if self.spec.packing == "pad":
-            return self._one_each(source, source.read(shuffled(source.count, key)), count)
-        return self._windows(source, key, count)
+    def draw(self, source: Documents, count: int, key: str, least: int | None = None) -> tuple[list[Sample], set[int]]:
+        """`count` samples of a source, not yet padded, and the documents that went into them.
+
+        A source with fewer gives what it has, but at least `least`; without it, `count`. Raises InputError.
+        """
+        draw = self._one_each if self.spec.packing == "pad" else self._windows
+        return draw(source, key, count, count if least is None else least)
 
     def _parts(self, source: Documents, key: str) -> Iterator[tuple[int, str]]:
         """(number, text) of parts about as long as a sample: one of each document, then another of each long one, and so on.
@@ -99,7 +101,7 @@ class Encoder:
                 more = more or turn + 1 < count
             turn += 1
 
-    def _windows(self, source: Documents, key: str, count: int) -> tuple[list[Sample], int]:
+    def _windows(self, source: Documents, key: str, count: int, least: int) -> tuple[list[Sample], set[int]]:
         length, apart = self.spec.length, self.spec.packing == "documents"
         texts, used = self._texts(source, key, count * length)
         prefix = self.prefix
@@ -123,15 +125,17 @@ class Encoder:
                 at += len(body)
                 if at == len(texts[i]):
                     i, at = i + 1, 0
+            if room and len(rows) >= least:
+                break
             if room:
                 do = f"give more texts, or lower samples or length: these make {len(rows)} samples"
-                expected = f"{count * length} tokens for {count} samples of {length}"
-                raise InputError(source.name, expected, f"{sum(map(len, texts))} tokens in {used} documents", do)
+                expected = f"{least * length} tokens for {least} samples of {length}"
+                raise InputError(source.name, expected, f"{sum(map(len, texts))} tokens in {len(used)} documents", do)
             rows.append(row)
         return rows, used
 
-    def _texts(self, source: Documents, key: str, need: int) -> tuple[list[list[int]], int]:
-        """Texts with at least `need` tokens in all, or as many as there are, and how many documents they are from.
+    def _texts(self, source: Documents, key: str, need: int) -> tuple[list[list[int]], set[int]]:
+        """Texts with at least `need` tokens in all, or as many as there are, and the documents that they are from.
 
         Each ends with the EOS that joins it to the next, and with the packing `documents` begins with the prefix.
         """
@@ -149,20 +153,24 @@ class Encoder:
                     texts.append(ids if own else self.prefix + ids)
                     size += len(texts[-1])
                     taken.add(number)
-        return texts, len(taken)
+        return texts, taken
 
-    def _one_each(self, source: Documents, documents: Iterator[tuple[int, Any]], count: int) -> tuple[list[Sample], int]:
+    def _one_each(self, source: Documents, key: str, count: int, least: int) -> tuple[list[Sample], set[int]]:
+        documents = source.read(shuffled(source.count, key))
         rows: list[Sample] = []
+        taken: set[int] = set()
         while len(rows) < count and (batch := list(islice(documents, min(_BATCH, count - len(rows))))):
             texts = [self._text(source, number, value) for number, value in batch]
-            for ids in filter(None, self._encode(texts, self.spec.length)):
-                lead = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
-                rows.append([lead + ids[: self.spec.length - len(lead) - len(self.suffix)] + self.suffix])
-        if len(rows) < count:
+            for (number, _), ids in zip(batch, self._encode(texts, self.spec.length), strict=True):
+                if ids:
+                    lead = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
+                    rows.append([lead + ids[: self.spec.length - len(lead) - len(self.suffix)] + self.suffix])
+                    taken.add(number)
+        if len(rows) < least:
             got = f"{len(rows)} among {source.count}"
             do = "give more, lower samples, or set packing to concatenate"
-            raise InputError(source.name, f"{count} documents with text", got, do)
-        return rows, count
+            raise InputError(source.name, f"{least} documents with text", got, do)
+        return rows, taken
 
     def _encode(self, texts: list[str], need: int) -> list[list[int]]:
         """The ids of each text, none for a blank one; of a text longer than `need` tokens at least that many."""

@@ -107,6 +107,18 @@ class CorpusSpec:
                 yield Problem("samples", "at least one from each source", got, "raise samples or its weight, or leave it out")
 
 
+@dataclass(frozen=True)
+class DomainSpec(CorpusSpec):
+    """Sources that are domains: of each `samples`, or as many as it has, and held-out ones besides."""
+
+    held_out: int = 1 << 14
+    """Tokens of each source that are held out, rounded up to whole samples."""
+
+    @property
+    def shares(self) -> list[int]:
+        return [self.samples] * len(self.data)
+
+
 def split_name(source: str) -> tuple[str, str | None, str | None]:
     """Name, config and revision of `hf:NAME:CONFIG@REVISION`."""
     whole, _, revision = source.removeprefix("hf:").partition("@")

@@ -3,8 +3,8 @@
 The decision is written to a table beside the step's directory at once, so that a crash while weights are written does not
 cost another sweep. In the end the table and its picture lie in the directory that the step makes.
 
-    allocation.jsonl   a line for each weight: its state, bytes, and the cost of each offered state
-    allocation.svg     bits over the blocks
+    allocation.jsonl   a line for each weight: its state, bytes, share of zeros, and the cost of each offered state
+    allocation.svg     bits over the blocks, or shares of zeros
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import ALLOCATION, Checkpoint
 from compress.context import Context
-from compress.contract.allocator import Allocator, Offer, offers_of, read_table, rows_of
+from compress.contract.allocator import Allocator, InputAllocator, Offer, offers_of, read_table, rows_of
 from compress.errors import InputError
 from compress.numerics import qtensor
 from compress.spec.weight_state import State, Weight
@@ -41,11 +41,12 @@ def allocate(
     if not ctx.broadcast(table.is_file()):
         found = allocator.known([offer.weight for offer in offers])
         if found is None:
-            offers = (
-                by_gradients(step, allocator, offers, source, tokens, table.with_suffix(".states"), ctx)
-                if allocator.gradients
-                else [by_values(allocator, offer, source) for offer in offers]
-            )
+            if isinstance(allocator, InputAllocator):
+                offers = by_inputs(step, allocator, offers, source, tokens, table.with_suffix(".states"), ctx)
+            elif allocator.gradients:
+                offers = by_gradients(step, allocator, offers, source, tokens, table.with_suffix(".states"), ctx)
+            else:
+                offers = [by_values(allocator, offer, source) for offer in offers]
             found = allocator.decide(offers, rest)
         if ctx.is_main:
             draft = table.with_suffix(".draft")
@@ -92,6 +93,29 @@ def by_gradients(
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
 
 
+def by_inputs(
+    step: StepPlan, allocator: InputAllocator, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path,
+    ctx: Context,
+) -> list[Offer]:  # fmt: skip
+    """The offers with their block's number from the inputs of its weights; `folder` holds hidden states during the sweep."""
+    assert tokens is not None
+    from compress.corpus import Corpus
+    from compress.device import device_of
+    from compress.executors.observe import observed
+    from compress.layerwise.batches import cut
+    from compress.layerwise.dense_view import DenseView
+    from compress.layerwise.memory_estimate import computing
+    from compress.layerwise.meta_model import MetaModel
+
+    meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config), device_of(ctx))
+    batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, meta_model.device)
+    costs = observed(step, allocator, [offer.weight for offer in offers], meta_model, batches, folder, ctx)
+    ctx.barrier()
+    if ctx.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [replace(offer, costs=(costs[offer.weight.name],)) for offer in offers]
+
+
 def by_values(allocator: Allocator, offer: Offer, source: Checkpoint) -> Offer:
     """An offer with its costs from the weight's values."""
     value = qtensor.as_matrix(offer.weight, source.read(offer.weight.name))
@@ -104,9 +128,10 @@ def _rows(offers: Sequence[Offer], found: Mapping[str, State]) -> list[dict[str,
         weight, state = offer.weight, found[offer.weight.name]
         costs = {str(offered): float(f"{cost:.6g}") for offered, cost in zip(offer.states, offer.costs, strict=False)}
         nbytes = sum(spec.nbytes for spec in qtensor.specs(weight, state))
+        share = None if state.sparsity is None else state.sparsity.fraction
         rows.append({
             "weight": weight.name, "state": str(state), "bytes": nbytes, "numel": weight.numel, "stack": weight.stack,
-            "block": weight.block, **({"costs": costs} if costs else {}),
+            "block": weight.block, **({"zeros": share} if share is not None else {}), **({"costs": costs} if costs else {}),
         })  # fmt: skip
     return rows
 

@@ -112,12 +112,7 @@ class BackwardBatch:
         args, kwargs = tree_unflatten(leaves, spec)
         with torch.no_grad():
             output = self.hooks.visit(Call(block, args, kwargs)).finish()
-        after, _ = tree_flatten((args, kwargs))
-        names = [type(leaf).__name__ for leaf in after if not isinstance(leaf, torch.Tensor) and _holds(leaf)]
-        if names or len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
-            got = f"one that shares tensors with other blocks by way of a {names[0] if names else 'dict or list'}"
-            do = "use a pass that needs no gradients"
-            raise CoverageError(block.path, "a block that hands on what it returns, and nothing else", got, do)
+        refuse_shared(block, leaves, tree_flatten((args, kwargs))[0])
         return output
 
     def _gated(self, step: int, number: int, value: Any) -> Any:
@@ -231,6 +226,15 @@ class BackwardBatch:
         """Sends gradients to what comes before the first block, and ends the forward."""
         self._flush(0)
         self.forward.leave()
+
+
+def refuse_shared(block: Block, before: list[Any], after: list[Any]) -> None:
+    """Raises CoverageError for a block that shares tensors through its flattened arguments, a cache or a dict among them."""
+    names = [type(leaf).__name__ for leaf in after if not isinstance(leaf, torch.Tensor) and _holds(leaf)]
+    if names or len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+        got = f"one that shares tensors with other blocks by way of a {names[0] if names else 'dict or list'}"
+        do = "use a pass that needs no gradients"
+        raise CoverageError(block.path, "a block that hands on what it returns, and nothing else", got, do)
 
 
 def _holds(value: Any, depth: int = 3) -> bool:

@@ -62,7 +62,8 @@ def open_dense_parent(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Conte
     manifest = source.manifest
     if not name:
         origin = manifest.source if manifest is not None else None
-        if origin is None or not origin.commit or changed_by(manifest.notes if manifest else ()):
+        changed = manifest is not None and (manifest.structure or changed_by(manifest.notes))
+        if origin is None or not origin.commit or changed:
             got = "no manifest, or one that tells no model of the Hub that they were made from directly"
             raise InputError(f"'{lost[0]}'", "the dense weights that its codes were made from", got, f"set {where} to them")
         name = f"{origin.name}@{origin.commit}"

@@ -20,6 +20,14 @@ def execute(run: StepRun) -> dict[str, float]:
         from compress.executors.train import train
 
         return train(run)
+    if executor == "slice":
+        from compress.executors.slice import cut
+
+        return cut(run)
+    if executor == "blocks":
+        from compress.executors.blocks import blocks
+
+        return blocks(run)
     from compress.executors.stream import stream
 
     stream(run)

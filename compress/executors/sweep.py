@@ -10,21 +10,20 @@ A solved weight is written and journaled at once. After a crash it is read back,
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from compress.architecture.experts import INPUT, MIDDLE, Routed
+from compress.architecture.experts import INPUT, MIDDLE, Routed, experts_of
 from compress.checkpoint.reader import torch_dtype
 from compress.checkpoint.writer import trim_memory
 from compress.contract.fused_groups import Peaks
 from compress.contract.shapes import LinearPass, ObservingPass
-from compress.contract.tasks import MatrixTask, Solution
+from compress.contract.tasks import MatrixTask, Observer, Solution
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
 from compress.executors.anomalies import watch
@@ -69,9 +68,12 @@ def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
 class Sweep:
     """One sweep over the blocks; `block` handles each of them."""
 
+    phase: ClassVar[str] = "solve"
+
     def __init__(self, run: StepRun, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch]) -> None:
         assert isinstance(run.pass_, ObservingPass)
-        self.step, self.pass_, self.writer, self.ctx = run.step, run.pass_, run.writer, run.ctx
+        self.pass_: Observer = run.pass_
+        self.step, self.writer, self.ctx, self.folder = run.step, run.writer, run.ctx, run.writer.path
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -86,7 +88,7 @@ class Sweep:
         self.peaks = Peaks(weights, self.step.after, self.meta_model.dense_view.dense)
         remaining = {weight.name: weight for weight in weights}
         total = sum(weight.nbytes for weight in weights)
-        offload = HiddenStateOffload(self.writer.path, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
+        offload = HiddenStateOffload(self.folder, self.ctx.rank, BETWEEN_BYTES, self.meta_model.device)
         offload.clear()
         # A single sample runs first, to find out which weights read which tensors.
         probe = BatchWalk(self.batches[0].first(), self.hooks, offload)
@@ -110,7 +112,7 @@ class Sweep:
             for weight in mine:
                 del remaining[weight.name]
             self.ctx.tell(
-                "progress", step=self.step.name, phase="solve", weight=block.path, kept=kept, total_bytes=total,
+                "progress", step=self.step.name, phase=self.phase, weight=block.path, kept=kept, total_bytes=total,
                 done_bytes=total - sum(weight.nbytes for weight in remaining.values()),
                 unit="blocks", total=blocks(weights), done=blocks(weights) - blocks(remaining.values()),
             )  # fmt: skip
@@ -132,6 +134,22 @@ class Sweep:
 
     def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
         """Solves the weights of one block, one input tensor after the other; returns how many were journaled already."""
+        kept = 0
+        for key, members in self.spaces(path, weights, probe):
+            pending = [weight for weight in members if not self.writer.is_done(weight.name)]
+            solved = [weight for weight in members if weight not in pending]
+            self.replace({weight.name: self.read_back(weight) for weight in solved})
+            for weight in solved:
+                self.round_inputs(weight)
+            kept += len(solved)
+            trim_memory()  # the gaps left by these tensors do not fit those of the next batches
+            if pending:
+                solve = self.experts if key[1] else self.linears
+                solve(key, pending)
+        return kept
+
+    def spaces(self, path: str, weights: list[Weight], probe: BatchWalk) -> Iterator[tuple[Key, list[Weight]]]:
+        """The tensors that weights of a block read, by a reader of each, in the order of a forward. Raises CoverageError."""
         readers = {weight.name: self.readers(weight) for weight in weights}
         forget = self.hooks.watch({key: bool(which) for keys in readers.values() for key, which in keys})
         with self.spent("forward"):
@@ -143,21 +161,9 @@ class Sweep:
             )
         if torn := [name for name, found in held.items() if len(found) > 1]:
             raise CoverageError(torn[0], "a weight whose parts read one tensor", "parts that read several", "skip it")
-        kept = 0
         for space in spaces:
-            members = [weight for weight in weights if held[weight.name][0] is space]
-            pending = [weight for weight in members if not self.writer.is_done(weight.name)]
-            solved = [weight for weight in members if weight not in pending]
-            self.replace({weight.name: self.read_back(weight) for weight in solved})
-            for weight in solved:
-                self.round_inputs(weight)
-            kept += len(solved)
-            trim_memory()  # the gaps left by these tensors do not fit those of the next batches
-            if pending:
-                solve = self.experts if space[0][1] else self.linears
-                solve(space[0], pending)
+            yield space[0], [weight for weight in weights if held[weight.name][0] is space]
         forget()
-        return kept
 
     def readers(self, weight: Weight) -> set[Key]:
         """The readers of the inputs that a weight is calibrated on: its modules, or the experts that it belongs to."""
@@ -187,7 +193,7 @@ class Sweep:
 
     def experts(self, key: Key, weights: list[Weight]) -> None:
         """Solves weights of routed experts, from a statistic for each expert."""
-        parts = [(w, e) for w in weights for e in (range(w.experts) if w.experts is not None else [_expert(w)])]
+        parts = experts_of(weights)
         found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
         for statistics in self.observe_experts(key, sorted({expert for _, expert in parts}), weights[0].in_features):
             solved = self.solve([part for part in parts if part[1] in statistics], statistics)
@@ -333,13 +339,6 @@ class Sweep:
         parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
         value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
         return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
-
-
-def _expert(weight: Weight) -> int:
-    """Which expert a weight belongs to, by its name on disk."""
-    number = re.search(r"experts\.(\d+)\.", weight.name)
-    assert number is not None, weight.name
-    return int(number[1])
 
 
 def _stacks(parts: list[Part]) -> list[list[Part]]:

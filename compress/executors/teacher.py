@@ -6,7 +6,7 @@ pruned, quantized or trained, the model of the Hub that its manifest names.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compress.checkpoint.reader import Checkpoint
@@ -14,9 +14,12 @@ from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, scan_source
 from compress.checkpoint.source import open_headers, open_source
 from compress.context import Context
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.notes import trained_by
-from compress.contract.shapes import TrainPass
-from compress.errors import InputError
+from compress.contract.train_pass import TrainPass
+from compress.errors import InputError, Problem
+from compress.layerwise.dense_view import DenseView
+from compress.spec.weight_state import Weight
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Teacher:
     fingerprint: str
 
 
-def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
+def open_teacher(pass_: TrainPass | BlockTrainPass, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
     """The teacher of a pass in a run over `source`. Raises CompressError for one that cannot teach its model."""
     name = _name(pass_, source)
     if name is None:
@@ -35,7 +38,7 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Co
     if not name:
         return Teacher(source, scan.fingerprint)
     # A dense parent is named by a manifest, not by the user, so its code is not trusted.
-    teacher = open_source(name, source.trusted and bool(pass_.teacher_model()))
+    teacher = open_source(name, source.trusted and bool(pass_.second_name()))
     tell_code(teacher, ctx)
     from compress.layerwise.eval_windows import tokenizer_folder
 
@@ -45,30 +48,51 @@ def open_teacher(pass_: TrainPass, source: Checkpoint, scan: SourceScan, ctx: Co
     return Teacher(teacher, ctx.broadcast(scan_source(teacher, quiet).fingerprint if ctx.is_main else None))
 
 
-def teacher_weights(pass_: TrainPass, source: Checkpoint) -> int:
-    """Number of the teacher's parameters, from headers only; 0 without a teacher. Raises CompressError."""
+def teacher_headers(pass_: TrainPass, source: Checkpoint) -> Checkpoint | None:
+    """The teacher, from headers only; None without one. Raises CompressError for one that cannot teach its model."""
     name = _name(pass_, source)
     if name is None:
-        return 0
-    checkpoint = source if not name else open_headers(name)
-    return sum(math.prod(entry.shape) for entry in checkpoint.logical.values())
+        return None
+    teacher = source if not name else open_headers(name)
+    pass_.check_teacher(source, teacher)
+    return teacher
 
 
-def _name(pass_: TrainPass, source: Checkpoint) -> str | None:
+def open_twin(pass_: BlockTrainPass, source: Checkpoint, weights: Sequence[Weight]) -> Checkpoint:
+    """The headers of the dense twin. Raises CompressError if there is none, or one with other shapes."""
+    name = _name(pass_, source)
+    twin = source if not name else open_headers(name)
+    check_twin(twin, weights)
+    return twin
+
+
+def check_twin(twin: Checkpoint, weights: Sequence[Weight]) -> None:
+    """Raises InputError unless a model has every one of these weights, in its shape: blocks are compared output by output."""
+    shapes = {name: entry.shape for name, entry in DenseView(twin).logical.items()}
+    wrong = [weight for weight in weights if shapes.get(weight.name) != weight.shape]
+    if wrong:
+        first = wrong[0]
+        got = f"{list(shapes[first.name])}" if first.name in shapes else "none"
+        more = f", and {len(wrong) - 1} more that differ" if len(wrong) > 1 else ""
+        do = "train on logits, which models of other shapes have too: distill.logits"
+        raise InputError([Problem(f"{twin.name}: '{first.name}'", f"the dense twin's {list(first.shape)}", f"{got}{more}", do)])
+
+
+def _name(pass_: TrainPass | BlockTrainPass, source: Checkpoint) -> str | None:
     """The name to open: None for no teacher, empty for `source` itself."""
-    name = pass_.teacher_model()
+    name, word = pass_.second_name(), "teacher" if pass_.teacher_model() is not None else "reference"
     manifest = source.manifest
     if name or name is None or manifest is None or not is_changed(source):
         return name
     dense_parent = manifest.source
     if dense_parent.commit:
         return f"{dense_parent.name}@{dense_parent.commit}"
-    expected = f"teacher: the dense model it was made from, {dense_parent.name}"
+    expected = f"{word}: the dense model it was made from, {dense_parent.name}"
     got = "its name only, for a manifest tells no directories"
-    raise InputError(str(source.path), expected, got, f"set teacher to the directory of {dense_parent.name}")
+    raise InputError(str(source.path), expected, got, f"set {word} to the directory of {dense_parent.name}")
 
 
 def is_changed(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's weights differ from those of the model that it was made from."""
     manifest = checkpoint.manifest
-    return manifest is not None and bool(manifest.weights or trained_by(manifest.notes))
+    return manifest is not None and bool(manifest.weights or manifest.structure or trained_by(manifest.notes))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from compress.architecture.experts import Routed
@@ -23,9 +26,22 @@ class BatchWalk:
         """Goes to the first block."""
         self._arrive(self._forward.advance())
 
-    def go_on(self) -> None:
-        """Finishes the block and goes to the next one; `call` is None at the end of the model."""
+    def go_on(self, seen: Callable[[Call, Any], None] | None = None, last: bool = False) -> None:
+        """Finishes the block and goes to the next one; `call` is None at the end of the model.
+
+        `seen` gets the block's call and output. After the `last` block that is of interest the forward is aborted.
+        """
         output = self._inside().finish()
+        if seen is not None:
+            assert self.call is not None
+            seen(self.call, output)
+        if last:
+            self.leave()
+            return
+        self.hand_on(output)
+
+    def hand_on(self, output: Any) -> None:
+        """Goes to the next block with this output of the block."""
         # Frees the old hidden states.
         self.call = self._visit = None
         self._arrive(self._forward.advance(output))
@@ -37,6 +53,12 @@ class BatchWalk:
     def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
         """All readers of this block with their inputs, in order."""
         return self._inside().survey()
+
+    def arguments(self) -> Call:
+        """The call of this block, its arguments in memory until `step_back` or `go_on`."""
+        self._inside()
+        assert self.call is not None
+        return self.call
 
     def step_back(self) -> None:
         """Drops the activations inside the block; when it is needed again, the block is run from its start."""

@@ -53,6 +53,7 @@ class Forward:
         self.vocabulary: int = config.get_text_config().vocab_size
         self.encoder_decoder = bool(config.is_encoder_decoder)
         self.causal = self.encoder_decoder or not is_masked(kind)
+        self._in_tuples = False
 
     def positions(self) -> int | None:
         """The longest input of the model, None if it names no limit."""
@@ -84,11 +85,13 @@ class Forward:
         return held
 
     def logits(
-        self, windows: list[torch.Tensor], passed: Callable[[], None] = lambda: None, team: Executor | None = None
-    ) -> Generator[torch.Tensor]:
+        self, windows: list[torch.Tensor], passed: Callable[[], None] = lambda: None, team: Executor | None = None,
+        without: str = "",
+    ) -> Generator[torch.Tensor]:  # fmt: skip
         """Logits of each batch of `windows`, in order; `passed` is called after each block. Close it to release the head.
 
-        A `team` of threads reads a block's weights, and runs the batches through it, in parallel.
+        A `team` of threads reads a block's weights, and runs the batches through it, in parallel. The block `without` hands on
+        what it got; a forward of the whole model has to come before.
         """
         spread = map if team is None else team.map
         forwards = [StepwiseForward(self.meta_model, self.inputs(ids)) for ids in windows]
@@ -99,9 +102,14 @@ class Forward:
                     calls = [call, *(other for j, w in zip(forwards[1:], waiting[1:]) if (other := j.advance(*w)))]
                     assert [other.block for other in calls] == [call.block] * len(forwards)
                     self.meta_model.release_visitors()
+                    if call.block.path == without:
+                        waiting = [(self._handed_on(other),) for other in calls]
+                        del calls
+                        continue
                     nbytes = sum(4 * p.numel() for p in self.meta_model.module_at(call.block.path).parameters())
                     self.meta_model.load(call.block.path, spread if nbytes <= _TOGETHER_BYTES else map)
                     waiting = [(output,) for output in spread(partial(_finish, hooks), calls)]
+                    self._in_tuples = isinstance(waiting[0][0], tuple)
                     self.meta_model.release(call.block.path)
                     # Otherwise gaps in freed memory would add up, block after block.
                     trim_memory()
@@ -117,6 +125,11 @@ class Forward:
             for forward in forwards:
                 forward.leave()
             self.meta_model.release_visitors()
+
+    def _handed_on(self, call: Call) -> Any:
+        """What a block would return if it changed nothing."""
+        hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
+        return (hidden,) if self._in_tuples else hidden
 
     def _output(self, forward: StepwiseForward) -> torch.Tensor:
         logits = getattr(forward.output, "logits", None)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
-from compress.contract.shapes import ObservingPass, TrainPass
+from compress.contract.block_training import BlockTrainPass
+from compress.contract.tasks import Observer
+from compress.contract.train_pass import TrainPass
 from compress.errors import UsageError
 from compress.spec.weight_state import State, Weight
 
@@ -51,7 +54,7 @@ def computing(dtype: str, config: dict[str, Any], device: torch.device | None = 
 
 
 def sweep_bytes(
-    pass_: ObservingPass, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+    pass_: Observer, weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> int:
     """Resident bytes beyond the interpreter: a block, its statistics and solutions, activations, weights outside of blocks."""
     blocks: dict[tuple[str, int | None], int] = defaultdict(int)
@@ -73,7 +76,32 @@ def sweep_bytes(
     return max(head, block + within + statistic + work) + between + outside
 
 
-def _at_once(weight: Weight, pass_: ObservingPass) -> int:
+def slice_bytes(facts: Sequence[str], weights: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int) -> int:
+    """Resident bytes beyond the interpreter of a forward that observes a model block by block; 0 if nothing is observed."""
+    if not facts:
+        return 0
+    blocks: dict[tuple[str, int | None], int] = defaultdict(int)
+    outside = head = 0
+    for weight in weights:
+        if weight.block is not None:
+            blocks[weight.stack, weight.block] += weight.numel
+        elif weight.kind in ("embedding", "head"):
+            head = max(head, weight.numel)
+        else:
+            outside += weight.numel
+    hidden = size_of(config, "hidden_size", "n_embd", "d_model") or 0
+    widest = max((max(w.shape) for w in weights if w.block is not None and len(w.shape) > 1), default=hidden)
+    vocabulary = size_of(config, "vocab_size") or 0
+    # A batch's activations inside a block in fp32, a matrix of products and its factors, logits of a batch.
+    within = 8 * BATCH_TOKENS * widest * 4 + (5 * 4 * widest * widest if "inputs" in facts else 0)
+    logits = 2 * 4 * min(tokens, batch_tokens(config)) * vocabulary if "loss" in facts else 0
+    size = 4 if "loss" in facts else element_bytes
+    state = min(BETWEEN_BYTES, 2 * tokens * hidden * size)
+    block = max(blocks.values(), default=0)
+    return max((head + outside) * size + logits, (block + outside) * size + within) + state + (64 << 20)
+
+
+def _at_once(weight: Weight, pass_: Observer) -> int:
     """How many statistics are in memory together with that of this weight, its own included."""
     if weight.kind != "expert":
         return 1
@@ -157,6 +185,46 @@ def train_bytes(
     logits = 4 * tokens * vocabulary * element_bytes + 10 * min(64 << 20, 4 * tokens * vocabulary)
     resident = model + 16 * trained + masks + expanded + activations + teacher * element_bytes + logits
     return resident, 2 * 12 * trained
+
+
+def blocks_bytes(
+    pass_: BlockTrainPass, weights: list[Weight], touched: list[Weight], states: dict[str, State], config: dict[str, Any],
+    tokens: int, sample: int, element_bytes: int,
+) -> tuple[int, int]:  # fmt: skip
+    """(resident bytes beyond the interpreter, bytes of hidden states on disk) of one process; `sample` is a sample's tokens.
+
+    In memory: one block, in fp32 or in codes with its expanded weights, what is trained of it with its gradient, two moments
+    and the best iterate, and a micro-batch's autograd graph; or the embedding. Hidden states of both models, and the targets.
+    """
+    micro = min(tokens, pass_.block_options().micro_batch * sample)
+    trained, outside, head = {weight.name for weight in touched}, 0, 0
+    blocks: dict[tuple[str, int | None], int] = defaultdict(int)
+    graphs: dict[tuple[str, int | None], int] = defaultdict(int)
+    for weight in weights:
+        if weight.block is None:
+            wide = weight.numel * element_bytes
+            head, outside = (max(head, wide), outside) if weight.kind in ("embedding", "head") else (head, outside + wide)
+            continue
+        place, state = (weight.stack, weight.block), states[weight.name]
+        # fp32; the copy that autocast makes; where transformers fuses or splits, its sources and the index of each number.
+        asked = 4 + element_bytes + (16 if weight.converted else 0) + (5 if state.scheme is not None else 0)
+        blocks[place] += asked * weight.numel
+        if weight.name in trained:
+            blocks[place] += (20 + element_bytes) * learned(weight, state) + weight.numel * (state.sparsity is not None)
+        if len(weight.shape) > 1:
+            # A router usually sends a token to two experts, so fused experts count twice.
+            share = 2 if weight.experts else 1
+            graphs[place] += 2 * micro * (weight.in_features + weight.out_features) * share * element_bytes
+        else:
+            graphs[place] += 4 * micro * weight.numel * 4
+    hidden = size_of(config, "hidden_size", "d_model") or max((w.in_features for w in touched if len(w.shape) > 1), default=0)
+    scores = sample * micro * (size_of(config, "num_attention_heads", "num_heads", "n_head") or 0) * 4
+    # The rows of both outputs, their difference and its gradient.
+    rows = 6 * micro * hidden * 4
+    states_bytes = 3 * tokens * hidden * element_bytes
+    block = max((blocks[place] + graphs[place] for place in blocks), default=0)
+    resident = max(block + scores + rows, 2 * head) + min(BETWEEN_BYTES, states_bytes) + 2 * outside
+    return resident + (96 << 20), states_bytes if states_bytes > BETWEEN_BYTES else 0
 
 
 def learned(weight: Weight, state: State) -> int:

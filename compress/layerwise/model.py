@@ -52,23 +52,23 @@ def generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def filled(checkpoint: Checkpoint, dtype: str, rounded: bool = True, device: torch.device = CPU) -> MetaModel:
     """A meta model with everything loaded, to stay."""
     meta_model = MetaModel(DenseView(checkpoint, rounded), getattr(torch, dtype), device)
-    _Loader(meta_model).load()
+    Loader(meta_model).load()
     _as_transformers_has_it(meta_model)
     return meta_model
 
 
-class _Loader:
-    """Loads all of a meta model, codes as codes."""
+class Loader:
+    """Loads all of a meta model, or one block of it, codes as codes."""
 
     def __init__(self, meta_model: MetaModel) -> None:
         from transformers.pytorch_utils import Conv1D
 
         self.meta_model, self.dense_view = meta_model, meta_model.dense_view
         self.kinds = (nn.Linear, nn.Embedding, Conv1D)
-        groups = {group.parameter: group for group in meta_model.mapping.groups(self.dense_view.logical)}
-        self.names = {p: group.sources[0] for p, group in groups.items() if not group.patterns}
+        self.groups = {group.parameter: group for group in meta_model.mapping.groups(self.dense_view.logical)}
+        self.names = {p: group.sources[0] for p, group in self.groups.items() if not group.patterns}
         self.placed: set[str] = set()
-        self.ties = ties(meta_model.module, groups)
+        self.ties = ties(meta_model.module, self.groups)
 
     def load(self) -> None:
         """Everything, a block at a time."""
@@ -77,8 +77,7 @@ class _Loader:
         inside = tuple(f"{path}." for path in paths)
         self.encode([name for name in self.names if not name.startswith(inside)])
         for path in paths:
-            self.meta_model.load(path)
-            self.encode([name for name in self.names if name.startswith(f"{path}.")])
+            self.load_part(path)
         for path in self.meta_model.lazy:
             # Embeddings and head stay loaded.
             parts[path]._forward_pre_hooks.clear()
@@ -92,6 +91,11 @@ class _Loader:
                 lost[0], "a module of its own, whose activations can be rounded", f"{len(lost)} weights that transformers fuses",
                 "unpack with to=dense: the weights alone",
             )  # fmt: skip
+
+    def load_part(self, path: str) -> None:
+        """What is under a path."""
+        self.meta_model.load(path)
+        self.encode([name for name in self.names if name.startswith(f"{path}.")])
 
     def encode(self, parameters: list[str]) -> None:
         """Replaces parameters by their codes, if they are made of one weight in codes."""

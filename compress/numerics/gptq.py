@@ -32,7 +32,7 @@ import torch
 
 from compress.numerics.fit import Clip, fit
 from compress.numerics.floats import decode, encode
-from compress.numerics.hessian import Factor
+from compress.numerics.hessian import Factor, energies
 from compress.numerics.rounding import fit_all, largest
 from compress.numerics.scales import divisor, steps
 from compress.spec.scheme import Scheme
@@ -184,7 +184,7 @@ def solve(
     for start in range(0, rows, step):
         rs = slice(start, min(rows, start + step))
         part = _begin(w[rs], None if mask is None else mask[rs], task, rs)
-        norms[rs] = _energies(part.flat, hessian)[: rs.stop - start]
+        norms[rs] = energies(part.flat, hessian)[: rs.stop - start]
         damped = _first_pass(part, task)
         identity += float(damped.sum())
         for _ in range(settings.sweeps):
@@ -224,16 +224,6 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -
         s = (task.fixed[rs].T if inputs else task.fixed[:, first : first + scales[1]]).contiguous().view(scales)
     codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
     return _Rows(d.view(shape), codes, s, torch.full_like(s, task.scheme.middle), keep)
-
-
-def _energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """v^T H v of each column v of V [n, rows]. H is symmetric: tiles below the diagonal are counted twice instead."""
-    total = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
-    for start in range(0, len(h), 512):
-        ks = slice(start, min(len(h), start + 512))
-        product = (h[ks, :start] @ v[:start]).mul_(2).addmm_(h[ks, ks], v[ks])
-        total += product.mul_(v[ks]).sum(0)
-    return total
 
 
 def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
@@ -365,7 +355,7 @@ def _round(
     rows, targets, bases, cs, scales = (x.unbind(0) for x in (flat_target, target, base, c, s))
     coefficients = f.T.contiguous()
 
-    for start, middle, end in _turns(0, n):
+    for start, middle, end in turns(0, n):
         if middle > start:
             flat_target[middle:end].addmm_(coefficients[middle:end, start:middle], flat_base[start:middle])
             continue
@@ -388,13 +378,13 @@ def _round(
     return c, target.addcmul_(c, s, value=-1)
 
 
-def _turns(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def turns(start: int, end: int, leaf: int = _LEAF, unit: int = 1) -> Iterator[tuple[int, int, int]]:
     """The order of work inside a block, as (start, middle, end): if middle > start, the errors of columns up to `middle` are
-    added to the targets of those after it; else columns `start` to `end` are rounded one by one."""
-    if end - start <= _LEAF:
+    added to the targets of those after it; else columns `start` to `end` are solved one by one. Halves are whole `unit`s."""
+    if end - start <= leaf:
         yield start, start, end
         return
-    middle = (start + end) // 2
-    yield from _turns(start, middle)
+    middle = start + (end - start) // 2 // unit * unit
+    yield from turns(start, middle, leaf, unit)
     yield start, middle, end
-    yield from _turns(middle, end)
+    yield from turns(middle, end, leaf, unit)

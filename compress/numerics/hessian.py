@@ -14,7 +14,7 @@ Results do not depend on the scale of H, because lambda is a fraction of H's mea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -87,22 +87,52 @@ class Factor:
     """lambda itself."""
 
 
-def factor(h: torch.Tensor, damp: float = 0.01, order: Order = "none") -> Factor:
+class Prepared(NamedTuple):
+    """The Hessian [n, n] of some inputs, its factor, and a note if weights cannot be solved as asked."""
+
+    hessian: torch.Tensor
+    factor: Factor
+    note: tuple[str, str] | None
+
+
+def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: str, together: int = 1) -> Prepared:
+    """Factors the mean of a statistic; with fewer tokens than `least`, the identity, with which a solver does `instead`."""
+    if statistic.tokens < max(1, least):
+        alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
+        few = ("fallback", f"fewer than {least} calibration tokens: {instead}")
+        note = few if statistic.tokens else ("unrouted", f"no calibration token: {instead}")
+        return Prepared(alone, factor(alone, damp, "none"), note)
+    hessian = statistic.mean()
+    found = factor(hessian, damp, order, together)
+    raised = ("damping", f"a Hessian that needed more damping than {damp:g}")
+    return Prepared(hessian, found, raised if found.damping > damp else None)
+
+
+def finite(h: torch.Tensor) -> torch.Tensor:
+    """`h` itself. Raises ValueError if it is not a Gram matrix."""
+    low, high = (float(bound) for bound in h.aminmax())  # both are NaN if any entry is
+    if not (-float("inf") < low <= high < float("inf")) or float(h.diagonal().min()) < 0:
+        raise ValueError("the Hessian has entries that are not finite, or a negative diagonal: an input was not finite")
+    return h
+
+
+def factor(h: torch.Tensor, damp: float = 0.01, order: Order = "none", together: int = 1) -> Factor:
     """Factors H [n, n]; increases the damping until that works. Raises ValueError for an H that is not a Gram matrix.
 
     An H of zeros, of a layer that saw no input, is replaced by the identity, and no column counts as always zero.
+    An order by activation keeps each aligned group of `together` columns in one piece, placed by its mean.
     """
-    low, high = (float(bound) for bound in h.aminmax())  # both are NaN if any entry is
-    diagonal = h.diagonal()
-    if not (-float("inf") < low <= high < float("inf")) or float(diagonal.min()) < 0:
-        raise ValueError("the Hessian has entries that are not finite, or a negative diagonal: an input was not finite")
+    diagonal = finite(h).diagonal()
     scale = float(diagonal.mean(dtype=torch.float64))
     dead = diagonal == 0
     if scale == 0:
         n = len(h)
         ones = torch.ones(n, dtype=h.dtype, device=h.device)
         return Factor(torch.eye(n, dtype=h.dtype, device=h.device), ones, None, torch.zeros_like(dead), damp, 0.0)
-    permutation = diagonal.argsort(descending=True, stable=True) if order == "activation" else None
+    permutation = None
+    if order == "activation":
+        groups = diagonal.reshape(-1, together).mean(1).argsort(descending=True, stable=True)
+        permutation = (groups[:, None] * together + torch.arange(together, device=h.device)).flatten()
     # Reversed, because a Cholesky factor is lower triangular and R has to be upper.
     if permutation is None:
         backward, idle = h.flip(0, 1), dead.flip(0)
@@ -122,3 +152,21 @@ def factor(h: torch.Tensor, damp: float = 0.01, order: Order = "none") -> Factor
     pivots = feedback.diagonal().clone()
     feedback /= pivots
     return Factor(feedback, pivots.square_(), permutation, dead, damp, damp * scale)
+
+
+def errors(old: torch.Tensor, new: torch.Tensor, h: torch.Tensor) -> tuple[float, float, float, float]:
+    """|W - W'|^2, |W|^2, and the same of the outputs per token, for W [rows, n] that becomes W'."""
+    before = old.float()
+    moved = before - new.float()
+    outputs = [float(energies(part.T, h).double().sum()) for part in (moved, before)]
+    return float(moved.square().sum()), float(before.square().sum()), outputs[0], outputs[1]
+
+
+def energies(v: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """v^T H v of each column v of V [n, rows]. H is symmetric: tiles below the diagonal are counted twice instead."""
+    total = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
+    for start in range(0, len(h), _TILE):
+        ks = slice(start, min(len(h), start + _TILE))
+        product = (h[ks, :start] @ v[:start]).mul_(2).addmm_(h[ks, ks], v[ks])
+        total += product.mul_(v[ks]).sum(0)
+    return total

@@ -25,17 +25,18 @@ def keep_best(scores: torch.Tensor, sparsity: Sparsity, per_row: bool = False) -
     if sparsity.of is not None:
         if columns % sparsity.of:
             raise ValueError(f"{sparsity.of} does not divide {columns} inputs")
-        return _keep_in_rows(scores.reshape(-1, sparsity.of), sparsity.kept or 0).reshape(scores.shape)
+        return keep_in_rows(scores.reshape(-1, sparsity.of), sparsity.kept or 0).reshape(scores.shape)
     assert sparsity.fraction is not None
     if per_row:
         keep = columns - int(columns * sparsity.fraction)
-        return _keep_in_rows(scores.reshape(-1, columns), keep).reshape(scores.shape)
+        return keep_in_rows(scores.reshape(-1, columns), keep).reshape(scores.shape)
     matrices = scores.reshape(-1, scores.shape[-2] * columns)
     drop = int(matrices.shape[-1] * sparsity.fraction)
     return torch.stack([keep_above(matrix, drop) for matrix in matrices]).reshape(scores.shape)
 
 
-def _keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
+def keep_in_rows(rows: torch.Tensor, keep: int) -> torch.Tensor:
+    """bool mask of the `keep` largest of every row [rows, columns]."""
     mask = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     step = max(1, _CHUNK // rows.shape[-1])
     for start in range(0, len(rows), step):
@@ -67,6 +68,20 @@ def _bin(keys: Iterable[torch.Tensor], rank: int, counts: torch.Tensor) -> tuple
     upto = counts.cumsum(0)
     found = min(int(torch.searchsorted(upto, rank, right=True)), (1 << 16) - 1)
     return found, int(upto[found] - counts[found])
+
+
+def keep_first(group: torch.Tensor, keep: int) -> torch.Tensor:
+    """bool mask of the `keep` largest of every column of a few rows [m, columns], by comparing each with each."""
+    larger = group[:, None] > group
+    ties = (group[:, None] == group) & torch.ones(len(group), len(group), dtype=torch.bool, device=group.device).triu_(1)[
+        ..., None
+    ]
+    return (larger | ties).sum(0) < keep
+
+
+def zeroed(value: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """`value` with +0.0 where it is not kept; a kept -0.0 becomes +0.0 too, for some kernels count it as a number."""
+    return value.masked_fill(~keep, 0).add_(0)
 
 
 def holds(nonzero: torch.Tensor, sparsity: Sparsity) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
+from compress.architecture.axes import slices
 from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.checkpoint.remote_code import NOTE, code_notes
 from compress.checkpoint.scan import SourceScan
@@ -23,7 +24,7 @@ from compress.spec.weight_state import DENSE, Note
 
 LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
-    "smoothed", "default text", NOTE,
+    "smoothed", "sliced", "default text", "domains", "repeated", "no loss", NOTE,
 )  # fmt: skip
 """Words of counted lines that still hold after later steps."""
 
@@ -44,7 +45,9 @@ def build_manifest(
     """The manifest of a step; `before` is the manifest of its source."""
     step, ctx = run.step, run.ctx
     records, happened = _records(run, before, written.entries)
-    kept = [note for n in (before.notes if before else ()) if n.what in LASTING and (note := _still(n, step)) is not None]
+    renamed = _renamed(run)
+    lasting = [note for note in (before.notes if before else ()) if note.what in LASTING]
+    kept = [note for old in lasting if (note := _still(old, step, renamed)) is not None]
     notes = _notes(run, before, scan, second_model, happened)
     said = {(note.what, note.reason, note.names) for note in kept}
     new = [NoteRecord(what=n.what, reason=n.reason, count=n.count, names=n.names) for n in notes]
@@ -60,6 +63,7 @@ def build_manifest(
         format="tokens" if step.inherits else step.format.name if step.format else "canonical",
         coverage={"targeted": len(step.targeted), "transformed": len(step.transformed), "skipped": len(step.skipped)},
         weights=records,
+        structure=_structure(run, before),
         notes=(*kept, *(note for note in new if (note.what, note.reason, note.names) not in said)),
         digests={name: digest for w in run.weights for name, digest in written.entries[w.name]["digests"].items()},
         files=written.files,
@@ -101,7 +105,7 @@ def _notes(
     run: StepRun, before: Manifest | None, scan: SourceScan, second_model: Teacher | None, happened: list[Note]
 ) -> list[Note]:
     """The counted lines of this step."""
-    notes = [*run.step.notes, *happened]
+    notes = [*run.step.notes, *happened, *run.notes]
     if scan.nonfinite and before is None:
         notes.append(Note("nonfinite", "NaN or Inf, allowed by --allow-nonfinite", scan.nonfinite))
     notes += code_notes(run.source, "model")
@@ -117,11 +121,32 @@ def _origin(run: StepRun, scan: SourceScan) -> Source:
     )  # fmt: skip
 
 
-def _still(note: NoteRecord, step: StepPlan) -> NoteRecord | None:
-    """An earlier step's counted line, without the weights whose errors this step has measured anew."""
-    if note.what != "large error" or step.format is not None:
+def _structure(run: StepRun, before: Manifest | None) -> dict[str, Any]:
+    """What is left of the lineage's source after this step."""
+    kept, earlier = run.kept, before.kept if before is not None else None
+    if kept is None:
+        return before.structure if before is not None else {}
+    return (kept if earlier is None else kept.of(earlier)).to_json()
+
+
+def _renamed(run: StepRun) -> dict[str, str] | None:
+    """The names of tensors after a step by those before it; None if no step but this one's kind renames any."""
+    cut, kept = run.step.cut, run.kept
+    if cut is None or kept is None:
+        return None
+    found = slices(cut.weights, cut.family, kept.layers, [block.experts for block in kept.blocks])
+    return {one.source.name: one.name for one in found}
+
+
+def _still(note: NoteRecord, step: StepPlan, renamed: dict[str, str] | None) -> NoteRecord | None:
+    """An earlier step's counted line, without the weights whose errors this step has measured anew, or has left out."""
+    names = note.names
+    if renamed is not None and names and not renamed.keys().isdisjoint(names):
+        names = tuple(renamed[name] for name in names if name in renamed)
+    if note.what == "large error" and step.format is None:
+        names = tuple(name for name in names if name not in set(step.transformed))
+    if names == note.names:
         return note
-    names = tuple(name for name in note.names if name not in set(step.transformed))
     return note.model_copy(update={"names": names, "count": len(names)}) if names else None
 
 

@@ -17,21 +17,23 @@ from compress.architecture.families import Layout
 from compress.architecture.weight_map import Model
 from compress.checkpoint.reader import CALIBRATION, CANONICAL, Checkpoint, local_header
 from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, Shard, arrange, single
-from compress.contract.allocator import offers_of
+from compress.contract.allocator import InputAllocator, offers_of
 from compress.contract.format import Format, Verdict
 from compress.contract.notes import changed_by, folded, shared_notes, untouched
 from compress.contract.pass_base import Pass, WeightPass
 from compress.contract.shapes import DataPass
+from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import Plan, StepPlan, layout_specs
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.layerwise.dense_view import DenseView
 from compress.numerics import qtensor
 from compress.pipeline.plan_checks import refuse_unread, refuse_zeros
 from compress.pipeline.plan_memory import Surroundings, needs_of
+from compress.pipeline.plan_slicing import smaller_model
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe import Recipe
 from compress.spec.selectors import compiled
-from compress.spec.weight_state import Note, State, Weight, counted
+from compress.spec.weight_state import DENSE, Note, State, Weight, counted
 from compress.threads import available
 
 SHARD_BYTES = 5_000_000_000
@@ -79,11 +81,11 @@ class _Planner:
         self, recipe: Recipe, checkpoint: Checkpoint, model: Model, options: PlanOptions, dropped: frozenset[str],
         dense_view: DenseView | None, decided: Mapping[int, Mapping[str, State]],
     ) -> None:  # fmt: skip
-        self.recipe, self.checkpoint, self.model, self.options = recipe, checkpoint, model, options
-        self.dropped, self.dense_view, self.decided = dropped, dense_view, decided
+        self.recipe, self.checkpoint, self.options = recipe, checkpoint, options
+        self.dense_view, self.decided, self.config = dense_view, decided, checkpoint.config
         self.passes = resolve(recipe)
         self.weights = [weight for weight in model.weights if weight.name not in dropped]
-        self.written = replace(model, weights=tuple(self.weights))
+        self.source, self.written = model, replace(model, weights=tuple(self.weights))
         logical = checkpoint.logical if dense_view is None else dense_view.logical
         self.states = {name: entry.state for name, entry in logical.items() if name not in dropped}
         self.shared = shared_notes(checkpoint, model, dropped)
@@ -105,7 +107,9 @@ class _Planner:
             assert isinstance(pass_, WeightPass)
             where, fmt = self.where(number, pass_), pass_.target_format()
             self.check_place(number, pass_)
-            planned = _StepPlanner(self, number, pass_, fmt)
+            planned = (
+                _SlicePlanner(self, number, pass_) if isinstance(pass_, SlicingPass) else _StepPlanner(self, number, pass_, fmt)
+            )
             step, wrong = planned.step()
             if wrong and kind is None:
                 kind = FormatError if fmt is not None else CoverageError
@@ -123,7 +127,7 @@ class _Planner:
             raise kind(folded(problems))
         self.check_skips(steps)
         return Plan(
-            self.model, list(self.passes), steps, self.checkpoint.nbytes, self.options.threads, verdicts, self.dropped
+            self.source, list(self.passes), steps, self.checkpoint.nbytes, self.options.threads, verdicts
         )  # fmt: skip
 
     def where(self, number: int, pass_: Pass) -> str:
@@ -159,7 +163,7 @@ class _Planner:
     def surroundings(self) -> Surroundings:
         """The facts besides the pass that a step's memory depends on."""
         options = self.options
-        return Surroundings(self.checkpoint, self.weights, options.threads, options.dtype, self.tokens, self.length)
+        return Surroundings(self.checkpoint, self.config, self.weights, options.threads, options.dtype, self.tokens, self.length)
 
     def data_step(self, number: int, pass_: DataPass) -> StepPlan:
         """A step that makes tokens. It writes the weights only if it is the last step, since OUT must have them."""
@@ -169,9 +173,10 @@ class _Planner:
         canonical = any(state.scheme for state in self.states.values())
         last = number == len(self.passes)
         shards = arrange(specs, self.options.shard_bytes, CANONICAL_STEM if canonical else STEM) if last else []
-        texts = _texts(self.checkpoint.config, None, self.written, self.states)
+        texts = _texts(self.config, None, self.written, self.states)
         return StepPlan(
-            number, pass_, (), {}, self.states, self.states, None, shards, texts, tuple(self.shared), _DATA_BYTES
+            number, pass_, tuple(self.weights), (), {}, self.states, self.states, None, shards, texts, tuple(self.shared),
+            _DATA_BYTES,
         )  # fmt: skip
 
 
@@ -181,7 +186,7 @@ class _StepPlanner:
     def __init__(self, planner: _Planner, number: int, pass_: WeightPass, fmt: Format | None) -> None:
         self.planner, self.number, self.pass_, self.format = planner, number, pass_, fmt
         self.before, self.after = planner.states, dict(planner.states)
-        self.layout: Layout | None = pass_.layout(planner.weights, planner.model.family, planner.checkpoint.config)
+        self.layout: Layout | None = pass_.layout(planner.weights, planner.written.family, planner.config)
         self.plain: dict[str, str] = {}
         self.allocator = pass_.allocator()
 
@@ -199,9 +204,10 @@ class _StepPlanner:
         decided = self.settle(touched)
         notes = self.notes(touched, skipped, decided)
         needs = needs_of(self.pass_, touched, self.after, self.format, self.planner.surroundings())
-        texts = _texts(self.planner.checkpoint.config, self.format, self.planner.written, self.after)
+        texts = _texts(self.planner.config, self.format, self.planner.written, self.after)
         step = StepPlan(
-            self.number, self.pass_, tuple(w.name for w in chosen), skipped, self.before, self.after, self.format, self.shards(),
+            self.number, self.pass_, tuple(self.planner.weights), tuple(w.name for w in chosen), skipped, self.before, self.after,
+            self.format, self.shards(),
             texts, tuple(notes), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes,
         )  # fmt: skip
         if self.allocator is not None and not decided:
@@ -228,7 +234,7 @@ class _StepPlanner:
     def become(self, chosen: Sequence[Weight]) -> Refused:
         """Sets the states after the pass; returns the refusals of pass and format."""
         refused: Refused = []
-        observes = self.pass_.executor() in ("sweep", "smooth")
+        observes = self.pass_.executor() in ("sweep", "smooth") or isinstance(self.allocator, InputAllocator)
         for weight in chosen:
             try:
                 if observes:
@@ -276,6 +282,34 @@ class _StepPlanner:
         stem = CANONICAL_STEM if canonical else STEM
         shards = arrange((s for s in specs if s.name not in apart), planner.options.shard_bytes, stem)
         return shards + [single(file, (s for s in specs if apart.get(s.name) == file)) for file in sorted(set(apart.values()))]
+
+
+class _SlicePlanner:
+    """Plans a pass that makes a smaller model, from which the lines after it go on."""
+
+    def __init__(self, planner: _Planner, number: int, pass_: SlicingPass) -> None:
+        self.planner, self.number, self.pass_ = planner, number, pass_
+        self.before = self.after = planner.states
+
+    def step(self) -> tuple[StepPlan | None, Refused]:
+        """The planned step, or the refusal that prevents it."""
+        planner, options = self.planner, self.planner.options
+        config = {key: value for key, value in planner.config.items() if key not in _QUANTIZED}
+        try:
+            made = smaller_model(self.pass_, planner.checkpoint, planner.written, planner.weights, config, self.before)
+        except Refusal as refusal:
+            return None, [("*", refusal.reason, refusal.do)]
+        weights = made.model.weights
+        self.after = {weight.name: DENSE for weight in weights}
+        specs = [spec for weight in weights for spec in qtensor.specs(weight, DENSE)]
+        needs = needs_of(self.pass_, list(made.cut.weights), self.before, None, planner.surroundings())
+        step = StepPlan(
+            self.number, self.pass_, weights, tuple(self.after), {}, self.before, self.after, None,
+            arrange(specs, options.shard_bytes, STEM), _texts(made.config, None, made.model, self.after),
+            (*made.notes, *planner.shared), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes, made.cut,
+        )  # fmt: skip
+        planner.weights, planner.written, planner.config = list(weights), made.model, made.config
+        return step, []
 
 
 def _calibrated(recipe: Recipe, number: int, pass_: WeightPass) -> str:

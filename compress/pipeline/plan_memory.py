@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compress.checkpoint.reader import Checkpoint
+from compress.contract.allocator import InputAllocator
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
-from compress.contract.shapes import ObservingPass, TrainPass
+from compress.contract.shapes import ObservingPass
+from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import layout_specs
-from compress.executors.teacher import teacher_weights
-from compress.layerwise.memory_estimate import DEVICE_BYTES, MAX_WORKERS, computing, reverse_bytes, sweep_bytes, train_bytes
+from compress.contract.train_pass import TrainPass
+from compress.executors.teacher import open_twin, teacher_headers
+from compress.layerwise.memory_estimate import (
+    DEVICE_BYTES,
+    MAX_WORKERS,
+    blocks_bytes,
+    computing,
+    reverse_bytes,
+    slice_bytes,
+    sweep_bytes,
+    train_bytes,
+)
 from compress.spec.weight_state import State, Weight
 
 
@@ -20,6 +34,8 @@ class Surroundings:
     """The facts besides the pass that a step's memory depends on."""
 
     checkpoint: Checkpoint
+    config: dict[str, Any]
+    """config.json of the model that the step reads."""
     weights: list[Weight]
     threads: int
     dtype: str
@@ -40,20 +56,33 @@ def needs_of(
     pass_: WeightPass, touched: list[Weight], after: dict[str, State], fmt: Format | None, around: Surroundings
 ) -> Needs:
     """The bytes that a step needs, given the states `after` it and the weights that it changes."""
-    worker, config = pass_.worker(), around.checkpoint.config
+    worker, config = pass_.worker(), around.config
     size = computing(around.dtype, config).itemsize
     if isinstance(worker, TrainPass):
         texts = worker.texts()
-        sample, teacher = texts.length if texts else around.length, teacher_weights(worker, around.checkpoint)
-        resident, scratch = train_bytes(worker, around.weights, touched, after, config, teacher, sample, size)
+        sample, teacher = texts.length if texts else around.length, teacher_headers(worker, around.checkpoint)
+        taught = sum(math.prod(entry.shape) for entry in teacher.logical.values()) if teacher is not None else 0
+        resident, scratch = train_bytes(worker, around.weights, touched, after, config, taught, sample, size)
+        tokens = worker.training_options().micro_batch * sample
+        resident += worker.objective_bytes(around.checkpoint, teacher, tokens, size)
+        return Needs(resident, scratch, resident + DEVICE_BYTES)
+    if isinstance(worker, BlockTrainPass):
+        open_twin(worker, around.checkpoint, touched)
+        resident, scratch = blocks_bytes(worker, around.weights, touched, after, config, around.tokens, around.length, size)
         return Needs(resident, scratch, resident + DEVICE_BYTES)
     assert isinstance(worker, WeightPass)
+    if isinstance(worker, SlicingPass):
+        there = slice_bytes(worker.facts(), around.weights, config, around.tokens, size)
+        most = 4 * max((weight.nbytes for weight in touched), default=0) + (32 << 20)
+        return Needs(max(there, min(around.threads, MAX_WORKERS) * most), 0, there and there + DEVICE_BYTES)
     work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
     scratch = there = 0
     if isinstance(worker, ObservingPass) and worker.observes():
         there = sweep_bytes(worker, around.weights, touched, config, around.tokens, size)
     allocator = pass_.allocator()
+    if isinstance(allocator, InputAllocator):
+        there = max(there, sweep_bytes(allocator, around.weights, touched, config, around.tokens, size))
     if allocator is not None and allocator.reads_gradients:
         needed, scratch = reverse_bytes(around.weights, touched, config, around.tokens, size)
         there = max(there, needed)

@@ -17,9 +17,10 @@ from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open
 from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
 from compress.context import Context
+from compress.contract.block_training import BlockTrainPass
 from compress.contract.pass_base import ExternalInputs
-from compress.contract.shapes import TrainPass
 from compress.contract.step_plan import Plan, StepPlan
+from compress.contract.train_pass import TrainPass
 from compress.device import device_of
 from compress.errors import InputError, Problem
 from compress.executors.allocate import allocate
@@ -140,7 +141,7 @@ class _RecipeRun:
         self.dropped = frozenset(alias for alias, kept in copies if same_bytes(self.source, alias, kept))
         self.plan = self.planned()
         for step in self.plan.steps:
-            hold_plan(self.gates, step, self.plan.weights)
+            hold_plan(self.gates, step, step.weights)
         if not self.options.allow_overcommit:
             check_memory(self.plan, device_of(self.ctx))
 
@@ -238,7 +239,7 @@ class _RecipeRun:
             # The decision fixes the layout of this step, and the states from which later steps start.
             table = own.with_name(f"{own.name}.{ALLOCATION[0]}")
             known = _decided(step, Manifest.read(place)) if done else {}
-            found = known or allocate(step, self.plan.weights, state.source, state.tokens, table, ctx)
+            found = known or allocate(step, step.weights, state.source, state.tokens, table, ctx)
             self.decided[step.number] = found
             self.plan = self.planned()
             step = self.plan.steps[number]
@@ -306,7 +307,7 @@ def _draw_tokens(plan: Plan, source: Checkpoint, ctx: Context) -> dict[int, Corp
 
 def _second_model(step: StepPlan, plan: Plan, source: Checkpoint, scan: SourceScan, ctx: Context) -> Teacher | None:
     """The other model that a step reads: a teacher, or the dense model of a source in codes."""
-    if isinstance(step.pass_, TrainPass):
+    if isinstance(step.pass_, TrainPass | BlockTrainPass):
         return open_teacher(step.pass_, source, scan, ctx)
     return open_dense_parent(step, plan, source, ctx) if step.pass_.second_model == "dense" else None
 

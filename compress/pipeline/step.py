@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.architecture.sizes import resized_config
 from compress.checkpoint.manifest import FILE, Manifest, Step
 from compress.checkpoint.reader import ALLOCATION, CALIBRATION, KEPT, README, TRAINING, Checkpoint
 from compress.checkpoint.scan import SourceScan, file_digest, text_digest
@@ -95,7 +96,7 @@ def run_step(step: StepPlan, state: RunState, line: Step, place: Path, inputs: S
 
 def _step_run(step: StepPlan, state: RunState, inputs: StepInputs, writer: Writer, ctx: Context) -> StepRun:
     """Collects what the executor of a step needs."""
-    weights, model = [] if step.inherits else inputs.plan.weights, inputs.second_model
+    weights, model = () if step.inherits else step.weights, inputs.second_model
     compensates = step.pass_.second_model == "dense"
     return StepRun(
         step, state.source, weights, state.digests, writer, ctx,
@@ -122,7 +123,7 @@ def _seal(run: StepRun, state: RunState, line: Step, inputs: StepInputs, measure
     side = _side_files(run, state, inputs.corpus)
     entries = writer.read_journals()
     _verify(writer, run.weights, entries)
-    texts = {} if step.inherits else step.texts
+    texts = {} if step.inherits else {**step.texts, **_config_of(run)}
     files = {name: file_digest(path) for name, path in side.items()}
     files |= {name: text_digest(name, text) for name, text in texts.items()}
     # A killed run may have left partial copies, so files that are copied are not digested here.
@@ -136,6 +137,15 @@ def _seal(run: StepRun, state: RunState, line: Step, inputs: StepInputs, measure
         texts = {**texts, README: _card(manifest, step, inputs.plan, side)}
     run.ctx.tell("publish", step=step.name)
     writer.seal({**texts, FILE: manifest.to_text()}, copied)
+
+
+def _config_of(run: StepRun) -> dict[str, str]:
+    """config.json of a smaller model, now that the layers that it has kept are known."""
+    cut, kept = run.step.cut, run.kept
+    if cut is None or kept is None:
+        return {}
+    config = resized_config(cut.config, cut.before, cut.after, kept.layers)
+    return {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _side_files(run: StepRun, state: RunState, corpus: Corpus | None) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from compress.contract.base_passes import TrainingPass
 from compress.contract.tasks import TrainingBatch
+from compress.contract.train_pass import LossPass
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from compress.numerics.divergence import Divergence
 
 
-class Logits(TrainingPass):
+class Logits(TrainingPass, LossPass):
     """Lowers the divergence between a model's and its teacher's next-token distributions."""
 
     example: ClassVar[str] = "calibrate | prune.magnitude(sparsity=2:4) | distill.logits(batch=4, micro_batch=2)"

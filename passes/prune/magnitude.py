@@ -1,7 +1,8 @@
 """Zeroes the smallest weights: a share of each matrix, or n:m along the inputs.
 
-The baseline that every pruning method is measured against; data-free. Kept entries do not change. Zeroed
-weights stay zero through later passes, which is checked after each of them.
+The baseline that every pruning method is measured against; data-free, unless `owl` chooses the share of each block. Kept entries
+do not change: a refit would need what prune.wanda observes, and there it is. Zeroed weights stay zero through later passes,
+which is checked after each of them.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ class Magnitude(PruningPass, TensorPass):
     example: ClassVar[str] = "prune.magnitude(sparsity=2:4)"
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
-        from compress.numerics.masks import keep_best
+        from compress.numerics.masks import keep_best, zeroed
         from compress.numerics.qtensor import QTensor, along_inputs
 
         assert not isinstance(value, QTensor)
+        assert after.sparsity is not None
         scores = along_inputs(weight, value).float().abs_()
-        keep = keep_best(scores, self.sparsity, per_row=self.scope == "row")
+        keep = keep_best(scores, after.sparsity, per_row=self.scope == "row")
         norm = float(scores.norm())
         lost = float(scores.masked_fill_(keep, 0).norm())
-        return value.masked_fill(along_inputs(weight, ~keep), 0), lost / norm if norm else 0.0
+        return zeroed(value, along_inputs(weight, keep)), lost / norm if norm else 0.0
 
     def workspace_bytes(self, weight: Weight) -> int:
         return 9 * weight.numel  # scores in fp32, their bits compared, two masks, the result

@@ -2,34 +2,27 @@
 
 Frantar et al., 2210.17323, from the second moments of a weight's inputs, with three optional additions: a weighted search for
 ranges of groups (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards (`sweeps`).
-Derivation and conventions: compress/numerics/gptq.py.
+Derivation and conventions: compress/numerics/gptq.py. With `sparsity` weights are pruned in the same solve: SparseGPT chooses the
+zeros (compress/numerics/sparsegpt.py), and what is kept is rounded towards the outputs of the unpruned matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from compress.contract.base_passes import Clip, QuantizingPass
+from compress.contract.base_passes import Clip, QuantizingPass, pruned
 from compress.contract.shapes import LinearPass
 from compress.contract.tasks import MatrixTask, Solution, Statistic
-from compress.spec.weight_state import Weight
+from compress.errors import Refusal
+from compress.spec.sparsity import Sparsity
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
-    import torch
-
-    from compress.numerics.hessian import Factor, Hessian
-
-
-class Prepared(NamedTuple):
-    """The Hessian [in, in] of some inputs, its factor, and a note if it was not solved as asked."""
-
-    hessian: torch.Tensor
-    factor: Factor
-    note: tuple[str, str] | None
+    from compress.numerics.hessian import Hessian, Prepared
 
 
 class Gptq(QuantizingPass, LinearPass):
@@ -52,6 +45,24 @@ class Gptq(QuantizingPass, LinearPass):
     min_tokens: int = Field(
         32, ge=0, description="matrices with fewer calibration tokens, such as rare experts, are rounded to nearest, and counted"
     )
+    sparsity: Sparsity | None = Field(
+        None, description="prune by the same Hessian, as prune.sparsegpt does: a share of zeros, e.g. 0.5, or n:m, e.g. 2:4"
+    )
+
+    @model_validator(mode="after")
+    def _zeros_or_outliers(self) -> Self:
+        if self.sparsity is not None and self.outliers:
+            raise ValueError("outliers: not with sparsity, which has no outliers beside codes")
+        return self
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        after = super().becomes(weight, state)
+        if self.sparsity is None:
+            return after
+        if self.scheme.scales in ("tensor", "e4m3"):
+            reason = f"{self.scheme} has a scale for all of what readers fuse, which is measured before anything is pruned"
+            raise Refusal(reason, "use a scheme with scales of rows, or prune.sparsegpt first")
+        return replace(after, sparsity=pruned(weight, state, self.sparsity).sparsity)
 
     def statistic(self, width: int) -> Statistic:
         from compress.numerics.hessian import Hessian
@@ -62,21 +73,16 @@ class Gptq(QuantizingPass, LinearPass):
         return 12 * width * width  # fp64 sums and the fp32 mean; then the mean and while it is factored two more
 
     def prepare(self, statistic: Hessian) -> Prepared:
-        import torch
-
-        from compress.numerics.hessian import factor
+        from compress.numerics.hessian import prepare
 
         order: Any = "activation" if self.order == "activation" else "none"
-        if statistic.tokens < max(1, self.min_tokens):
-            # With the identity as Hessian this is rounding to nearest.
-            alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
-            few = ("fallback", f"fewer than {self.min_tokens} calibration tokens: rounded to nearest")
-            note = few if statistic.tokens else ("unrouted", "no calibration token: rounded to nearest")
-            return Prepared(alone, factor(alone, self.damping, "none"), note)
-        hessian = statistic.mean()
-        found = factor(hessian, self.damping, order)
-        raised = ("damping", f"a Hessian that needed more damping than {self.damping:g}")
-        return Prepared(hessian, found, raised if found.damping > self.damping else None)
+        # With the identity as Hessian this is rounding to nearest.
+        return prepare(statistic, self.damping, order, self.min_tokens, "rounded to nearest", self._together)
+
+    @property
+    def _together(self) -> int:
+        """Columns that are solved one after the other: those of a group of n:m."""
+        return 1 if self.sparsity is None else self.sparsity.of or 1
 
     def solve(self, tasks: Sequence[MatrixTask], prepared: Prepared) -> list[Solution]:
         stacks: dict[Any, list[MatrixTask]] = {}
@@ -93,14 +99,21 @@ class Gptq(QuantizingPass, LinearPass):
         import torch
 
         from compress.numerics.gptq import Settings, solve
+        from compress.numerics.hessian import errors
         from compress.numerics.outliers import split
         from compress.numerics.qtensor import QTensor, along_inputs
+        from compress.numerics.refit import refit
+        from compress.numerics.sparsegpt import prune
 
         scheme, dtype = tasks[0].after.scheme, tasks[0].value.dtype
         assert scheme is not None
         w = torch.cat([task.value for task in tasks]).float()
         mask = w != 0 if tasks[0].after.sparsity is not None else None
         rest, kept = w, []
+        if self.sparsity is not None:
+            # Codes for the best that the mask allows: their squared errors on the outputs and its own add up.
+            rest, mask = prune(w, prepared.factor, self.sparsity, heights=[len(task.value) for task in tasks])
+            rest = refit(w, rest, mask, prepared.hessian, self.damping)
         if (outliers := tasks[0].after.outliers) is not None:
             # In place of an outlier the rest is zero, and so must be its code, so that nothing is lost there.
             splits = [split(along_inputs(task.weight, task.value), outliers) for task in tasks]
@@ -120,11 +133,16 @@ class Gptq(QuantizingPass, LinearPass):
             q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
             outputs = float(found.losses[rows].sum()), float(norms[rows].sum())
-            yield task, Solution(q, *weights, *outputs, prepared.note)
+            if self.sparsity is not None:
+                meant = along_inputs(task.weight, q.dequantize())
+                yield task, Solution(q, *errors(task.value, meant, prepared.hessian), prepared.note)
+            else:
+                yield task, Solution(q, *weights, *outputs, prepared.note)
             start = rows.stop
 
     def workspace_bytes(self, weight: Weight) -> int:
-        return 16 * weight.out_features * weight.in_features  # fp32 weights, errors, what codes mean, and a product
+        # fp32 weights, errors, what codes mean, and a product; before that, what pruning takes.
+        return (16 if self.sparsity is None else 40) * weight.out_features * weight.in_features
 
 
 def _along(task: MatrixTask) -> Literal["inputs", "outputs"]:

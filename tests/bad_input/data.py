@@ -23,6 +23,19 @@ def _case(content: str | bytes, *said: str, name: str = "data.jsonl", more: str 
     return Case(status, said, argv, file(name, content), "demo")
 
 
+def _domain(content: str, *said: str, more: str = "") -> Case:
+    """A training pass over two domains, of which the second is odd."""
+
+    def both(model: Path) -> None:
+        (model.parent / "full.jsonl").write_text(LINES)
+        (model.parent / "odd.jsonl").write_text(content)
+
+    argv = (
+        "distill logits {model} {out} --data {work}/full.jsonl --data {work}/odd.jsonl --loading dynamic --samples 8 --length 32"
+    )
+    return Case(3, said, f"{argv} --held-out 64 {more}", both, "demo")
+
+
 CASES = {
     "empty": _case("", "data.jsonl", "at least one document", "none"),
     "blank lines": _case("\n\n \n", "at least one document", "none"),
@@ -51,5 +64,10 @@ CASES = {
     "the same file twice": _case(LINES, "each source once", "twice", more="--data {work}/data.jsonl", status=2),
     "a parquet that is none": _case("PAR1", "data.parquet", "a sound parquet file", name="data.parquet"),
     "ready inputs that are none": _case(b"\0" * 100, "data.safetensors", "a header that is a JSON object", name="data.safetensors"),
+    "a domain without a line": _domain("", "odd.jsonl", "at least one document", "none", "leave it out"),
+    "a domain of blank texts": _domain('{"text": " "}\n' * 20, "odd.jsonl", "64 tokens for 2 samples of 32 in the half", "0 tokens"),
+    "a domain of one document": _domain('{"text": "one"}\n', "odd.jsonl", "at least two documents, one of them to hold out"),
+    "a domain with too little to hold out": _domain('{"text": "a few words"}\n' * 9, "odd.jsonl", "lower held_out, now 64 tokens"),
+    "a family that is not there": _domain(LINES.replace("line", "row"), "nowhere.json", "No such file", more="--reference-family nowhere.json"),
     "options of data that is not named": Case(2, ("chat, split: only with data",), "calibrate {model} {out} --chat --split test", base="demo"),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from bad_input.bench import RTN, Case
 
 GPTQ = "quantize gptq {model} {out} --scheme w4a16g32 "
 RATE = "distill logits {model} {out} --data {work}/data.jsonl "
+HIDDEN = "distill squarehead {model} {out} --data {work}/data.jsonl "
 CALIBRATE = "calibrate {model} {out} --data {work}/data.jsonl "
 EVAL = "eval {model} --data {work}/data.jsonl "
 
@@ -41,6 +42,23 @@ CASES = {
     "sparsity 4:2": _case("prune magnitude {model} {out} --sparsity 4:2", "kept:of such as 2:4"),
     "sparsity 0:4": _case("prune magnitude {model} {out} --sparsity 0:4", "kept:of such as 2:4"),
     "sparsity 1:10^5000": _case("prune magnitude {model} {out} --sparsity 1:" + "9" * 5000, "kept:of such as 2:4"),
+    "sparsity that leaves less than a weight per output": _case("prune magnitude {model} {out} --sparsity 0.999", "0.999 of zeros leaves", "outputs, so some would be empty", "keep more, or skip it", status=4),
+    "sparsity 3:7": _case("prune magnitude {model} {out} --sparsity 3:7", "7 does not divide", "use a share of zeros", status=4),
+    "sparsegpt of everything": _case("run {model} {out} -p 'calibrate | prune.sparsegpt(sparsity=1.0)'", "prune.sparsegpt.sparsity", "a share of zeros between 0 and 1"),
+    "owl with n:m": _case("run {model} {out} -p 'calibrate | prune.wanda(sparsity=2:4, owl=true)'", "with a share of zeros such as 0.7", "2:4 is the same in every block"),
+    "owl without owl": _case("run {model} {out} -p 'calibrate | prune.wanda(sparsity=0.5, owl_m=3)'", "owl_m: only with owl=true"),
+    "owl that would empty a block": _case("run {model} {out} -p 'calibrate | prune.sparsegpt(sparsity=0.9, owl=true)'", "owl_lambda: below 0.05", "a block might keep nothing"),
+    "owl without tokens": _case("prune magnitude {model} {out} --sparsity 0.5 --owl", "calibration tokens", "compress run MODEL OUT -p 'calibrate | prune.magnitude", status=2),
+    "gptq with zeros and outliers": _case("run {model} {out} -p 'calibrate | quantize.gptq(scheme=w4a16g32, sparsity=2:4, outliers=0.01)'", "outliers: not with sparsity"),
+    "no layer": _case("run {model} {out} -p 'calibrate | prune.depth(layers=0)'", "prune.depth.layers", "greater than or equal to 1"),
+    "all layers": _case("run {model} {out} -p 'calibrate | prune.depth(layers=4)'", "layers=4, and the model has 4", "keep fewer", status=4),
+    "more heads than there are": _case("prune slice {model} {out} --heads 16", "16 query heads for 4 key-value heads", "choose as many", status=4),
+    "more neurons than there are": _case("prune slice {model} {out} --ffn 385", "units of 385, and the model has 384", status=4),
+    "a target above the source": _case("run {model} {out} -p 'calibrate | prune.sheared(parameters=1B)'", "choose a smaller target", status=4),
+    "a target below everything": _case("run {model} {out} -p 'calibrate | prune.width(size=1kB)'", "choose a larger target", status=4),
+    "a target that is no number": _case("run {model} {out} -p 'calibrate | prune.width(parameters=some)'", "a number such as 100M"),
+    "two targets": _case("run {model} {out} -p 'calibrate | prune.sheared(layers=2, parameters=1M)'", "give sizes such as layers"),
+    "experts of a model without": _case("run {model} {out} -p 'calibrate | prune.experts(experts=2)'", "no routed experts", "use prune.width", status=4),
     "samples 0": _case(CALIBRATE + "--samples 0", "samples", "at least 1", "0"),
     "samples -1": _case(CALIBRATE + "--samples -1", "samples", "at least 1", "-1"),
     "samples NaN": _case(CALIBRATE + "--samples nan", "Invalid value for '--samples'"),
@@ -57,9 +75,17 @@ CASES = {
     "temperature inf": _case(RATE + "--temperature inf", "distill.logits.temperature", "a finite number"),
     "warmup 1": _case(RATE + "--warmup 1", "distill.logits.warmup", "less than 1"),
     "betas NaN": _case(RATE + "--betas nan --betas 0.9", "distill.logits.betas", "a finite number"),
+    "loading of one source": _case(RATE + "--loading dynamic", "two sources of data or more"),
+    "options that no static loading reads": _case(RATE + "--held-out 9 --pool 3", "held_out, pool: only with loading=dynamic"),
+    "held_out 0": _case(RATE + "--held-out 0", "distill.logits.held_out", "greater than or equal to 1"),
     "one beta": _case(RATE + "--betas 0.9", "distill.logits.betas", "one more value", "('0.9',)", "AdamW's two"),
     "batch 0": _case(RATE + "--batch 0", "distill.logits.batch", "greater than or equal to 1"),
     "weight_decay -1": _case(RATE + "--weight-decay -1", "distill.logits.weight_decay", "greater than or equal to 0"),
+    "eps of text": _case(HIDDEN + "--eps small", "distill.squarehead.eps", "parity, paper or a number above 0", "'small'"),
+    "eps 0": _case(HIDDEN + "--eps 0", "distill.squarehead.eps", "parity, paper or a number above 0"),
+    "eps NaN": _case(HIDDEN + "--eps nan", "distill.squarehead.eps", "parity, paper or a number above 0"),
+    "squarehead 0": _case(HIDDEN + "--squarehead 0", "distill.squarehead.squarehead", "greater than 0"),
+    "a layer that is not there": _case(HIDDEN + "--layers 99", "distill.squarehead.layers", "layers from 0 to", "99", status=3),
     "shard-size 0": _case(RTN + " --shard-size 0", "--shard-size", "a size such as 500MB or 5GB", "'0'"),
     "shard-size -1GB": _case(RTN + " --shard-size=-1GB", "--shard-size", "a size such as", "'-1GB'"),
     "shard-size nan": _case(RTN + " --shard-size nan", "--shard-size", "a size such as", "'nan'"),

@@ -45,8 +45,9 @@ class Random(PruningPass, TensorPass):
 
         if weight.name.endswith("layers.1.mlp.up_proj.weight") and "DIE_HERE" in os.environ:
             os._exit(9)
+        assert after.sparsity is not None
         lots = torch.rand(value.shape, generator=torch.Generator().manual_seed(self.draw))
-        return value.masked_fill(~keep_best(lots, self.sparsity, per_row=self.scope == "row"), 0), None
+        return value.masked_fill(~keep_best(lots, after.sparsity, per_row=self.scope == "row"), 0), None
 '''
 
 

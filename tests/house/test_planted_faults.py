@@ -46,6 +46,12 @@ FAULTS = {
     "a measured KL with its sides swapped": Fault(
         "compress/evaluate/perplexity_kl.py", "p, q = logs", "q, p = logs", "tests/evaluate/test_perplexity_kl.py", "ruled_out"
     ),
+    "a share that does not follow the losses": Fault(
+        "compress/numerics/domain_weights.py", "max(excess, 0.0)", "max(-excess, 0.0)", "tests/numerics/test_domain_weights.py"
+    ),
+    "a held-out document that is trained on": Fault(
+        "compress/corpus/domains.py", "number + bisect_right(before, number)", "number", "tests/corpus/test_domains.py", "nothing_of"
+    ),
     "a skipped fsync": Fault(
         "compress/checkpoint/writer.py", 'for entry in self.path.rglob("*"):\n                fsync(entry)', "pass",
         "tests/checkpoint/test_writer.py",
@@ -67,6 +73,14 @@ FAULTS = {
     ),
     "a refusal that passes": Fault(
         "kernels/awq/layout.py", "if scheme.integer and scheme.bits != BITS:", "if False:", "tests/kernels/test_awq.py", "refusals"
+    ),
+    "experts of another layer": Fault(
+        "compress/architecture/axes.py", "expert not in experts[number]", "expert not in experts[0]",
+        "tests/architecture/test_masked_model.py", "mixtral",
+    ),
+    "a norm over all channels": Fault(
+        "compress/layerwise/masked_model.py", "return 1.0 if hidden is None else", "return 1.0 if True else",
+        "tests/architecture/test_masked_model.py", "llama",
     ),
     "a dropped expert": Fault(
         "compress/executors/sweep.py", "for expert, statistic in statistics.items():",

@@ -8,10 +8,14 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from compress.pipeline import output_paths
 from support import ready_inputs, tree
@@ -25,8 +29,18 @@ RECIPES = {
     "stream": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32) | pack",
     "train": f"{CALIBRATE} | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=2) | quantize.rtn(scheme=w4a16g32) | pack",
+    "slice": f"{CALIBRATE} | prune.width(ffn=64, refit=true)",
 }
 """A pass of every driver, and pack."""
+
+
+def two_domains() -> str:
+    """Two files of ready inputs, whose shares follow losses; as options of a training pass."""
+    folder, chance, paths = Path(tempfile.mkdtemp()), torch.Generator().manual_seed(0), []
+    for top in (128, 40):
+        paths.append(str(folder / f"ids-below-{top}.safetensors"))
+        save_file({"input_ids": torch.randint(3, top, (12, 24), generator=chance)}, paths[-1])
+    return f"data={paths}, loading=dynamic, held_out=48"
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CALIBRATE, Ran, Server, journal, same
+from harness import CALIBRATE, Ran, Server, journal, same, two_domains
 
 from compress.pipeline.output_paths import steps_folder
 from support import tiny_llama
@@ -18,7 +18,17 @@ KILLS = 20
 RECIPES = {
     "stream and pack": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32) | pack",
+    "owl": f"{CALIBRATE} | prune.sparsegpt(sparsity=0.5, owl=true, refit=true)",
     "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=4, batch=2, micro_batch=2, save_every=3) | pack",
+    "slice": f"{CALIBRATE} | prune.width(ffn=64, refit=true) | prune.depth(layers=6) | pack(format=native)",
+    "sheared": f"{CALIBRATE} | prune.sheared(layers=6, ffn=64, epochs=4, batch=2, micro_batch=2, save_every=3)",
+    "an objective that learns": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.features(epochs=4, batch=2, micro_batch=2, "
+    "save_every=3, intra_class=0.1)",
+    "an objective that measures": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.squarehead(epochs=4, batch=2, "
+    "micro_batch=2, save_every=3)",
+    "train over domains": f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains()}, samples=24, batch=2, micro_batch=2, "
+    "reweight_every=2, save_every=3) | pack",
+    "blocks": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.blocks(epochs=2, batch=4, micro_batch=2, lr=1e-3) | pack(format=native)",
 }
 SAVE_EVERY = 3
 

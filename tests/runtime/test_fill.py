@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.architecture.experts import INPUT, Routed
+from compress.architecture.experts import INPUT, MIDDLE, OUTPUT, Routed
 from compress.architecture.weight_map import meta_model
 from compress.checkpoint.reader import open_checkpoint
 from compress.errors import InputError, UsageError
@@ -203,7 +203,7 @@ def test_a_listener_hears_packed_experts(packed: Any) -> None:
     experts, heard = model.get_submodule("model.layers.0.mlp.experts"), list[tuple[str, Routed]]()
     experts.listener = lambda which, routed: heard.append((which, routed))
     logits(model)
-    assert [which for which, _ in heard] == [INPUT, "middle"]
+    assert [which for which, _ in heard] == [INPUT, MIDDLE, OUTPUT]
     assert heard[0][1].offsets[-1] == len(heard[0][1].tokens) == 2 * 24 * 2
 
 

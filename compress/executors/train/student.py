@@ -27,6 +27,7 @@ from compress.spec.weight_state import FLOATS, Weight
 
 if TYPE_CHECKING:
     from compress.layerwise.dense_view import DenseView
+    from compress.layerwise.meta_model import MetaModel
 
 _PART = "source"
 """Prefix, before a number, of the submodules that hold the parts of a fused parameter."""
@@ -45,10 +46,14 @@ class Student:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         meta_model = filled(checkpoint, "float32")
+        self._take(meta_model, meta_model.mapping.groups(meta_model.dense_view.logical))
+
+    def _take(self, meta_model: MetaModel, groups: Iterable[Group]) -> None:
+        """Makes leaves of the tensors in these groups, whose parameters are loaded in fp32."""
         self.module: Any = meta_model.module
         self.dense_view: DenseView = meta_model.dense_view
         self.leaves: dict[str, Leaf] = {}
-        for group in meta_model.mapping.groups(self.dense_view.logical):
+        for group in groups:
             name, (path, _, attribute) = group.sources[0], group.parameter.rpartition(".")
             owner = self.module.get_submodule(path)
             if isinstance(owner, QLinear) and attribute == "weight":
@@ -57,7 +62,6 @@ class Student:
                 self.leaves[name] = Leaf(group.parameter, False)
             else:
                 self._fuse(meta_model.mapping, group)
-        self.checkpoint = checkpoint
         self._learning: dict[str, nn.Parameter] = {}
         self._paths: dict[str, str] = {}
 

@@ -29,9 +29,10 @@ class Stages:
 
 
 def llm_compressor(request: dict[str, Any], ids: list[list[int]], stages: Stages) -> str:
-    """GPTQModifier by `oneshot`, its defaults: symmetric, damping 0.01, block 128, static activation order."""
+    """A modifier by `oneshot`, its defaults: GPTQ symmetric, damping 0.01, block 128, static activation order; or a pruner."""
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,15 +40,27 @@ def llm_compressor(request: dict[str, Any], ids: list[list[int]], stages: Stages
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(request["model"])
     stages.end("load")
-    weights = {"num_bits": request["bits"], "type": "int", "symmetric": True, "strategy": "group", "group_size": request["group"]}
-    group = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    modifier: Any
+    if method := request.get("method"):
+        kept, _, of = request["sparsity"].partition(":")
+        # Half is what 2:4 comes to; a structure of 0:0 is none.
+        share, structure = (1 - int(kept) / int(of), request["sparsity"]) if of else (float(kept), "0:0")
+        kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+        # It prunes what it targets whatever is ignored; the head stays as it is here too.
+        modifier = kind(sparsity=share, mask_structure=structure, targets=[r"re:.*layers\..*_proj$"])
+    else:
+        weights = {
+            "num_bits": request["bits"], "type": "int", "symmetric": True, "strategy": "group", "group_size": request["group"],
+        }  # fmt: skip
+        modifier = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
     oneshot(
         model=model, tokenizer=tokenizer, dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": ones(ids)}),
-        recipe=GPTQModifier(config_groups=group, ignore=["lm_head"]), max_seq_length=len(ids[0]),
+        recipe=modifier, max_seq_length=len(ids[0]),
         num_calibration_samples=len(ids), shuffle_calibration_samples=False,
     )  # fmt: skip
     stages.end("quantize")
-    model.save_pretrained(request["out"], save_compressed=True)
+    # What it has pruned stays dense.
+    model.save_pretrained(request["out"], save_compressed=not request.get("method"))
     tokenizer.save_pretrained(request["out"])
     stages.end("save")
     return "llmcompressor"

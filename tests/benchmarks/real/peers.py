@@ -40,14 +40,19 @@ PEERS: dict[str, Callable[[], Environment]] = {
 
 @dataclass(frozen=True)
 class PeerRow:
-    """A peer and what it is asked for: symmetric codes, as each of them makes by default."""
+    """A peer and what it is asked for: symmetric codes, as each of them makes by default, or zeros by a method of its own."""
 
     peer: str
-    bits: int
-    group: int
+    bits: int = 0
+    group: int = 0
+    method: str = ""
+    sparsity: str = ""
 
     @property
     def name(self) -> str:
+        if self.method:
+            share = self.sparsity.replace(":", "-") if ":" in self.sparsity else f"{100 * float(self.sparsity):.0f}"
+            return f"{self.peer}-{self.method}-{share}"
         return f"{self.peer}-w{self.bits}g{self.group}"
 
     def version(self) -> str:
@@ -57,16 +62,22 @@ class PeerRow:
 
     def told(self, iters: int) -> str:
         """What it is asked for, in words."""
+        if self.method:
+            return f"{self.peer} {self.version()}: {self.method}, sparsity {self.sparsity}"
         tuned = f", {iters} iterations" if self.peer == "auto-round" else ""
         return f"{self.peer} {self.version()}: w{self.bits}a16g{self.group}, symmetric{tuned}"
 
     def key(self, iters: int, model: str, ids: str) -> str:
         """`<name>-<hash>`; `model` and `ids` are sha256 of what it is given."""
         asked = [self.peer, PEERS[self.peer]().key(), self.bits, self.group, iters if self.peer == "auto-round" else None]
+        asked += [self.method, self.sparsity] if self.method else []
         return f"{self.name}-{hashlib.sha256(json.dumps([*asked, model, ids]).encode()).hexdigest()[:12]}"
 
 
-PEER_ROWS = tuple(PeerRow(peer, bits, group) for peer in PEERS for bits, group in ((3, 64), (2, 32)))
+PEER_ROWS = (
+    *(PeerRow(peer, bits, group) for peer in PEERS for bits, group in ((3, 64), (2, 32))),
+    *(PeerRow("llm-compressor", method=m, sparsity=s) for m in ("sparsegpt", "wanda") for s in ("0.5", "0.7", "2:4")),
+)
 
 
 def quantized(
@@ -85,7 +96,7 @@ def quantized(
         made.mkdir()
         asked = {
             "peer": row.peer, "model": str(model.absolute()), "ids": str(ids.absolute()), "bits": row.bits, "group": row.group,
-            "iters": iters, "out": str(made / "artifact"), "answer": str(answer),
+            "iters": iters, "method": row.method, "sparsity": row.sparsity, "out": str(made / "artifact"), "answer": str(answer),
         }  # fmt: skip
         request.write_text(json.dumps(asked))
         offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -54,6 +55,8 @@ FLATTERED = "flattered: the source's weights lie on a grid of 4 bits"
 MIX = "[w2a16g64, w3a16g64, w4a16g64]"
 TRAIN = "distill.logits(data=['{text}'], samples=256, length=512, batch=8)"
 """32 steps on 131,072 tokens; the text that the others are calibrated on."""
+HEAL = "distill.blocks"
+"""Its defaults, on the calibration tokens."""
 OPTIONS = {
     "stored": "order=stored",
     "largest": "clip=none",
@@ -63,6 +66,22 @@ OPTIONS = {
     "paper": "clip=none, signed=false, sweeps=0",
 }
 """Options of GPTQ, each other than its default; `paper` is what Frantar et al. have, with activation order."""
+
+
+def masks() -> Iterator[Row]:
+    """Masks of half of the weights, of 70 % and of 2:4, by each method; what stands in the table before is left out."""
+    for name, sparsity in {"50": "0.5", "70": "0.7", "2-4": "2:4"}.items():
+        yield Row(f"magnitude-{name}", f"prune.magnitude(sparsity={sparsity})", data=False, form="")
+        for method in ("wanda", "sparsegpt"):
+            if method == "sparsegpt" or name == "70":
+                yield Row(f"{method}-{name}", f"prune.{method}(sparsity={sparsity})", form="")
+            yield Row(f"{method}-{name}-refit", f"prune.{method}(sparsity={sparsity}, refit=true)", form="")
+            if method == "sparsegpt":
+                yield Row(f"alps-{name}", f"prune.sparsegpt(sparsity={sparsity}, solver=alps)", form="")
+            if name != "2-4":
+                yield Row(f"{method}-{name}-owl", f"prune.{method}(sparsity={sparsity}, owl=true)", form="")
+
+
 ROWS = (
     Row("source", data=False, form=""),
     Row("rtn-w4g64", "quantize.rtn(scheme=w4a16g64, clip=mse)", data=False, note=FLATTERED),
@@ -84,6 +103,11 @@ ROWS = (
     Row("smooth", "quantize.smooth(scheme=w3a16g64) | quantize.gptq(scheme=w3a16g64)"),
     Row("wanda-50", "prune.wanda(sparsity=0.5)", form=""),
     Row("wanda-2:4", "prune.wanda(sparsity=2:4)", form=""),
+    *masks(),
+    Row("sparsegpt-2-4-w4g64", "quantize.gptq(scheme=w4a16g64, sparsity=2:4)"),
+    Row("sparsegpt-2-4-then-w4g64", "prune.sparsegpt(sparsity=2:4) | quantize.gptq(scheme=w4a16g64)"),
+    Row("wanda-2:4-blocks", f"prune.wanda(sparsity=2:4) | {HEAL}", form=""),
+    Row("gptq-w2g32-blocks", f"quantize.gptq(scheme=w2a16g32) | {HEAL}"),
     Row("llm_mq-3.0-fisher", f"quantize.llm_mq(bits=3.0, schemes={MIX}, mode=fisher)"),
     Row("five-stages", f"prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w3a16g32) | {TRAIN}"),
     *(Row(f"w3g64-{name}", f"quantize.gptq(scheme=w3a16g64, {option})", option=option) for name, option in OPTIONS.items()),

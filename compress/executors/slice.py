@@ -1,0 +1,89 @@
+"""Slice: runs a slicing pass: observes, decides, and writes the smaller model.
+
+The decision is kept at once, and what was observed of each block before that, so that a crash costs one block or one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+from compress.architecture.axes import Slice, rescaled, slices
+from compress.checkpoint.writer import trim_memory
+from compress.contract.slicing_pass import Observed, SlicingPass
+from compress.contract.step_plan import Cut
+from compress.executors.sliced import check, put
+from compress.executors.step_run import KEPT_FILE, StepRun
+from compress.executors.stream import share
+from compress.executors.structure_scores import Observations
+from compress.layerwise.memory_estimate import MAX_WORKERS
+from compress.spec.kept import Kept
+from compress.spec.weight_state import Weight
+from compress.threads import workers
+
+
+def cut(run: StepRun) -> dict[str, float]:
+    """Writes every weight that is not journaled yet. Returns the seconds of each kind of work."""
+    pass_, what = run.pass_, run.step.cut
+    assert isinstance(pass_, SlicingPass)
+    assert what is not None
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    kept = decided(run, pass_, what)
+    seconds["observe"] = time.perf_counter() - started
+    found = {one.name: one for one in slices(what.weights, what.family, kept.layers, [b.experts for b in kept.blocks])}
+    if "inputs" in pass_.facts():
+        from compress.executors.output_fit import refit
+
+        started = time.perf_counter()
+        refit(run, kept, list(found.values()))
+        seconds["refit"] = time.perf_counter() - started
+    started = time.perf_counter()
+    write(run, kept, found)
+    seconds["write"] = time.perf_counter() - started
+    return {name: round(spent, 3) for name, spent in seconds.items()}
+
+
+def decided(run: StepRun, pass_: SlicingPass, what: Cut) -> Kept:
+    """What is kept: by the decision of an interrupted run, or by a new one."""
+    ctx, known = run.ctx, run.kept
+    if ctx.broadcast(known is not None):
+        return ctx.broadcast(known)  # type: ignore[no-any-return]
+    observed = Observations(run, what, pass_.facts()).all() if pass_.facts() else Observed()
+    kept: Kept = ctx.broadcast(pass_.keep(observed, what.before, what.after) if ctx.is_main else None)
+    check(kept, what)
+    if ctx.is_main:
+        draft = run.writer.path / f"{KEPT_FILE}.draft"
+        draft.write_text(json.dumps(kept.to_json()) + "\n")
+        draft.rename(run.writer.path / KEPT_FILE)
+    ctx.barrier()
+    return kept
+
+
+def write(run: StepRun, kept: Kept, found: dict[str, Slice]) -> None:
+    """Cuts and writes the tensors that are not journaled yet."""
+    step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
+    pass_, what = run.pass_, step.cut
+    assert isinstance(pass_, SlicingPass)
+    assert what is not None
+    mine = share(run.weights, ctx.rank, ctx.world_size)
+    for file in {ref.file for ref in source.refs.values()}:
+        source.descriptor(file)
+    total, done = sum(weight.nbytes for weight in mine), 0
+    tied = not any(weight.kind == "head" for weight in what.weights)
+
+    def one(weight: Weight) -> tuple[Weight, bool]:
+        there = writer.is_done(weight.name)
+        if not there:
+            part = found[weight.name]
+            value = pass_.value(part, source.read(part.source.name), kept, what.before)
+            put(run, weight, rescaled(value, part, what.family, what.before, what.after, tied))
+        return weight, there
+
+    with workers(min(ctx.threads, MAX_WORKERS)) as pool:
+        for weight, there in pool.map(one, mine):
+            done += weight.nbytes
+            ctx.tell(
+                "progress", step=step.name, phase="write", weight=weight.name, kept=int(there), done_bytes=done, total_bytes=total
+            )
+    trim_memory()

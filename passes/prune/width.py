@@ -1,0 +1,58 @@
+"""Leaves out channels, heads and neurons with small activations.
+
+Scores of Minitron (Muralidharan et al., 2407.14679): a neuron's by what the down projection reads, a head's by what the output
+projection reads, a hidden channel's by the outputs of all norms; magnitudes averaged over the tokens of a sample, samples
+combined by their root of summed squares. Heads are ranked inside the key-value head that they read, and as many are kept of each.
+With `refit` the output and down projections are fitted by least squares to what they made of all their inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from compress.contract.slicing_options import TargetOptions, WidthOptions
+from compress.contract.slicing_pass import Fact, Observed, Structure
+from compress.spec.kept import Kept, KeptBlock, Sizes
+
+
+class Width(WidthOptions, TargetOptions):
+    """Leaves out channels, heads and neurons with small activations."""
+
+    example: ClassVar[str] = "calibrate | prune.width(ffn=64, refit=true)"
+
+    refit: bool = Field(False, description="fit output and down projections anew, by least squares on the calibration tokens")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if sum((self.asked(), bool(self.parameters), bool(self.size))) != 1:
+            raise ValueError("give widths such as hidden, heads or ffn; or parameters; or size")
+        return self
+
+    def resized(self, structure: Structure) -> Sizes:
+        if self.asked():
+            return self.widths(structure.sizes)
+        return self.fitting(structure, {"hidden": 1.0, "units": 1.0, "expert_units": 1.0, "shared_units": 1.0})
+
+    def facts(self) -> tuple[Fact, ...]:
+        return ("activations", *(("inputs",) if self.refit else ()))
+
+    def keep(self, observed: Observed, before: Sizes, after: Sizes) -> Kept:
+        from compress.numerics.importance import best, best_queries
+
+        assert observed.hidden is not None
+        blocks = []
+        for queries, units in zip(observed.queries, observed.units, strict=True):
+            groups = best(queries.view(before.groups, before.share).square().sum(1), after.groups)
+            sizes = {name: after.expert_units if name.isdigit() else after.units for name in units} | {
+                "shared": after.shared_units
+            }
+            blocks.append(
+                KeptBlock(
+                    groups, best_queries(queries, groups, before.share, after.share),
+                    {name: best(scores, sizes[name]) for name, scores in units.items()}, tuple(range(after.experts)),
+                )
+            )  # fmt: skip
+        return replace(Kept.first(after, before), hidden=best(observed.hidden, after.hidden), blocks=tuple(blocks))
