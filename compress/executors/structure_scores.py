@@ -184,8 +184,8 @@ class _BlockSums:
         before = call.args[0] if call.args else call.kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         assert isinstance(after, torch.Tensor)
-        cosines = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-        self.cosine += torch.tensor([float(cosines.sum()), cosines.numel()], dtype=torch.float64)
+        cosines = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.cosine += torch.tensor([float(cosines.sum(dtype=torch.float64)), cosines.numel()], dtype=torch.float64)
 
     def result(self) -> Tensors:
         """The scores of the block, over all processes. Raises InputError for activations that are not finite."""
