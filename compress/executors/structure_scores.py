@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from compress.errors import CoverageError, InputError
 from compress.executors.forward_sweep import ForwardSweep
 from compress.executors.step_run import StepRun
 from compress.layerwise.batch_walk import BatchWalk
+from compress.layerwise.batches import Batch
 from compress.layerwise.meta_model import Block
 from compress.layerwise.stepwise import Call, ForwardHooks, Key
 from compress.numerics.importance import Importance, by_head
@@ -158,7 +160,7 @@ class _BlockSums:
                 self._add(self.readers[key], rows, torch.arange(len(rows), device=rows.device), valid, samples, length)
             else:
                 self._experts(key, x, valid, samples, length)
-        self.asked.sweep.on(walk, self._influence if "influence" in self.asked.facts else None)
+        self.asked.sweep.on(walk, partial(self._influence, walk.batch) if "influence" in self.asked.facts else None)
 
     def _add(
         self, word: str, rows: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor | None, samples: int, length: int
@@ -180,11 +182,13 @@ class _BlockSums:
                     norms = norms[valid[tokens]]
                 self.saliency[:, expert] += torch.stack([norms.sum(), norms.new_tensor(float(len(norms)))])
 
-    def _influence(self, call: Call, output: object) -> None:
+    def _influence(self, batch: Batch, call: Call, output: object) -> None:
         before = call.args[0] if call.args else call.kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         assert isinstance(after, torch.Tensor)
-        cosines = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        cosines = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).reshape(-1)
+        if (valid := batch.valid(after, call)) is not None:
+            cosines = cosines[valid]
         self.cosine += torch.tensor([float(cosines.sum(dtype=torch.float64)), cosines.numel()], dtype=torch.float64)
 
     def result(self) -> Tensors:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
@@ -33,8 +34,6 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ids() -> torch.Tensor:
-    from safetensors.torch import load_file
-
     return load_file(ready_inputs())["input_ids"]
 
 
@@ -71,6 +70,19 @@ def test_layers_of_least_influence_go(deep: Path, tmp_path: Path) -> None:
         name = "model.layers.{}.mlp.up_proj.weight"
         assert torch.equal(out.read(name.format(new)), source.read(name.format(old)))
     assert sizes(load(tmp_path / "out"))[0] == 3
+
+
+def test_padding_does_not_count(deep: Path, tmp_path: Path) -> None:
+    """A sample's padding changes no score: neither of layers nor of neurons."""
+    plain = {"input_ids": ids(), "attention_mask": torch.ones_like(ids())}
+    padded = {name: torch.nn.functional.pad(tensor, (0, 8)) for name, tensor in plain.items()}
+    for name, tensors in (("plain", plain), ("padded", padded)):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
+        calibrate = f"calibrate(data='{tmp_path / name}.safetensors', samples=6)"
+        for pass_ in ("prune.depth(layers=3)", "prune.width(ffn=48, heads=2)"):
+            do(deep, tmp_path / f"{name}-{pass_[6:11]}", f"{calibrate} | {pass_}")
+    for what in ("depth", "width"):
+        assert kept_of(tmp_path / f"plain-{what}") == kept_of(tmp_path / f"padded-{what}")
 
 
 def test_layers_by_the_loss_without_them(deep: Path, tmp_path: Path) -> None:
@@ -169,8 +181,6 @@ def test_experts_that_add_least_go(mixtral: Path, tmp_path: Path) -> None:
 
 def test_equal_heads_are_joined_without_loss(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source", dtype="float32")
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
         if "k_proj" in name or "v_proj" in name:
