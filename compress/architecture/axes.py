@@ -102,6 +102,11 @@ class Slice:
     """The number of the expert in the source, for a tensor of one expert."""
 
     @property
+    def logical(self) -> Dims:
+        """What the dimensions count, as [out, in]."""
+        return _stored(self.source, self.dims)
+
+    @property
     def stacked(self) -> bool:
         """Whether it holds all experts, each with neurons of its own."""
         return self.dims[:1] == ("experts",) and any(_part(dim) == "units" for dim in self.dims)
@@ -214,7 +219,7 @@ def _outside(weight: Weight) -> Dims:
 
 
 def _stored(weight: Weight, dims: Dims) -> Dims:
-    """The dimensions as they are stored."""
+    """The dimensions [out, in] as they are stored, or the other way round."""
     return (*dims[:-2], dims[-1], dims[-2]) if weight.transposed and len(dims) >= 2 else dims
 
 

@@ -7,6 +7,7 @@ and none of the padding. So all terms are means over the same tokens, and add up
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,9 @@ class FeatureObjective(Objective):
         """`pairs` are (layer of the student, layer of the teacher)."""
         self.pass_, self.pairs, self.weight = pass_, pairs, weight
 
+    @abstractmethod
     def term(self, number: int, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """The term of pair `number`, summed over scored tokens; both are their states [tokens, channels]."""
-        raise NotImplementedError
 
     def combined(self, terms: torch.Tensor) -> torch.Tensor:
         """Of the terms of all pairs: their sum."""

@@ -8,6 +8,7 @@ knows of them, the executor sums their gradients over processes. All processes m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,12 @@ class OwnParameters:
     weight_decay: float = 0.0
 
 
-class Objective:
-    """What one training run minimizes."""
+class Objective(ABC):
+    """What one training run minimizes. Only `loss` has to be there; the other methods do nothing unless they are needed."""
 
+    @abstractmethod
     def loss(self, batch: TrainingBatch, student: Any, teacher: Any) -> Loss:
         """The loss of a micro-batch, maybe one without scored tokens; both models are called like models of transformers."""
-        raise NotImplementedError
 
     def own(self) -> Sequence[OwnParameters]:
         """What it learns besides the student's weights; always the same objects."""
@@ -80,13 +81,13 @@ class Objective:
         """Tensors that change during a run without being trained. They are saved with the state, and restored in place."""
         return {}
 
-    def prepare(self, batches: Iterable[TrainingBatch], add_up: Callable[[torch.Tensor], None]) -> None:
+    def prepare(self, batches: Iterable[TrainingBatch], add_up: Callable[[torch.Tensor], None]) -> None:  # noqa: B027
         """Measures what it needs before the first step, on this process's micro-batches of that step.
 
         `add_up` sums a tensor over processes in place. A run that goes on from a saved state restores `buffers` instead.
         """
 
-    def begin_step(self, step: int, steps: int) -> None:
+    def begin_step(self, step: int, steps: int) -> None:  # noqa: B027
         """Called before each step 0, 1, ..., in every process. What is drawn at random is a function of seed and step."""
 
     def penalty(self) -> torch.Tensor | None:
@@ -97,7 +98,7 @@ class Objective:
         """Further numbers to record of the step that was done; the same in every process."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Removes its hooks; called when the last step is done or has failed."""
 
 

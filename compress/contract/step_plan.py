@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress.architecture.axes import Slice, slices
 from compress.architecture.weight_map import Model
 from compress.checkpoint.safetensors_header import Shard, index_file
 from compress.contract.format import Format, Verdict
 from compress.contract.pass_base import Pass
 from compress.numerics import qtensor
-from compress.spec.kept import Sizes
+from compress.spec.kept import Kept, Sizes
 from compress.spec.weight_state import Note, State, TensorSpec, Weight
 
 INTERPRETER_BYTES = 480 << 20
@@ -31,6 +32,15 @@ class Cut:
     """config.json of the model that it cuts, without what says how weights are packed."""
     trained: tuple[Weight, ...] = ()
     """Those of `weights` that are trained before they are cut."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return not any(weight.kind == "head" for weight in self.weights)
+
+    def parts(self, kept: Kept) -> list[Slice]:
+        """The tensors of the smaller model."""
+        return slices(self.weights, self.family, kept.layers, [block.experts for block in kept.blocks])
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,14 @@ The decision is kept at once, and what was observed of each block before that, s
 
 from __future__ import annotations
 
-import json
 import time
 
-from compress.architecture.axes import Slice, rescaled, slices
+from compress.architecture.axes import Slice, rescaled
 from compress.checkpoint.writer import trim_memory
 from compress.contract.slicing_pass import Observed, SlicingPass
 from compress.contract.step_plan import Cut
-from compress.executors.sliced import check, put
-from compress.executors.step_run import KEPT_FILE, StepRun
+from compress.executors.sliced import check, keep, put
+from compress.executors.step_run import StepRun
 from compress.executors.stream import share
 from compress.executors.structure_scores import Observations
 from compress.layerwise.memory_estimate import MAX_WORKERS
@@ -31,7 +30,7 @@ def cut(run: StepRun) -> dict[str, float]:
     started = time.perf_counter()
     kept = decided(run, pass_, what)
     seconds["observe"] = time.perf_counter() - started
-    found = {one.name: one for one in slices(what.weights, what.family, kept.layers, [b.experts for b in kept.blocks])}
+    found = {part.name: part for part in what.parts(kept)}
     if "inputs" in pass_.facts():
         from compress.executors.output_fit import refit
 
@@ -53,9 +52,7 @@ def decided(run: StepRun, pass_: SlicingPass, what: Cut) -> Kept:
     kept: Kept = ctx.broadcast(pass_.keep(observed, what.before, what.after) if ctx.is_main else None)
     check(kept, what)
     if ctx.is_main:
-        draft = run.writer.path / f"{KEPT_FILE}.draft"
-        draft.write_text(json.dumps(kept.to_json()) + "\n")
-        draft.rename(run.writer.path / KEPT_FILE)
+        keep(run, kept)
     ctx.barrier()
     return kept
 
@@ -70,14 +67,13 @@ def write(run: StepRun, kept: Kept, found: dict[str, Slice]) -> None:
     for file in {ref.file for ref in source.refs.values()}:
         source.descriptor(file)
     total, done = sum(weight.nbytes for weight in mine), 0
-    tied = not any(weight.kind == "head" for weight in what.weights)
 
     def one(weight: Weight) -> tuple[Weight, bool]:
         there = writer.is_done(weight.name)
         if not there:
             part = found[weight.name]
             value = pass_.value(part, source.read(part.source.name), kept, what.before)
-            put(run, weight, rescaled(value, part, what.family, what.before, what.after, tied))
+            put(run, weight, rescaled(value, part, what.family, what.before, what.after, what.tied))
         return weight, there
 
     with workers(min(ctx.threads, MAX_WORKERS)) as pool:

@@ -5,12 +5,13 @@ Every executor that makes one uses it: by scores, by a fit, by training.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 
 from compress.contract.step_plan import Cut
-from compress.executors.step_run import StepRun
+from compress.executors.step_run import KEPT_FILE, StepRun
 from compress.spec.kept import Kept
 from compress.spec.weight_state import Weight
 
@@ -24,6 +25,13 @@ def check(kept: Kept, what: Cut) -> None:
         assert len(set(block.groups)) == sizes.groups, block.groups
         assert len(set(block.queries)) == sizes.queries, block.queries
         assert len(set(block.experts)) == sizes.experts, block.experts
+
+
+def keep(run: StepRun, kept: Kept) -> None:
+    """Keeps the decision in the step's directory."""
+    draft = run.writer.path / f"{KEPT_FILE}.draft"
+    draft.write_text(json.dumps(kept.to_json()) + "\n")
+    draft.rename(run.writer.path / KEPT_FILE)
 
 
 def put(run: StepRun, weight: Weight, value: torch.Tensor, facts: dict[str, Any] | None = None) -> None:

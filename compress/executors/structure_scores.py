@@ -141,7 +141,7 @@ class _BlockSums:
 
     def _reads(self, part: Slice) -> str:
         """What a matrix reads: `hidden`, `queries`, or the name of a feed-forward."""
-        word = part.dims[-2] if part.source.transposed else part.dims[-1]
+        word = part.logical[-1]
         return (SHARED if "shared" in part.source.module else MLP) if word == "units" else word
 
     def take(self, walk: BatchWalk, order: list[Key]) -> None:

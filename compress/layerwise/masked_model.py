@@ -71,7 +71,7 @@ class MaskedModel:
 
     def _hook(self, part: Slice) -> None:
         weight, layer = part.source, part.layer
-        module, dims = self.module.get_submodule(weight.module), logical(part)
+        module, dims = self.module.get_submodule(weight.module), part.logical
         if weight.kind == "norm" and dims == ("hidden",):
             post = is_post_norm(part, self.family)
             if isinstance(module, nn.LayerNorm) or ("LayerNorm" in type(module).__name__ and hasattr(module, "bias")):
@@ -170,7 +170,7 @@ class MaskedModel:
 
     def folded(self, value: torch.Tensor, part: Slice, masks: Masks) -> torch.Tensor:
         """A stored tensor of the model with the masks of what is kept multiplied into it, fp32."""
-        weight, dims, layer = part.source, logical(part), part.layer
+        weight, dims, layer = part.source, part.logical, part.layer
         value = value.float()
         if "norm" in weight.module_class.lower() and dims == ("hidden",):
             z = masks.gate(layer if is_post_norm(part, self.family) else None)
@@ -201,12 +201,6 @@ class MaskedModel:
         ):
             matrix = matrix * masks.units[layer]
         return matrix.transpose(-1, -2) if weight.transposed and value.dim() >= 2 else matrix
-
-
-def logical(part: Slice) -> tuple[str, ...]:
-    """What the dimensions of a tensor count, as [out, in]."""
-    dims = part.dims
-    return (*dims[:-2], dims[-1], dims[-2]) if part.source.transposed and len(dims) >= 2 else dims
 
 
 def is_post_norm(part: Slice, family: str) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.architecture.axes import slices
 from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.checkpoint.remote_code import NOTE, code_notes
 from compress.checkpoint.scan import SourceScan
@@ -134,8 +133,7 @@ def _renamed(run: StepRun) -> dict[str, str] | None:
     cut, kept = run.step.cut, run.kept
     if cut is None or kept is None:
         return None
-    found = slices(cut.weights, cut.family, kept.layers, [block.experts for block in kept.blocks])
-    return {one.source.name: one.name for one in found}
+    return {part.source.name: part.name for part in cut.parts(kept)}
 
 
 def _still(note: NoteRecord, step: StepPlan, renamed: dict[str, str] | None) -> NoteRecord | None:

@@ -21,7 +21,7 @@ from compress.contract.slicing_options import TargetOptions, WidthOptions
 from compress.contract.slicing_pass import Observed, SlicingPass, Structure
 from compress.errors import Refusal
 from compress.spec.kept import Kept, Sizes
-from compress.spec.weight_state import Note, State, Weight
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +81,6 @@ class Sheared(TrainingPass, WidthOptions, TargetOptions):
 
     def trained(self, weights: Sequence[Weight]) -> list[Weight]:
         return TrainingPass.chosen(self, weights)
-
-    def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        return TrainingPass.notes(self, weights, states)
 
     def keep(self, observed: Observed, before: Sizes, after: Sizes) -> Kept:
         raise AssertionError("masks decide what is kept")
