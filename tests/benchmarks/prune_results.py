@@ -49,12 +49,14 @@ class Row:
     passes: str
     seeds: tuple[int, ...] = (0,)
     group: str = field(default="", compare=False)
+    start: str = ""
+    """The row that this one goes on from: its finished steps are taken, its seconds are added."""
 
 
 def tiny_rows() -> list[Row]:
     """To about half of tiny-llama-8m: one-shot and learned, and what training then gives back per method."""
     mixed = "data={train}, length=256, batch=16, micro_batch=8"
-    learn = f"samples=4096, lr=1e-3, {mixed}"
+    learn = f"samples=4000, lr=1e-3, {mixed}"
     starts = {
         "depth": "{calibrate} | prune.depth(layers=3)",
         "width": "{calibrate} | prune.width(parameters=4.32M, multiple=16, refit=true)",
@@ -64,39 +66,48 @@ def tiny_rows() -> list[Row]:
     heals = {"lm": f"train.lm({learn})", "logits": f"distill.logits({learn})"}
     found = []
     for name, start in starts.items():
-        found.append(Row(f"tiny-{name}", "tiny", start, group="to half of the parameters"))
+        headline = {"sheared": "logits", "depth": "lm"}.get(name, "")
+        found.append(Row(f"tiny-{name}", "tiny", start, SEEDS if headline else (0,), "to half of the parameters"))
         for heal, passes in heals.items():
-            seeds = SEEDS if (name, heal) in (("sheared", "logits"), ("depth", "lm")) else (0,)
-            found.append(Row(f"tiny-{name}-{heal}", "tiny", f"{start} | {passes}", seeds, "to half of the parameters"))
+            seeds = SEEDS if heal == headline else (0,)
+            found.append(
+                Row(f"tiny-{name}-{heal}", "tiny", f"{start} | {passes}", seeds, "to half of the parameters", f"tiny-{name}")
+            )
     return found
 
 
 def smol_rows() -> list[Row]:
     """What the same training tokens give back to a masked and to a smaller model."""
-    tokens = "data=['{wiki}'], samples=512, length=512, batch=8"
+    tokens = "data=['{wiki}'], samples=128, length=512, batch=4"
     start = "{calibrate} | prune.sparsegpt(sparsity=2:4, refit=true)"
     heals = {
         "": "", "ce": f" | train.lm({tokens}, lr=5e-5)", "kl": f" | distill.logits({tokens})",
         "squarehead": f" | distill.squarehead({tokens})", "blocks": " | distill.blocks",
     }  # fmt: skip
     found = [
-        Row(f"smol-2:4{'-' if n else ''}{n}", "smol", f"{start}{p}", group="2:4, then the same tokens") for n, p in heals.items()
-    ]
+        Row(
+            f"smol-2:4{'-' if n else ''}{n}", "smol", f"{start}{p}", group="2:4, then the same tokens", start="smol-2:4" if n else ""
+        )
+        for n, p in heals.items()
+    ]  # fmt: skip
     sheared = f"prune.sheared(parameters=100M, {tokens})"
     for name, more in (("", ""), ("-lm", f" | train.lm({tokens}, lr=5e-5)"), ("-logits", f" | distill.logits({tokens})")):
-        found.append(Row(f"smol-sheared{name}", "smol", f"{sheared}{more}", group="to 100 M parameters"))
+        start = "smol-sheared" if name else ""
+        found.append(Row(f"smol-sheared{name}", "smol", f"{sheared}{more}", group="to 100 M parameters", start=start))
     return found
 
 
 def mission_rows() -> list[Row]:
     """The whole way in one recipe, beside plain 2-bit GPTQ of the unpruned model."""
     learn = "data={train}, length=256, batch=16, micro_batch=8, lr=1e-3"
-    small = f"{{calibrate}} | prune.sheared(layers=7, ffn=640, samples=2048, {learn}) | distill.logits(samples=4096, {learn})"
+    small = f"{{calibrate}} | prune.sheared(layers=7, ffn=640, samples=2048, {learn}) | distill.logits(samples=4000, {learn})"
     mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, ragged=divide)"
     ends = "quantize.rtn(scheme=w4a16g32, targets=[embeddings, head], clip=mse)"
     return [
         Row("mission-native", "tiny", f"{small} | {mix} | {ends} | pack(format=native)", group="the mission"),
-        Row("mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the mission"),
+        Row(
+            "mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the mission", start="mission-native"
+        ),
         Row("gptq-2-native", "tiny", f"{{calibrate}} | quantize.gptq(scheme=w2a16g32) | {ends} | pack(format=native)", group="the mission"),
         Row("gptq-2", "tiny", "{calibrate} | quantize.gptq(scheme=w2a16g32) | pack", group="the mission"),
     ]  # fmt: skip
@@ -140,11 +151,23 @@ class Results:
         key = hashlib.sha256(json.dumps(self.inputs(row, seed), sort_keys=True).encode()).hexdigest()[:16]
         return folder_of("prune") / f"{row.name.replace(':', '-')}-{seed}-{key}.json"
 
+    def steps(self, row: Row, seed: int) -> Path:
+        """Where the OUT of a row is kept that others go on from."""
+        return self.file(row, seed).with_suffix("") / "out"
+
     def known(self, row: Row, seed: int) -> dict[str, Any] | None:
         """A row that was measured without an error."""
         file = self.file(row, seed)
         found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         return found if found and "error" not in found else None
+
+    def keep(self, out: Path, kept: Path) -> None:
+        """Moves an OUT and its steps to where other rows find them."""
+        shutil.rmtree(kept.parent, ignore_errors=True)
+        kept.parent.mkdir(parents=True)
+        for folder in (out, out.with_name("out.steps")):
+            if folder.is_dir():
+                shutil.move(folder, kept.parent / folder.name)
 
     def measure(self, row: Row, seed: int) -> dict[str, Any]:
         """Runs a row, measures what it made, and keeps the numbers."""
@@ -157,12 +180,15 @@ class Results:
                 recipe = self.recipe(row)
                 planned, _ = ours.said([COMPRESS, "plan", str(model), "-p", recipe, "--json"], scratch / "plan.log")
                 command = [COMPRESS, "run", str(model), str(out), "-p", recipe, "--seed", str(seed), "--json"]
+                start = next((r for r in ROWS if r.name == row.start and self.known(r, seed)), None)
+                if start is not None:
+                    facts["start"] = self.known(start, seed)
+                    command += ["--steps", str(self.steps(start, seed))]
                 done, usage = ours.said(command, scratch / "run.log")
                 facts |= {
                     "command": command, "run": usage.facts(), "planned_bytes": planned["peak_resident_bytes"],
                     "tensor_bytes": ours.tensor_bytes(out), "steps": done["steps"],
                 }  # fmt: skip
-                shutil.rmtree(out.with_name("out.steps"), ignore_errors=True)
                 facts["quality"] = {}
                 for domain in self.domains(row):
                     ask = [
@@ -176,6 +202,8 @@ class Results:
                     ]
                     evaluate = [COMPRESS, "eval", str(out), "--data", str(self.texts[domain]), *ask]
                     facts["quality"][domain], _ = ours.said(evaluate, scratch / "eval.log")
+                if any(r.start == row.name for r in ROWS):
+                    self.keep(out, self.steps(row, seed))
             except CompressError as error:
                 facts["error"] = " ".join(str(error).split())
         facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -187,14 +215,16 @@ class Results:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A measured row of the table."""
-    quality, run = row["quality"], row["run"]
+    quality, start = row["quality"], row.get("start", {"run": {}})
+    run = {key: row["run"][key] + start["run"].get(key, 0) for key in ("seconds", "cpu_seconds")}
+    peak = max(row["run"]["peak_bytes"], start["run"].get("peak_bytes", 0))
     names = list(quality)
     mean = {key: sum(quality[n][key]["value"] for n in names) / len(names) for key in ("perplexity", "kl")}
     each = ", ".join(f"{n} {quality[n]['perplexity']['value']:.2f}" for n in names) if len(names) > 1 else ""
     return (
         f"`{row['name']}`", str(row["seed"]), f"{row['tensor_bytes'] / 1e6:.2f}", f"{mean['perplexity']:.2f}", f"{mean['kl']:.4f}", each,
-        f"{run['seconds']:,.0f}", f"{run['cpu_share']:.0%}", f"{run['peak_bytes'] / 1e9:.2f} GB",
-        f"{run['peak_bytes'] / row['planned_bytes']:.2f}x",
+        f"{run['seconds']:,.0f}", f"{run['cpu_seconds'] / run['seconds']:.0%}", f"{peak / 1e9:.2f} GB",
+        f"{peak / row['planned_bytes']:.2f}x",
     )  # fmt: skip
 
 
