@@ -34,8 +34,10 @@ RECORDS = ("evaluation.json", "verification.json")
 """What was measured and verified of an artifact, after its manifest was sealed; see compress/evaluate/records.py."""
 _NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION, *RECORDS}
 README = "README.md"
-KEPT = {README: "README.source.md", "EVAL.md": "EVAL.source.md"}
-"""Texts about the source, whose numbers do not hold for the output -> their names in the output."""
+PICTURE = "bits.svg"
+"""The picture in the README.md of an artifact."""
+ABOUT = (README, "EVAL.md", PICTURE)
+"""Texts and pictures about a checkpoint, whose numbers do not hold for what is made from it."""
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CALIBRATION = "calibration.safetensors"
 """Calibration tokens, a side file of a checkpoint until it is packed."""

@@ -9,7 +9,6 @@ fingerprint is out of date, and is read as none. Whoever keeps one has just comp
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress import __version__
+from compress.checkpoint.atomic import write_text
 from compress.checkpoint.reader import RECORDS
-from compress.errors import InputError, MachineError
+from compress.errors import InputError
 
 EVALUATION, VERIFICATION = RECORDS
 
@@ -185,16 +185,4 @@ def _read(path: Path, kind: type[Verification] | type[Evaluation]) -> Verificati
 
 
 def _write(path: Path, record: Verification | Evaluation) -> Path:
-    """Replaces a record by one rename."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with open(draft, "w", encoding="utf-8") as stream:
-            stream.write(record.model_dump_json(indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise MachineError(str(path), "a place to write", error.strerror or str(error), "copy the artifact to one") from None
-    return path
+    return write_text(path, record.model_dump_json(indent=1) + "\n")

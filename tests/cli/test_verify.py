@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.checkpoint import atomic
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
@@ -295,7 +296,7 @@ def test_what_cannot_be_kept_is_said(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     status, out, err = here("verify", place, "--reader", "transformers")
     assert status == 0
     assert "kept:" not in out
