@@ -41,7 +41,24 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (run, plan, eval_, diff, verify, generate, show, card, report, list_, formats, doctor, bench, recipes, clean, demo):
+    for module in (
+        run,
+        plan,
+        eval_,
+        diff,
+        verify,
+        generate,
+        show,
+        card,
+        report,
+        list_,
+        formats,
+        doctor,
+        bench,
+        recipes,
+        clean,
+        demo,
+    ):
         module.register(app)
     groups: dict[str, typer.Typer] = {}
     for name in pass_files():

@@ -46,7 +46,9 @@ def command(
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
-    stages: Annotated[bool, typer.Option("--stages", help="Also measure the steps that ART was made by, if they are kept.")] = False,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Also measure the steps that ART was made by, if they are kept.")
+    ] = False,
     device: options.On = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,

@@ -19,9 +19,7 @@ def register(app: typer.Typer) -> None:
 
 @guarded
 def command(
-    artifacts: Annotated[
-        list[Path], typer.Argument(help="Artifacts that compress made.", metavar="ART...", show_default=False)
-    ],
+    artifacts: Annotated[list[Path], typer.Argument(help="Artifacts that compress made.", metavar="ART...", show_default=False)],
     to: Annotated[
         Path | None,
         typer.Option("--to", metavar="FILE", help="Where it goes; ART.report.html beside ART, or ./compare.report.html."),

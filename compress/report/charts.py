@@ -101,7 +101,9 @@ def spread(facts: Facts) -> Figure | None:
         return None
     middles = [math.sqrt(low * high) for low, high in zip(found.edges, found.edges[1:])]
     widths = [0.95 * (high - low) for low, high in zip(found.edges, found.edges[1:])]
-    said = [f"{low:.3g} to {high:.3g} nats: {count:,} tokens" for low, high, count in zip(found.edges, found.edges[1:], found.counts)]
+    said = [
+        f"{low:.3g} to {high:.3g} nats: {count:,} tokens" for low, high, count in zip(found.edges, found.edges[1:], found.counts)
+    ]
     figure = go.Figure(go.Bar(
         x=middles, y=found.counts, width=widths, marker={"color": _BLUE}, text=said, textposition="none",
         hovertemplate="%{text}<extra></extra>",
@@ -152,7 +154,9 @@ def seconds(facts: Facts) -> Figure | None:
     for word, colour in zip(kinds, _SERIES):
         figure.add_bar(y=labels, x=[stage.spent.get(word, 0) for _, stage in known], name=_name(word), orientation="h",
                        marker={"color": colour}, hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>")  # fmt: skip
-    rest = [max(0.0, (stage.seconds or 0) - sum(stage.spent.get(word, 0) for word in kinds[: len(_SERIES)])) for _, stage in known]
+    rest = [
+        max(0.0, (stage.seconds or 0) - sum(stage.spent.get(word, 0) for word in kinds[: len(_SERIES)])) for _, stage in known
+    ]
     figure.add_bar(y=labels, x=rest, name="rest" if kinds else "all", orientation="h", marker={"color": _GREY},
                    hovertemplate="%{x:.1f} s<extra>%{fullData.name}</extra>")  # fmt: skip
     figure.update_layout(barmode="stack")

@@ -143,7 +143,9 @@ class Facts:
         for step in self.manifest.lineage:
             data = step.options.get("data")
             for text in data if isinstance(data, list) else [data]:
-                name = re.split(r"[@:\[?#]", text.removeprefix("hf:"))[0] if isinstance(text, str) and text.startswith("hf:") else ""
+                name = (
+                    re.split(r"[@:\[?#]", text.removeprefix("hf:"))[0] if isinstance(text, str) and text.startswith("hf:") else ""
+                )
                 found += [name] if _HUB_ID.fullmatch(name) else []
         return list(dict.fromkeys(found))
 
