@@ -52,11 +52,12 @@ def keep(
 
 def _record(checkpoint: Checkpoint, quality: Quality, against: str, data: Path, device: str) -> QualityRecord:
     assert checkpoint.manifest is not None
-    names = ("source_perplexity", "perplexity", "kl", "kl_median", "kl_p99", "top1")
     return QualityRecord(
         step=checkpoint.manifest.lineage[-1].id, against=against, data=data.name, data_sha256=file_digest(data),
         tokens=quality.tokens, length=quality.length, scored=quality.scored, protocol=quality.protocol, device=device,
-        spread=quality.spread, when=now(), **{name: _number(getattr(quality, name)) for name in names},
+        source_perplexity=_number(quality.source_perplexity), perplexity=_number(quality.perplexity), kl=_number(quality.kl),
+        kl_median=_number(quality.kl_median), kl_p99=_number(quality.kl_p99), top1=_number(quality.top1), spread=quality.spread,
+        when=now(),
     )  # fmt: skip
 
 

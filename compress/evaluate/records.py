@@ -33,16 +33,16 @@ class ReaderRecord(_Record):
     """What `verify` found of one reader."""
 
     passed: bool
-    version: str = Field("", description="of the reader's own package")
-    when: str = Field("", description="UTC")
-    dtype: str = Field("", description="compute dtype of both sides")
+    version: str = Field(default="", description="of the reader's own package")
+    when: str = Field(default="", description="UTC")
+    dtype: str = Field(default="", description="compute dtype of both sides")
     versions: dict[str, str] = Field(default_factory=dict, description="of the reader's packages")
     tokens: int = 0
-    difference: float | None = Field(None, description="largest difference between logits")
-    largest: float | None = Field(None, description="largest logit")
-    kl: float | None = Field(None, description="KL(meaning || reader), mean over tokens, in nats")
-    top1: float | None = Field(None, description="share of tokens with the same likeliest token")
-    reason: str = Field("", description="why it did not pass")
+    difference: float | None = Field(default=None, description="largest difference between logits")
+    largest: float | None = Field(default=None, description="largest logit")
+    kl: float | None = Field(default=None, description="KL(meaning || reader), mean over tokens, in nats")
+    top1: float | None = Field(default=None, description="share of tokens with the same likeliest token")
+    reason: str = Field(default="", description="why it did not pass")
 
 
 class Verification(_Record):
@@ -77,7 +77,7 @@ class QualityRecord(_Record):
     """What `eval` measured of one checkpoint of the lineage on one text."""
 
     step: str = Field(description="id of the lineage's step that made the checkpoint")
-    against: str = Field("", description="the checkpoint that it was compared with; empty for none")
+    against: str = Field(default="", description="the checkpoint that it was compared with; empty for none")
     data: str = Field(description="name of the file of texts")
     data_sha256: str
     tokens: int
@@ -93,7 +93,7 @@ class QualityRecord(_Record):
     top1: Number = Number()
     spread: Spread | None = None
     when: str = ""
-    version: str = Field(__version__, description="of compress")
+    version: str = Field(default=__version__, description="of compress")
 
     @property
     def text(self) -> tuple[str, ...]:
@@ -108,14 +108,14 @@ class TaskRecord(_Record):
     metric: str
     value: float
     error: float | None = None
-    dataset: str = Field("", description="id of the task's dataset on the Hub; empty for local files")
+    dataset: str = Field(default="", description="id of the task's dataset on the Hub; empty for local files")
     dataset_revision: str = ""
-    config: str = Field("", description="the dataset's configuration")
+    config: str = Field(default="", description="the dataset's configuration")
     split: str = ""
     shots: int = 0
     samples: int = 0
-    complete: bool = Field(True, description="whether every sample of the split was asked")
-    harness: str = Field("", description="name and version")
+    complete: bool = Field(default=True, description="whether every sample of the split was asked")
+    harness: str = Field(default="", description="name and version")
     when: str = ""
 
 

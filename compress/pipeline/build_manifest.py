@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.checkpoint.licence import licence_of
+from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.checkpoint.reader import README
 from compress.checkpoint.remote_code import NOTE, code_notes
 from compress.checkpoint.scan import SourceScan

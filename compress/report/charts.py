@@ -5,10 +5,11 @@ A figure carries no colours of paper or text: the page gives it those of day or 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from compress.report.escape import printable
 from compress.report.facts import Facts, Layer
@@ -32,7 +33,7 @@ def sizes(facts: Facts) -> Figure | None:
         return None
     labels, totals = ["source", *(label for label, _ in known)], [facts.source_bytes, *(nbytes for _, nbytes in known)]
     unit, name = _unit(max(totals))
-    steps = [totals[0], *(after - before for before, after in zip(totals, totals[1:]))]
+    steps = [totals[0], *(after - before for before, after in itertools.pairwise(totals))]
     figure = go.Figure(go.Waterfall(
         x=[*map(_name, labels), "artifact"], y=[*(step / unit for step in steps), 0],
         measure=["absolute", *["relative"] * len(known), "total"], text=[*map(size, totals), size(totals[-1])],
@@ -74,8 +75,9 @@ def sensitivity(rows: Sequence[dict[str, Any]]) -> Figure | None:
 
     points = []
     for row in rows:
-        costs, numel, nbytes = row.get("costs"), row.get("numel"), row.get("bytes")
-        known = [cost for cost in costs.values() if _real(cost)] if isinstance(costs, dict) else []
+        told, numel, nbytes = row.get("costs"), row.get("numel"), row.get("bytes")
+        costs: dict[str, Any] = told if isinstance(told, dict) else {}
+        known = [cost for cost in costs.values() if _real(cost)]
         if known and _real(numel) and _real(nbytes) and numel > 0 and max(known) > 0:
             chosen = costs.get(row["state"])
             name = _name(row["weight"])
@@ -111,12 +113,12 @@ def spread(facts: Facts) -> Figure | None:
     used = [place for place, count in enumerate(found.counts) if count]
     if used:
         figure.update_xaxes(range=[math.log10(found.edges[used[0]]) - 0.1, math.log10(found.edges[used[-1] + 1]) + 0.1])
-    for share in ("0.5", "0.99"):
-        if found.quantiles.get(share, 0) > 0:
-            figure.add_vline(
-                x=found.quantiles[share], line={"color": _RED, "width": 1, "dash": "dot"},
-                annotation={"text": "median" if share == "0.5" else "99 %", "yshift": 8, "font": {"size": 11}},
-            )  # fmt: skip
+    for share, word in (("0.5", "median"), ("0.99", "99 %")):
+        if (value := found.quantiles.get(share, 0)) > 0:
+            figure.add_vline(x=value, line={"color": _RED, "width": 1, "dash": "dot"})
+            # Unlike a shape, a note on a log axis lies at the logarithm.
+            where = {"x": math.log10(value), "y": 1, "yref": "paper", "yanchor": "bottom"}
+            figure.add_annotation(text=word, showarrow=False, font={"size": 11}, **where)
     figure.update_xaxes(title="KL, nats per token", type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title="tokens")
     return _plain(figure, 300)
@@ -262,5 +264,5 @@ def _unit(nbytes: float) -> tuple[int, str]:
     return 1000**4, "TB"
 
 
-def _real(value: Any) -> bool:
+def _real(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -177,7 +177,7 @@ def facts_of(checkpoint: Checkpoint) -> Facts:
         layers=tuple(_layer(name, record) for name, record in manifest.weights.items()),
         readers=tuple(_readers(manifest, directory)),
         tasks=measured.tasks if measured is not None else (),
-        training=dict(_rows(places, TRAINING[0], {"step": float})),
+        training=dict(_rows(places, TRAINING[0], {"step": int})),
         allocations=dict(_rows(places, ALLOCATION[0], {"weight": str, "state": str})),
         tokenizer="tokenizer_config.json" in manifest.files,
     )
@@ -215,11 +215,11 @@ def _readers(manifest: Manifest, directory: Path) -> Iterator[ReaderFacts]:
     records = dict(checked.readers) if checked is not None else {}
     told = manifest.measured.get("readers")
     for one in told if isinstance(told, list) else ():
-        words = [one.get(word) for word in ("reader", "loads", "reason")] if isinstance(one, dict) else []
-        if len(words) == 3 and all(isinstance(word, str) for word in words):
-            yield ReaderFacts(*words, records.pop(words[0], None))
-    for name, record in records.items():
-        yield ReaderFacts(name, "unknown", "", record)
+        name, loads, reason = (one.get(word) if isinstance(one, dict) else None for word in ("reader", "loads", "reason"))
+        if isinstance(name, str) and isinstance(loads, str) and isinstance(reason, str):
+            yield ReaderFacts(name, loads, reason, records.pop(name, None))
+    for other, record in records.items():
+        yield ReaderFacts(other, "unknown", "", record)
 
 
 def _places(directory: Path, manifest: Manifest) -> dict[str, Path]:
@@ -247,8 +247,7 @@ def _rows(places: dict[str, Path], file: str, words: dict[str, type]) -> Iterato
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            kinds = {str: str, float: (int, float)}
-            if isinstance(row, dict) and all(isinstance(row.get(word), kinds[kind]) for word, kind in words.items()):
+            if isinstance(row, dict) and all(isinstance(row.get(word), kind) for word, kind in words.items()):
                 rows.append(row)
         if rows:
             yield label, rows

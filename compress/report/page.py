@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.atomic import write_text
 from compress.errors import UsageError
-from compress.evaluate.records import QualityRecord
+from compress.evaluate.records import Number, QualityRecord
 from compress.report import charts
 from compress.report.card import command, summary
 from compress.report.escape import printable
 from compress.report.facts import Facts, read_facts
-from compress.report.numbers import estimate, protocol, range_of, size
+from compress.report.numbers import protocol, range_of, size
+from compress.report.numbers import estimate as estimate_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _STAGES_DO = "not measured: compress eval {name} --against SOURCE --data TEXTS.jsonl --stages"
-_STEPS_GONE = "not kept: the steps were removed, or the recipe has none of this kind"
+_UNTOLD = "no step that is kept has {what}; compress clean and --no-keep remove steps"
 _MOST_ROWS = 400
 """Rows of a table of layers; the manifest has the others."""
 
@@ -95,6 +96,11 @@ def _library() -> str:
     return base64.b64encode(gzip.compress(script.read_bytes(), 6, mtime=0)).decode()
 
 
+def estimate(number: Number, share: bool = False) -> str:
+    """A number and its error, which stay together in one line."""
+    return estimate_of(number, share).replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def _figures(*made: tuple[str, Figure | None]) -> tuple[tuple[str, str], ...]:
     """Figures as JSON that may stand between tags."""
     return tuple((what, figure.to_json().replace("<", "\\u003c")) for what, figure in made if figure is not None)
@@ -139,7 +145,7 @@ def _sections(facts: Facts) -> Iterator[Section]:
     yield Section(
         "layers", "Bits and error per layer",
         _figures(
-            (field[0], charts.layers(facts, field[1], f"{field[0]}, as stored")),  # type: ignore[arg-type]
+            (field[0], charts.layers(facts, field[1], f"{field[0]}, as stored")),
             ("error of outputs", charts.layers(facts, lambda layer: layer.output_error, "|(W - W') x| / |W x|")),
             ("error of weights", charts.layers(facts, lambda layer: layer.error, "|W - W'| / |W|")),
         ),
@@ -149,9 +155,14 @@ def _sections(facts: Facts) -> Iterator[Section]:
     )  # fmt: skip
     made = [(label, charts.sensitivity(rows)) for label, rows in facts.allocations.items()]
     drawn = _figures(*((f"sensitivity against chosen bits, {label}", figure) for label, figure in made))
-    yield Section("sensitivity", "Sensitivity against chosen bits", drawn, missing="" if drawn else _STEPS_GONE)
+    yield Section(
+        "sensitivity",
+        "Sensitivity against chosen bits",
+        drawn,
+        note="" if drawn else _UNTOLD.format(what="decided bits by sensitivity"),
+    )
     curves = _figures(*((f"loss, {label}", charts.training(rows)) for label, rows in facts.training.items()))
-    yield Section("training", "Training", curves, missing="" if curves else _STEPS_GONE)
+    yield Section("training", "Training", curves, note="" if curves else _UNTOLD.format(what="trained"))
     yield Section(
         "cost", "Time and memory by step",
         _figures(("seconds of each step", charts.seconds(facts)), ("peak memory", charts.memory(facts))),
@@ -182,7 +193,7 @@ def _sections(facts: Facts) -> Iterator[Section]:
         tuple((f"{n}", s.text, s.id[:16], ", ".join(f"{word} {digest[:16]}" for word, digest in s.inputs.items()) or "-")
               for n, s in enumerate(facts.stages, 1)),
         f"compress {facts.manifest.compress_version}, seed {facts.manifest.seed}; fingerprint {facts.manifest.fingerprint}; "
-        f"source {facts.manifest.source.name}" + (f", commit {facts.manifest.source.commit}" if facts.manifest.source.commit else "")
+        f"source {facts.manifest.source.name}" + (f", commit {facts.manifest.source.commit}" if facts.base else "")
         + f", fingerprint {facts.manifest.source.fingerprint}.", missing=command(facts),
     )  # fmt: skip
 
@@ -238,8 +249,8 @@ def _together(artifacts: Sequence[Facts]) -> Iterator[Section]:
     measure = "KL to the source, nats per token" if by_kl else "perplexity"
     rows = []
     for at, facts in enumerate(artifacts):
-        record = found.get(at)
-        cells = [estimate(record.kl), estimate(record.perplexity), estimate(record.top1, True)] if record else ["-"] * 3
+        its = found.get(at)
+        cells = [estimate(its.kl), estimate(its.perplexity), estimate(its.top1, True)] if its is not None else ["-"] * 3
         rows.append((facts.name, size(facts.nbytes), "-" if facts.bits is None else f"{facts.bits:.3f}", *cells, facts.recipe))
     apart = [facts.name for at, facts in enumerate(artifacts) if at not in found]
     one = next(iter(found.values()), None)

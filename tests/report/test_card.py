@@ -14,22 +14,22 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import compress
-from compress.checkpoint.manifest import Manifest, NoteRecord, Source
+from compress.checkpoint.manifest import Manifest, Source
 from compress.checkpoint.reader import ABOUT, PICTURE, README, open_checkpoint
 from compress.context import Context
 from compress.errors import InputError
 from compress.evaluate import records
-from compress.evaluate.records import Number, QualityRecord, ReaderRecord, TaskRecord
+from compress.evaluate.records import ReaderRecord, TaskRecord
 from compress.evaluate.verify import verify_bytes
 from compress.pipeline.run import Options
 from compress.report.card import card, command
-from compress.report.facts import Facts, read_facts
+from compress.report.facts import read_facts
 from compress.report.picture import picture
 from compress.report.write_card import write_card
+from hostile_facts import HOSTILE, hostile, measured
 from support import step_of, tiny_llama
 
 RTN = "quantize.rtn(scheme=w4a16g32)"
-HOSTILE = "a](http:x)|<script>alert(1)</script>`` # b &amp; $x$ www.x.example\n---\nevil: 1"
 CTX = Context(threads=2)
 
 
@@ -56,20 +56,6 @@ def packed(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text_of(out: Path) -> str:
     return (out / README).read_text()
-
-
-def measured(facts: Facts, data: str = "held out.jsonl") -> Facts:
-    """The facts as if they had been measured."""
-    quality = QualityRecord(
-        step=facts.stages[-1].id, against="a model", data=data, data_sha256="d" * 64, tokens=512, length=256, scored=510,
-        protocol="first 512 tokens", perplexity=Number(value=12.345, error=0.21), kl=Number(value=0.1234, error=0.0011),
-        top1=Number(value=0.815, error=0.01),
-    )  # fmt: skip
-    task = TaskRecord(
-        task="hellaswag", metric="acc_norm", value=0.41, dataset="Rowan/hellaswag", shots=0, samples=10_042, harness="lm-eval 0.4"
-    )
-    stages = (*facts.stages[:-1], replace(facts.stages[-1], quality=(quality,)))
-    return replace(facts, stages=stages, tasks=(task,))
 
 
 def test_an_artifact_says_what_it_is_and_links_to_its_source(source: Path, tmp_path: Path) -> None:
@@ -216,28 +202,6 @@ def test_results_on_a_dataset_of_the_hub_are_written_for_its_leaderboard(packed:
         "date": "2026-11-28T00:00:00Z", "notes": "acc, 0-shot, 20 samples, lm-eval 0.4.9",
     }  # fmt: skip
     assert verify_bytes(open_checkpoint(out), CTX).named, "a hidden folder is no part of the checkpoint"
-
-
-def hostile(facts: Facts) -> Facts:
-    """The facts with a hostile text wherever a text can come from a file."""
-    manifest = facts.manifest
-    record = next(iter(manifest.weights.values()))
-    lineage = tuple(step.model_copy(update={"text": HOSTILE, "inputs": {HOSTILE: HOSTILE}}) for step in manifest.lineage)
-    manifest = manifest.model_copy(update={
-        "source": Source(name=HOSTILE, commit=HOSTILE, licence=HOSTILE, datasets=(HOSTILE,), fingerprint=HOSTILE), "isa": HOSTILE,
-        "weights": {HOSTILE: record}, "notes": (NoteRecord(what=HOSTILE, reason=HOSTILE, count=1, names=(HOSTILE,)),),
-        "device": HOSTILE, "compress_version": HOSTILE, "format": HOSTILE, "lineage": lineage, "fingerprint": HOSTILE,
-    })  # fmt: skip
-    reader = ReaderRecord(passed=True, version=HOSTILE, dtype=HOSTILE, versions={HOSTILE: HOSTILE})
-    failed = ReaderRecord(passed=False, reason=HOSTILE)
-    found = measured(replace(
-        facts, manifest=manifest, name=HOSTILE, config={"architectures": ["__import__('os')"]},
-        stages=tuple(replace(stage, name=HOSTILE, text=HOSTILE, inputs={HOSTILE: HOSTILE}) for stage in facts.stages),
-        layers=tuple(replace(layer, name=HOSTILE, row=f"x.*.{HOSTILE}") for layer in facts.layers),
-        readers=(replace(facts.readers[0], record=reader), replace(facts.readers[1], name=HOSTILE, reason=HOSTILE, record=failed)),
-    ), HOSTILE)  # fmt: skip
-    task = found.tasks[0].model_copy(update=dict.fromkeys(("task", "metric", "dataset", "config", "split", "harness"), HOSTILE))
-    return replace(found, tasks=(task,))
 
 
 def test_hostile_texts_stay_texts(packed: Path) -> None:

@@ -58,7 +58,7 @@ class Browser:
         self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.do("Page.navigate", url=page.as_uri())
         until = time.monotonic() + seconds
-        waiting = "document.readyState != 'complete' || [...document.querySelectorAll('.chart')].some(c => c.offsetWidth && !c.dataset.drawn)"
+        waiting = "document.readyState != 'complete' || [...document.querySelectorAll('.chart')].some(c => !c.closest('details:not([open])') && !c.dataset.drawn)"
         while self.ask(waiting):
             assert time.monotonic() < until, self.problems() or "charts are not drawn"
             time.sleep(0.2)
