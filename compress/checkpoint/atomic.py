@@ -1,4 +1,4 @@
-"""Atomic: replaces a small file by one rename, so that a reader finds the old text or the new one."""
+"""Atomic: replaces a small file by one rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compress report`: a page of charts of one artifact, or of several side by side."""
+"""`compress report`: a page of charts of one artifact, or of several together."""
 
 from __future__ import annotations
 

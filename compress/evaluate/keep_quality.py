@@ -1,4 +1,4 @@
-"""Keep quality: what `eval` has measured, written into the artifact whose bytes it was measured on."""
+"""Keep quality: what `eval` has measured, written into the artifact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Card: the README.md of an artifact, with metadata for the Hub and evidence for people.
+"""Card: the README.md of an artifact: metadata for the Hub, evidence for people.
 
 It depends on nothing but the facts, and has no times: the same artifact and the same records give the same text.
 """
@@ -178,9 +178,7 @@ def _stages(facts: Facts) -> list[tuple[Safe, ...]]:
 
 def _examples(facts: Facts, place: str) -> list[tuple[ReaderFacts, Safe]]:
     """Code for each reader that was verified; where none was, for those that are expected to load it."""
-    known = [reader for reader in facts.readers if reader.name in LOADING]
-    chosen = [reader for reader in known if reader.record is not None and reader.record.passed]
-    chosen = chosen or [reader for reader in known if reader.usable]
+    chosen = [reader for reader in facts.verified or facts.readers if reader.name in LOADING and reader.usable]
     if not facts.readers and facts.manifest.format == "canonical" and not any(layer.state.scheme for layer in facts.layers):
         chosen = [ReaderFacts("transformers", "yes", "it is a dense checkpoint")]
     generates = facts.tokenizer and facts.architecture.endswith("ForCausalLM")

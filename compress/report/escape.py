@@ -1,4 +1,4 @@
-"""Escape: texts of untrusted files as inline code, cells and plain words of Markdown.
+"""Escape: untrusted texts as inline code, cells and plain words of Markdown.
 
 The templates take nothing but `Safe` texts and numbers, so that a text that nobody has escaped is an error, not a hole.
 """

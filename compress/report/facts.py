@@ -1,7 +1,8 @@
-"""Facts: what the card and the report say of an artifact, from its manifest, its records and the steps that are kept.
+"""Facts: what the card and the report say of an artifact.
 
-Nothing is measured here and no weight is read. What was not measured is absent, and whoever shows the facts says so. Everything
-comes from files that anybody may have written, so numbers are checked to be numbers and texts are left for the page to escape.
+They come from its manifest, its records and the steps that are kept. Nothing is measured here, and no weight is
+read. What was not measured is absent, and whoever shows the facts says so. Everything comes from files that anybody may have
+written, so numbers are checked to be numbers, and texts are left for card and report to escape.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ class Facts:
     def quality(self) -> tuple[QualityRecord, ...]:
         """What was measured of the artifact itself."""
         return self.stages[-1].quality
+
+    @property
+    def verified(self) -> list[ReaderFacts]:
+        """The readers that compute what these bytes mean, as `verify` has found."""
+        return [reader for reader in self.readers if reader.record is not None and reader.record.passed]
 
     @property
     def notes(self) -> list[NoteRecord]:

@@ -1,4 +1,4 @@
-"""Numbers: sizes, estimates with their errors, and protocols, as both the card and the report print them."""
+"""Numbers: sizes, estimates and protocols, as card and report print them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picture: bits and errors of the layers over the blocks, as a small SVG for the card.
+"""Picture: bits and errors of the layers, as a small SVG for the card.
 
 Written by hand, for a run makes one each time and a library of plots takes longer to import than a small run takes. The same
 layers give the same bytes.

@@ -1,4 +1,4 @@
-"""Write card: puts a card, its picture and results for the Hub's leaderboards into an artifact."""
+"""Write card: puts a card, its picture and results of tasks into an artifact."""
 
 from __future__ import annotations
 

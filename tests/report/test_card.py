@@ -180,6 +180,8 @@ def test_what_was_measured_and_verified_is_shown(packed: Path, tmp_path: Path) -
     stale = json.loads((out / "verification.json").read_text()) | {"fingerprint": "other"}
     (out / "verification.json").write_text(json.dumps(stale))
     assert "| transformers | yes | not verified |" in card(read_facts(out))
+    assert "- No reader was verified on these bytes" in card(read_facts(out))
+    assert "- No reader was verified" not in said
 
 
 def test_results_on_a_dataset_of_the_hub_are_written_for_its_leaderboard(packed: Path, tmp_path: Path) -> None:
