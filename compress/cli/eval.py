@@ -98,7 +98,9 @@ def command(
         show_steps(steps)
     show(found, names, seconds)
     if kept:
-        console.fact("kept", f"{kept}; `{shlex.join(['compress', 'card', artifact, '--write'])}` puts it on the card")
+        # Paths and commands are to be copied, so each is in one line, however long.
+        print(f"kept:     {kept}")
+        print(f"next:     {shlex.join(['compress', 'card', artifact, '--write'])}")
     elif checkpoint.manifest is not None:
         print(f"note: not kept: {why}", file=sys.stderr)
 

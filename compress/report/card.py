@@ -95,7 +95,7 @@ def _results(facts: Facts) -> list[Any]:
             EvalResult(
                 task_type="text-generation", dataset_type="text", dataset_name=printable(record.data),
                 dataset_args={"sha256": record.data_sha256, "tokens": record.tokens, "length": record.length}, metric_type=kind,
-                metric_name=kind, metric_value=number.value,
+                metric_name=kind, metric_value=float(f"{number.value:.6g}"),
             )
             for kind, number in metrics.items() if number.value is not None
         ]  # fmt: skip
