@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from compress.errors import InputError, MachineError, RecipeError, UsageError
 from compress.pipeline.entry import enter
 from compress.pipeline.plan import PlanOptions, make_plan
 from compress.pipeline.run import Options, Result, run_recipe
+from compress.report.write_card import ensure_card
 from compress.spec.recipe import Recipe, parse_one_liner
 from compress.spec.recipe_file import read
 
@@ -44,6 +46,7 @@ def run(
     """
     found = recipe_of(recipe)
     ctx = Context(seed=found.seed) if ctx is None else ctx
+    options = replace(options or Options(), describe=lambda result: ensure_card(result.out))
     if isinstance(source, Checkpoint):
         return run_recipe(found, source, Path(out), ctx, options)
     if isinstance(source, str | os.PathLike):

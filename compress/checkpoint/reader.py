@@ -30,10 +30,14 @@ TRAINING = ("training.jsonl", "training.svg", "domains.svg")
 """The record of a training pass, the last only where weights of domains move; it stays in the directory of its step."""
 ALLOCATION = ("allocation.jsonl", "allocation.svg")
 """The decisions of an allocator, one line for each weight; they stay in the directory of their step, too."""
-_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION}
+RECORDS = ("evaluation.json", "verification.json")
+"""What was measured and verified of an artifact, after its manifest was sealed; see compress/evaluate/records.py."""
+_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION, *RECORDS}
 README = "README.md"
-KEPT = {README: "README.source.md", "EVAL.md": "EVAL.source.md"}
-"""Texts about the source, whose numbers do not hold for the output -> their names in the output."""
+PICTURE = "bits.svg"
+"""The picture in the README.md of an artifact."""
+ABOUT = (README, "EVAL.md", PICTURE)
+"""Texts and pictures about a checkpoint, whose numbers do not hold for what is made from it."""
 INDEXES = tuple(f"{stem}.safetensors.index.json" for stem in (STEM, CANONICAL_STEM))
 CALIBRATION = "calibration.safetensors"
 """Calibration tokens, a side file of a checkpoint until it is packed."""
@@ -255,7 +259,8 @@ def assemble(
     read = (*shards, CALIBRATION, ADAPTER_TENSORS)
     left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in read)] + others
     manifest = Manifest.read(path)
-    left += [MANIFEST_FILE] if MANIFEST_FILE in files and manifest is None else []
+    # Without a manifest of ours, files of these names are another tool's.
+    left += [file for file in (MANIFEST_FILE, *RECORDS) if file in files and manifest is None]
     checkpoint = Checkpoint(path, refs, read_json(config_path), side, manifest, tuple(left), name, origin, trusted)
     check_index(checkpoint, path, files, set(shards))
     check_records(checkpoint)

@@ -90,7 +90,8 @@ def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]
     from compress.context import Context
     from compress.evaluate.stages import measure_stages, place_of
     from compress.layerwise.eval_windows import token_windows
-    from compress.pipeline.run import run_recipe
+    from compress.pipeline.run import Options, run_recipe
+    from compress.report.write_card import ensure_card
 
     logging.disable_progress_bar()
     recipe = recipe_of(home)
@@ -98,7 +99,7 @@ def measured(home: Path, out: Path, quiet: bool) -> tuple[Result, list[Measured]
     with tempfile.TemporaryDirectory(prefix="compress-demo-") as scratch, events(False, quiet) as receive:
         ctx = Context(seed=recipe.seed, events=receive)
         source = open_checkpoint(home / "model")
-        result = run_recipe(recipe, source, out, ctx)
+        result = run_recipe(recipe, source, out, ctx, Options(describe=lambda made: ensure_card(made.out)))
         pruned = open_checkpoint(place_of(result, PRUNED))
         nearest = run_recipe(rounding(recipe), pruned, Path(scratch) / "rtn", ctx)
         stages = [*measure_stages(result, source, windows), *measure_stages(nearest, source, windows)[1:]]

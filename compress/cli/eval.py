@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +19,7 @@ from compress.cli.progress import events, shares
 from compress.threads import compute_threads
 
 if TYPE_CHECKING:
+    from compress.checkpoint.reader import Checkpoint
     from compress.evaluate.perplexity_kl import Estimate, Quality
 
 MEASURES = {
@@ -43,6 +46,9 @@ def command(
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Also measure the steps that ART was made by, if they are kept.")
+    ] = False,
     device: options.On = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
@@ -51,7 +57,8 @@ def command(
 ) -> None:
     """Measure ART on a text: perplexity, and with --against how far its predictions are from those of SOURCE.
 
-    Both models run in fp32 with one block of one of them in memory at a time.
+    Both models run in fp32 with one block of one of them in memory at a time. What was measured of an artifact is kept in it
+    (evaluation.json), for its card and its report.
     """
     from compress.layerwise.eval_windows import check_data, token_windows, tokenizer_folder
 
@@ -62,6 +69,7 @@ def command(
     from transformers.utils import logging
 
     from compress.checkpoint.source import open_source
+    from compress.evaluate.keep_quality import keep, kept_steps
     from compress.evaluate.perplexity_kl import compare
 
     logging.set_verbosity_error()
@@ -71,15 +79,46 @@ def command(
         console.warn_of_code(model)
     windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens, trust_remote_code)
     started = time.perf_counter()
+    measured = [*(kept_steps(checkpoint) if stages else ()), checkpoint]
     with compute_threads(threads), events(False, json_) as receive:
-        found = compare(source, checkpoint, windows, batch, shares(receive, "eval", "measure"), where)
+        qualities = [compare(source, each, windows, batch, shares(receive, "eval", "measure"), where) for each in measured]
+    found = qualities[-1]
     names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name}
     names |= {"device": f"{where} ({name_of(where)})"} if where.type == "cuda" else {}
     seconds = time.perf_counter() - started
+    steps = [(pass_of(each), quality) for each, quality in zip(measured, qualities)][:-1]
+    kept, why = "", "ART is no directory of this machine"
+    if Path(artifact).is_dir():
+        kept, why = keep(measured, qualities, source, Path(data), names.get("device") or "cpu")
     if json_:
-        print(json.dumps({**names, **facts(found), "seconds": round(seconds, 2)}, ensure_ascii=False))
-    else:
-        show(found, names, seconds)
+        content = {**names, **facts(found), **({"stages": [{"step": n, **facts(q)} for n, q in steps]} if steps else {})}
+        print(json.dumps({**content, "seconds": round(seconds, 2), "kept": kept or None}, ensure_ascii=False))
+        return
+    if steps:
+        show_steps(steps)
+    show(found, names, seconds)
+    if kept:
+        # Paths and commands are to be copied, so each is in one line, however long.
+        print(f"kept:     {kept}")
+        print(f"next:     {shlex.join(['compress', 'card', artifact, '--write'])}")
+    elif checkpoint.manifest is not None:
+        print(f"note: not kept: {why}", file=sys.stderr)
+
+
+def pass_of(checkpoint: Checkpoint) -> str:
+    """The name of the pass that made a step."""
+    assert checkpoint.manifest is not None
+    return checkpoint.manifest.lineage[-1].text.partition("(")[0]
+
+
+def show_steps(steps: list[tuple[str, Quality]]) -> None:
+    """Prints a row for each step before the artifact."""
+    rows = [
+        (name, *_cells("perplexity", found.perplexity), *_cells("kl", found.kl), _cells("top1", found.top1)[0])
+        for name, found in steps
+    ]
+    console.table(("step before", "perplexity", "+-", "KL", "+-", "same top-1"), rows)
+    print()
 
 
 def facts(found: Quality) -> dict[str, Any]:

@@ -46,6 +46,9 @@ Steps = Annotated[
     typer.Option("--steps", metavar="DIR", help="OUT of another run, or its OUT.steps, to take finished steps from."),
 ]
 Keep = Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the steps beside OUT after a run that succeeded.")]
+Report = Annotated[
+    bool, typer.Option("--report/--no-report", help="Write OUT.report.html beside OUT: charts of sizes, errors, time and memory.")
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the model's own Python files (auto_map).", rich_help_panel=DANGER)
 ]

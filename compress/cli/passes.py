@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _COMMON = {
     "seed": (options.Seed, None), "allow_skips": (options.AllowSkips, None), "shard_size": (options.ShardSize, "5GB"),
     "dtype": (options.Dtype, "auto"), "device": (options.On, "auto"), "threads": (options.Threads, None),
-    "fail_on": (options.FailOn, None),
+    "fail_on": (options.FailOn, None), "report": (options.Report, True),
     "allow_nonfinite": (options.AllowNonfinite, False), "allow_dtype_mismatch": (options.AllowDtype, False),
     "allow_overcommit": (options.AllowOvercommit, False), "trust_remote_code": (options.Trust, False),
     "json_": (options.Json, False), "quiet": (options.Quiet, False), "debug": (options.Debug, False),

@@ -48,6 +48,7 @@ def command(
     fail_on: options.FailOn = None,
     steps: options.Steps = None,
     keep: options.Keep = True,
+    report: options.Report = True,
     allow_nonfinite: options.AllowNonfinite = False,
     allow_dtype_mismatch: options.AllowDtype = False,
     allow_overcommit: options.AllowOvercommit = False,
@@ -64,7 +65,7 @@ def command(
     found = chosen_recipe(recipe, passes, set_)
     flags = RunFlags(
         seed, allow_skips, shard_size, dtype, device, threads, fail_on, allow_nonfinite, allow_dtype_mismatch, allow_overcommit,
-        trust_remote_code, json_, quiet, steps, keep,
+        trust_remote_code, json_, quiet, steps, keep, report,
     )  # fmt: skip
     execute(found, model, out, flags)
 
@@ -105,6 +106,7 @@ class RunFlags:
     quiet: bool
     steps: list[Path] | None = None
     keep: bool = True
+    report: bool = True
 
 
 def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
@@ -119,6 +121,13 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
     from compress import device as devices
     from compress.checkpoint.source import open_source
     from compress.pipeline.run import Options, OtherResultError, run_recipe
+    from compress.report.page import report_path
+    from compress.report.write_card import ensure_card
+
+    def describe(result: Result) -> None:
+        ensure_card(result.out)
+        if flags.report:
+            write_page(result, report_path(result.out))
 
     devices.resolve(flags.device, int(os.environ.get("WORLD_SIZE", "1")))
     if model == "-":
@@ -129,7 +138,7 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
         print(f"note: the recipe names {recipe.model}; MODEL on the command line wins", file=sys.stderr)
     opts = Options(
         tuple(flags.allow_skips or ()), flags.allow_nonfinite, flags.allow_dtype_mismatch, limit, tuple(flags.fail_on or ()),
-        flags.allow_overcommit, tuple(flags.steps or ()), flags.keep,
+        flags.allow_overcommit, tuple(flags.steps or ()), flags.keep, describe,
     )  # fmt: skip
     source = open_source(model, flags.trust_remote_code)
     with events(json_, quiet) as receive:
@@ -149,6 +158,18 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
         ctx.tell("done", **summary(result))
     else:
         report(result, flags.steps or [])
+
+
+def write_page(result: Result, place: Path) -> None:
+    """Writes the report of a run, unless the output and its report are there. Says so where there is no place for it."""
+    from compress.errors import MachineError
+    from compress.report.page import write_report
+
+    try:
+        if result.fresh or not place.exists():
+            write_report([result.out], place)
+    except MachineError as error:
+        print(f"note: no report: {error.problems[0].where}: {error.problems[0].got}", file=sys.stderr)
 
 
 def with_command(error: OtherResultError, out: Path, run: list[str]) -> list[Problem]:
@@ -227,6 +248,7 @@ def summary(result: Result) -> dict[str, object]:
 def report(result: Result, given: list[Path]) -> None:
     """Prints the summary of a run: where, before, after, bits per weight, what to do next. `given` are --steps."""
     from compress.pipeline.output_paths import steps_folder
+    from compress.report.page import report_path
 
     facts = summary(result)
     if not result.fresh:
@@ -249,6 +271,8 @@ def report(result: Result, given: list[Path]) -> None:
             console.fact("spent", f"{name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
     peak = console.size(result.manifest.measured["peak_resident_bytes"])
     console.fact("took", f"{result.seconds:.1f} s, peak memory {peak}")
+    if (page := report_path(result.out)).is_file():
+        console.fact("report", str(page))
     # Commands are to be copied, so each is in one line, however long.
     print(f"next:     {next_command(result)}")
     if result.manifest.format != "canonical" and steps_folder(result.out).is_dir():

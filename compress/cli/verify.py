@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.reader import Checkpoint
+    from compress.errors import FormatError
+    from compress.evaluate.records import ReaderRecord
     from compress.evaluate.verify import Bytes, Reading
 
 TOKENS, WINDOW = 256, 64
@@ -59,7 +61,7 @@ def command(
     """
     from compress.checkpoint.source import open_source
     from compress.context import Context
-    from compress.errors import UsageError
+    from compress.errors import FormatError, UsageError
     from compress.evaluate.readers import reader_named
     from compress.evaluate.verify import read_with, verify_bytes
 
@@ -83,15 +85,62 @@ def command(
         if not json_:
             show_bytes(found)
         ids = tokens(checkpoint, data) if reader else None
-        readings = []
+        readings, keep = [], Keeper(Path(artifact), checkpoint if base is None else None)
         for name in reader or ():
             assert ids is not None
-            with waiting("verify", name, json_):
-                readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
+            try:
+                with waiting("verify", name, json_):
+                    readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
+            except FormatError as error:
+                keep.failed(name, error)
+                raise
+            keep.passed(readings[-1])
             if not json_:
                 show_reading(readings[-1])
     if json_:
-        print(json.dumps({"bytes": asdict(found), "readers": [facts(reading) for reading in readings]}, ensure_ascii=False))
+        content = {"bytes": asdict(found), "readers": [facts(reading) for reading in readings], "kept": keep.where or None}
+        print(json.dumps(content, ensure_ascii=False))
+    elif keep.where:
+        print(f"kept:     {keep.where}")
+
+
+class Keeper:
+    """Keeps what readers did in the artifact, if its manifest names the bytes that they read."""
+
+    def __init__(self, artifact: Path, checkpoint: Checkpoint | None) -> None:
+        manifest = checkpoint.manifest if checkpoint is not None and artifact.is_dir() else None
+        self.artifact, self.fingerprint, self.where = artifact, manifest.fingerprint if manifest is not None else "", ""
+
+    def passed(self, reading: Reading) -> None:
+        """Keeps that a reader computes what the artifact means."""
+        from compress.evaluate.records import ReaderRecord, now
+
+        said = reading.versions
+        version = said.get(reading.reader) or said.get("compress-llm", "")
+        self.keep(reading.reader, ReaderRecord(
+            passed=True, version=version, when=now(), dtype=reading.dtype, versions=said, tokens=reading.tokens,
+            difference=reading.difference, largest=reading.largest, kl=reading.kl, top1=reading.top1,
+        ))  # fmt: skip
+
+    def failed(self, reader: str, error: FormatError) -> None:
+        """Keeps that a reader refuses the artifact, or computes something else."""
+        from compress.evaluate.records import ReaderRecord, now
+
+        # A message may name the place, which is nobody's business who gets the artifact.
+        reason = error.problems[0].got.replace(str(self.artifact.resolve()), "ART").replace(str(self.artifact), "ART")
+        self.keep(reader, ReaderRecord(passed=False, when=now(), reason=reason))
+
+    def keep(self, reader: str, record: ReaderRecord) -> None:
+        """Adds to the record, but not our own reading compared with itself; says so where nothing can be written."""
+        from compress.errors import MachineError
+        from compress.evaluate.records import keep_reader
+
+        if not self.fingerprint or reader == "ours":
+            return
+        try:
+            self.where = str(keep_reader(self.artifact, self.fingerprint, reader, record))
+        except MachineError as error:
+            print(f"note: not kept: {error.problems[0].where}: {error.problems[0].got}", file=sys.stderr)
 
 
 def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:

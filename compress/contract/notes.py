@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compress.architecture.weight_map import Model
 from compress.checkpoint.manifest import NoteRecord
-from compress.checkpoint.reader import KEPT, Checkpoint
+from compress.checkpoint.reader import ABOUT, Checkpoint
 from compress.errors import Problem, few
 from compress.spec.weight_state import DENSE, Note, State, Weight, counted
 
@@ -40,8 +40,8 @@ def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) 
         notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
     if checkpoint.left_behind:
         notes.append(Note("left behind", "files of other kinds, and folders", checkpoint.left_behind))
-    taken = [name for name, kept in KEPT.items() if checkpoint.manifest is None and {name, kept} <= {*checkpoint.side_files}]
-    notes += counted("left behind", {name: f"{KEPT[name]} is there already" for name in taken})
+    if checkpoint.manifest is None and (about := tuple(name for name in ABOUT if name in checkpoint.side_files)):
+        notes.append(Note("left behind", "about the source: its numbers do not hold for the output", about))
     return notes
 
 

@@ -21,6 +21,7 @@ import torch
 
 from compress.device import CPU
 from compress.errors import InputError, UsageError
+from compress.evaluate.records import Spread
 from compress.layerwise.logits import Forward
 from compress.threads import workers
 
@@ -35,6 +36,9 @@ _HELD_BYTES = 1 << 30
 """Bytes of hidden states of the windows that go through the blocks together, for both models."""
 _CHUNK = 1 << 20
 """Logits that are compared at a time, so that temporaries fit a cache."""
+_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+_EDGES = tuple(float(f"{10 ** (step / 5):.4g}") for step in range(-30, 9))
+"""Nats per token between which tokens are counted: five steps a decade, from 1e-6 on."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Quality:
     kl_p99: Estimate = Estimate()
     top1: Estimate = Estimate()
     """Share of scored tokens for which both models have the same likeliest token."""
+    spread: Spread | None = None
+    """How KL is spread over tokens."""
 
     @property
     def protocol(self) -> str:
@@ -189,7 +195,7 @@ class _Tally:
         kl, same = numbers[2:]
         return replace(
             found, source_perplexity=perplexities[0], kl=mean(kl), kl_median=quantile(kl, 0.5), kl_p99=quantile(kl, 0.99),
-            top1=mean(same),
+            top1=mean(same), spread=spread(kl),
         )  # fmt: skip
 
 
@@ -235,6 +241,17 @@ def quantile(numbers: torch.Tensor, share: float) -> Estimate:
     value = at(share)
     error = _error((numbers.double() <= value).double().mean(-1))
     return Estimate(value, (at(share + error) - at(share - error)) / 2 if len(numbers) > 1 else math.nan)
+
+
+def spread(numbers: torch.Tensor) -> Spread:
+    """Quantiles and counts of [windows, tokens]; what lies beyond the edges counts in the first and the last bin."""
+    values = numbers.double().flatten()
+    edges = torch.tensor(_EDGES, dtype=torch.float64)
+    places = torch.bucketize(values, edges[1:-1], right=True)
+    counts = torch.bincount(places, minlength=len(_EDGES) - 1).tolist()
+    quantiles = {f"{share:g}": float(f"{quantile(numbers, share).value:.6g}") for share in _SHARES}
+    finite = {share: value for share, value in quantiles.items() if math.isfinite(value)}
+    return Spread(quantiles=finite, edges=_EDGES, counts=tuple(counts))
 
 
 def _error(windows: torch.Tensor) -> float:

@@ -6,16 +6,18 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
+from compress.checkpoint.licence import licence_of
 from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
+from compress.checkpoint.reader import README
 from compress.checkpoint.remote_code import NOTE, code_notes
 from compress.checkpoint.scan import SourceScan
-from compress.contract.step_plan import StepPlan
+from compress.contract.step_plan import Plan, StepPlan
 from compress.device import device_of, name_of, peak_of
 from compress.executors.step_run import StepRun
 from compress.executors.teacher import Teacher
@@ -36,13 +38,23 @@ class Written:
     entries: dict[str, dict[str, Any]]
     files: dict[str, str]
     measured: dict[str, Any]
+    stages: tuple[dict[str, Any], ...]
+    """What the steps before have measured."""
+    plan: Plan
 
 
 def build_manifest(
     run: StepRun, before: Manifest | None, scan: SourceScan, second_model: Teacher | None, written: Written
 ) -> Manifest:
     """The manifest of a step; `before` is the manifest of its source."""
-    step, ctx = run.step, run.ctx
+    step, ctx, plan = run.step, run.ctx, written.plan
+    measured = {
+        **written.measured,
+        "peak_resident_bytes": peak_resident_bytes(),
+        **({"peak_device_bytes": found} if (found := peak_of(device_of(ctx))) else {}),
+    }
+    size = {} if step.inherits else {"bytes": step.payload_bytes, "bits": round(plan.bits(step), 4)}
+    stage = {"id": written.lineage[-1].id, "name": step.name, **size, **measured}
     records, happened = _records(run, before, written.entries)
     renamed = _renamed(run)
     lasting = [note for note in (before.notes if before else ()) if note.what in LASTING]
@@ -67,11 +79,12 @@ def build_manifest(
         digests={name: digest for w in run.weights for name, digest in written.entries[w.name]["digests"].items()},
         files=written.files,
         measured={
-            **written.measured,
-            "peak_resident_bytes": peak_resident_bytes(),
-            **({"peak_device_bytes": found} if (found := peak_of(device_of(ctx))) else {}),
+            **measured,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "ranks": ctx.world_size,
+            "source_bytes": before.measured.get("source_bytes", 0) if before else plan.source_bytes,
+            "stages": [*written.stages, stage],
+            **({"readers": [asdict(verdict) for verdict in plan.verdicts]} if step.format else {}),
         },
     ).sealed()
 
@@ -114,10 +127,17 @@ def _notes(
 def _origin(run: StepRun, scan: SourceScan) -> Source:
     """The origin of the lineage: a source that has no manifest."""
     source = run.source
+    licence = source.origin.get("licence") or licence_of(source.path / README) or None
     return Source(
-        name=source.name, commit=source.origin.get("commit"), licence=source.origin.get("licence"),
+        name=source.name, commit=source.origin.get("commit"), licence=licence,
         datasets=tuple(source.origin.get("datasets", ())), fingerprint=scan.fingerprint,
     )  # fmt: skip
+
+
+def stages_of(manifest: Manifest | None) -> tuple[dict[str, Any], ...]:
+    """What each step of a checkpoint's lineage has measured."""
+    found = manifest.measured.get("stages", []) if manifest is not None else []
+    return tuple(found) if isinstance(found, list) else ()
 
 
 def _structure(run: StepRun, before: Manifest | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.checkpoint.manifest import FILE, Manifest
-from compress.checkpoint.reader import INDEXES, README, open_checkpoint
+from compress.checkpoint.reader import INDEXES, open_checkpoint
 from compress.checkpoint.writer import fsync
 from compress.context import Context
 from compress.contract.step_plan import Plan, StepPlan
@@ -129,7 +129,7 @@ def _files(step: StepPlan, found: Path) -> list[str]:
     """The files of a step; other files in its directory are not taken."""
     manifest = Manifest.read(found)
     assert manifest is not None
-    names = {FILE, *manifest.files, *([README] if (found / README).is_file() else [])}
+    names = {FILE, *manifest.files}
     if not step.inherits:
         checkpoint = open_checkpoint(found)
         names |= {ref.file for ref in checkpoint.refs.values()} | {name for name in INDEXES if (found / name).is_file()}

@@ -7,7 +7,7 @@ recipe again finds the same ids: a finished step is skipped, an interrupted one 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from compress.executors.allocate import allocate
 from compress.executors.dense_parent import open_dense_parent
 from compress.executors.teacher import Teacher, open_teacher
 from compress.layerwise.memory_estimate import computing
+from compress.pipeline.build_manifest import stages_of
 from compress.pipeline.entry import enter
 from compress.pipeline.fail_on import Gate, hold, hold_plan
 from compress.pipeline.memory_check import check_memory
@@ -59,6 +60,8 @@ class Options:
     """Outputs of other runs, or their steps folders, whose finished steps are taken."""
     keep: bool = True
     """Whether the steps are kept after a run that succeeded."""
+    describe: Callable[[Result], None] = lambda result: None
+    """Writes what is said of the output, such as its card, while all steps are there."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,10 @@ class _RecipeRun:
             ctx.tell("plan", steps=[step.name for step in self.plan.steps], bytes=self.plan.steps[-1].payload_bytes)
             state = self.all_steps()
             assert state.manifest is not None
-            self.end()
-        seconds = time.perf_counter() - self.started
-        return Result(self.out, self.plan, state.manifest, True, seconds, self.measured, tuple(self.taken))
+            seconds = time.perf_counter() - self.started
+            result = Result(self.out, self.plan, state.manifest, True, seconds, self.measured, tuple(self.taken))
+            self.end(result)
+        return result
 
     def make_plan(self) -> None:
         """Plans all steps, and checks gates and memory against the plan."""
@@ -205,8 +209,9 @@ class _RecipeRun:
         hold(self.gates, existing)
         self.decided = {step.number: states for step in self.plan.steps if (states := _decided(step, existing))}
         self.plan = self.planned()
-        self.end()
-        return Result(self.out, self.plan, existing, False, time.perf_counter() - self.started)
+        result = Result(self.out, self.plan, existing, False, time.perf_counter() - self.started)
+        self.end(result)
+        return result
 
     def take_steps(self) -> list[ReusedStep]:
         """Takes steps that other runs have finished to where this run looks for them."""
@@ -217,6 +222,7 @@ class _RecipeRun:
         source, scan, manifest = self.source, self.scan, self.source.manifest
         state = RunState(source, scan.digests, scan.fingerprint, manifest.lineage if manifest else (), manifest)
         state.tokens = source.path / CALIBRATION if CALIBRATION in source.side_files else None
+        state.stages = stages_of(manifest)
         for number in range(len(self.plan.steps)):
             self.one_step(number, state)
             hold(self.gates, state.manifest)
@@ -258,10 +264,13 @@ class _RecipeRun:
         ctx.barrier()
         _go_on(state, step, place, self.source, identity)
 
-    def end(self) -> None:
-        """Removes the steps after a run that succeeded, unless they are to be kept."""
+    def end(self, result: Result) -> None:
+        """Describes the output of a run that succeeded, and removes the steps unless they are to be kept."""
         self.ctx.barrier()
-        if self.ctx.is_main and not self.options.keep:
+        if not self.ctx.is_main:
+            return
+        self.options.describe(result)
+        if not self.options.keep:
             empty(steps_folder(self.out))
 
 
@@ -317,7 +326,7 @@ def _go_on(state: RunState, step: StepPlan, place: Path, source: Checkpoint, ide
     manifest = Manifest.read(place)
     if manifest is None or manifest.lineage[-1].id != identity:
         raise InputError(str(place), "the checkpoint of this step", "another one", f"remove {place} and run again")
-    state.lineage = manifest.lineage
+    state.lineage, state.stages = manifest.lineage, stages_of(manifest)
     if step.pass_.makes_tokens:
         state.tokens = place / CALIBRATION
     if step.inherits:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.architecture.sizes import resized_config
 from compress.checkpoint.manifest import FILE, Manifest, Step
-from compress.checkpoint.reader import ALLOCATION, CALIBRATION, KEPT, README, TRAINING, Checkpoint
+from compress.checkpoint.reader import ABOUT, ALLOCATION, CALIBRATION, TRAINING, Checkpoint
 from compress.checkpoint.scan import SourceScan, file_digest, text_digest
 from compress.checkpoint.writer import Writer
 from compress.context import Context
@@ -26,7 +26,6 @@ from compress.executors.teacher import Teacher
 from compress.layerwise.dense_view import DenseView
 from compress.pipeline.build_manifest import Written, build_manifest
 from compress.pipeline.fail_on import Gate, hold
-from compress.pipeline.model_card import card, carried, licence_of
 from compress.pipeline.output_paths import steps_folder
 from compress.pipeline.resume import kept
 from compress.spec.weight_state import Weight
@@ -48,6 +47,8 @@ class RunState:
     lineage: tuple[Step, ...]
     manifest: Manifest | None
     tokens: Path | None = None
+    stages: tuple[dict[str, Any], ...] = ()
+    """What each step of the lineage has measured."""
     past: list[Checkpoint] = field(default_factory=list)
     """The checkpoints that the steps so far have read."""
 
@@ -130,11 +131,9 @@ def _seal(run: StepRun, state: RunState, line: Step, inputs: StepInputs, measure
     copied = {name: path for name, path in side.items() if path.parent != writer.path}
     made_here = [writer.path / name for name in (CALIBRATION, *TRAINING, *ALLOCATION) if name not in copied]
     files |= {path.name: file_digest(path) for path in made_here if path.is_file()}
-    written = Written((*state.lineage, line), entries, files, measured)
+    written = Written((*state.lineage, line), entries, files, measured, state.stages, inputs.plan)
     manifest = build_manifest(run, state.manifest, inputs.scan, inputs.second_model, written)
     hold(inputs.gates, manifest)
-    if not step.inherits:
-        texts = {**texts, README: _card(manifest, step, inputs.plan, side)}
     run.ctx.tell("publish", step=step.name)
     writer.seal({**texts, FILE: manifest.to_text()}, copied)
 
@@ -151,19 +150,13 @@ def _config_of(run: StepRun) -> dict[str, str]:
 def _side_files(run: StepRun, state: RunState, corpus: Corpus | None) -> dict[str, Path]:
     """Side files that the step copies, by their names in its output."""
     step, source = run.step, run.source
-    side = carried({name: source.path / name for name in source.side_files if name != CALIBRATION})
+    side = {name: source.path / name for name in source.side_files if name not in (CALIBRATION, *ABOUT)}
     if state.tokens is not None and step.format is None:
         side[CALIBRATION] = state.tokens
     if corpus is not None and step.pass_.makes_tokens:
         corpus.save(run.writer.path / CALIBRATION)
         side[CALIBRATION] = run.writer.path / CALIBRATION
     return {} if step.inherits else {name: path for name, path in side.items() if name not in step.texts}
-
-
-def _card(manifest: Manifest, step: StepPlan, plan: Plan, side: dict[str, Path]) -> str:
-    """The README.md of a step. The manifest has no digest of it, so that users may edit it."""
-    config, verdicts = json.loads(step.texts["config.json"]), plan.verdicts if step.format else ()
-    return card(manifest, step.payload_bytes, config, verdicts, licence_of(side.get(KEPT[README])))
 
 
 def _publish(writer: Writer, step: StepPlan, plan: Plan, place: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.errors import InputError
+from compress.evaluate import records
 from compress.layerwise.sample import sample
 from families import build as build_family
 from forked import compress
@@ -238,3 +239,37 @@ def test_errors_are_json_under_json(demo_model: Path, tmp_path: Path) -> None:
     done = compress("eval", demo_model, "--data", tmp_path / "none.txt", "--json")
     last = json.loads(done.stdout.splitlines()[-1])
     assert (done.returncode, last["event"], last["kind"]) == (3, "error", "InputError")
+
+
+def test_what_was_measured_is_kept_in_the_artifact(demo_model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(demo_model, out, "prune.magnitude(sparsity=2:4) | quantize.rtn(scheme=w4a16g32) | pack")
+    asked = ("eval", out, "--against", demo_model, "--data", text, "--tokens", 256, "--length", 64)
+    said = ok(*asked, "--stages")
+    assert re.search(
+        r"^step before +perplexity +\+- +KL +\+- +same top-1\n-+.*\nprune\.magnitude .*\nquantize\.rtn ", said, re.MULTILINE
+    )
+    assert said.endswith(f"kept:     {out / 'evaluation.json'}\nnext:     compress card {out} --write\n")
+    found = records.evaluation(out, result.manifest.fingerprint)
+    assert found is not None
+    assert [record.step for record in found.quality] == [step.id for step in result.manifest.lineage]
+    last = found.quality[-1]
+    assert last.spread is not None
+    assert sum(last.spread.counts) == last.scored == 252
+    assert last.spread.quantiles["0.5"] == pytest.approx(last.kl_median.value, rel=1e-5)
+    assert str(tmp_path) not in (out / "evaluation.json").read_text()
+    facts = json.loads(ok(*asked, "--json"))
+    assert facts["kept"] == str(out / "evaluation.json")
+    assert len(json.loads((out / "evaluation.json").read_text())["quality"]) == 3, "the same measurement is replaced"
+    # Steps that are gone, and bytes that are not those of the manifest.
+    shutil.rmtree(tmp_path / "out.steps")
+    done = compress(*asked, "--stages")
+    assert done.returncode == 3
+    assert "expected: steps that the run has kept" in done.stderr
+    (out / "evaluation.json").unlink()
+    (out / "generation_config.json").write_text("{}")
+    done = compress(*asked)
+    assert done.returncode == 0
+    assert f"note: not kept: {out / 'generation_config.json'}: other bytes" in done.stderr
+    assert "kept:" not in done.stdout
+    assert not (out / "evaluation.json").exists()

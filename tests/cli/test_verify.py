@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.checkpoint import atomic
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.errors import FormatError
-from compress.evaluate import readers
+from compress.evaluate import readers, records
 from compress.kernels.dispatch import formats
 from forked import compress
 from support import run, step_of
@@ -82,6 +83,12 @@ def resealed(directory: Path) -> Path:
     content["digests"] = {n: hashlib.sha256(b"".join(map(bytes, checkpoint.chunks(n)))).hexdigest() for n in checkpoint.refs}
     (directory / "manifest.json").write_text(Manifest.model_validate_json(json.dumps(content)).sealed().to_text())
     return directory
+
+
+def fingerprint(directory: Path) -> str:
+    manifest = Manifest.read(directory)
+    assert manifest is not None
+    return manifest.fingerprint
 
 
 def unnamed(directory: Path) -> Path:
@@ -228,8 +235,15 @@ def test_transformers_reads_what_is_meant(artifacts: dict[str, Path], here: Call
     lines = out.splitlines()
     assert lines[2].startswith("reader:   transformers (torch ")
     assert "compressed-tensors 0." in lines[2]
-    assert lines[-1].startswith("logits:   equal up to rounding in bfloat16: largest difference ")
-    assert lines[-1].endswith("same top-1 100.0%, 256 tokens")
+    assert lines[3].startswith("logits:   equal up to rounding in bfloat16: largest difference ")
+    assert lines[3].endswith("same top-1 100.0%, 256 tokens")
+    assert lines[4] == f"kept:     {artifacts['compressed-tensors'] / 'verification.json'}"
+    record = records.verification(artifacts["compressed-tensors"], fingerprint(artifacts["compressed-tensors"]))
+    assert record is not None
+    (found,) = record.passed.values()
+    assert [*record.passed] == ["transformers"]
+    assert f"transformers {found.version}" in lines[2]
+    assert (found.tokens, found.top1, found.dtype) == (256, 1, "bfloat16")
 
 
 def test_json(artifacts: dict[str, Path], here: Callable[..., Said]) -> None:
@@ -267,6 +281,27 @@ def test_a_reader_that_computes_something_else(
     assert "decodes:  14" in out, "the first two questions have their answers"
     assert "error: gptq, read by auto-gptq\n" in err
     assert "do not use it with this reader" in err
+    record = records.verification(artifacts["gptq"], fingerprint(artifacts["gptq"]))
+    assert record is not None
+    assert (record.passed, [*record.readers]) == ({}, ["auto-gptq"])
+    assert "same top-1" in record.readers["auto-gptq"].reason
+
+
+def test_what_cannot_be_kept_is_said(
+    artifacts: dict[str, Path], tmp_path: Path, here: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    place = shutil.copytree(artifacts["compressed-tensors"], tmp_path / "read only")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "replace", full)
+    status, out, err = here("verify", place, "--reader", "transformers")
+    assert status == 0
+    assert "kept:" not in out
+    assert f"note: not kept: {place / 'verification.json'}: No space left on device\n" in err
+    assert not [path for path in place.iterdir() if path.suffix == ".draft"]
 
 
 WRONG = {

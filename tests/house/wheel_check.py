@@ -25,7 +25,7 @@ def test_it_holds_every_module_and_data_file_and_no_test(wheel: Path) -> None:
     for folder, place in rooms.items():
         for path in (ROOT / folder).rglob("*"):
             if (
-                path.suffix in (".py", ".yaml", ".safetensors", ".json", ".jsonl", ".md", ".cu", ".cuh", ".zip")
+                path.suffix in (".py", ".yaml", ".safetensors", ".json", ".jsonl", ".md", ".jinja", ".cu", ".cuh", ".zip")
                 or path.name == "py.typed"
             ):
                 wanted = f"{place}/{path.relative_to(ROOT / folder)}"

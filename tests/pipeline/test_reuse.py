@@ -78,7 +78,6 @@ def test_a_step_becomes_an_output_by_copy(tiny: Path, first: Path, tmp_path: Pat
     assert not result.measured
     shard = tmp_path / "codes" / "canonical.safetensors"
     assert (shard.stat().st_nlink, bool(shard.stat().st_mode & 0o200)) == (1, True)
-    assert (tmp_path / "codes" / "README.md").read_text() == (result.taken[1].where / "README.md").read_text()
     again, _ = go(tiny, tmp_path / "packed", f"{TWO} | pack", steps=[tmp_path / "codes"])
     assert [one.where for one in again.taken] == [
         steps_folder(tmp_path / "codes") / result.taken[0].where.name,
