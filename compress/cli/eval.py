@@ -36,26 +36,44 @@ def register(app: typer.Typer) -> None:
 @guarded
 def command(
     artifact: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="ART")],
-    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text: .jsonl with a field 'text', or .txt; also .gz.")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Text: .jsonl with a field 'text', or .txt; also .gz.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="SOURCE", help="The checkpoint to compare with, also in any state.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks of lm-eval (extra `eval`), such as hellaswag,arc_easy.")
+    ] = None,
+    task_data: Annotated[
+        list[str] | None,
+        typer.Option("--task-data", metavar="TASK=FILE", help="A local file in place of a task's data on the Hub."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", metavar="DIR", help="More tasks, in lm-eval's YAML.", file_okay=False, exists=True),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many questions of each task.", min=1)] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples in a prompt; by default the task's own number.", min=0)] = None,
     device: options.On = "auto",
     threads: options.Threads = None,
     trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure ART on a text: perplexity, and with --against how far its predictions are from those of SOURCE.
+    """Measure ART on a text, on tasks, or both: perplexity, and with --against how far its predictions are from those of SOURCE.
 
     Both models run in fp32 with one block of one of them in memory at a time.
     """
+    from compress.cli.eval_tasks import asked_tasks, run_both, show_tasks, task_facts
     from compress.layerwise.eval_windows import check_data, token_windows, tokenizer_folder
 
-    check_data(data, length, tokens)
+    asked = asked_tasks(data, tasks, task_data, task_folder, limit, shots)
+    if data is not None:
+        check_data(data, length, tokens)
     from compress.device import name_of, resolve
 
     where = resolve(device)
@@ -69,17 +87,26 @@ def command(
     source = open_source(against, trust_remote_code) if against is not None else None
     for model in filter(None, (checkpoint, source)):
         console.warn_of_code(model)
-    windows = token_windows(tokenizer_folder(source, checkpoint), data, length, tokens, trust_remote_code)
-    started = time.perf_counter()
+    folder = tokenizer_folder(source, checkpoint)
+    windows = token_windows(folder, data, length, tokens, trust_remote_code) if data is not None else None
+    started, found, scores = time.perf_counter(), None, None
     with compute_threads(threads), events(False, json_) as receive:
-        found = compare(source, checkpoint, windows, batch, shares(receive, "eval", "measure"), where)
-    names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name}
+        if windows is not None:
+            found = compare(source, checkpoint, windows, batch, shares(receive, "eval", "measure"), where)
+        if asked is not None:
+            scores = run_both(source, checkpoint, folder, asked, receive, where, trust_remote_code)
+    names = {"artifact": checkpoint.name, "source": source.name if source else None, "data": Path(data).name if data else None}
     names |= {"device": f"{where} ({name_of(where)})"} if where.type == "cuda" else {}
     seconds = time.perf_counter() - started
     if json_:
-        print(json.dumps({**names, **facts(found), "seconds": round(seconds, 2)}, ensure_ascii=False))
-    else:
-        show(found, names, seconds)
+        measured = {**(facts(found) if found else {}), **(task_facts(scores) if scores else {})}
+        print(json.dumps({**names, **measured, "seconds": round(seconds, 2)}, ensure_ascii=False))
+        return
+    if found is not None:
+        show(found, names)
+    if scores is not None:
+        show_tasks(scores, names)
+    console.fact("took", f"{seconds:.1f} s")
 
 
 def facts(found: Quality) -> dict[str, Any]:
@@ -96,7 +123,7 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
+def show(found: Quality, names: dict[str, str | None]) -> None:
     """Prints the measurement as a table, with its protocol."""
     estimates: dict[str, Estimate] = {name: getattr(found, name) for name in MEASURES}
     rows = [(MEASURES[name], *_cells(name, e)) for name, e in estimates.items() if not math.isnan(e.value)]
@@ -106,7 +133,6 @@ def show(found: Quality, names: dict[str, str | None], seconds: float) -> None:
         if name is not None:
             console.fact(label, name)
     console.fact("protocol", found.protocol + ("; KL in nats per token" if names["source"] else ""))
-    console.fact("took", f"{seconds:.1f} s")
 
 
 def _cells(name: str, estimate: Estimate) -> tuple[str, str]:
