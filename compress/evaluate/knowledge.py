@@ -1,12 +1,12 @@
-"""Knowledge: which facts a checkpoint still knows, relation by relation, against the one that it was made from.
+"""Knowledge: which facts a checkpoint still knows, relation by relation.
 
-Petroni et al. 2019 (1909.01066) ask a model to fill the object of a fact into a sentence; by that Namburi et al. 2023 (2312.00960)
-measure what compression takes from a model's parametric knowledge. Here a causal model ranks the objects of a relation (Kassner et
-al. 2021, 2102.00894) by the log-likelihood of the whole sentence, so an object of several tokens needs no rule of its own. A fact
-is known if its own object is the likeliest.
+Petroni et al. 2019 (1909.01066) ask a model to fill the object of a fact into a sentence; so Namburi et al. 2023 (2312.00960)
+measure what compression takes from a model's knowledge. Here a causal model ranks the objects of a relation (Kassner et al. 2021,
+2102.00894) by the log-likelihood of the whole sentence, so an object of several tokens needs no rule of its own. A fact is known
+if its own object is the likeliest.
 
-Files are those of LAMA: a JSON object a line with `obj_label`, and a sentence with [MASK] (`masked_sentence`, `masked_sentences`, or
-in `evidences`), or `sub_label` and a `template` with [X] and [Y], its own or the one of its relation in a file of relations.
+Files are those of LAMA: a JSON object a line with `obj_label`, and a sentence with [MASK] (`masked_sentence`, `masked_sentences`,
+or in `evidences`), or `sub_label` and a `template` with [X] and [Y], its own or that of its relation in a file of relations.
 """
 
 from __future__ import annotations
