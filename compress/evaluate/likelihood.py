@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations under a checkpoint in any state, with one block in memory.
+"""Log-likelihoods of continuations, with one block of the model in memory.
 
-Sequences are batched by length and padded on the right: a causal model sees nothing of what follows a token, so padding changes
-no number.
+The checkpoint may be in any state. Sequences are batched by length and padded on the right: a causal model sees nothing of what
+follows a token, so padding changes no number.
 """
 
 from __future__ import annotations
