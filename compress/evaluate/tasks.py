@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a checkpoint in any state, with one block in memory.
+"""Tasks of lm-evaluation-harness, with one block of the model in memory.
 
 Multiple choice and rolling perplexity need log-likelihoods alone, which are computed block by block; a task that generates text
 is refused, for it would read the whole model once a token.
