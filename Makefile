@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results lint types wheel docs demo-model clean
+.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results gallery lint types wheel docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -38,7 +38,7 @@ fuzz: $(VENV)/test
 faults: $(VENV)/test
 	$(BIN)/python -m pytest -q -n auto -m slow -rP tests/house/test_planted_faults.py $(ARGS)
 
-slow: $(VENV)/test
+slow: $(VENV)/test $(VENV)/eval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
 
 # Kills, signals, power cuts, full disks: every kind of pass, at every moment; ends with a table of the kills.
@@ -76,6 +76,10 @@ real: $(VENV)/real
 # it can be stopped and run again. ROWS="tiny-* smol-2:4*" takes some.
 prune-results: $(VENV)/real
 	$(BIN)/python tests/benchmarks/prune_results.py $(if $(ROWS),--rows "$(ROWS)") $(ARGS)
+
+# Every recipe of recipes/ on the real model, into its header; an hour on 2 cores. What was measured is kept.
+gallery: $(VENV)/real
+	$(BIN)/python tests/benchmarks/gallery.py $(if $(ROWS),--rows "$(ROWS)") $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -124,6 +128,10 @@ install: $(VENV)/torch
 
 $(VENV)/docs: $(VENV)/torch pyproject.toml setup.py
 	$(PIP) --editable ".[readers,docs]"
+	touch $@
+
+$(VENV)/eval: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable ".[readers,eval]"
 	touch $@
 
 $(VENV)/real: $(VENV)/torch pyproject.toml setup.py

@@ -39,8 +39,9 @@ def main() -> None:
 
     try:
         from compress.cli.app import build
+        from compress.cli.complete import words
 
-        build(sys.argv[1:])()
+        build(sys.argv[1:] or words())()
     except KeyboardInterrupt as stop:
         # Interrupts while the command is looked up; a command that runs is guarded by its own wrapper.
         stopped(stop)

@@ -10,7 +10,23 @@ from collections.abc import Sequence
 import typer
 
 from compress import __version__
-from compress.cli import bench, card, clean, demo, diff, doctor, formats, generate, plan, recipes, report, run, show, verify
+from compress.cli import (
+    bench,
+    card,
+    clean,
+    demo,
+    diff,
+    doctor,
+    formats,
+    generate,
+    knowledge,
+    plan,
+    recipes,
+    report,
+    run,
+    show,
+    verify,
+)
 from compress.cli import eval as eval_
 from compress.cli import list as list_
 from compress.cli.passes import command_for, placeholder
@@ -45,6 +61,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         run,
         plan,
         eval_,
+        knowledge,
         diff,
         verify,
         generate,

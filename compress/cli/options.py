@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from compress.cli import complete
 from compress.errors import UsageError, did_you_mean
 
 DANGER = "Dangerous options"
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id with @revision.", show_default=False)]
+Recipe = Annotated[
+    str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.", autocompletion=complete.recipes)
+]
 Out = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
 Passes = Annotated[
     str | None, typer.Option("-p", "--passes", metavar="TEXT", help="Passes as a one-liner: 'a.b(option=value) | pack'.")

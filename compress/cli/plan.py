@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 @guarded
 def command(
     model: options.Model,
-    recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.")] = None,
+    recipe: options.Recipe = None,
     passes: options.Passes = None,
     set_: options.Set = None,
     allow_skips: options.AllowSkips = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from typing import Annotated
 import typer
 
 from compress.cli import console, options
+from compress.cli.complete import installed
 from compress.cli.guard import guarded
 from compress.errors import RecipeError, UsageError, did_you_mean
 from compress.spec.recipe import Recipe
@@ -28,13 +28,6 @@ def register(app: typer.Typer) -> None:
     for function in (ls, show, cp, validate, schema):
         group.command(function.__name__)(function)
     app.add_typer(group, name="recipes")
-
-
-def installed() -> dict[str, Path]:
-    """Name -> file of the recipes that came with the package."""
-    spec = importlib.util.find_spec("compress.recipes")
-    folders = spec.submodule_search_locations if spec else None
-    return {path.stem: path for folder in folders or [] for path in sorted(Path(folder).glob("*.yaml"))}
 
 
 def find(name: str) -> Path:

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 def command(
     model: options.Model,
     out: options.Out,
-    recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.")] = None,
+    recipe: options.Recipe = None,
     passes: options.Passes = None,
     set_: options.Set = None,
     seed: options.Seed = None,

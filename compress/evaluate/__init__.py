@@ -1,5 +1,5 @@
-"""Evaluate: perplexity and KL, differences, readers, verification, speed.
+"""Evaluate: quality, tasks, knowledge, differences, verification, speed.
 
-Imports errors, spec, threads, context, device, plots, numerics, checkpoint, importers, architecture, kernels, layerwise,
-pipeline, runtime.
+Imports errors, spec, context, device, plots, numerics, checkpoint, importers, corpus, architecture, kernels, layerwise, pipeline,
+runtime.
 """

@@ -13,7 +13,7 @@ from compress.checkpoint.scan import file_digest, scan_source
 from compress.context import Context
 from compress.errors import InputError, MachineError
 from compress.evaluate.perplexity_kl import Estimate, Quality
-from compress.evaluate.records import Number, QualityRecord, keep_quality, now
+from compress.evaluate.records import Number, QualityRecord, TaskRecord, keep_quality, keep_tasks, now
 from compress.pipeline.output_paths import steps_folder
 
 
@@ -32,19 +32,27 @@ def kept_steps(artifact: Checkpoint) -> list[Checkpoint]:
     return [open_checkpoint(place, trusted=artifact.trusted) for place in places]
 
 
-def keep(
-    measured: Sequence[Checkpoint], qualities: Sequence[Quality], source: Checkpoint | None, data: Path, device: str
-) -> tuple[str, str]:
-    """Writes down the quality of an artifact, the last of `measured`, and of steps before it: (where, why not)."""
+def records_of(
+    measured: Sequence[Checkpoint], qualities: Sequence[Quality], source: Checkpoint | None, data: str | None, device: str
+) -> list[QualityRecord]:
+    """The records of checkpoints that `compare` has measured on a text; none for checkpoints without a manifest."""
+    against = source.name if source is not None else ""
+    pairs = zip(measured, qualities, strict=True) if data is not None and qualities else ()
+    return [_record(one, quality, against, Path(data or ""), device) for one, quality in pairs if one.manifest is not None]
+
+
+def keep(measured: Sequence[Checkpoint], rows: list[QualityRecord], tasks: list[TaskRecord]) -> tuple[str, str]:
+    """Writes down what was found of an artifact, the last of `measured`, and of steps before it: (where, why not)."""
     artifact = measured[-1]
     if artifact.manifest is None:
         return "", "no manifest.json tells which bytes were measured"
-    against = source.name if source is not None else ""
-    rows = [_record(one, quality, against, data, device) for one, quality in zip(measured, qualities, strict=True)]
     try:
         for checkpoint in measured:
             scan_source(checkpoint, Context(), allow_nonfinite=True)
-        return str(keep_quality(artifact.path, artifact.manifest.fingerprint, rows)), ""
+        place, fingerprint = artifact.path, artifact.manifest.fingerprint
+        found = [keep_quality(place, fingerprint, rows)] if rows else []
+        found += [keep_tasks(place, fingerprint, tasks)] if tasks else []
+        return str(found[-1]), ""
     except (InputError, MachineError) as error:
         problem = error.problems[0]
         return "", f"{problem.where}: {problem.got}"

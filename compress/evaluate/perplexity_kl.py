@@ -12,7 +12,7 @@ quantiles that lie a standard error of its share away on either side (Woodruff 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,17 +23,11 @@ from compress.device import CPU
 from compress.errors import InputError, UsageError
 from compress.evaluate.records import Spread
 from compress.layerwise.logits import Forward
-from compress.threads import workers
+from compress.layerwise.side_by_side import BATCH_TOKENS, LOGIT_BYTES, logits_of
 
 if TYPE_CHECKING:
     from compress.checkpoint.reader import Checkpoint
 
-_BATCH_TOKENS = 2048
-"""Tokens in one forward: enough for efficient products, but small compared with a block's weights."""
-_LOGIT_BYTES = 256 << 20
-"""Bytes of logits of one batch of one model; a single window may have more."""
-_HELD_BYTES = 1 << 30
-"""Bytes of hidden states of the windows that go through the blocks together, for both models."""
 _CHUNK = 1 << 20
 """Logits that are compared at a time, so that temporaries fit a cache."""
 _SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
@@ -86,25 +80,16 @@ def compare(
     _check(sides, windows)
     length, last = windows.shape[1], sides[-1]
     # Several batches go through a block at once, on a few cores each: an operation on all cores waits for the slowest core.
-    threads, at_once = torch.get_num_threads(), max(1, _BATCH_TOKENS // length)
+    threads, at_once = torch.get_num_threads(), max(1, BATCH_TOKENS // length)
     most = 1 if batch or device.type != "cpu" else min(threads, at_once, len(windows))
     count = max(n for n in range(1, most + 1) if threads % n == 0)
     fit = batch or min(at_once // count, -(-len(windows) // count))
-    batches = list(windows.split(min(fit, max(1, _LOGIT_BYTES // (4 * length * last.vocabulary)))))
+    batches = list(windows.split(min(fit, max(1, LOGIT_BYTES // (4 * length * last.vocabulary)))))
     tally = _Tally(sides)
-    with torch.no_grad(), workers(count, threads // count) as pool:
-        team = pool if count > 1 else None
-        held = sum(side.held_bytes(batches[0]) for side in sides)
-        together = max(1, _HELD_BYTES // max(held, 1))
-        for start in range(0, len(batches), together):
-            group = batches[start : start + together]
-            tell = _Share(progress, start / len(batches), len(group) / len(batches), sides)
-            streams = [side.logits(group, tell.step, team) for side in sides]
-            for ids in group:
-                tally.add(ids, streams, team)
-            for stream in streams:
-                stream.close()
-            progress((start + len(group)) / len(batches))
+    with torch.no_grad():
+        for ids, logits, team in logits_of(sides, batches, count, progress):
+            tally.add(ids, logits, team)
+            del logits  # before the next ones are computed
     return tally.quality(windows)
 
 
@@ -133,18 +118,6 @@ def _check(sides: list[Forward], windows: torch.Tensor) -> None:
             raise UsageError("length", expected, f"{length}", f"set length to {factor * positions} or less")
 
 
-class _Share:
-    """Reports the progress of a group of batches, counted in blocks."""
-
-    def __init__(self, progress: Callable[[float], None], start: float, part: float, sides: list[Forward]) -> None:
-        self.progress, self.start = progress, start
-        self.each = part / max(1, sum(len(side.meta_model.blocks) for side in sides))
-
-    def step(self) -> None:
-        self.start += self.each
-        self.progress(min(1.0, self.start))
-
-
 class _Tally:
     """Numbers for every scored token: the surprise of each side; for two sides also KL and whether their top-1 agree."""
 
@@ -152,9 +125,8 @@ class _Tally:
         self.sides = sides
         self.found: list[torch.Tensor] = []
 
-    def add(self, ids: torch.Tensor, streams: list[Generator[torch.Tensor]], team: Executor | None) -> None:
-        """Adds the numbers of windows `ids`, from the next logits of each side."""
-        logits = [next(stream) for stream in streams]
+    def add(self, ids: torch.Tensor, logits: list[torch.Tensor], team: Executor | None) -> None:
+        """Adds the numbers of windows `ids`, from the logits of each side."""
         first, last = self.sides[0], self.sides[-1]
         if len(sizes := {part.shape[-1] for part in logits}) > 1:
             raise InputError(last.label, f"logits for as many tokens as {first.label} has", " and ".join(map(str, sizes)))

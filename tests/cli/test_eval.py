@@ -26,7 +26,7 @@ def ok(*arguments: object) -> str:
     done = compress(*arguments)
     assert done.returncode == 0, done.stderr
     # Nothing but how far it is.
-    assert [line for line in done.stderr.splitlines() if not re.match(r"(read|eval|diff|still at work)\b", line)] == []
+    assert [line for line in done.stderr.splitlines() if not re.match(r"(read|eval|knowledge|diff|still at work)\b", line)] == []
     return done.stdout
 
 
@@ -273,3 +273,35 @@ def test_what_was_measured_is_kept_in_the_artifact(demo_model: Path, text: Path,
     assert f"note: not kept: {out / 'generation_config.json'}: other bytes" in done.stderr
     assert "kept:" not in done.stdout
     assert not (out / "evaluation.json").exists()
+
+
+def test_eval_needs_something_to_measure(demo_model: Path, tmp_path: Path) -> None:
+    for options, said in (
+        ((), "--data FILE or --tasks A,B"),
+        (("--data", tmp_path / "x.jsonl", "--shots", 2), "--tasks beside it"),
+        (("--tasks", " , "), "names between commas"),
+        (("--tasks", "a", "--task-data", "a"), "TASK=FILE"),
+    ):
+        done = compress("eval", demo_model, *options)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+
+
+def test_knowledge_says_what_was_lost(demo_model: Path, packed: Path, tmp_path: Path) -> None:
+    rows = [{"relation": "r", "masked_sentence": "import [MASK]\n", "obj_label": word} for word in ("os", "json", "sys", "re")]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ("knowledge", packed, "--against", demo_model, "--data", tmp_path / "facts.jsonl")
+    facts = json.loads(ok(*asked, "--json"))
+    r, whole = facts["relations"]
+    assert (r["relation"], r["facts"], r["candidates"], whole["relation"]) == ("r", 4, 4, "all")
+    # The same sentence with four objects: one of them is the likeliest for each model.
+    assert (r["source_known"], r["known"]) == (1, 1)
+    assert len(facts["lost"]) == r["lost"] == len(facts["gained"]) == r["gained"]
+    said = ok(*asked, "--details")
+    for words in ("relation", "by chance 25.0% are known", "protocol: 4 facts, at most 4 candidates", "artifact: packed"):
+        assert words in said
+    assert said.count("lost:") == r["lost"]
+    assert "source" not in ok("knowledge", packed, "--data", tmp_path / "facts.jsonl")
+    done = compress("knowledge", packed, "--data", tmp_path / "none.jsonl")
+    assert done.returncode == 3
+    assert "none.jsonl" in done.stderr

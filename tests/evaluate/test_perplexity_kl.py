@@ -20,6 +20,7 @@ from compress.evaluate import perplexity_kl
 from compress.evaluate.perplexity_kl import Estimate, compare, mean, quantile
 from compress.layerwise import eval_windows as windows_module
 from compress.layerwise import logits as forward
+from compress.layerwise import side_by_side
 from compress.layerwise.eval_windows import check_data, token_windows, tokenizer_folder
 from compress.layerwise.logits import Forward, _finish
 from compress.layerwise.stepwise import Call, ForwardHooks
@@ -109,7 +110,7 @@ def test_groups_and_batches_change_nothing(
     sides = open_checkpoint(demo_model), open_checkpoint(artifact)
     whole = compare(*sides, windows)
     shares: list[float] = []
-    monkeypatch.setattr(perplexity_kl, "_HELD_BYTES", 1)
+    monkeypatch.setattr(side_by_side, "HELD_BYTES", 1)
     monkeypatch.setattr(perplexity_kl, "_CHUNK", 3000)
     parts = compare(*sides, windows, 3, shares.append)
     assert all(later > earlier - 1e-9 for earlier, later in itertools.pairwise(shares))
@@ -164,7 +165,7 @@ def test_memory_is_a_block_and_the_logits_of_a_batch(
             head = sum(p.untyped_storage().nbytes() for p in model.parameters() if not p.is_meta)
             assert head == norms + 4 + 1024 * 128 * 4, "the head is loaded once, the embedding is gone"
     assert held == [norms + 2 * 4] * 4, "a number stands for the embedding, another for the head"
-    monkeypatch.setattr(perplexity_kl, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(perplexity_kl, "LOGIT_BYTES", 1)
     shapes: list[torch.Size] = []
     monkeypatch.setattr(
         Forward, "_output", lambda self, journey, of=Forward._output: shapes.append((x := of(self, journey)).shape) or x

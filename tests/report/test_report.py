@@ -21,7 +21,7 @@ from chromium import BINARY, browser
 from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.context import Context
-from compress.evaluate.keep_quality import keep
+from compress.evaluate.keep_quality import keep, records_of
 from compress.evaluate.perplexity_kl import compare
 from compress.layerwise.eval_windows import token_windows
 from compress.report.charts import front
@@ -92,7 +92,8 @@ def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         compress.run(recipe, demo_model, folder / name, Context(threads=2))
         if name != "tuned":
             artifact = open_checkpoint(folder / name)
-            assert keep([artifact], [compare(source, artifact, windows)], source, TEXT / "evaluation.jsonl", "cpu")[0]
+            quality = compare(source, artifact, windows)
+            assert keep([artifact], records_of([artifact], [quality], source, str(TEXT / "evaluation.jsonl"), "cpu"), [])[0]
     return {name: folder / name for name in recipes}
 
 

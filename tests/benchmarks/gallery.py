@@ -1,0 +1,145 @@
+"""Gallery: every recipe of recipes/ on a real model, as its first line says; the result goes into the recipe's header.
+
+    python tests/benchmarks/gallery.py [--rows "gptq_* fp8"] [--write-only]
+
+A recipe of a mixture of experts is measured on a small one of the data beside a checkout, all others on the model of `make real`.
+What was measured is kept under the user's cache by the recipe's text and its inputs, and is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.real import ours
+from benchmarks.real.model import real_model
+from benchmarks.real.table import commit, digest, tell
+
+from compress.checkpoint.cache import folder_of
+from compress.errors import CompressError
+from compress.spec.recipe_file import read
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+MOE = ROOT.parent / "shared" / "models" / "tiny-mixtral-9m"
+COMPRESS = str(Path(sys.executable).with_name("compress"))
+MARK = "# Measured on "
+TOKENS, WINDOW = 8192, 512
+_PLACEHOLDER = re.compile(r"--set (\S+)=TEXTS\.jsonl")
+
+
+class Recipe:
+    """A file of the gallery."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.name = file, file.stem
+        self.lines = file.read_text().splitlines()
+        self.body = "\n".join(line for line in self.lines if not line.startswith("#"))
+        self.model = MOE if "quantize.moqe" in self.body else real_model(tell)
+
+    def command(self, out: Path) -> list[str]:
+        """The command of its first line, on the model and its texts."""
+        texts = [
+            word for name in _PLACEHOLDER.findall(self.lines[0]) for word in ("--set", f"{name}={DATA / 'wiki.train.jsonl'}")
+        ]
+        return [COMPRESS, "run", str(self.model), str(out), str(self.file), *texts, "--json"]
+
+    def kept(self) -> Path:
+        """Where its result is kept."""
+        key = (
+            f"{self.body} {digest(self.model / 'config.json', *sorted(self.model.glob('*.safetensors')))} {digest(*self.texts())}"
+        )
+        return folder_of("gallery") / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+    def texts(self) -> list[Path]:
+        return [DATA / "wiki.train.jsonl", DATA / "wiki.valid.jsonl"]
+
+    def measure(self) -> dict[str, Any]:
+        """Runs it in a fresh process, measures what it made, and keeps the numbers. Raises CompressError."""
+        (ROOT / "build").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="gallery-") as folder:
+            out = Path(folder) / "out"
+            done, usage = ours.said(self.command(out), Path(folder) / "run.log")
+            evaluate = [
+                COMPRESS, "eval", str(out), "--against", str(self.model), "--data", str(DATA / "wiki.valid.jsonl"),
+                "--tokens", str(TOKENS), "--length", str(WINDOW), "--json",
+            ]  # fmt: skip
+            quality, _ = ours.said(evaluate, Path(folder) / "eval.log")
+            facts = {
+                "name": self.name, "model": self.model.name, "commit": commit(), "run": usage.facts(), "quality": quality,
+                "tensor_bytes": ours.tensor_bytes(out), "source_bytes": ours.tensor_bytes(self.model),
+                "bits": done["bits_per_targeted_weight"], "format": read(self.file).lines[-1].options.get("format"),
+            }  # fmt: skip
+        self.kept().parent.mkdir(parents=True, exist_ok=True)
+        self.kept().write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        return facts
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Puts the result below the first line, in place of an older one."""
+        first = next(n for n, line in enumerate(self.lines) if not line.startswith("#"))
+        head = []
+        for line in self.lines[:first]:
+            if line.startswith(MARK) or (head and head[-1] is None and line.startswith("#   ")):
+                head.append(None)
+            else:
+                head.append(line)
+        told = [line for line in head if line is not None]
+        self.file.write_text("\n".join([told[0], *header(facts), *told[1:], *self.lines[first:]]) + "\n")
+
+
+def header(facts: dict[str, Any]) -> list[str]:
+    """The lines of a result."""
+    quality, run = facts["quality"], facts["run"]
+    kl, perplexity, source = (quality[name] for name in ("kl", "perplexity", "source_perplexity"))
+    busy = " (the machine was busy)" if run["busy"] else ""
+    return [
+        f"{MARK}{facts['model']}: KL {kl['value']:.4f} +- {kl['error']:.4f}, perplexity {perplexity['value']:.2f} (source "
+        f"{source['value']:.2f}),",
+        f"#   {facts['tensor_bytes'] / 1e6:.1f} MB (source {facts['source_bytes'] / 1e6:.1f}), {facts['bits']:.2f} bits per weight, "
+        f"{run['seconds']:.0f} s on 2 cores{busy}, {run['peak_bytes'] / 1e9:.2f} GB;",
+        f"#   {TOKENS:,} tokens of wiki.valid in windows of {WINDOW}, fp32, no BOS; texts: wiki.train, seed 0.",
+    ]  # fmt: skip
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="gallery", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", default="*", help="names or patterns, between blanks")
+    parser.add_argument("--write-only", action="store_true", help="write what is known into the headers; measure nothing")
+    args = parser.parse_args()
+    if not DATA.is_dir():
+        print("the texts of ../shared are not there", file=sys.stderr)
+        return 6
+    commit()
+    failed = 0
+    for file in sorted((ROOT / "recipes").glob("*.yaml")):
+        recipe = Recipe(file)
+        if not any(fnmatch(recipe.name, word) for word in args.rows.split()):
+            continue
+        kept = recipe.kept()
+        try:
+            if not kept.is_file():
+                if args.write_only:
+                    continue
+                tell(recipe.name)
+            facts = json.loads(kept.read_text()) if kept.is_file() else recipe.measure()
+        except CompressError as error:
+            failed += 1
+            tell(f"{recipe.name}: {' '.join(str(error).split())}")
+            continue
+        recipe.write(facts)
+        tell("\n".join(header(facts)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
