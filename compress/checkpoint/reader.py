@@ -30,7 +30,9 @@ TRAINING = ("training.jsonl", "training.svg", "domains.svg")
 """The record of a training pass, the last only where weights of domains move; it stays in the directory of its step."""
 ALLOCATION = ("allocation.jsonl", "allocation.svg")
 """The decisions of an allocator, one line for each weight; they stay in the directory of their step, too."""
-_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", *TRAINING, *ALLOCATION}
+VERIFIED = "verified.json"
+"""The readers that have verified an artifact: see compress/evaluate/record.py."""
+_NOT_CARRIED = {MANIFEST_FILE, "config.json", "quantize_config.json", "quant_config.json", VERIFIED, *TRAINING, *ALLOCATION}
 README = "README.md"
 KEPT = {README: "README.source.md", "EVAL.md": "EVAL.source.md"}
 """Texts about the source, whose numbers do not hold for the output -> their names in the output."""

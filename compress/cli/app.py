@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from compress import __version__
-from compress.cli import bench, clean, demo, diff, doctor, formats, generate, plan, recipes, run, show, verify
+from compress.cli import bench, clean, demo, diff, doctor, formats, generate, plan, push, recipes, run, show, verify
 from compress.cli import eval as eval_
 from compress.cli import list as list_
 from compress.cli.passes import command_for, placeholder
@@ -41,7 +41,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (run, plan, eval_, diff, verify, generate, show, list_, formats, doctor, bench, recipes, clean, demo):
+    for module in (run, plan, eval_, diff, verify, push, generate, show, list_, formats, doctor, bench, recipes, clean, demo):
         module.register(app)
     groups: dict[str, typer.Typer] = {}
     for name in pass_files():

@@ -16,12 +16,7 @@ from compress.cli.progress import events, waiting
 from compress.threads import available, compute_threads
 
 if TYPE_CHECKING:
-    import torch
-
-    from compress.checkpoint.reader import Checkpoint
     from compress.evaluate.verify import Bytes, Reading
-
-TOKENS, WINDOW = 256, 64
 
 
 def register(app: typer.Typer) -> None:
@@ -61,7 +56,8 @@ def command(
     from compress.context import Context
     from compress.errors import UsageError
     from compress.evaluate.readers import reader_named
-    from compress.evaluate.verify import read_with, verify_bytes
+    from compress.evaluate.record import record
+    from compress.evaluate.verify import read_with, token_ids, verify_bytes
 
     for name in reader or ():
         reader_named(name)
@@ -76,13 +72,14 @@ def command(
     checkpoint = open_source(base or artifact, trust_remote_code)
     console.warn_of_code(checkpoint)
     below = checkpoint.path if base is not None else None
+    kept: Path | None = None
     place = Path(artifact) if base is not None else checkpoint.path
     with compute_threads(threads):
         with events(False, json_) as receive:
             found = verify_bytes(checkpoint, Context(threads=threads or available(), events=receive))
         if not json_:
             show_bytes(found)
-        ids = tokens(checkpoint, data) if reader else None
+        ids = token_ids(checkpoint, data) if reader else None
         readings = []
         for name in reader or ():
             assert ids is not None
@@ -90,26 +87,13 @@ def command(
                 readings.append(read_with(name, place, ids, tell, below, dtype, trusted=trust_remote_code))
             if not json_:
                 show_reading(readings[-1])
+            if base is None and Path(artifact).is_dir():
+                # The bytes have just been compared with the manifest that the record names.
+                kept = record(place, readings[-1:])
+    if kept is not None and not json_:
+        print(f"record:   {kept}")
     if json_:
         print(json.dumps({"bytes": asdict(found), "readers": [facts(reading) for reading in readings]}, ensure_ascii=False))
-
-
-def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:
-    """The token ids that logits are compared on, [samples, length]."""
-    import torch
-
-    from compress.checkpoint.reader import size_of
-    from compress.errors import UsageError
-
-    if data is not None:
-        from compress.layerwise.eval_windows import token_windows
-
-        return token_windows(checkpoint.path, data, WINDOW, TOKENS, checkpoint.trusted)
-    vocabulary = size_of(checkpoint.config, "vocab_size")
-    if vocabulary is None:
-        raise UsageError("--data", "a text, for config.json does not say how many token ids there are", "none")
-    drawn = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (TOKENS // WINDOW, WINDOW), generator=drawn)
 
 
 def facts(reading: Reading) -> dict[str, Any]:

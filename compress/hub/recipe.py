@@ -1,0 +1,84 @@
+"""Recipe: the last line of a recipe, `push:`; checked before anything is run, and done after it.
+
+push: {repo: OWNER/NAME, private: true}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.checkpoint.reader import KEPT, README, Checkpoint, open_checkpoint
+from compress.context import Context
+from compress.contract.pass_base import Pass, WeightPass
+from compress.errors import Problem, RecipeError, UsageError
+from compress.evaluate.readers import READERS, reader_named
+from compress.evaluate.record import record, verified_by
+from compress.evaluate.verify import read_with, token_ids
+from compress.hub.card import fields, licence_of
+from compress.hub.contents import DENSE, reader_of
+from compress.hub.messages import Tell
+from compress.hub.push import Prepared, prepare
+from compress.hub.target import Target, target_of
+from compress.pipeline.resolve import resolve, resolve_push
+from compress.spec.push import PushOptions
+from compress.spec.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PlannedPush:
+    """What will be pushed where, once the recipe has run."""
+
+    options: PushOptions
+    target: Target
+    licence: str
+    reader: str
+    """The reader that verifies it first; empty with `unverified`."""
+
+
+def planned_push(recipe: Recipe, source: Checkpoint, tell: Tell) -> PlannedPush | None:
+    """The push of a recipe, None if it has none. Raises CompressError for one that could not be made: nothing has run yet."""
+    if recipe.push is None:
+        return None
+    passes = resolve(recipe)
+    options, _ = resolve_push(recipe.push)
+    assert options is not None
+    where = recipe.push.where or "push"
+    reader = _reader(options, passes[-1], where)
+    licence, wrong = _licence(source, options)
+    if wrong:
+        raise UsageError(Problem(f"{where}: {problem.where}", problem.expected, problem.got, problem.do) for problem in wrong)
+    return PlannedPush(options, target_of(options, tell), str(licence.get("license_name") or licence["license"]), reader)
+
+
+def _licence(source: Checkpoint, options: PushOptions) -> tuple[dict[str, object], list[Problem]]:
+    """The licence of the source, by its own README or by that which it was made from, or by what the Hub says of it."""
+    kept, own = source.path / KEPT[README], source.path / README
+    known = source.manifest.source.licence if source.manifest is not None else source.origin.get("licence")
+    readme = next((path for path in (kept, own) if path.is_file()), None)
+    return licence_of(fields(readme), {}, known, options.license)
+
+
+def _reader(options: PushOptions, last: Pass, where: str) -> str:
+    """The reader that will verify what the last pass makes. Raises RecipeError for one that does not read it."""
+    fmt = last.target_format() if isinstance(last, WeightPass) else None
+    form = fmt.name if fmt is not None else DENSE
+    if options.unverified:
+        return ""
+    chosen = options.reader or reader_of(form)
+    if form not in reader_named(chosen).formats:
+        able = [name for name, reader in READERS.items() if form in reader.formats]
+        raise RecipeError(f"{where}: push.reader", f"one that reads {form}: {', '.join(able)}", f"'{chosen}'", "leave it out")
+    return chosen
+
+
+def prepare_output(planned: PlannedPush, out: Path, tell: Tell, ctx: Context) -> Prepared:
+    """Has a reader verify the output of a run, unless one has done so, and prepares its push. Raises CompressError."""
+    if planned.reader and not verified_by(out):
+        checkpoint = open_checkpoint(out)
+        try:
+            ids = token_ids(checkpoint)
+        finally:
+            checkpoint.close()
+        record(out, [read_with(planned.reader, out, ids, tell)])
+    return prepare(out, planned.options, tell, ctx)

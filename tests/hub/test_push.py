@@ -1,0 +1,342 @@
+"""Push: what a user types and reads, by the Hub's own client, against a Hub that has every fault we can think of."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.reader import VERIFIED
+from hub_server import SIGNATURE, Hub, serve
+from support import run, tiny_llama
+
+REPO = "someone/tiny-w4"
+TOKEN = "hf_secret123"
+RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
+Said = tuple[int, str, str]
+Typed = Callable[..., Said]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that a token of `someone` may write to, by HTTP alone, without Xet; an empty cache; no time is waited."""
+    from huggingface_hub import constants
+
+    with serve() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        settings = {"HUGGINGFACE_CO_URL_TEMPLATE": template, "ENDPOINT": server.url, "HF_HUB_DISABLE_XET": True}
+        settings |= {
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "no token"),
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.token = TOKEN
+        yield server
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were waited for, which are none."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Typed:
+    """`compress` in this process: status, stdout, stderr; no secret is ever printed."""
+    from compress.__main__ import main
+
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, words)])
+        capfd.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capfd.readouterr()
+        for secret in (TOKEN, SIGNATURE, "Authorization", "Traceback", "internal error"):
+            assert secret not in out + err
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of two shards, whose source is Apache; its record says that transformers has verified it."""
+    folder = tmp_path_factory.mktemp("sound")
+    out = run(licensed(folder / "source"), folder / "out", RECIPE, shard_bytes=40_000).out
+    verified(out)
+    return out
+
+
+@pytest.fixture
+def artifact(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound, tmp_path / "w4")
+
+
+def licensed(source: Path, metadata: str = "license: apache-2.0") -> Path:
+    """A tiny Llama with a card."""
+    tiny_llama(source)
+    (source / "README.md").write_text(f"---\n{metadata}\n---\n# Tiny\n")
+    return source
+
+
+def verified(out: Path) -> None:
+    """Writes the record of a reading, as `compress verify` does."""
+    from compress.evaluate.record import record
+    from compress.evaluate.verify import Reading
+
+    assert record(out, [Reading("transformers", "bfloat16", {"transformers": "5"}, (), 256, 0.0, 1.0, 0.0, 1.0, 0.02)])
+
+
+def card_of(hub: Hub, repo: str = REPO, revision: str = "main") -> tuple[dict[str, Any], str]:
+    """Metadata and text of the README on the Hub."""
+    import yaml
+
+    _, head, text = hub.files(repo, revision)["README.md"].read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def same(hub: Hub, artifact: Path, repo: str = REPO, revision: str = "main") -> None:
+    """The repository has the artifact's files, and no others; all but the card byte for byte."""
+    there = hub.files(repo, revision)
+    here = {path.relative_to(artifact).as_posix(): path for path in artifact.rglob("*") if path.is_file()}
+    assert there.keys() - {".gitattributes"} == here.keys()
+    for name, path in here.items():
+        assert name == "README.md" or there[name].read_bytes() == path.read_bytes(), name
+
+
+def test_a_push_makes_the_repository_and_one_commit(hub: Hub, artifact: Path, typed: Typed) -> None:
+    before = {path: path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    status, out, err = typed("push", artifact, REPO, "--private", "--message", "First")
+    assert status == 0, err
+    assert f"pushed:   {hub.url}/{REPO}" in out
+    assert "verified: transformers" in out
+    assert "licence:  apache-2.0" in out
+    same(hub, artifact)
+    repo = hub.repos[REPO]
+    assert repo.private
+    assert [(header["summary"], header["revision"]) for header in repo.history] == [("First", "main")]
+    metadata, text = card_of(hub)
+    assert metadata["license"] == "apache-2.0"
+    assert "Unverified" not in text
+    assert before == {path: path.read_bytes() for path in artifact.rglob("*") if path.is_file()}, "the artifact stays as it was"
+    shards = list(artifact.glob("*.safetensors"))
+    assert len(hub.writes("/lfs/")) == 1 + 2 * len(shards) > 3, "asked once; each shard put and verified"
+
+    hub.requests.clear()
+    status, out, _ = typed("push", artifact, REPO, "--message", "Second")
+    assert (status, out) == (0, f"up to date: {hub.url}/{REPO}\n")
+    assert len(repo.history) == 1
+    assert not hub.writes("/commit/", "/repos/create")
+    assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+def test_a_dry_run_says_what_would_be_pushed_and_writes_nothing(hub: Hub, artifact: Path, typed: Typed) -> None:
+    status, out, err = typed("push", artifact, REPO, "--dry-run")
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert f"where: {REPO}, a new repository, at main" in said
+    assert "login: someone" in said
+    assert "license: apache-2.0" in said
+    assert "nothing was written" in said
+    for path in artifact.iterdir():
+        assert re.search(rf"^{re.escape(path.name)} +[\d,]+$", out, re.MULTILINE), path.name
+    assert not hub.writes()
+    assert not hub.repos
+    status, out, _ = typed("push", artifact, REPO, "--dry-run", "--json")
+    assert json.loads(out)["files"][VERIFIED] == (artifact / VERIFIED).stat().st_size
+
+
+def test_a_branch_and_a_pull_request(hub: Hub, artifact: Path, typed: Typed) -> None:
+    assert typed("push", artifact, REPO)[0] == 0
+    (artifact / "README.md").write_text("# Mine\n")
+    assert typed("push", artifact, REPO, "--revision", "v2")[0] == 0
+    assert "# Mine" in card_of(hub, revision="v2")[1]
+    assert "# Mine" not in card_of(hub)[1]
+    for _ in range(2):  # the second time nothing is left to do
+        status, out, err = typed("push", artifact, REPO, "--pr", "--message", "Mine")
+        assert status == 0, err
+    assert "up to date" in out
+    assert [pull["title"] for pull in hub.repos[REPO].pulls] == ["Mine"]
+    assert "# Mine" in card_of(hub, revision="refs/pr/1")[1]
+    (artifact / "README.md").write_text("# Mine, again\n")
+    assert typed("push", artifact, REPO, "--pr", "--message", "Mine")[0] == 0
+    assert len(hub.repos[REPO].pulls) == 1
+    assert "again" in card_of(hub, revision="refs/pr/1")[1]
+
+
+def test_files_of_an_earlier_push_that_a_reader_would_take_are_removed(
+    hub: Hub, artifact: Path, typed: Typed, tmp_path: Path
+) -> None:
+    assert typed("push", artifact, REPO)[0] == 0
+    single = run(licensed(tmp_path / "source"), tmp_path / "single", RECIPE).out
+    verified(single)
+    status, out, err = typed("push", single, REPO)
+    assert status == 0, err
+    assert out.count("of an earlier push") == len(list(artifact.glob("model*"))) > 2, "shards and their index"
+    same(hub, single)
+
+
+REFUSALS: dict[str, tuple[list[str], int, list[str]]] = {
+    "no owner": (["tiny"], 2, ["push.repo", "OWNER/NAME", "'tiny'"]),
+    "a URL": (["https://hub/someone/tiny"], 2, ["OWNER/NAME"]),
+    "an owner that is nobody": (
+        ["sumeone/tiny"],
+        2,
+        ["an owner that someone may push to: someone, org", "did you mean 'someone'"],
+    ),
+    "a pull request to nothing": (["org/none", "--pr"], 3, ["no such repository", "leave --pr out"]),
+    "a pull request to a branch": ([REPO, "--pr", "--revision", "v2"], 2, ["push.pr", "the revision v2", "leave one out"]),
+    "another licence": ([REPO, "--license", "mit"], 2, ["--license", "the source's licence, apache-2.0", "'mit'"]),
+    "an odd revision": ([REPO, "--revision", "../x"], 2, ["push.revision", "a branch, or refs/pr/N"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_each_refusal_comes_before_anything_is_written(case: str, hub: Hub, artifact: Path, typed: Typed) -> None:
+    words, wanted, parts = REFUSALS[case]
+    status, out, err = typed("push", artifact, *words)
+    assert (status, out) == (wanted, ""), err
+    for part in parts:
+        assert part in err
+    assert not hub.writes()
+
+
+def test_who_may_not_push(hub: Hub, artifact: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.role = "read"
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 6
+    assert "one of someone that may only read" in err
+    assert "hf auth login" in err
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 6
+    assert "HTTP status 401: the token is not valid" in err
+    assert "hf_other" not in err
+    monkeypatch.delenv("HF_TOKEN")
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 6
+    assert "a login at 127.0.0.1" in err
+    assert "no token" in err
+    assert not hub.writes()
+
+
+def test_a_repository_of_something_else_is_left_alone(hub: Hub, artifact: Path, typed: Typed, sound: Path) -> None:
+    hub.add(REPO, sound.parent / "source")
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 2
+    assert "another model: model.safetensors" in err
+    status, _, err = typed("push", artifact, REPO, "--private")
+    assert "one that is there, and public" in err
+    assert not hub.writes()
+    status, _, err = typed("push", artifact, REPO, "--revision", "w4")
+    assert status == 0, err
+    same(hub, artifact, revision="w4")
+
+
+def test_bytes_that_nobody_verified(hub: Hub, artifact: Path, typed: Typed) -> None:
+    (artifact / VERIFIED).unlink()
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 3
+    assert "a reader that has verified these bytes" in err
+    assert f"compress verify {artifact} --reader transformers" in err
+    assert not hub.writes()
+    assert typed("push", artifact, REPO, "--unverified")[0] == 0
+    assert "**Unverified.**" in card_of(hub)[1]
+    # A record of other bytes is none.
+    manifest = Manifest.read(artifact)
+    assert manifest is not None
+    (artifact / VERIFIED).write_text(json.dumps({"fingerprint": "0" * 64, "readers": {"transformers": {}}}))
+    assert typed("push", artifact, REPO)[0] == 3
+
+
+def test_bytes_that_have_changed_since(hub: Hub, artifact: Path, typed: Typed) -> None:
+    shard = next(artifact.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 3
+    assert "the bytes that manifest.json names" in err
+    assert not hub.writes()
+
+
+def test_files_that_are_not_of_the_artifact(hub: Hub, artifact: Path, typed: Typed) -> None:
+    (artifact / "pytorch_model.bin").write_bytes(b"\x80")
+    (artifact / "modeling.py").write_text("raise SystemExit")
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 3
+    assert "pytorch_model.bin" in err
+    assert "modeling.py" in err
+    (artifact / "pytorch_model.bin").unlink()
+    (artifact / "modeling.py").unlink()
+    (artifact / "secret").symlink_to("/etc/passwd")
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 3
+    assert "a link out of it" in err
+    assert not hub.writes()
+
+
+def test_codes_that_are_not_packed_and_what_is_no_artifact(hub: Hub, typed: Typed, tmp_path: Path) -> None:
+    source = licensed(tmp_path / "source")
+    codes = run(source, tmp_path / "codes", "quantize.rtn(scheme=w4a16g32)").out
+    status, _, err = typed("push", codes, REPO)
+    assert status == 3
+    assert f"compress pack {codes} {codes}-packed; push that" in err
+    status, _, err = typed("push", source, REPO)
+    assert status == 3
+    assert "hf upload" in err
+    status, _, err = typed("push", tmp_path / "cods", REPO)
+    assert status == 3
+    assert "did you mean 'codes'?" in err
+    assert not hub.writes()
+
+
+def test_a_source_without_a_licence(hub: Hub, typed: Typed, tiny: Path, tmp_path: Path) -> None:
+    out = run(tiny, tmp_path / "out", RECIPE).out
+    verified(out)
+    status, _, err = typed("push", out, REPO)
+    assert status == 2
+    assert "the source names no licence" in err
+    assert "--license apache-2.0" in err
+    assert not hub.writes()
+    assert typed("push", out, REPO, "--license", "mit")[0] == 0
+    assert card_of(hub)[0]["license"] == "mit"
+    # The Hub's own word about the card.
+    status, _, err = typed("push", out, REPO, "--license", "mti")
+    assert status == 3
+    assert '"license" must be one of' in err
+
+
+def test_a_licence_of_its_own_and_a_gated_source(hub: Hub, typed: Typed, tmp_path: Path) -> None:
+    source = licensed(tmp_path / "source", "license: other\nlicense_name: tongyi\nlicense_link: LICENSE")
+    hub.add("org/base", source, {"license": "other", "license_name": "tongyi"})
+    status, _, err = typed("run", "org/base", tmp_path / "out", "-p", RECIPE, "--quiet")
+    assert status == 0, err
+    hub.repos["org/base"].gated = True
+    verified(tmp_path / "out")
+    status, out, err = typed("push", tmp_path / "out", REPO)
+    assert status == 0, err
+    assert "gated:    org/base, the base model" in out
+    metadata, text = card_of(hub)
+    assert metadata["license"] == "other"
+    assert (metadata["license_name"], metadata["license_link"]) == ("tongyi", "LICENSE")
+    assert metadata["base_model"] == "org/base"
+    assert "The base model `org/base` is gated." in text
