@@ -88,7 +88,9 @@ class Hub:
     cut_after: int | None = None
     """Bytes of a safetensors body, sent or received, after which the connection is cut..."""
     cuts: int = 0
-    """...this many times."""
+    """...this many times..."""
+    cut_path: str = ""
+    """...in requests with this in their path."""
     status: int | None = None
     """Answers everything with this."""
     garbage: bytes | None = None

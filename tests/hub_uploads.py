@@ -178,7 +178,8 @@ class Uploads(BaseHTTPRequestHandler):
 
     def batch(self, name: str) -> None:
         asked = json.loads(self.received())
-        if not self.may_write(name):
+        # Who proposes names no branch, and need not be allowed to write.
+        if "ref" in asked and not self.may_write(name):
             return
         self.json({"transfer": "basic", "objects": [self.place_for(name, **each) for each in asked["objects"]]})
 
@@ -293,7 +294,12 @@ class Uploads(BaseHTTPRequestHandler):
 
     def cut_here(self, where: str) -> bool:
         """Whether this connection is to be cut; counts it."""
-        cut = self.hub.cuts > 0 and self.hub.cut_after is not None and self.path.startswith(where)
+        cut = (
+            self.hub.cuts > 0
+            and self.hub.cut_after is not None
+            and self.path.startswith(where)
+            and self.hub.cut_path in self.path
+        )
         self.hub.cuts -= cut
         return cut
 

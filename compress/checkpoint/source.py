@@ -41,7 +41,8 @@ _HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE, ADAPTER_
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "tokenizer*", "vocab*", "LICEN[CS]E*", "NOTICE*")
 _ID = re.compile(r"[\w-]+|[\w.-]+/[\w.-]+", re.ASCII)
 """The id of a model of the Hub; old models have no owner, and then no dot in the name."""
-_UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+"""Exceptions of the HTTP client for a server that is not there."""
 _WORKERS = 8
 
 
@@ -290,7 +291,7 @@ def _as_message(model: str, error: Exception) -> CompressError:
     if isinstance(error, errors.HfHubHTTPError):
         do = "set HF_TOKEN to a valid token" if error.response.status_code in (401, 403) else again
         return MachineError(model, answer, f"HTTP status {error.response.status_code}", do)
-    if kind in _UNREACHED:
+    if kind in UNREACHED:
         do = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what the cache has"
         if not _in_cache(name):
             got = f"no such directory, and no connection to {host} ({kind})"

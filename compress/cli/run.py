@@ -132,7 +132,7 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
         tuple(flags.allow_skips or ()), flags.allow_nonfinite, flags.allow_dtype_mismatch, limit, tuple(flags.fail_on or ()),
         flags.allow_overcommit, tuple(flags.steps or ()), flags.keep,
     )  # fmt: skip
-    planned = planned_push(recipe, model, flags)
+    planned = checked_push(recipe, model, flags)
     source = open_source(model, flags.trust_remote_code)
     with events(json_, quiet) as receive:
         seed = recipe.seed if flags.seed is None else flags.seed
@@ -147,17 +147,15 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
             raise InputError(with_command(error, out, ["run", model, str(out), "-p", recipe.one_liner(), *said])) from None
     if not ctx.is_main:
         return
-    if json_:
-        ctx.tell("done", **summary(result))
-    elif not quiet:
-        report(result, flags.steps or [])
+    if not quiet:
+        ctx.tell("done", **summary(result)) if json_ else report(result, flags.steps or [])
     if planned is not None:
         from compress.cli.push import after_run
 
         after_run(planned, result.out, ctx, quiet, json_)
 
 
-def planned_push(recipe: Recipe, model: str, flags: RunFlags) -> PlannedPush | None:
+def checked_push(recipe: Recipe, model: str, flags: RunFlags) -> PlannedPush | None:
     """The push that a recipe ends with, checked before anything is fetched or run; None without one."""
     if recipe.push is None or int(os.environ.get("RANK", "0")):
         return None

@@ -56,7 +56,6 @@ def command(
     from compress.context import Context
     from compress.errors import UsageError
     from compress.evaluate.readers import reader_named
-    from compress.evaluate.record import record
     from compress.evaluate.verify import read_with, token_ids, verify_bytes
 
     for name in reader or ():
@@ -89,11 +88,23 @@ def command(
                 show_reading(readings[-1])
             if base is None and Path(artifact).is_dir():
                 # The bytes have just been compared with the manifest that the record names.
-                kept = record(place, readings[-1:])
+                kept = recorded(place, readings[-1])
     if kept is not None and not json_:
         print(f"record:   {kept}")
     if json_:
         print(json.dumps({"bytes": asdict(found), "readers": [facts(reading) for reading in readings]}, ensure_ascii=False))
+
+
+def recorded(artifact: Path, reading: Reading) -> Path | None:
+    """The record with this reading in it; None, and a note, where it cannot be written."""
+    from compress.errors import MachineError
+    from compress.evaluate.record import record
+
+    try:
+        return record(artifact, [reading])
+    except MachineError as error:
+        print(f"note: there is no record of it for a push\n{error}", file=sys.stderr)
+        return None
 
 
 def facts(reading: Reading) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import VERIFIED, read_json
-from compress.errors import InputError
+from compress.errors import InputError, MachineError
 
 if TYPE_CHECKING:
     from compress.evaluate.verify import Reading
@@ -40,7 +40,7 @@ def verified_by(artifact: Path) -> dict[str, dict[str, Any]]:
 
 
 def record(artifact: Path, readings: Sequence[Reading]) -> Path | None:
-    """Adds readings to the record; None where there is nothing to record, or no place to write."""
+    """Adds readings to the record; None where there is nothing to record. Raises MachineError where it cannot be written."""
     manifest = Manifest.read(artifact)
     others = [reading for reading in readings if reading.reader != _OURS and reading.equal]
     if manifest is None or not others:
@@ -54,6 +54,11 @@ def record(artifact: Path, readings: Sequence[Reading]) -> Path | None:
             stream.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         os.chmod(name, 0o644)
         os.replace(name, artifact / VERIFIED)
-    except OSError:
-        return None
+    except OSError as error:
+        raise MachineError(
+            str(artifact),
+            "a place to write",
+            error.strerror or str(error),
+            "copy the artifact to where you may write, and verify it there",
+        ) from None
     return artifact / VERIFIED

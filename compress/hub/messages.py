@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from compress.checkpoint.source import hub_errors
+from compress.checkpoint.source import UNREACHED, hub_errors
 from compress.errors import CompressError, InputError, MachineError
 
 _WAITING = re.compile(r"Rate limited\. Waiting [\d.]+s before retry.*|Retrying in [\d.]+s.*")
@@ -98,6 +98,8 @@ def as_message(repo: str, error: Exception) -> CompressError:
         said = [line.removeprefix("- ") for line in str(error).splitlines()[1:] if line]
         do = "mend the metadata of README.md; for its licence see --license"
         return InputError("README.md", f"metadata that {host()} takes", "; ".join(said)[:500], do)
+    if kind in UNREACHED:
+        return MachineError(repo, answer, f"no connection ({kind})", "check the network and HF_ENDPOINT")
     if isinstance(error, OSError) and error.errno is not None:
         return MachineError(repo, "a readable file", error.strerror or kind, AGAIN)
     if isinstance(error, ValueError | TypeError | KeyError | AttributeError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.manifest import FILE as MANIFEST_FILE
 from compress.checkpoint.manifest import Source
-from compress.checkpoint.reader import ADAPTER
+from compress.checkpoint.reader import ADAPTER, VERIFIED
 from compress.errors import CompressError, InputError, MachineError, UsageError, did_you_mean
 from compress.hub.messages import LOGIN, Tell, host, patiently, told
 from compress.spec.push import MAIN, PushOptions
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _PROPOSED = re.compile(r"refs/pr/\d+")
-_BESIDE = ("quantize_config.json", "quant_config.json")
-"""Files by which a reader would take weights for those of another format."""
+_BESIDE = ("quantize_config.json", "quant_config.json", VERIFIED)
+"""Files that say what weights are."""
 
 
 @dataclass(frozen=True)

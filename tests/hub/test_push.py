@@ -1,108 +1,18 @@
-"""Push: what a user types and reads, by the Hub's own client, against a Hub that has every fault we can think of."""
+"""Push: what a user types and reads, by the Hub's own client: repositories, branches, cards, refusals, dry runs."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import VERIFIED
-from hub_server import SIGNATURE, Hub, serve
-from support import run, tiny_llama
-
-REPO = "someone/tiny-w4"
-TOKEN = "hf_secret123"
-RECIPE = "quantize.rtn(scheme=w4a16g32) | pack"
-Said = tuple[int, str, str]
-Typed = Callable[..., Said]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that a token of `someone` may write to, by HTTP alone, without Xet; an empty cache; no time is waited."""
-    from huggingface_hub import constants
-
-    with serve() as server:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-        settings = {"HUGGINGFACE_CO_URL_TEMPLATE": template, "ENDPOINT": server.url, "HF_HUB_DISABLE_XET": True}
-        settings |= {
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "no token"),
-            "HF_HUB_OFFLINE": False,
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        server.token = TOKEN
-        yield server
-
-
-@pytest.fixture
-def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited for, which are none."""
-    found: list[float] = []
-    monkeypatch.setattr(time, "sleep", found.append)
-    return found
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Typed:
-    """`compress` in this process: status, stdout, stderr; no secret is ever printed."""
-    from compress.__main__ import main
-
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, words)])
-        capfd.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        out, err = capfd.readouterr()
-        for secret in (TOKEN, SIGNATURE, "Authorization", "Traceback", "internal error"):
-            assert secret not in out + err
-        return status, out, err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of two shards, whose source is Apache; its record says that transformers has verified it."""
-    folder = tmp_path_factory.mktemp("sound")
-    out = run(licensed(folder / "source"), folder / "out", RECIPE, shard_bytes=40_000).out
-    verified(out)
-    return out
-
-
-@pytest.fixture
-def artifact(sound: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(sound, tmp_path / "w4")
-
-
-def licensed(source: Path, metadata: str = "license: apache-2.0") -> Path:
-    """A tiny Llama with a card."""
-    tiny_llama(source)
-    (source / "README.md").write_text(f"---\n{metadata}\n---\n# Tiny\n")
-    return source
-
-
-def verified(out: Path) -> None:
-    """Writes the record of a reading, as `compress verify` does."""
-    from compress.evaluate.record import record
-    from compress.evaluate.verify import Reading
-
-    assert record(out, [Reading("transformers", "bfloat16", {"transformers": "5"}, (), 256, 0.0, 1.0, 0.0, 1.0, 0.02)])
+from hub_artifact import RECIPE, REPO, Typed, licensed, same, verified
+from hub_server import Hub
+from support import run
 
 
 def card_of(hub: Hub, repo: str = REPO, revision: str = "main") -> tuple[dict[str, Any], str]:
@@ -111,15 +21,6 @@ def card_of(hub: Hub, repo: str = REPO, revision: str = "main") -> tuple[dict[st
 
     _, head, text = hub.files(repo, revision)["README.md"].read_text().split("---\n", 2)
     return yaml.safe_load(head), text
-
-
-def same(hub: Hub, artifact: Path, repo: str = REPO, revision: str = "main") -> None:
-    """The repository has the artifact's files, and no others; all but the card byte for byte."""
-    there = hub.files(repo, revision)
-    here = {path.relative_to(artifact).as_posix(): path for path in artifact.rglob("*") if path.is_file()}
-    assert there.keys() - {".gitattributes"} == here.keys()
-    for name, path in here.items():
-        assert name == "README.md" or there[name].read_bytes() == path.read_bytes(), name
 
 
 def test_a_push_makes_the_repository_and_one_commit(hub: Hub, artifact: Path, typed: Typed) -> None:
@@ -261,8 +162,6 @@ def test_bytes_that_nobody_verified(hub: Hub, artifact: Path, typed: Typed) -> N
     assert typed("push", artifact, REPO, "--unverified")[0] == 0
     assert "**Unverified.**" in card_of(hub)[1]
     # A record of other bytes is none.
-    manifest = Manifest.read(artifact)
-    assert manifest is not None
     (artifact / VERIFIED).write_text(json.dumps({"fingerprint": "0" * 64, "readers": {"transformers": {}}}))
     assert typed("push", artifact, REPO)[0] == 3
 
