@@ -1,4 +1,4 @@
-"""Hub: pushes an artifact, after everything that could stand in its way has been checked.
+"""Hub: pushes an artifact, once all that could prevent it has been checked.
 
-Imports errors.
+Imports errors, spec, context, checkpoint, contract, pipeline, evaluate.
 """

@@ -5,7 +5,7 @@ push: {repo: OWNER/NAME, private: true}
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.checkpoint.reader import KEPT, README, Checkpoint, open_checkpoint
@@ -47,7 +47,8 @@ def planned_push(recipe: Recipe, source: Checkpoint, tell: Tell) -> PlannedPush 
     reader = _reader(options, passes[-1], where)
     licence, wrong = _licence(source, options)
     if wrong:
-        raise UsageError(Problem(f"{where}: {problem.where}", problem.expected, problem.got, problem.do) for problem in wrong)
+        named = {"--license": "push.license"}
+        raise UsageError(replace(problem, where=f"{where}: {named.get(problem.where, problem.where)}") for problem in wrong)
     return PlannedPush(options, target_of(options, tell), str(licence.get("license_name") or licence["license"]), reader)
 
 

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.manifest import Manifest
-from compress.checkpoint.reader import open_checkpoint
+from compress.checkpoint.reader import VERIFIED, open_checkpoint
 from compress.cli.app import build
 from compress.errors import FormatError
 from compress.evaluate import readers
+from compress.evaluate.record import verified_by
 from compress.kernels.dispatch import formats
 from forked import compress
 from support import run, step_of
@@ -228,8 +229,10 @@ def test_transformers_reads_what_is_meant(artifacts: dict[str, Path], here: Call
     lines = out.splitlines()
     assert lines[2].startswith("reader:   transformers (torch ")
     assert "compressed-tensors 0." in lines[2]
-    assert lines[-1].startswith("logits:   equal up to rounding in bfloat16: largest difference ")
-    assert lines[-1].endswith("same top-1 100.0%, 256 tokens")
+    assert lines[-2].startswith("logits:   equal up to rounding in bfloat16: largest difference ")
+    assert lines[-2].endswith("same top-1 100.0%, 256 tokens")
+    assert lines[-1] == f"record:   {artifacts['compressed-tensors'] / VERIFIED}"
+    assert verified_by(artifacts["compressed-tensors"]).keys() == {"transformers"}
 
 
 def test_json(artifacts: dict[str, Path], here: Callable[..., Said]) -> None:

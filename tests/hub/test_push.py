@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from compress.checkpoint.reader import VERIFIED
+from compress.checkpoint.reader import ADAPTER_CONFIG, VERIFIED
 from hub_artifact import RECIPE, REPO, Typed, licensed, same, verified
 from hub_server import Hub
-from support import run
+from support import CALIBRATE, run
 
 
 def card_of(hub: Hub, repo: str = REPO, revision: str = "main") -> tuple[dict[str, Any], str]:
@@ -239,3 +239,35 @@ def test_a_licence_of_its_own_and_a_gated_source(hub: Hub, typed: Typed, tmp_pat
     assert (metadata["license_name"], metadata["license_link"]) == ("tongyi", "LICENSE")
     assert metadata["base_model"] == "org/base"
     assert "The base model `org/base` is gated." in text
+
+
+def test_an_adapter_names_the_repository_as_its_base(hub: Hub, typed: Typed, tmp_path: Path) -> None:
+    recipe = "quantize.loftq(scheme=nf4g16, rank=2) | pack(format=peft)"
+    out = run(licensed(tmp_path / "source"), tmp_path / "out", recipe).out
+    verified(out)
+    status, _, err = typed("push", out, REPO)
+    assert status == 0, err
+    there = json.loads(hub.files(REPO)[ADAPTER_CONFIG].read_text())
+    assert there["base_model_name_or_path"] == REPO
+    assert json.loads((out / ADAPTER_CONFIG).read_text()) == {**there, "base_model_name_or_path": str(out)}
+
+
+def test_calibration_tokens_that_are_pushed_are_told(hub: Hub, typed: Typed, demo_model: Path, tmp_path: Path) -> None:
+    out = run(demo_model, tmp_path / "out", f"{CALIBRATE} | prune.wanda(sparsity=2:4)").out
+    verified(out)
+    status, _, err = typed("push", out, REPO, "--dry-run", "--license", "apache-2.0")
+    assert status == 0, err
+    assert "note: push: the token ids of the calibration text are pushed with it" in err
+
+
+def test_hidden_files_stay_here_and_folders_go_along(hub: Hub, artifact: Path, typed: Typed) -> None:
+    (artifact / ".git").mkdir()
+    (artifact / ".git" / "config").write_text("secret")
+    (artifact / ".env").write_text("secret")
+    (artifact / "pictures").mkdir()
+    (artifact / "pictures" / "bits.svg").write_text("<svg/>")
+    status, _, err = typed("push", artifact, REPO)
+    assert status == 0, err
+    names = hub.files(REPO).keys()
+    assert "pictures/bits.svg" in names
+    assert not {".env", ".git/config"} & names

@@ -80,7 +80,11 @@ def test_what_stands_in_the_way_is_told_before_any_work(
             ("push.reader", "one that reads compressed-tensors: transformers"),
         ),
         (packed, f"- push: {{repo: {REPO}}}\n", ("push, which is none", "write it below them")),
-        (packed, f"push: {{repo: {REPO}, license: mit}}\n", ("push", "the source's licence, apache-2.0")),
+        (
+            packed,
+            f"push: {{repo: {REPO}, license: mit}}\n",
+            ("recipe.yaml:5:1: push.license", "the source's licence, apache-2.0"),
+        ),
         (packed, "push: {repo: sumeone/x}\n", ("did you mean 'someone'",)),
     ]
     for passes, push, parts in cases:
