@@ -141,11 +141,12 @@ class Hub:
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A Hub, and its storage on a port (so: an origin) of its own, until the block ends."""
+    """A Hub, and its storage at an origin of its own, until the block ends."""
     with tempfile.TemporaryDirectory(prefix="hub-") as folder:
         hub = Hub(Path(folder))
         servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub})) for _ in range(2)]
-        hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+        # Another name for the same machine: huggingface_hub 1.31 takes two ports of one host for one origin.
+        hub.url, hub.storage_url = (f"http://{h}:{s.server_port}" for h, s in zip(("127.0.0.1", "localhost"), servers))
         threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
         for thread in threads:
             thread.start()

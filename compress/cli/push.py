@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,11 +76,11 @@ def command(
         with events(False, quiet or json_) as receive:
             prepared = prepare(artifact, chosen, note, Context(threads=cores, events=receive))
         if dry_run:
-            print(json.dumps(facts(prepared), ensure_ascii=False)) if json_ else show(prepared)
+            print(as_json(facts(prepared))) if json_ else show(prepared)
             return
         pushed = upload(prepared, quiet or json_)
     if json_:
-        print(json.dumps({**facts(prepared), **pushed.__dict__}, ensure_ascii=False))
+        print(as_json({**facts(prepared), **pushed.__dict__}))
     elif not quiet:
         report(prepared, pushed)
 
@@ -127,7 +128,7 @@ def upload(prepared: Prepared, quiet: bool) -> Pushed:
         return push(prepared, note)
 
 
-def after_run(planned: PlannedPush, out: Path, ctx: Context, quiet: bool, as_json: bool) -> None:
+def after_run(planned: PlannedPush, out: Path, ctx: Context, quiet: bool, json_: bool) -> None:
     """Pushes the output of a run. Raises CompressError, after saying how to go on."""
     from compress.errors import CompressError
     from compress.hub.recipe import prepare_output
@@ -137,17 +138,25 @@ def after_run(planned: PlannedPush, out: Path, ctx: Context, quiet: bool, as_jso
             print(line, file=sys.stderr)
 
     try:
-        prepared = prepare_output(planned, out, tell, ctx)
-        pushed = upload(prepared, quiet or as_json)
+        with events(json_, quiet) as receive:
+            prepared = prepare_output(planned, out, tell, replace(ctx, events=receive))
+        pushed = upload(prepared, quiet or json_)
     except CompressError:
-        if not as_json:
-            again = shlex.join(["compress", "push", str(out), planned.options.repo])
-            note(f"{out} is complete; the same command goes on, and so does {again}")
+        if not json_:
+            note(f"{out} is complete; the same command goes on, and so does {command_of(planned.options, out)}")
         raise
-    if as_json:
+    if json_:
         ctx.tell("pushed", **pushed.__dict__)
     elif not quiet:
         report(prepared, pushed)
+
+
+def command_of(chosen: PushOptions, out: Path) -> str:
+    """The command that pushes as a recipe does."""
+    words = ["compress", "push", str(out), chosen.repo]
+    for name, value in chosen.model_dump(exclude={"repo", "reader"}, exclude_defaults=True).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def facts(prepared: Prepared) -> dict[str, Any]:
@@ -159,6 +168,11 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "removed": prepared.stale, "message": prepared.options.message, "readers": list(contents.readers),
         "licence": contents.licence, "gated": prepared.gated, "metadata": prepared.metadata,
     }  # fmt: skip
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """One JSON object; metadata in YAML may hold dates."""
+    return json.dumps(found, ensure_ascii=False, default=str)
 
 
 def show(prepared: Prepared) -> None:

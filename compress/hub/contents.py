@@ -117,9 +117,9 @@ def contents_of(artifact: Path, options: PushOptions) -> Contents:
 
 
 def refuse_unpacked(artifact: Path, manifest: Manifest) -> None:
-    """Raises InputError for a checkpoint in codes that no reader loads, and for one with nothing but tokens."""
+    """Raises InputError for a checkpoint in codes that no reader loads."""
     coded = any(State.parse(record.state).scheme is not None for record in manifest.weights.values())
-    if manifest.format == "canonical" and coded:
+    if format_of(manifest) == DENSE and coded:
         command = shlex.join(["compress", "pack", str(artifact), f"{artifact}-packed"])
         raise InputError(
             str(artifact), "packed weights, which a reader loads", "codes that are not packed", f"{command}; push that"

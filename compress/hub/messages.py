@@ -1,4 +1,7 @@
-"""Messages: what the Hub's library raises while something is pushed, in our four parts; no URL, no token."""
+"""Messages: what the Hub's library raises during a push, in our four parts.
+
+They quote no URL and no token.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def host() -> str:
 
 
 @contextmanager
-def told(repo: str, tell: Tell, private: bool = False) -> Iterator[None]:
+def told(repo: str, tell: Tell) -> Iterator[None]:
     """Turns exceptions into messages about `repo`, and tells when the library waits and what the Hub warns of."""
 
     class Waits(logging.Handler):

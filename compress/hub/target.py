@@ -92,7 +92,7 @@ def _existing(api: HfApi, options: PushOptions, there: Any, user: str, tell: Tel
     found = there if revision == MAIN else _info(api, repo, revision, tell)
     if found is None and _PROPOSED.fullmatch(revision):
         raise InputError(repo, "a pull request that is there", f"no {revision}", "check its number")
-    names = tuple(sibling.rfilename for sibling in (found or there).siblings or ())
+    names = tuple(name for sibling in (found or there).siblings or () if (name := sibling.rfilename).isprintable())
     weights = [name for name in names if "/" not in name and name.endswith((".safetensors", ".bin", ".gguf"))]
     if revision == MAIN and not proposes and weights and MANIFEST_FILE not in names:
         do = "choose another name; or --pr to propose it, or --revision for a branch of its own"

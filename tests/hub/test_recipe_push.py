@@ -110,6 +110,7 @@ def test_a_push_that_fails_leaves_the_artifact(hub: Hub, typed: Typed, tmp_path:
     status, _, err = typed("run", licensed(tmp_path / "source"), tmp_path / "out", file)
     assert status == 6
     assert f"{tmp_path / 'out'} is complete" in err
+    assert f"compress push {tmp_path / 'out'} {REPO} --unverified" in err
     assert typed("run", tmp_path / "source", tmp_path / "out", file)[0] == 0
     same(hub, tmp_path / "out")
     assert "**Unverified.**" in hub.files(REPO)["README.md"].read_text()
