@@ -105,19 +105,13 @@ def note(text: str) -> None:
 @contextmanager
 def _bars(quiet: bool) -> Iterator[None]:
     """The library's own bars on a terminal, with the time that is left; else one line when it is done."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils
 
     if sys.stderr is not None and sys.stderr.isatty() and not quiet:
         yield
         return
-    disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        with waiting("push", "upload", quiet):
-            yield
-    finally:
-        if not disabled:
-            enable_progress_bars()
+    with utils.disable_progress_bars(), waiting("push", "upload", quiet):  # type: ignore[attr-defined]
+        yield
 
 
 def upload(prepared: Prepared, quiet: bool) -> Pushed:

@@ -1,10 +1,11 @@
-"""Push: an artifact to a repository of the Hub, in one commit, or more if huggingface_hub splits it.
+"""Push: an artifact to a repository of the Hub, in one commit.
 
     prepared = prepare(artifact, options, tell, ctx)     checks everything, and writes nothing anywhere
     push(prepared, tell)                                 uploads what is not there yet
 
 What is uploaded is a folder of links to the artifact's files with the card in it, so that the artifact itself stays as it is.
-The library reads files piece by piece, asks the Hub what it has already, and commits nothing where all of it is there.
+The library reads files piece by piece, asks the Hub what it has already, splits hundreds of files into several commits, and
+commits nothing where all of it is there.
 """
 
 from __future__ import annotations

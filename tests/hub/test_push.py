@@ -40,6 +40,7 @@ def test_a_push_makes_the_repository_and_one_commit(hub: Hub, artifact: Path, ty
     assert before == {path: path.read_bytes() for path in artifact.rglob("*") if path.is_file()}, "the artifact stays as it was"
     shards = list(artifact.glob("*.safetensors"))
     assert len(hub.writes("/lfs/")) == 1 + 2 * len(shards) > 3, "asked once; each shard put and verified"
+    assert not any(request.authorized for request in hub.requests if request.method == "PUT"), "storage gets no token"
 
     hub.requests.clear()
     status, out, _ = typed("push", artifact, REPO, "--message", "Second")
