@@ -38,6 +38,8 @@ from compress.spec.weight_state import State
 
 DENSE = "dense"
 """The format of weights that are not in codes, as readers name it."""
+_RESULTS = ".eval_results"
+"""The folder in which the Hub looks for results of evaluations."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def reader_of(form: str) -> str:
 def _files(artifact: Path) -> Iterator[tuple[str, Path]]:
     """Every file by its name on the Hub, sorted; hidden ones are left out. Raises InputError for links out of the directory."""
     for folder, folders, names in os.walk(artifact):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") or name == _RESULTS)
         if links := [name for name in folders if os.path.islink(os.path.join(folder, name))]:
             raise InputError(os.path.join(folder, links[0]), "a folder", "a link to one", "copy the folder itself there")
         for name in sorted(names):

@@ -1,4 +1,4 @@
-"""Recipe: the last line of a recipe, `push:`; checked before anything is run, and done after it.
+"""Recipe: its last line, `push:`, checked before anything is run.
 
 push: {repo: OWNER/NAME, private: true}
 """

@@ -1,4 +1,7 @@
-"""Target: the repository that is pushed to, and who may write there; only asks, and changes nothing."""
+"""Target: the repository that is pushed to, and who may write there.
+
+The Hub is asked here, and nothing is changed.
+"""
 
 from __future__ import annotations
 

@@ -265,10 +265,12 @@ def test_hidden_files_stay_here_and_folders_go_along(hub: Hub, artifact: Path, t
     (artifact / ".git").mkdir()
     (artifact / ".git" / "config").write_text("secret")
     (artifact / ".env").write_text("secret")
-    (artifact / "pictures").mkdir()
+    for folder in ("pictures", ".eval_results"):
+        (artifact / folder).mkdir()
+    (artifact / ".eval_results" / "task.yaml").write_text("- dataset: {}\n")
     (artifact / "pictures" / "bits.svg").write_text("<svg/>")
     status, _, err = typed("push", artifact, REPO)
     assert status == 0, err
     names = hub.files(REPO).keys()
-    assert "pictures/bits.svg" in names
+    assert {"pictures/bits.svg", ".eval_results/task.yaml"} <= names
     assert not {".env", ".git/config"} & names

@@ -116,6 +116,14 @@ def test_a_push_that_fails_leaves_the_artifact(hub: Hub, typed: Typed, tmp_path:
     assert "**Unverified.**" in hub.files(REPO)["README.md"].read_text()
 
 
+def test_a_run_in_python_pushes_too(hub: Hub, tmp_path: Path) -> None:
+    import compress
+
+    file = recipe(tmp_path, push=f"push: {{repo: {REPO}, unverified: true}}\n")
+    result = compress.run(file, licensed(tmp_path / "source"), tmp_path / "out")
+    same(hub, result.out)
+
+
 def test_plan_and_run_of_a_model_of_the_hub(hub: Hub, typed: Typed, tmp_path: Path) -> None:
     source = licensed(tmp_path / "source")
     hub.add("org/tiny", source, {"license": "apache-2.0"}, "v1")
