@@ -176,6 +176,7 @@ def show(prepared: Prepared) -> None:
     target, sizes = prepared.target, prepared.sizes
     console.fact("where", where(prepared))
     console.fact("login", target.user)
+    console.fact("licence", licence(prepared))
     console.fact("verified", ", ".join(prepared.contents.readers) or "by no reader; the card says so")
     if prepared.gated:
         console.fact("gated", f"{prepared.gated}, the base model: its terms hold for what is pushed; the card says so")
@@ -188,6 +189,13 @@ def show(prepared: Prepared) -> None:
     for line in yaml_dump(prepared.metadata, sort_keys=False).splitlines():
         print(f"    {line}")
     print("nothing was written: --dry-run")
+
+
+def licence(prepared: Prepared) -> str:
+    """The licence in words."""
+    found = prepared.contents.licence
+    ids = found["license"]
+    return str(found.get("license_name") or (ids if isinstance(ids, str) else ", ".join(ids)))
 
 
 def where(prepared: Prepared) -> str:
@@ -206,8 +214,7 @@ def report(prepared: Prepared, pushed: Pushed) -> None:
         return
     if prepared.gated:
         console.fact("gated", f"{prepared.gated}, the base model: its terms hold for what was pushed; the card says so")
-    licence = prepared.contents.licence
-    console.fact("licence", str(licence.get("license_name") or licence.get("license")))
+    console.fact("licence", licence(prepared))
     console.fact("verified", ", ".join(prepared.contents.readers) or "by no reader; the card says so")
     for name in prepared.stale:
         console.fact("removed", f"{name}, of an earlier push")
