@@ -22,6 +22,8 @@ from compress.context import Context
 from compress.contract.discover import names_passes
 from compress.contract.step_plan import Plan
 from compress.errors import InputError, MachineError, RecipeError, UsageError
+from compress.hub.push import push
+from compress.hub.recipe import planned_push, prepare_output
 from compress.pipeline.entry import enter
 from compress.pipeline.plan import PlanOptions, make_plan
 from compress.pipeline.run import Options, Result, run_recipe
@@ -48,11 +50,24 @@ def run(
     ctx = Context(seed=found.seed) if ctx is None else ctx
     options = replace(options or Options(), describe=lambda result: ensure_card(result.out))
     if isinstance(source, Checkpoint):
-        return run_recipe(found, source, Path(out), ctx, options)
+        return _run(found, source, Path(out), ctx, options)
     if isinstance(source, str | os.PathLike):
-        return run_recipe(found, open_source(source), Path(out), ctx, options)
+        return _run(found, open_source(source), Path(out), ctx, options)
     with _saved(source, Path(os.path.abspath(out)), tokenizer, ctx) as checkpoint:
-        return run_recipe(found, checkpoint, Path(out), ctx, options)
+        return _run(found, checkpoint, Path(out), ctx, options)
+
+
+def _run(recipe: Recipe, source: Checkpoint, out: Path, ctx: Context, options: Options | None) -> Result:
+    """Runs a recipe, and pushes what it makes if the recipe says so."""
+
+    def tell(text: str) -> None:
+        ctx.tell("notice", step="push", text=text)
+
+    planned = planned_push(recipe, source, tell) if ctx.is_main else None
+    result = run_recipe(recipe, source, out, ctx, options)
+    if planned is not None:
+        ctx.tell("pushed", **push(prepare_output(planned, result.out, tell, ctx), tell).__dict__)
+    return result
 
 
 def plan_of(

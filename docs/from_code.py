@@ -57,6 +57,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield "selectors.part.md", _said_by("spec/selectors.py")
     yield "statuses.part.md", statuses()
     yield "message.part.md", example_message()
+    yield "push.part.md", push_options()
     yield "floors.part.md", floors()
     yield "code-map.md", code_map()
     yield "commands.md", commands()
@@ -215,6 +216,15 @@ def example_message() -> str:
         problem: Problem = error.problems[0]
         return f"```text\nerror: {problem}\n```\n"
     raise AssertionError("a scheme of five bits was taken")
+
+
+def push_options() -> str:
+    """The options of a recipe's `push:`."""
+    from compress.spec.push import PushOptions
+
+    fields = PushOptions.model_fields.items()
+    rows = [(f"`{key}`", "" if field.is_required() else f"`{field.default!r}`", field.description) for key, field in fields]
+    return table(("option", "default", "what"), rows)
 
 
 def commands() -> str:

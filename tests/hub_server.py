@@ -4,32 +4,39 @@
     GET       /api/models/ID/tree/REV          files with sizes
     HEAD GET  /ID/resolve/REV/FILE             a file; safetensors are redirected to a second server, as the Hub does
 
-It can be told to fail: see the fields of `Hub` and of `Repo`.
+It takes uploads as well: hub_uploads.py. It can be told to fail: see the fields of `Hub` and of `Repo`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+
+from hub_uploads import Uploads
 
 _PIECE_BYTES = 1 << 16
 SIGNATURE = "signature=do-not-print-me"
 """Stands in every redirect's URL, like the signatures of the Hub's storage."""
+_READING = (
+    (r"/storage/(.+?)/([0-9a-f]{40})/([^/]+)", "stored"),
+    (r"/api/models/(.+?)/tree/([^/]+)(?:/(.+))?", "tree"),
+    (r"/api/models/(.+?)(?:/revision/([^/]+))?", "info"),
+    (r"/(.+?)/resolve/([^/]+)/(.+)", "resolve"),
+)
+"""What is asked with GET -> the method that answers."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, and how many bytes of the body went out."""
+    """What was asked, and how many bytes of the body went out, or came in."""
 
     method: str
     path: str
@@ -40,6 +47,18 @@ class Request:
 
 
 @dataclass
+class Fault:
+    """An answer in place of the right one, to the next requests that match."""
+
+    method: str
+    path: str
+    """A regex that is found in the path."""
+    status: int
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Repo:
     """One model: a directory per commit, and the names of its commits."""
 
@@ -47,25 +66,44 @@ class Repo:
     commits: dict[str, Path] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
+    listed: list[str] = field(default_factory=list)
+    """Names that are listed besides those of the files."""
+    pulls: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The header of every commit that was uploaded, with what it did by path."""
 
 
 @dataclass
 class Hub:
-    """The repositories, what goes wrong, and the record."""
+    """The repositories, who is logged in, what goes wrong, and the record."""
 
+    folder: Path
+    """Where uploads are kept."""
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     url: str = ""
     storage_url: str = ""
     ignores_range: bool = False
     cut_after: int | None = None
-    """Bytes of a safetensors body after which the connection is cut..."""
+    """Bytes of a safetensors body, sent or received, after which the connection is cut..."""
     cuts: int = 0
-    """...this many times."""
+    """...this many times..."""
+    cut_path: str = ""
+    """...in requests with this in their path."""
     status: int | None = None
     """Answers everything with this."""
     garbage: bytes | None = None
     """Answers everything with this, as if all were well."""
+    faults: list[Fault] = field(default_factory=list)
+    token: str = ""
+    """The only token that is taken; empty for any."""
+    user: str = "someone"
+    orgs: tuple[str, ...] = ("org",)
+    role: str = "write"
+    part_bytes: int | None = None
+    """Size of the parts in which large files are uploaded; None for whole ones."""
+    _digests: dict[tuple[Path, int], str] = field(default_factory=dict)
 
     def add(self, name: str, directory: Path, card: dict[str, Any] | None = None, revision: str = "main") -> str:
         """Publishes a directory as a revision of `name`; returns its commit."""
@@ -81,56 +119,54 @@ class Hub:
             r for r in self.requests if r.method == "GET" and "/api/" not in r.path and r.status < 300 and r.path.endswith(suffix)
         ]
 
+    def writes(self, *paths: str) -> list[Request]:
+        """The requests that may have changed something, or those of them with one of these words in their path."""
+        found = [r for r in self.requests if r.method in ("POST", "PUT", "DELETE")]
+        return [r for r in found if not paths or any(path in r.path for path in paths)]
+
+    def files(self, name: str, revision: str = "main") -> dict[str, Path]:
+        """The files of a revision, by name."""
+        repo = self.repos[name]
+        root = repo.commits[repo.revisions[revision]]
+        return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+
+    def digest(self, path: Path) -> str:
+        """sha256 of a file, which is read once."""
+        key = (path, path.stat().st_mtime_ns)
+        if key not in self._digests:
+            with open(path, "rb") as stream:
+                self._digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return self._digests[key]
+
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A Hub, and its storage on a port (so: an origin) of its own, until the block ends."""
-    hub = Hub()
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub})) for _ in range(2)]
-    hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in servers)
-    threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
-    for thread in threads:
-        thread.start()
-    try:
-        yield hub
-    finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+    """A Hub, and its storage at an origin of its own, until the block ends."""
+    with tempfile.TemporaryDirectory(prefix="hub-") as folder:
+        hub = Hub(Path(folder))
+        servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub})) for _ in range(2)]
+        # Another name for the same machine: huggingface_hub 1.31 takes two ports of one host for one origin.
+        hub.url, hub.storage_url = (f"http://{h}:{s.server_port}" for h, s in zip(("127.0.0.1", "localhost"), servers))
+        threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
+        for thread in threads:
+            thread.start()
+        try:
+            yield hub
+        finally:
+            for server in servers:
+                server.shutdown()
+                server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
+class _Handler(Uploads):
+    """Answers requests that read."""
 
-    def log_message(self, *_: Any) -> None:
-        """Keeps quiet; `Hub.requests` is the record."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        if self.hub.status is not None:
-            return self.refuse(self.hub.status, "", "out of order")
-        if self.hub.garbage is not None:
-            return self.send(200, {"Content-Type": "application/json"}, self.hub.garbage)
-        if found := re.fullmatch(r"/storage/(.+?)/([0-9a-f]{40})/([^/]+)", path):
-            return self.body(self.hub.repos[found[1]].commits[found[2]] / found[3], {})
-        if found := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/(.+))?", path):
-            return self.api(found[1], found[2] or "revision", found[3] or "main")
-        if found := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
-            return self.resolve(found[1], found[2], found[3])
-        return self.refuse(404, "", "no such page")
-
-    @property
-    def authorized(self) -> bool:
-        return "Authorization" in self.headers
+    READING = _READING
 
     def find(self, name: str, revision: str) -> tuple[Repo, str] | None:
         """The repository and commit; None where an error was sent."""
         repo = self.hub.repos.get(name)
-        if repo is None:
+        if repo is None or (repo.private and not self.authorized):
             self.refuse(404 if self.authorized else 401, "RepoNotFound", "Repository not found")
             return None
         if revision not in repo.revisions:
@@ -138,28 +174,36 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repo, repo.revisions[revision]
 
-    def api(self, name: str, kind: str, revision: str) -> None:
+    def stored(self, name: str, commit: str, file: str) -> None:
+        self.body(self.hub.repos[name].commits[commit] / file, {})
+
+    def tree(self, name: str, revision: str, under: str) -> None:
         if (found := self.find(name, revision)) is None:
             return
+        files = {file: path for file, path in self.hub.files(name, found[1]).items() if file.startswith(under)}
+        if under and not files:
+            return self.refuse(404, "EntryNotFound", "no such folder")
+        entries: list[dict[str, Any]] = []
+        for file, path in files.items():
+            entry = {"type": "file", "path": file, "size": path.stat().st_size, "oid": hashlib.sha1(file.encode()).hexdigest()}
+            entries.append(entry)
+        entries += [{"type": "file", "path": file, "size": 1, "oid": "0" * 40} for file in found[0].listed]
+        self.json(entries)
+
+    def info(self, name: str, revision: str) -> None:
+        if (found := self.find(name, revision or "main")) is None:
+            return
         repo, commit = found
-        root = repo.commits[commit]
-        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        if kind == "tree":
-            sizes = {file: (root / file).stat().st_size for file in files}
-            self.json(
-                [{"type": "file", "path": f, "size": n, "oid": hashlib.sha1(f.encode()).hexdigest()} for f, n in sizes.items()]
-            )
-        else:
-            siblings = [{"rfilename": file} for file in files]
-            self.json(
-                {
-                    "id": name,
-                    "sha": commit,
-                    "cardData": repo.card,
-                    "siblings": siblings,
-                    "gated": "manual" if repo.gated else False,
-                }
-            )
+        self.json(
+            {
+                "id": name,
+                "sha": commit,
+                "private": repo.private,
+                "cardData": repo.card,
+                "siblings": [{"rfilename": file} for file in [*self.hub.files(name, commit), *repo.listed]],
+                "gated": "manual" if repo.gated else False,
+            }
+        )
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         if (found := self.find(name, revision)) is None:
@@ -171,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if not path.is_file():
             return self.refuse(404, "EntryNotFound", "Entry not found", headers)
-        etag = hashlib.sha256(path.read_bytes()).hexdigest()
+        etag = self.hub.digest(path)
         if not file.endswith(".safetensors"):
             return self.body(path, {**headers, "ETag": f'"{etag}"'})
         headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(path.stat().st_size)}
@@ -179,37 +223,35 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(302, headers, b"")
 
     def body(self, path: Path, headers: dict[str, str]) -> None:
-        data = path.read_bytes()
+        size = path.stat().st_size
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span is None or self.hub.ignores_range:
-            return self.send(200, headers, data)
-        start, stop = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
-        return self.send(206, {**headers, "Content-Range": f"bytes {start}-{stop}/{len(data)}"}, data[start : stop + 1])
+            return self.send(200, headers, path, 0, size)
+        start, stop = int(span[1]), min(int(span[2] or size - 1), size - 1)
+        self.send(206, {**headers, "Content-Range": f"bytes {start}-{stop}/{size}"}, path, start, stop + 1)
 
-    def json(self, content: Any) -> None:
-        self.send(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
-
-    def refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
-        self.send(status, {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}, b"")
-
-    def send(self, status: int, headers: dict[str, str], data: bytes) -> None:
-        """Sends an answer, piece by piece, and records how much of it went out."""
+    def send(self, status: int, headers: dict[str, str], data: bytes | Path, start: int = 0, stop: int | None = None) -> None:
+        """Sends an answer, or bytes `start:stop` of a file, piece by piece, and records how much of it went out."""
+        whole = len(data) if isinstance(data, bytes) else 0
+        size = (whole if stop is None else stop) - start
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+        for name, value in {**headers, "Content-Length": str(size)}.items():
             self.send_header(name, value)
         self.end_headers()
-        sent, limit = 0, 0 if self.command == "HEAD" else len(data)
-        cut = self.hub.cuts > 0 and self.hub.cut_after is not None and self.path.startswith("/storage/")
+        sent, limit = 0, 0 if self.command == "HEAD" else size
+        cut = self.command == "GET" and self.cut_here("/storage/")
         if cut:
-            self.hub.cuts -= 1
             limit = min(limit, self.hub.cut_after or 0)
         try:
-            while sent < limit:
-                sent += self.wfile.write(data[sent : min(sent + _PIECE_BYTES, limit)])
+            if isinstance(data, bytes):
+                sent = self.wfile.write(data[:limit])
+            else:
+                with open(data, "rb") as stream:
+                    stream.seek(start)
+                    while sent < limit:
+                        sent += self.wfile.write(stream.read(min(_PIECE_BYTES, limit - sent)))
             if cut:
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
+                self.cut()
         except OSError:
             self.close_connection = True
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(Request(self.command, path, self.headers.get("Range", ""), self.authorized, status, sent))
+        self.note(status, sent)

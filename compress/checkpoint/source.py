@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,7 +41,8 @@ _HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE, ADAPTER_
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "tokenizer*", "vocab*", "LICEN[CS]E*", "NOTICE*")
 _ID = re.compile(r"[\w-]+|[\w.-]+/[\w.-]+", re.ASCII)
 """The id of a model of the Hub; old models have no owner, and then no dot in the name."""
-_UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+"""Exceptions of the HTTP client for a server that is not there."""
 _WORKERS = 8
 
 
@@ -185,19 +186,30 @@ def _look_up(model: str, trusted: bool) -> _Repo:
     name, at, revision = model.partition("@")
     if at and not revision:
         raise InputError(model, "a branch, tag or commit after '@'", "nothing", "leave '@' out for the main branch")
+    card: dict[str, Any] = {}
     with _hub_errors(model):
+        if not is_offline_mode():
+            found = HfApi().model_info(name, revision=revision or None)
+            card = vars(found.card_data) if found.card_data else {}
+            # Before anything is written.
+            _refuse_names(name, [sibling.rfilename for sibling in found.siblings or ()])
         # Resolves the revision once; later requests name the commit.
         folder = _snapshot(name, revision or None, _HEADS, quiet=True)
-        if is_offline_mode():
-            card = _cached_card(folder / "README.md")
-        else:
-            found = HfApi().model_info(name, revision=folder.name).card_data
-            card = vars(found) if found else {}
+        card = _cached_card(folder / "README.md") if is_offline_mode() else card
         sizes = {entry.path: entry.size for entry in get_cached_repo_tree(name, revision=folder.name)}
+        _refuse_names(name, sizes)
     named = "license_name" if card.get("license") == "other" and card.get("license_name") else "license"
     licence = ", ".join(_texts(card.get(named))) or None
     origin = {"commit": folder.name, "licence": licence, "datasets": _texts(card.get("datasets"))}
     return _Repo(model, folder, sizes, origin, trusted)
+
+
+def _refuse_names(model: str, names: Iterable[str]) -> None:
+    """Raises InputError for a listing with a name that may lead out of a directory, here or where it is fetched next."""
+    for name in names:
+        parts = name.split("/")
+        if not name.isprintable() or "\\" in name or {"", ".", ".."} & {*parts} or re.match("[A-Za-z]:", name):
+            raise InputError(model, "names of files inside the repository", repr(name), "refused: do not use this model")
 
 
 def _snapshot(name: str, revision: str | None, files: Iterable[str], quiet: bool = False) -> Path:
@@ -227,8 +239,8 @@ def _texts(value: Any) -> list[str]:
 
 
 @contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
-    """Turns exceptions of the Hub's library into our messages: its own texts quote URLs."""
+def hub_errors(message: Callable[[Exception], CompressError], level: int = logging.ERROR) -> Iterator[None]:
+    """Turns exceptions of the Hub's library into our messages: its own texts quote URLs. `level` is that of its log."""
     from huggingface_hub import errors
 
     # HTTPError is httpx's or httpx2's, depending on the library's version; its xet client raises RuntimeError.
@@ -238,14 +250,18 @@ def _hub_errors(model: str) -> Iterator[None]:
     expected = (OSError, *odd, RuntimeError, http, errors.CachedRepoTreeNotFoundError)
     # The library's warnings of interrupted downloads quote signed URLs, which give anyone who reads the log the file.
     logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     except expected as error:
-        raise _as_message(model, error) from None
+        raise message(error) from None
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
+
+
+def _hub_errors(model: str) -> AbstractContextManager[None]:
+    return hub_errors(lambda error: _as_message(model, error))
 
 
 def _as_message(model: str, error: Exception) -> CompressError:
@@ -275,7 +291,7 @@ def _as_message(model: str, error: Exception) -> CompressError:
     if isinstance(error, errors.HfHubHTTPError):
         do = "set HF_TOKEN to a valid token" if error.response.status_code in (401, 403) else again
         return MachineError(model, answer, f"HTTP status {error.response.status_code}", do)
-    if kind in _UNREACHED:
+    if kind in UNREACHED:
         do = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what the cache has"
         if not _in_cache(name):
             got = f"no such directory, and no connection to {host} ({kind})"

@@ -116,9 +116,7 @@ def command(
     kept, why = "", "ART is no directory of this machine"
     if Path(artifact).is_dir():
         told = records_of(measured, qualities, source, data, names.get("device") or "cpu")
-        kept, why = keep(
-            measured if qualities else measured[-1:], told, task_records(scores[0], asked) if scores and asked else []
-        )
+        kept, why = keep(measured, told, task_records(scores[0], asked) if scores and asked else [])
     if json_:
         content = {**names, **(facts(found) if found else {}), **(task_facts(scores) if scores else {})}
         content |= {"stages": [{"step": n, **facts(q)} for n, q in steps]} if steps else {}

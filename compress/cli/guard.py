@@ -31,6 +31,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         as_json, debug = bool(kwargs.get("json_")), bool(kwargs.get("debug"))
+        resumes = "out" in kwargs or "repo_id" in kwargs
         seen: list[KeyboardInterrupt] = []
 
         def stop_(number: int, frame: Any) -> None:
@@ -47,7 +48,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             fail(error, as_json)
         except KeyboardInterrupt as stop:
-            stopped(stop, as_json, resumes="out" in kwargs)
+            stopped(stop, as_json, resumes)
         except BrokenPipeError:
             # The reader of our output has closed the pipe; a run may be half done.
             close_output()
@@ -55,7 +56,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if seen:
                 # During imports, Python and libraries wrap the exception that a signal handler raises.
-                stopped(seen[0], as_json, resumes="out" in kwargs)
+                stopped(seen[0], as_json, resumes)
             if debug:
                 raise
             if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from compress.contract.step_plan import Plan, StepPlan
     from compress.errors import Problem
+    from compress.hub.recipe import PlannedPush
 
 _COLUMNS = (
     "weights: how many the pass works on, of those that it targets; bits/weight: of these, scales and padding included; "
@@ -51,7 +52,9 @@ def command(
     found = chosen_recipe(recipe, passes, set_)
     limit = parse_size(shard_size)
     from compress.checkpoint.source import open_headers
+    from compress.cli.push import note
     from compress.device import resolve as resolve_device
+    from compress.hub.recipe import planned_push
     from compress.layerwise.memory_estimate import computing
     from compress.pipeline.entry import enter
     from compress.pipeline.memory_check import lacking, lacking_there, machine_bytes
@@ -68,17 +71,34 @@ def command(
     dtype = str(computing("auto", checkpoint.config, where)).removeprefix("torch.")
     options = PlanOptions(threads or available(), skips, limit, dtype)
     plan = make_plan(found, checkpoint, model_, options, dense_view=dense_view)
+    pushed = planned_push(found, checkpoint, note)
     there_bytes = machine_bytes()
     if json_:
         print(
-            json.dumps({**facts(plan, layers), "machine_memory_bytes": there_bytes, **on_device(plan, where)}, ensure_ascii=False)
+            json.dumps(
+                {**facts(plan, layers), "machine_memory_bytes": there_bytes, **on_device(plan, where), **pushing(pushed)},
+                ensure_ascii=False,
+            )
         )
     else:
         there = on_device(plan, where)
         show(plan, checkpoint.name, layers, details, [*lacking(plan, there_bytes), *lacking_there(plan, where)], there)
+        for line in pushing(pushed).values():
+            console.fact("push", line)
         if left := to_set(found):
             console.fact("open", "placeholders, for which `compress run` needs values:")
             print(f"          {settings(left)}")
+
+
+def pushing(planned: PlannedPush | None) -> dict[str, str]:
+    """Where the output will be pushed to, in words; empty for a recipe without a push."""
+    if planned is None:
+        return {}
+    target, options = planned.target, planned.options
+    kind = ("private" if target.private else "public") if target.exists else "new, private" if target.private else "new"
+    way = "a pull request" if options.pr else target.revision
+    verified = f"verified by {planned.reader} first" if planned.reader else "not verified, and the card says so"
+    return {"push": f"to {target.repo} ({kind}, {way}) by {target.user}; licence {planned.licence}; {verified}"}
 
 
 def on_device(plan: Plan, where: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from compress.threads import available
 if TYPE_CHECKING:
     from compress.context import Context
     from compress.contract.pass_base import Pass
+    from compress.hub.recipe import PlannedPush
     from compress.pipeline.run import OtherResultError, Result
 
 
@@ -140,6 +141,7 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
         tuple(flags.allow_skips or ()), flags.allow_nonfinite, flags.allow_dtype_mismatch, limit, tuple(flags.fail_on or ()),
         flags.allow_overcommit, tuple(flags.steps or ()), flags.keep, describe,
     )  # fmt: skip
+    planned = checked_push(recipe, model, flags)
     source = open_source(model, flags.trust_remote_code)
     with events(json_, quiet) as receive:
         seed = recipe.seed if flags.seed is None else flags.seed
@@ -152,12 +154,30 @@ def execute(recipe: Recipe, model: str, out: Path, flags: RunFlags) -> None:
             said = ["--seed", str(ctx.seed)] if flags.seed is not None else []
             said += ["--dtype", flags.dtype] if flags.dtype != "auto" else []
             raise InputError(with_command(error, out, ["run", model, str(out), "-p", recipe.one_liner(), *said])) from None
-    if not ctx.is_main or quiet:
+    if not ctx.is_main:
         return
-    if json_:
-        ctx.tell("done", **summary(result))
-    else:
-        report(result, flags.steps or [])
+    if not quiet:
+        ctx.tell("done", **summary(result)) if json_ else report(result, flags.steps or [])
+    if planned is not None:
+        from compress.cli.push import after_run
+
+        after_run(planned, result.out, ctx, quiet, json_)
+
+
+def checked_push(recipe: Recipe, model: str, flags: RunFlags) -> PlannedPush | None:
+    """The push that a recipe ends with, checked before anything is fetched or run; None without one."""
+    if recipe.push is None or int(os.environ.get("RANK", "0")):
+        return None
+    from compress.checkpoint.source import open_headers
+    from compress.cli.push import note
+    from compress.hub.recipe import planned_push
+    from compress.pipeline.entry import enter
+    from compress.pipeline.plan import PlanOptions, make_plan
+
+    headers = open_headers(model, flags.trust_remote_code)
+    made, dense_view = enter(recipe, headers, flags.allow_dtype_mismatch)
+    make_plan(recipe, headers, made, PlanOptions(allow_skips=tuple(flags.allow_skips or ())), dense_view=dense_view)
+    return planned_push(recipe, headers, note)
 
 
 def write_page(result: Result, place: Path) -> None:

@@ -16,14 +16,10 @@ from compress.cli.progress import events, waiting
 from compress.threads import available, compute_threads
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.checkpoint.reader import Checkpoint
     from compress.errors import FormatError
     from compress.evaluate.records import ReaderRecord
     from compress.evaluate.verify import Bytes, Reading
-
-TOKENS, WINDOW = 256, 64
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +59,7 @@ def command(
     from compress.context import Context
     from compress.errors import FormatError, UsageError
     from compress.evaluate.readers import reader_named
-    from compress.evaluate.verify import read_with, verify_bytes
+    from compress.evaluate.verify import read_with, token_ids, verify_bytes
 
     for name in reader or ():
         reader_named(name)
@@ -84,7 +80,7 @@ def command(
             found = verify_bytes(checkpoint, Context(threads=threads or available(), events=receive))
         if not json_:
             show_bytes(found)
-        ids = tokens(checkpoint, data) if reader else None
+        ids = token_ids(checkpoint, data) if reader else None
         readings, keep = [], Keeper(Path(artifact), checkpoint if base is None else None)
         for name in reader or ():
             assert ids is not None
@@ -113,14 +109,9 @@ class Keeper:
 
     def passed(self, reading: Reading) -> None:
         """Keeps that a reader computes what the artifact means."""
-        from compress.evaluate.records import ReaderRecord, now
+        from compress.evaluate.verify import as_record
 
-        said = reading.versions
-        version = said.get(reading.reader) or said.get("compress-llm", "")
-        self.keep(reading.reader, ReaderRecord(
-            passed=True, version=version, when=now(), dtype=reading.dtype, versions=said, tokens=reading.tokens,
-            difference=reading.difference, largest=reading.largest, kl=reading.kl, top1=reading.top1,
-        ))  # fmt: skip
+        self.keep(reading.reader, as_record(reading))
 
     def failed(self, reader: str, error: FormatError) -> None:
         """Keeps that a reader refuses the artifact, or computes something else."""
@@ -141,24 +132,6 @@ class Keeper:
             self.where = str(keep_reader(self.artifact, self.fingerprint, reader, record))
         except MachineError as error:
             print(f"note: not kept: {error.problems[0].where}: {error.problems[0].got}", file=sys.stderr)
-
-
-def tokens(checkpoint: Checkpoint, data: str | None) -> torch.Tensor:
-    """The token ids that logits are compared on, [samples, length]."""
-    import torch
-
-    from compress.checkpoint.reader import size_of
-    from compress.errors import UsageError
-
-    if data is not None:
-        from compress.layerwise.eval_windows import token_windows
-
-        return token_windows(checkpoint.path, data, WINDOW, TOKENS, checkpoint.trusted)
-    vocabulary = size_of(checkpoint.config, "vocab_size")
-    if vocabulary is None:
-        raise UsageError("--data", "a text, for config.json does not say how many token ids there are", "none")
-    drawn = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (TOKENS // WINDOW, WINDOW), generator=drawn)
 
 
 def facts(reading: Reading) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress import __version__
 from compress.checkpoint.atomic import write_text
+from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import RECORDS
 from compress.errors import InputError
 
@@ -137,6 +138,13 @@ def verification(directory: Path, fingerprint: str) -> Verification | None:
     """What was verified of the bytes that `fingerprint` means; None if nothing was. Raises InputError for another file."""
     found = _read(directory / VERIFICATION, Verification)
     return found if isinstance(found, Verification) and found.fingerprint == fingerprint else None
+
+
+def verified_by(directory: Path) -> tuple[str, ...]:
+    """The readers that compute what the artifact there means; none where a record is missing, damaged or of other bytes."""
+    manifest = Manifest.read(directory)
+    found = _former(verification, directory, manifest.fingerprint) if manifest is not None else None
+    return tuple(sorted(found.passed)) if found is not None else ()
 
 
 def evaluation(directory: Path, fingerprint: str) -> Evaluation | None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.checkpoint.manifest import Manifest
-from compress.checkpoint.reader import ADAPTER, Checkpoint, read_json
+from compress.checkpoint.reader import ADAPTER, Checkpoint, read_json, size_of
 from compress.checkpoint.scan import scan_source
 from compress.context import Context
-from compress.errors import FormatError, Problem
+from compress.errors import FormatError, Problem, UsageError
+from compress.evaluate.records import ReaderRecord, now
 from compress.importers import METHODS, method_of, open_foreign
 from compress.layerwise.dense_view import DenseView
 from compress.numerics.divergence import Divergence, divergence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 1e-2}
 """Allowed difference of logits, as a share of the largest: readers sum in another order, and some in half precision."""
+_TOKENS, _WINDOW = 256, 64
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,28 @@ class Reading:
     def equal(self) -> bool:
         """Whether the reader computes what the artifact means, up to rounding."""
         return self.difference <= self.allowed * self.largest
+
+
+def as_record(reading: Reading) -> ReaderRecord:
+    """What is kept of a reading that passed."""
+    said = reading.versions
+    return ReaderRecord(
+        passed=True, version=said.get(reading.reader) or said.get("compress-llm", ""), when=now(), dtype=reading.dtype,
+        versions=said, tokens=reading.tokens, difference=reading.difference, largest=reading.largest, kl=reading.kl, top1=reading.top1,
+    )  # fmt: skip
+
+
+def token_ids(checkpoint: Checkpoint, data: str | Path | None = None) -> torch.Tensor:
+    """The token ids that logits are compared on, [samples, length]: of a text, or drawn by a seed. Raises UsageError."""
+    if data is not None:
+        from compress.layerwise.eval_windows import token_windows
+
+        return token_windows(checkpoint.path, data, _WINDOW, _TOKENS, checkpoint.trusted)
+    vocabulary = size_of(checkpoint.config, "vocab_size")
+    if vocabulary is None:
+        raise UsageError("--data", "a text, for config.json does not say how many token ids there are", "none")
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (_TOKENS // _WINDOW, _WINDOW), generator=drawn)
 
 
 def verify_bytes(checkpoint: Checkpoint, ctx: Context) -> Bytes:

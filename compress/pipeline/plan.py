@@ -126,6 +126,7 @@ class _Planner:
         if kind is not None:
             raise kind(folded(problems))
         self.check_skips(steps)
+        self.check_push(steps[-1])
         return Plan(
             self.source, list(self.passes), steps, self.checkpoint.nbytes, self.options.threads, verdicts
         )  # fmt: skip
@@ -159,6 +160,12 @@ class _Planner:
                 raise UsageError(
                     f"--allow-skips '{regex.pattern}'", "a weight that cannot be transformed", "none that matches", "leave it out"
                 )
+
+    def check_push(self, last: StepPlan) -> None:
+        """Raises RecipeError where what is to be pushed is not packed."""
+        if self.recipe.push is not None and last.format is None and any(state.scheme for state in last.after.values()):
+            where = self.recipe.push.where or "push"
+            raise RecipeError(where, "packed weights, which a reader loads", "codes", "make pack the last pass")
 
     def surroundings(self) -> Surroundings:
         """The facts besides the pass that a step's memory depends on."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from compress.contract.discover import load_pass
 from compress.contract.pass_base import Pass
 from compress.errors import Problem, RecipeError, Unsound, UsageError, did_you_mean
+from compress.spec.push import PushOptions
 from compress.spec.recipe import Line, Recipe
 
 _SAID = 200
@@ -30,7 +31,15 @@ def resolve_line(line: Line) -> tuple[Pass | None, list[Problem]]:
         return None, [problem for detail in error.errors() for problem in _problems(line, cls, detail)]
 
 
-def _problems(line: Line, cls: type[Pass], detail: Any) -> Iterator[Problem]:
+def resolve_push(line: Line) -> tuple[PushOptions | None, list[Problem]]:
+    """The options of a recipe's `push:`, or the line's problems."""
+    try:
+        return PushOptions.model_validate(dict(line.options)), []
+    except ValidationError as error:
+        return None, [problem for detail in error.errors() for problem in _problems(line, PushOptions, detail)]
+
+
+def _problems(line: Line, cls: type[Pass] | type[PushOptions], detail: Any) -> Iterator[Problem]:
     option = str(detail["loc"][0]) if detail["loc"] else ""
     where = f"{line.where or line.name}: {line.name}.{option}".rstrip(".")
     raised = detail.get("ctx", {}).get("error")
@@ -60,6 +69,7 @@ def resolve(recipe: Recipe) -> list[Pass]:
         problems += wrong
         if found is not None:
             passes.append(found)
+    problems += resolve_push(recipe.push)[1] if recipe.push is not None else []
     if problems:
         raise RecipeError(problems)
     return passes
@@ -69,7 +79,7 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of recipe files, from the installed passes."""
     from compress.contract.discover import caption, pass_files
 
-    definitions: dict[str, Any] = {}
+    definitions: dict[str, Any] = {"push": PushOptions.model_json_schema()}
     lines = []
     for name in pass_files():
         schema = load_pass(name).model_json_schema()
@@ -92,6 +102,7 @@ def json_schema() -> dict[str, Any]:
             "model": {"type": "string", "description": "a directory or a Hub id, with @revision"},
             "seed": {"type": "integer", "minimum": 0, "default": 0},
             "passes": {"type": "array", "minItems": 1, "items": {"anyOf": [*lines, {"enum": list(pass_files())}]}},
+            "push": {"$ref": "#/$defs/push"},
         },
         "required": ["version", "passes"],
         "additionalProperties": False,

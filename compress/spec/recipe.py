@@ -47,6 +47,11 @@ class Line:
         inner = ", ".join(f"{key}={print_value(value)}" for key, value in self.options.items())
         return f"{self.name}({inner})"
 
+    def in_yaml(self) -> str:
+        """`name: {option: value}`."""
+        inner = ", ".join(f"{key}: {print_value(value)}" for key, value in self.options.items())
+        return f"{self.name}: {{{inner}}}"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,6 +60,8 @@ class Recipe:
     lines: tuple[Line, ...]
     model: str | None = None
     seed: int = 0
+    push: Line | None = None
+    """Where the output is pushed to; a one-liner has none."""
 
     def one_liner(self) -> str:
         return " | ".join(map(str, self.lines))
@@ -65,10 +72,8 @@ class Recipe:
             head.append(f"model: {print_value(self.model)}")
         if self.seed:
             head.append(f"seed: {self.seed}")
-        rows = []
-        for line in self.lines:
-            inner = ", ".join(f"{key}: {print_value(value)}" for key, value in line.options.items())
-            rows.append(f"- {line.name}: {{{inner}}}")
+        rows = [f"- {line.in_yaml()}" for line in self.lines]
+        rows += [self.push.in_yaml()] if self.push is not None else []
         return "\n".join([*head, "passes:", *rows]) + "\n"
 
 
@@ -229,7 +234,7 @@ def too_long(origin: str) -> RecipeError:
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """Applies `--set pass.option=value`, or `--set N.option=value` (N from 1) if a pass occurs twice."""
-    lines = list(recipe.lines)
+    lines = [*recipe.lines, *([recipe.push] if recipe.push is not None else [])]
     for setting in settings:
         path, equals, text = setting.partition("=")
         target, dot, option = path.strip().rpartition(".")
@@ -248,4 +253,5 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         line = lines[found[0]]
         value = parse_value(text, origin)
         lines[found[0]] = replace(line, options={**line.options, option: value}, where=origin)
-    return replace(recipe, lines=tuple(lines))
+    push = lines.pop() if recipe.push is not None else None
+    return replace(recipe, lines=tuple(lines), push=push)

@@ -15,6 +15,7 @@ from compress.spec.strict_json import whole
 from compress.spec.yaml_indentation import example, mend
 
 _OPTION = re.compile(r"[a-z][a-z0-9_]*")
+_PUSH = "push"
 _SHAPE = ["passes:", "- quantize.rtn: {scheme: w4a16g64}", "- pack: {format: native}"]
 """An example recipe, for messages."""
 
@@ -126,12 +127,14 @@ class _Tree:
     def recipe(self, root: Any) -> Recipe:
         if root is None or root.id != "mapping":
             raise RecipeError(self.origin, "a mapping with version and passes", _kind(root))
-        known, tree = ("version", "model", "seed", "passes"), self.mapping(root)
+        known, tree = ("version", "model", "seed", "passes", _PUSH), self.mapping(root)
         for word, (key, _) in tree.items():
             if word not in known:
                 self.wrong(key, f"one of {', '.join(known)}", f"'{_short(word)}'{did_you_mean(word, known)}")
         nodes = {word: tree.get(word, (None, None))[1] for word in known}
-        values: dict[str, Any] = {word: self.value(node, word) for word, node in nodes.items() if node and word != "passes"}
+        values: dict[str, Any] = {
+            word: self.value(node, word) for word, node in nodes.items() if node and word not in ("passes", _PUSH)
+        }
         version, model, seed = values.get("version"), values.get("model"), values.get("seed", 0)
         if version != 1 or not isinstance(version, int) or isinstance(version, bool):
             got = f"version {_short(str(version))}" if "version" in tree else "no version"
@@ -147,11 +150,12 @@ class _Tree:
             lines = [line for key, options in passes.value if (line := self.pass_(key, key, options))]
         elif passes is not None and passes.id == "sequence":
             lines = [line for entry in passes.value if (line := self.line(entry))]
+        push = self.pass_(tree[_PUSH][0], *tree[_PUSH]) if _PUSH in tree else None
         if self.problems:
             error = RecipeError(self.problems)
-            error.rest = Recipe(tuple(lines))
+            error.rest = Recipe(tuple(lines), push=push)
             raise error
-        return Recipe(tuple(lines), model, seed)
+        return Recipe(tuple(lines), model, seed, push)
 
     def line(self, entry: Any) -> Line | None:
         if entry.id == "mapping" and len(entry.value) == 1:
@@ -183,6 +187,9 @@ class _Tree:
             self.wrong(entry, "one pass, `name: {options}`", _kind(entry), example(["- name: {option: value}"]))
             return None
         name, where = key.value, f"{self.origin}:{entry.start_mark.line + 1}:{entry.start_mark.column + 1}"
+        if name == _PUSH and entry is not key:
+            self.wrong(entry, "passes", "push, which is none", example(["push: {repo: OWNER/NAME}"], "write it below them:"))
+            return None
         if not NAME.fullmatch(name):
             glued = ":" in name.partition(" ")[0].rstrip(":")
             self.wrong(entry, "the name of a pass", f"'{_short(name)}'", "put a space behind the colon" if glued else "")

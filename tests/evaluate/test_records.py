@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,18 @@ def test_files_of_these_names_in_another_tools_model_are_counted(tmp_path: Path)
     (note,) = (note for note in result.manifest.notes if note.what == "left behind")
     assert note.names == ("evaluation.json",)
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_who_has_verified_the_bytes_that_lie_there(tmp_path: Path, tiny: Path) -> None:
+    """Nobody, where the record is missing, damaged or one of other bytes; nor a reader that failed."""
+    result = run(tiny, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack")
+    assert records.verified_by(result.out) == ()
+    for reader, passed in (("transformers", True), ("native", True), ("peft", False)):
+        records.keep_reader(result.out, result.manifest.fingerprint, reader, records.ReaderRecord(passed=passed))
+    assert records.verified_by(result.out) == ("native", "transformers")
+    other = run(tiny, tmp_path / "other", "quantize.rtn(scheme=w8a16g32) | pack").out
+    shutil.copy(result.out / records.VERIFICATION, other)
+    assert records.verified_by(other) == ()
+    for text in ("[]", "{", '{"fingerprint": 1}'):
+        (result.out / records.VERIFICATION).write_text(text)
+        assert records.verified_by(result.out) == ()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FOLDERS = (
     "errors", "spec", "threads", "context", "device", "plots", "numerics", "checkpoint", "importers", "corpus", "architecture",
-    "contract", "kernels", "layerwise", "executors", "passes", "pipeline", "runtime", "hf", "evaluate", "report", "api", "demo", "cli",
+    "contract", "kernels", "layerwise", "executors", "passes", "pipeline", "runtime", "hf", "evaluate", "report", "hub", "api", "demo", "cli",
     "__main__",
 )  # fmt: skip
 """Every folder and every module that stands alone, lowest first: each may import what stands before it."""
