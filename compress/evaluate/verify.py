@@ -77,7 +77,8 @@ def as_record(reading: Reading) -> ReaderRecord:
     said = reading.versions
     return ReaderRecord(
         passed=True, version=said.get(reading.reader) or said.get("compress-llm", ""), when=now(), dtype=reading.dtype,
-        versions=said, tokens=reading.tokens, difference=reading.difference, largest=reading.largest, kl=reading.kl, top1=reading.top1,
+        versions=said, tokens=reading.tokens, difference=reading.difference, largest=reading.largest, kl=reading.kl,
+        top1=reading.top1,
     )  # fmt: skip
 
 
