@@ -95,7 +95,8 @@ def sensitivity(rows: Sequence[dict[str, Any]]) -> Figure | None:
         marker={"color": _BLUE, "size": 8, "opacity": 0.6}, hovertemplate="%{text}<extra></extra>",
     ))  # fmt: skip
     figure.update_xaxes(title="bits per weight, as chosen")
-    figure.update_yaxes(title="cost at the fewest bits offered", type="log", exponentformat="power")
+    wide = max(y for _, y, _ in points) >= 10 * min(y for _, y, _ in points)
+    figure.update_yaxes(title="cost at the fewest bits offered", type="log", exponentformat="power", dtick=1 if wide else "D2")
     return _plain(figure, 340)
 
 
