@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from compress.report.escape import printable
 from compress.report.facts import Facts, Layer
 from compress.report.numbers import size
+from compress.report.picture import ALIKE
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -59,10 +60,14 @@ def layers(facts: Facts, number: Callable[[Layer], float | None], what: str) -> 
     places = sorted({place for _, place in cells})
     values = [[_mean(cells.get((row, place), ()), number) for place in places] for row in rows]
     said = [[_said(cells.get((row, place), ())) for place in places] for row in rows]
+    known = [value for row in values for value in row if value is not None]
+    low, high = min(known), max(known)
+    alike = {"zmin": 0.5 * low, "zmax": 1.5 * high} if high - low <= ALIKE * high else {}
     figure = go.Figure(go.Heatmap(
         z=values, x=["-" if place < 0 else str(place) for place in places], y=[_short(row) for row in rows], text=said,
         hovertemplate="%{text}<extra></extra>", colorscale="Viridis", xgap=1, ygap=1, hoverongaps=False,
         colorbar={"orientation": "h", "y": -0.28, "yanchor": "top", "thickness": 10, "title": {"text": what, "side": "bottom"}},
+        **alike,
     ))  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title="block", type="category", nticks=12, tickangle=0, showgrid=False)
@@ -90,7 +95,8 @@ def sensitivity(rows: Sequence[dict[str, Any]]) -> Figure | None:
         marker={"color": _BLUE, "size": 8, "opacity": 0.6}, hovertemplate="%{text}<extra></extra>",
     ))  # fmt: skip
     figure.update_xaxes(title="bits per weight, as chosen")
-    figure.update_yaxes(title="cost at the fewest bits offered", type="log", exponentformat="power")
+    wide = max(y for _, y, _ in points) >= 10 * min(y for _, y, _ in points)
+    figure.update_yaxes(title="cost at the fewest bits offered", type="log", exponentformat="power", dtick=1 if wide else "D2")
     return _plain(figure, 340)
 
 
@@ -223,7 +229,7 @@ def _plain(figure: Figure, height: int, bottom: int = 50, legend: bool = False) 
         template=None, height=height, margin={"l": 10, "r": 16, "t": 24, "b": bottom}, paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)", showlegend=legend, dragmode=False, hoverlabel={"align": "left"},
         font={"family": "system-ui, sans-serif", "size": 12},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        legend={"orientation": "h", "traceorder": "normal", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
     )  # fmt: skip
     figure.update_xaxes(automargin=True, fixedrange=True)
     figure.update_yaxes(automargin=True, fixedrange=True)

@@ -13,7 +13,9 @@ from html import escape
 from compress.report.escape import printable
 from compress.report.facts import Layer
 
-_CELL, _HIGH, _CHARACTER, _TOP, _MOST_ROWS = 14, 16, 6.2, 20, 40
+_CELL, _HIGH, _CHARACTER, _TOP, _MOST_ROWS = 14, 16, 7, 20, 40
+ALIKE = 0.01
+"""Numbers that differ by no more than this share of the largest have one colour."""
 _RAMP = ((233, 241, 247), (47, 101, 148))
 """The colours of the smallest and the largest number."""
 
@@ -49,14 +51,16 @@ def _panel(
     title: str, rows: Sequence[str], places: Sequence[int], cells: dict[tuple[str, int], float], left: int
 ) -> tuple[str, int]:
     low, high = min(cells.values(), default=0.0), max(cells.values(), default=0.0)
-    said = f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} (pale) to {high:.4g} (dark)"
+    said = f"{low:.4g} to {high:.4g}" if high - low <= ALIKE * high else f"{low:.4g} (pale) to {high:.4g} (dark)"
+    said = f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else said
     lines = [f'<text class="t" x="4" y="13">{title}: {said}</text>']
     for number, row in enumerate(rows):
         y = _TOP + number * _HIGH
         lines.append(f'<text x="4" y="{y + 11}">{escape(_short(row))}</text>')
         for at, place in enumerate(places):
             if (value := cells.get((row, place))) is not None:
-                share = 0.5 if high == low else (value - low) / (high - low)
+                # A difference of padding only is none to look at.
+                share = 0.5 if high - low <= ALIKE * high else (value - low) / (high - low)
                 colour = "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(*_RAMP, strict=True))
                 lines.append(f'<rect x="{left + at * _CELL}" y="{y}" width="{_CELL - 1}" height="{_HIGH - 1}" fill="#{colour}"/>')
     y = _TOP + len(rows) * _HIGH + 11

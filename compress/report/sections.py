@@ -12,7 +12,8 @@ from compress.report import charts
 from compress.report.card import command
 from compress.report.facts import Facts, Layer
 from compress.report.numbers import estimate as estimate_of
-from compress.report.numbers import protocol, size
+from compress.report.numbers import protocol
+from compress.report.numbers import size as size_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -50,6 +51,11 @@ def sections(facts: Facts) -> Iterator[Section]:
 def estimate(number: Number, share: bool = False) -> str:
     """A number and its error, which stay together in one line."""
     return estimate_of(number, share).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def size(nbytes: float | None) -> str:
+    """A size, whose unit stays with its number."""
+    return size_of(nbytes).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def share_of(nbytes: int | None, source: int) -> str:
