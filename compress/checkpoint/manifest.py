@@ -79,6 +79,8 @@ class Source(_Model):
     name: str
     commit: str | None = None
     licence: str | None = None
+    licence_name: str | None = Field(default=None, description="of a licence that the Hub has no id for")
+    licence_link: str | None = None
     datasets: tuple[str, ...] = ()
     fingerprint: str
 

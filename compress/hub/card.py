@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.manifest import Source
 from compress.errors import InputError, Problem
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -42,6 +43,14 @@ def fields(readme: Path | None) -> dict[str, Any]:
         return {}
 
 
+def carried(source: Source) -> dict[str, Any]:
+    """The metadata of the source's licence, as a manifest has it."""
+    details = {"license_name": source.licence_name, "license_link": source.licence_link}
+    given = {key: text for key, text in details.items() if text}
+    other = source.licence_name and source.licence in ("other", source.licence_name)
+    return {"license": "other" if other else source.licence, **given} if source.licence else given
+
+
 def licence_of(
     source: dict[str, Any], own: dict[str, Any], known: str | None, given: str
 ) -> tuple[dict[str, Any], list[Problem]]:  # fmt: skip
@@ -52,7 +61,8 @@ def licence_of(
     """
     found = {key: value for key in _LICENCE if (value := _licence(key, source.get(key)))}
     if "license" not in found:
-        found = {"license": known} if known and _ID.fullmatch(known) else {}
+        ids = known.split(", ") if known else []
+        found = {"license": ids[0] if len(ids) == 1 else ids} if ids and all(map(_ID.fullmatch, ids)) else {}
     mine = own.get("license")
     if found:
         asked = {"--license": given, "the license in README.md": mine if isinstance(mine, str) else ""}

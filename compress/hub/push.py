@@ -24,6 +24,7 @@ from compress.hub.card import Changes, edited, metadata
 from compress.hub.contents import Contents, contents_of
 from compress.hub.messages import Tell, patiently, told
 from compress.hub.target import Target, base_of, is_gated, target_of
+from compress.report.write_card import card_files, is_ours
 from compress.spec.push import MAIN, PushOptions
 
 
@@ -34,8 +35,8 @@ class Prepared:
     options: PushOptions
     contents: Contents
     target: Target
-    card: str
-    """README.md as it is pushed."""
+    texts: dict[str, str]
+    """The card, what belongs to it, and files that are other in a repository, by name."""
     metadata: dict[str, Any]
     gated: str
     """The base model, if it is gated."""
@@ -43,14 +44,13 @@ class Prepared:
     @property
     def stale(self) -> list[str]:
         """Files there that are removed."""
-        return self.target.stale({*self.contents.files, README})
+        return self.target.stale({*self.contents.files, *self.texts})
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that is pushed, by name."""
-        texts = {README: self.card, **self.contents.texts(self.options.repo)}
         sizes = {name: path.stat().st_size for name, path in self.contents.files.items()}
-        return dict(sorted({**sizes, **{name: len(text.encode()) for name, text in texts.items()}}.items()))
+        return dict(sorted({**sizes, **{name: len(text.encode()) for name, text in self.texts.items()}}.items()))
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ def prepare(artifact: Path, options: PushOptions, tell: Tell, ctx: Context) -> P
     if gated is None:
         tell(f"the Hub does not say whether {base} is gated")
     changes = Changes(contents.licence, base, bool(gated), bool(contents.readers))
-    readme = contents.files.get(README)
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme is not None else ""
-    prepared = Prepared(options, contents, target, edited(text, changes), metadata(text, changes), base if gated else "")
+    # A card of ours is written anew, by what is known of the artifact now.
+    texts = card_files(artifact, options.repo) if is_ours(artifact) else {}
+    text = texts.pop(README, "") or contents.files[README].read_text(encoding="utf-8", errors="replace")
+    texts |= {README: edited(text, changes), **contents.texts(options.repo)}
+    prepared = Prepared(options, contents, target, texts, metadata(text, changes), base if gated else "")
     if contents.tokens:
         tell("the token ids of the calibration text are pushed with it: calibration.safetensors")
     contents.check_bytes(ctx)
@@ -113,7 +115,9 @@ def _staged(prepared: Prepared) -> Iterator[str]:
             place = Path(folder, name)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path.resolve())
-        for name, text in {README: prepared.card, **prepared.contents.texts(prepared.options.repo)}.items():
-            Path(folder, name).unlink(missing_ok=True)
-            Path(folder, name).write_bytes(text.encode())
+        for name, text in prepared.texts.items():
+            place = Path(folder, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            place.write_bytes(text.encode())
         yield folder

@@ -1,4 +1,4 @@
-"""Side by side: batches of tokens through several models, with one block of each in memory."""
+"""Side by side: batches through several models, a block of each in memory."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.checkpoint.licence import licence_of
+from compress.checkpoint.licence import licence_details, licence_of
 from compress.checkpoint.manifest import Manifest, NoteRecord, Source, Step, WeightRecord
 from compress.checkpoint.reader import README
 from compress.checkpoint.remote_code import NOTE, code_notes
@@ -127,9 +127,11 @@ def _notes(
 def _origin(run: StepRun, scan: SourceScan) -> Source:
     """The origin of the lineage: a source that has no manifest."""
     source = run.source
-    licence = source.origin.get("licence") or licence_of(source.path / README) or None
+    readme = source.path / README
+    licence, details = source.origin.get("licence") or licence_of(readme) or None, licence_details(readme)
     return Source(
-        name=source.name, commit=source.origin.get("commit"), licence=licence,
+        name=source.name, commit=source.origin.get("commit"), licence=licence, licence_name=details.get("name"),
+        licence_link=details.get("link"),
         datasets=tuple(source.origin.get("datasets", ())), fingerprint=scan.fingerprint,
     )  # fmt: skip
 

@@ -24,16 +24,24 @@ RESULTS = ".eval_results"
 
 def write_card(directory: Path, place: str = "PATH") -> list[Path]:
     """Writes the card of an artifact anew; returns the files. Raises InputError where README.md is somebody else's."""
-    readme = directory / README
-    if readme.is_file() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
+    if not is_ours(directory):
         do = "move it away, or leave --write out and copy what you need"
-        raise InputError(str(readme), "a card that compress has written", "another one", do)
+        raise InputError(str(directory / README), "a card that compress has written", "another one", do)
+    return [write_text(directory / name, text) for name, text in card_files(directory, place).items()]
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether the card of an artifact may be written anew: there is none, or compress has written it."""
+    readme = directory / README
+    return not readme.is_file() or MARK in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def card_files(directory: Path, place: str = "PATH") -> dict[str, str]:
+    """Texts of the card and what belongs to it, by name; the card last, so that one that is there has all that it shows."""
     facts = read_facts(directory)
     drawn = picture(facts.layers)
-    written = [write_text(directory / PICTURE, drawn)] if drawn else []
-    written += [write_text(directory / RESULTS / name, text) for name, text in eval_results(facts).items()]
-    # Last, so that a card that is there has all that it shows.
-    return [*written, write_text(readme, card(facts, place))]
+    results = {f"{RESULTS}/{name}": text for name, text in eval_results(facts).items()}
+    return {**({PICTURE: drawn} if drawn else {}), **results, README: card(facts, place)}
 
 
 def ensure_card(directory: Path) -> None:
