@@ -84,6 +84,13 @@ class Source(_Model):
     datasets: tuple[str, ...] = ()
     fingerprint: str
 
+    def licence_fields(self) -> dict[str, str]:
+        """The licence as a card's metadata says it."""
+        details = {"license_name": self.licence_name, "license_link": self.licence_link}
+        other = self.licence_name is not None and self.licence in ("other", self.licence_name)
+        named = {"license": "other" if other else self.licence, **details} if self.licence else details
+        return {key: text for key, text in named.items() if text}
+
 
 class Manifest(_Model):
     """The content of `manifest.json`."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.manifest import Source
 from compress.errors import InputError, Problem
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -41,14 +40,6 @@ def fields(readme: Path | None) -> dict[str, Any]:
         return (metadata_load(readme) or {}) if readme is not None and readme.stat().st_size <= _MOST_BYTES else {}
     except Exception:  # YAML raises whatever its types do
         return {}
-
-
-def carried(source: Source) -> dict[str, Any]:
-    """The metadata of the source's licence, as a manifest has it."""
-    details = {"license_name": source.licence_name, "license_link": source.licence_link}
-    given = {key: text for key, text in details.items() if text}
-    other = source.licence_name and source.licence in ("other", source.licence_name)
-    return {"license": "other" if other else source.licence, **given} if source.licence else given
 
 
 def licence_of(

@@ -31,7 +31,7 @@ from compress.context import Context
 from compress.errors import InputError, Problem, UsageError, did_you_mean
 from compress.evaluate.readers import READERS
 from compress.evaluate.records import verified_by
-from compress.hub.card import carried, fields, licence_of
+from compress.hub.card import fields, licence_of
 from compress.spec.push import PushOptions
 from compress.spec.weight_state import State
 
@@ -107,7 +107,9 @@ def contents_of(artifact: Path, options: PushOptions) -> Contents:
         command = shlex.join(["compress", "verify", str(artifact), "--reader", reader_of(format_of(manifest))])
         do = f"{command}; or --unverified, and the card says so"
         problems.append(Problem(str(artifact), "a reader that has verified these bytes", "no record of one", do))
-    licence, wrong = licence_of(carried(manifest.source), fields(files.get(README)), manifest.source.licence, options.license)
+    licence, wrong = licence_of(
+        manifest.source.licence_fields(), fields(files.get(README)), manifest.source.licence, options.license
+    )
     if problems:
         raise InputError([*problems, *wrong])
     if wrong:

@@ -15,7 +15,7 @@ from compress.errors import Problem, RecipeError, UsageError
 from compress.evaluate.readers import READERS, reader_named
 from compress.evaluate.records import keep_reader, verified_by
 from compress.evaluate.verify import as_record, read_with, token_ids
-from compress.hub.card import carried, fields, licence_of
+from compress.hub.card import fields, licence_of
 from compress.hub.contents import DENSE, reader_of
 from compress.hub.messages import Tell
 from compress.hub.push import Prepared, prepare
@@ -55,7 +55,7 @@ def planned_push(recipe: Recipe, source: Checkpoint, tell: Tell) -> PlannedPush 
 def _licence(source: Checkpoint, options: PushOptions) -> tuple[dict[str, object], list[Problem]]:
     """The licence of the source, by its own README or by what its manifest or the Hub says of it."""
     if source.manifest is not None:
-        return licence_of(carried(source.manifest.source), {}, source.manifest.source.licence, options.license)
+        return licence_of(source.manifest.source.licence_fields(), {}, source.manifest.source.licence, options.license)
     return licence_of(fields(source.path / README), {}, source.origin.get("licence"), options.license)
 
 

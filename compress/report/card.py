@@ -71,14 +71,14 @@ def metadata(facts: Facts) -> Any:
 
     source, schemes = facts.manifest.source, {layer.state.scheme for layer in facts.layers} - {None}
     relation = "adapter" if facts.manifest.format == "peft" else "quantized" if schemes else "finetune"
-    licence = source.licence if source.licence and _LICENCE.fullmatch(source.licence) else None
+    licence = {key: text for key, text in source.licence_fields().items() if key != "license" or _LICENCE.fullmatch(text)}
     tags = ["compress", *([] if facts.manifest.format == "canonical" else [facts.manifest.format])]
     tags += sorted({f"{scheme.bits}-bit" for scheme in schemes if scheme is not None and scheme.integer})
     tags += ["sparse"] if any(layer.zeros is not None for layer in facts.layers) else []
     task = next((task for ending, task in _TASKS.items() if facts.architecture.endswith(ending)), None)
     results = _results(facts)
     return ModelCardData(
-        base_model=facts.base or None, base_model_relation=relation if facts.base else None, license=licence,
+        base_model=facts.base or None, base_model_relation=relation if facts.base else None, **licence,
         library_name=_LIBRARY.get(facts.manifest.format, "transformers"), pipeline_tag=task, tags=tags,
         datasets=facts.datasets or None, model_name=printable(facts.name) if results else None, eval_results=results or None,
     )  # fmt: skip
