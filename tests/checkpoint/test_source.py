@@ -100,7 +100,7 @@ def test_a_hub_model_gives_the_artifact_of_its_directory(hub: Hub, local: Path, 
     assert {"LICENSE", "chat_template.jinja", "merges.txt", "tokenizer.model"} <= set(fetched)
     assert (ours.digests, ours.files) == (theirs.digests, theirs.files)
     assert ours.source.model_dump() == {
-        "name": NAME, "commit": commit, "licence": "apache-2.0", "datasets": ("org/corpus", "org/more"),
+        "name": NAME, "commit": commit, "licence": "apache-2.0", "licence_name": None, "licence_link": None, "datasets": ("org/corpus", "org/more"),
         "fingerprint": theirs.source.fingerprint,
     }  # fmt: skip
 
