@@ -16,8 +16,14 @@ from forked import compress
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 _PLACEHOLDER = re.compile(r"--set (\S+)=TEXTS\.jsonl")
+TRAINED = (
+    "prune.sheared.layers=3", "prune.sheared.ffn=320", "prune.sheared.batch=4", "prune.sheared.micro_batch=4",
+    "distill.logits.batch=4", "distill.logits.micro_batch=4",
+)  # fmt: skip
 SHORT = {
     "sheared_w4": ("prune.sheared.parameters=0.7M", "prune.sheared.multiple=16", "quantize.gptq.scheme=w4a16g32"),
+    "sheared_mq": TRAINED,
+    "sheared_mq_ct": TRAINED,
     "awq_w4": ("quantize.smooth.scheme=w4a16g32-asym", "quantize.rtn.scheme=w4a16g32-asym"),
 }
 """What fits a model of 1 M parameters."""
