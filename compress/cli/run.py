@@ -247,7 +247,9 @@ def context(seed: int, dtype: str, device: str, threads: int | None, receive: ob
 
 def summary(result: Result) -> dict[str, object]:
     """The summary of a run as JSON."""
-    last = result.plan.steps[-1]
+    from compress.report.page import report_path
+
+    last, page = result.plan.steps[-1], report_path(result.out)
     touched = list(result.manifest.weights)
     return {
         "out": str(result.out),
@@ -262,13 +264,13 @@ def summary(result: Result) -> dict[str, object]:
         "steps": result.measured,
         "taken": [{"step": one.name, "where": str(one.where)} for one in result.taken],
         "fingerprint": result.manifest.fingerprint,
+        "report": str(page) if page.is_file() else None,
     }
 
 
 def report(result: Result, given: list[Path]) -> None:
     """Prints the summary of a run: where, before, after, bits per weight, what to do next. `given` are --steps."""
     from compress.pipeline.output_paths import steps_folder
-    from compress.report.page import report_path
 
     facts = summary(result)
     if not result.fresh:
@@ -291,8 +293,8 @@ def report(result: Result, given: list[Path]) -> None:
             console.fact("spent", f"{name}: " + ", ".join(f"{word} {seconds:.1f} s" for word, seconds in spent.items()))
     peak = console.size(result.manifest.measured["peak_resident_bytes"])
     console.fact("took", f"{result.seconds:.1f} s, peak memory {peak}")
-    if (page := report_path(result.out)).is_file():
-        console.fact("report", str(page))
+    if facts["report"]:
+        print(f"report:   {facts['report']}")
     # Commands are to be copied, so each is in one line, however long.
     print(f"next:     {next_command(result)}")
     if result.manifest.format != "canonical" and steps_folder(result.out).is_dir():
