@@ -253,6 +253,7 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="prune_results", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", default="*", help="names or patterns, between blanks")
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS), help="of the rows that have several")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "prune.json")
     parser.add_argument("--page", type=Path, default=ROOT / "recipes" / "pruning.md")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is known; measure nothing")
@@ -262,7 +263,8 @@ def main() -> int:
         return 6
     commit()
     results, failed = Results(), 0
-    wanted = [(row, seed) for row in ROWS for seed in row.seeds if any(fnmatch(row.name, word) for word in args.rows.split())]
+    named = [row for row in ROWS if any(fnmatch(row.name, word) for word in args.rows.split())]
+    wanted = [(row, seed) for row in named for seed in row.seeds if seed in args.seeds]
     for number, (row, seed) in enumerate(wanted, start=1):
         if args.page_only or results.known(row, seed):
             continue
