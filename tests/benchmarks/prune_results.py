@@ -78,7 +78,7 @@ def tiny_rows() -> list[Row]:
 
 def smol_rows() -> list[Row]:
     """What the same training tokens give back to a masked and to a smaller model."""
-    tokens = "data=['{wiki}'], samples=128, length=512, batch=4"
+    tokens = "data=['{wiki}'], samples=64, length=512, batch=4"
     start = "{calibrate} | prune.sparsegpt(sparsity=2:4, refit=true)"
     heals = {
         "": "", "ce": f" | train.lm({tokens}, lr=5e-5)", "kl": f" | distill.logits({tokens})",
