@@ -98,7 +98,8 @@ def smol_rows() -> list[Row]:
 
 
 def mission_rows() -> list[Row]:
-    """The whole way in one recipe, beside plain 2-bit GPTQ of the unpruned model."""
+    """The whole way in one recipe, beside plain 2-bit GPTQ of the unpruned model; and to a tenth of 16 bits."""
+    half = next(row for row in tiny_rows() if row.name == "tiny-sheared-logits").passes
     learn = "data={train}, length=256, batch=16, micro_batch=8, lr=1e-3"
     small = f"{{calibrate}} | prune.sheared(layers=7, ffn=640, samples=2048, {learn}) | distill.logits(samples=4000, {learn})"
     mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, ragged=divide)"
@@ -107,6 +108,10 @@ def mission_rows() -> list[Row]:
         Row("mission-native", "tiny", f"{small} | {mix} | {ends} | pack(format=native)", group="the mission"),
         Row(
             "mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the mission", start="mission-native"
+        ),
+        Row(
+            "mission-tenth", "tiny", f"{half} | {{calibrate}} | {mix} | {ends.replace('w4', 'w3')} | pack(format=native)",
+            group="the mission", start="tiny-sheared",
         ),
         Row("gptq-2-native", "tiny", f"{{calibrate}} | quantize.gptq(scheme=w2a16g32) | {ends} | pack(format=native)", group="the mission"),
         Row("gptq-2", "tiny", "{calibrate} | quantize.gptq(scheme=w2a16g32) | pack", group="the mission"),
