@@ -90,7 +90,8 @@ def smol_rows() -> list[Row]:
         )
         for n, p in heals.items()
     ]  # fmt: skip
-    sheared = f"prune.sheared(parameters=100M, {tokens})"
+    # Masks need steps more than they need tokens in each.
+    sheared = f"prune.sheared(parameters=100M, {tokens.replace('batch=4', 'batch=1')})"
     for name, more in (("", ""), ("-lm", f" | train.lm({tokens}, lr=5e-5)"), ("-logits", f" | distill.logits({tokens})")):
         start = "smol-sheared" if name else ""
         found.append(Row(f"smol-sheared{name}", "smol", f"{sheared}{more}", group="to 100 M parameters", start=start))
