@@ -156,8 +156,9 @@ class Manifest(_Model):
 
     def _content(self, *without: str) -> dict[str, Any]:
         # What says nothing is left out, as in manifests from before it could be said.
-        silent = [name for name in ("device", "structure") if not getattr(self, name)]
-        return self.model_dump(mode="json", exclude={*without, *silent})
+        silent: dict[str, Any] = {name: True for name in ("device", "structure") if not getattr(self, name)}
+        silent["source"] = {name for name in ("licence_name", "licence_link") if not getattr(self.source, name)}
+        return self.model_dump(mode="json", exclude={**silent, **dict.fromkeys(without, True)})
 
     @staticmethod
     def is_ours(path: Path) -> bool:
