@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint.manifest import Manifest
+from compress.checkpoint.manifest import Manifest, hash_json
 from compress.checkpoint.reader import open_checkpoint
 from compress.checkpoint.writer import Writer
 from compress.context import Context
@@ -387,3 +387,13 @@ def test_tokens_that_a_kill_has_left_half_copied_are_not_told_of(
     monkeypatch.undo()
     assert run(tiny, tmp_path / "out", recipe).manifest.fingerprint == reference.manifest.fingerprint
     assert not run(tiny, tmp_path / "out", recipe).fresh
+
+
+def test_a_manifest_from_before_its_newest_fields_is_read(tiny: Path, tmp_path: Path) -> None:
+    """What says nothing has no key, so that a fingerprint of 0.1.0 still holds."""
+    run(tiny, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack")
+    content = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert not {"device", "structure"} & content.keys()
+    assert content["source"].keys() == {"name", "commit", "licence", "datasets", "fingerprint"}
+    del content["fingerprint"], content["measured"]
+    assert hash_json(content) == json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprint"]
