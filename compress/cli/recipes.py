@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,11 @@ def to_set(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def folded(given: str) -> str:
+    """The --set options in one line, or, where a terminal of 80 columns is too narrow, in lines that a shell joins."""
+    return given if len(given) <= 76 else given.replace(" --set", " \\\n--set")
+
+
 def settings(left: dict[str, str]) -> str:
     """The --set options that fill placeholders, each with the placeholder's word as its value."""
     return " ".join(f"--set {option}={_PLACEHOLDER.sub(lambda found: found[1], word)}" for option, word in left.items())
@@ -86,7 +92,7 @@ def ls() -> None:
     for name, path in known.items():
         console.text(f"{name:<{width}}  {_title(path)}", width + 2)
         if left := to_set(read(path)):
-            print(f"    {settings(left)}")
+            print(textwrap.indent(folded(settings(left)), "    "))
     console.text("\nRun one: `compress run MODEL OUT NAME`, with what stands below its name and values of your own.")
 
 

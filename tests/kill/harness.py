@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -97,8 +97,11 @@ class Server:
         assert self.process.stdout is not None
         while b"\n" not in self.buffer:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self.process.stdout], [], [], wait)[0]:
-                return {}
+            # Not `select`, which takes no descriptor above 1,023.
+            with selectors.DefaultSelector() as ready:
+                ready.register(self.process.stdout, selectors.EVENT_READ)
+                if not ready.select(wait):
+                    return {}
             piece = os.read(self.process.stdout.fileno(), 1 << 16)
             assert piece, f"the server ended: {self.buffer!r}"
             self.buffer += piece
