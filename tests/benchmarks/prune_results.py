@@ -106,16 +106,16 @@ def mission_rows() -> list[Row]:
     mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, ragged=divide)"
     ends = "quantize.rtn(scheme=w4a16g32, targets=[embeddings, head], clip=mse)"
     return [
-        Row("mission-native", "tiny", f"{small} | {mix} | {ends} | pack(format=native)", group="the mission"),
+        Row("mission-native", "tiny", f"{small} | {mix} | {ends} | pack(format=native)", group="the whole way in one recipe"),
         Row(
-            "mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the mission", start="mission-native"
+            "mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the whole way in one recipe", start="mission-native"
         ),
         Row(
             "mission-tenth", "tiny", f"{half} | {{calibrate}} | {mix} | {ends.replace('w4', 'w3')} | pack(format=native)",
-            group="the mission", start="tiny-sheared",
+            group="the whole way in one recipe", start="tiny-sheared",
         ),
-        Row("gptq-2-native", "tiny", f"{{calibrate}} | quantize.gptq(scheme=w2a16g32) | {ends} | pack(format=native)", group="the mission"),
-        Row("gptq-2", "tiny", "{calibrate} | quantize.gptq(scheme=w2a16g32) | pack", group="the mission"),
+        Row("gptq-2-native", "tiny", f"{{calibrate}} | quantize.gptq(scheme=w2a16g32) | {ends} | pack(format=native)", group="the whole way in one recipe"),
+        Row("gptq-2", "tiny", "{calibrate} | quantize.gptq(scheme=w2a16g32) | pack", group="the whole way in one recipe"),
     ]  # fmt: skip
 
 
@@ -240,6 +240,7 @@ def page(rows: list[dict[str, Any]], remarks: str) -> str:
         "# Pruning and recovery on trained models", "",
         "What `make prune-results` measured: the installed command in fresh processes. Perplexity and KL(source || result), in nats",
         "per token, are means over the domains, 8,192 held-out tokens of each. Commands and hashes: build/prune.json.", "",
+        "```sh", 'make prune-results [ROWS="tiny-* smol-2:4*"]', "```", "",
         REMARKS, remarks.strip("\n"), END, "",
     ]  # fmt: skip
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -278,7 +279,9 @@ def main() -> int:
         found = results.measure(row, seed)
         failed += "error" in found
         tell(f"    {found.get('error') or cells(found)}")
-    rows = [found for row in ROWS for seed in row.seeds if (found := results.known(row, seed)) is not None]
+    rows = [
+        {**found, "group": row.group} for row in ROWS for seed in row.seeds if (found := results.known(row, seed)) is not None
+    ]
     args.json.parent.mkdir(exist_ok=True)
     args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1, ensure_ascii=False) + "\n")
     if rows:
