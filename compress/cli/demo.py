@@ -69,7 +69,7 @@ def command(
 
 def recipe_of(home: Path) -> Recipe:
     """The installed recipe, calibrated and trained on the embedded text; evaluation uses another one."""
-    from compress.cli.recipes import installed
+    from compress.cli.complete import installed
 
     text = print_value(str(home / "text" / "calibration.jsonl"))
     return override(read(installed()[RECIPE]), [f"calibrate.data={text}", f"{DISTILLED}.data={text}"])

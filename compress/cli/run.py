@@ -78,7 +78,8 @@ def chosen_recipe(recipe: str | None, passes: str | None, set_: list[str] | None
     if passes is not None:
         found = parse_one_liner(passes)
     else:
-        from compress.cli.recipes import installed, opened
+        from compress.cli.complete import installed
+        from compress.cli.recipes import opened
 
         assert recipe is not None
         if names_passes(recipe) and recipe not in installed() and not Path(recipe).is_file():

@@ -78,7 +78,8 @@ def metadata(facts: Facts) -> Any:
     task = next((task for ending, task in _TASKS.items() if facts.architecture.endswith(ending)), None)
     results = _results(facts)
     return ModelCardData(
-        base_model=facts.base or None, base_model_relation=relation if facts.base else None, **licence,
+        base_model=facts.base or None, base_model_relation=relation if facts.base else None, license=licence.get("license"),
+        license_name=licence.get("license_name"), license_link=licence.get("license_link"),
         library_name=_LIBRARY.get(facts.manifest.format, "transformers"), pipeline_tag=task, tags=tags,
         datasets=facts.datasets or None, model_name=printable(facts.name) if results else None, eval_results=results or None,
     )  # fmt: skip
