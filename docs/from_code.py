@@ -177,7 +177,7 @@ def backends() -> str:
 
 
 def _recipes() -> dict[str, str]:
-    from compress.cli.recipes import installed
+    from compress.cli.complete import installed
 
     return {name: path.read_text(encoding="utf-8") for name, path in installed().items()}
 

@@ -90,7 +90,7 @@ def test_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
 def test_the_demo_runs_the_installed_recipe(demo_model: Path) -> None:
     """All of it, on the embedded texts; it is never trained or calibrated on what it is measured on."""
-    from compress.cli.recipes import installed
+    from compress.cli.complete import installed
     from compress.spec.recipe_file import read
 
     found, recipe = demo.recipe_of(demo_model.parent), read(installed()["five_stages"])
