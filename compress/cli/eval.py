@@ -39,13 +39,11 @@ def register(app: typer.Typer) -> None:
 
 @guarded
 def command(
-    artifact: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="ART")],
+    artifact: options.Checkpoint,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Text: .jsonl with a field 'text', or .txt; also .gz.")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="SOURCE", help="The checkpoint to compare with, also in any state.")
-    ] = None,
+    against: options.Against = None,
     tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.", min=2)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     batch: Annotated[int | None, typer.Option(help="Windows in one forward, if memory allows.", min=1)] = None,
@@ -112,7 +110,7 @@ def command(
     names |= {"device": f"{where} ({name_of(where)})"} if where.type == "cuda" else {}
     seconds = time.perf_counter() - started
     found = qualities[-1] if qualities else None
-    steps = [(pass_of(each), quality) for each, quality in zip(measured, qualities)][:-1]
+    steps = [(pass_of(each), quality) for each, quality in zip(measured[:-1], qualities)]
     kept, why = "", "ART is no directory of this machine"
     if Path(artifact).is_dir():
         told = records_of(measured, qualities, source, data, names.get("device") or "cpu")

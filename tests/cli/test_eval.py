@@ -82,6 +82,12 @@ def test_eval_of_one_model(packed: Path, text: Path) -> None:
     assert facts["perplexity"]["error"] is None, "one window"
 
 
+def test_eval_of_a_model_that_compress_has_not_made(demo_model: Path, text: Path) -> None:
+    facts = json.loads(ok("eval", demo_model, "--data", text, "--tokens", 256, "--json"))
+    assert facts["perplexity"]["value"] > 1
+    assert facts["kept"] is None
+
+
 def test_diff_is_the_relative_error_of_what_each_side_means(demo_model: Path, packed: Path) -> None:
     facts = json.loads(ok("diff", demo_model, packed, "--json", "--worst"))
     errors = [weight["error"] for weight in facts["weights"]]
