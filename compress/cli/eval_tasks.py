@@ -69,16 +69,15 @@ def run_both(
 
 def task_records(scores: list[TaskScore], asked: TaskOptions) -> list[TaskRecord]:
     """What is kept of the artifact's scores."""
-    from importlib.metadata import version
-
     from compress.evaluate.records import TaskRecord, now
+    from compress.evaluate.tasks import harness
 
-    harness, when = f"lm-eval {version('lm-eval')}", now()
+    when = now()
     return [
         TaskRecord(
             task=one.task, metric=one.metric, value=one.value, error=one.error, dataset="" if one.local else one.dataset,
             config=one.config, split=one.split, shots=one.shots, samples=one.documents, complete=asked.limit is None,
-            harness=harness, when=when,
+            harness=harness(), when=when,
         )
         for one in scores
         if math.isfinite(one.value)
@@ -110,11 +109,11 @@ def show_tasks(scores: Scores, names: dict[str, str | None]) -> None:
         if names[label] is not None:
             console.fact(label, str(names[label]))
     console.fact("data", ", ".join(dict.fromkeys(one.dataset for one in ours)))
-    from importlib.metadata import version
+    from compress.evaluate.tasks import harness
 
     cut = max((one.cut for one in ours), default=0)
     longer = f"; {cut:,} prompts longer than the model's positions lost their beginning" if cut else ""
-    console.fact("protocol", f"lm-eval {version('lm-eval')}, fp32, no special tokens before a text, seed 0{longer}")
+    console.fact("protocol", f"{harness()}, fp32, no special tokens before a text, seed 0{longer}")
 
 
 def _number(value: float) -> str:

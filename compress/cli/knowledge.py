@@ -28,10 +28,8 @@ def register(app: typer.Typer) -> None:
 
 @guarded
 def command(
-    artifact: Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="ART")],
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="SOURCE", help="The checkpoint to compare with, also in any state.")
-    ] = None,
+    artifact: options.Checkpoint,
+    against: options.Against = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", metavar="FILE", help="Facts as .jsonl, in LAMA's form; by default a small set."),

@@ -12,6 +12,10 @@ from compress.errors import UsageError, did_you_mean
 
 DANGER = "Dangerous options"
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id with @revision.", show_default=False)]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint in any state: a directory, or a Hub id.", metavar="ART")]
+Against = Annotated[
+    str | None, typer.Option("--against", metavar="SOURCE", help="The checkpoint to compare with, also in any state.")
+]
 Recipe = Annotated[
     str | None, typer.Argument(help="A recipe file or the name of a recipe that is installed.", autocompletion=complete.recipes)
 ]

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.corpus.encoder import Encoder
-from compress.corpus.spec import CorpusSpec
 from compress.device import CPU
 from compress.errors import InputError
 from compress.evaluate.likelihood import Continuation, Likelihoods
+from compress.layerwise.eval_windows import plain_tokenizer
 
 if TYPE_CHECKING:
     from compress.checkpoint.reader import Checkpoint
@@ -152,7 +151,7 @@ class Quiz:
         device: torch.device = CPU, trusted: bool = False,
     ) -> list[Answer]:  # fmt: skip
         """What a model says to each fact. Raises InputError for one that is no causal language model."""
-        tokenizer = Encoder(CorpusSpec(("-",), join="none", bos="never"), folder, trusted).tokenizer
+        tokenizer = plain_tokenizer(folder, trusted)
         begin = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
         def ids(text: str) -> list[int]:

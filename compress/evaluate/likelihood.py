@@ -72,9 +72,8 @@ class Likelihoods:
     def _batched(self, asked: Sequence[Continuation]) -> list[list[int]]:
         """Numbers of `asked` by batch, the longest first."""
         groups: list[list[int]] = []
-        width = 0
+        most, width = min(BATCH_TOKENS, LOGIT_BYTES // (4 * self.side.vocabulary)), 0
         for number in sorted(range(len(asked)), key=lambda n: -len(asked[n].read)):
-            most = min(BATCH_TOKENS, LOGIT_BYTES // (4 * self.side.vocabulary))
             if not groups or (len(groups[-1]) + 1) * width > most:
                 groups.append([])
                 width = len(asked[number].read)

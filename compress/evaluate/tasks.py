@@ -12,17 +12,19 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.corpus.encoder import Encoder
-from compress.corpus.spec import CorpusSpec, kind_of
+from compress.corpus.spec import kind_of
 from compress.device import CPU
 from compress.errors import CompressError, InputError, MachineError, UsageError, did_you_mean
 from compress.evaluate.likelihood import Continuation, Likelihoods
+from compress.layerwise.eval_windows import plain_tokenizer
 
 if TYPE_CHECKING:
     from compress.checkpoint.reader import Checkpoint
@@ -80,10 +82,9 @@ def run_tasks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars beside ours
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(asked.folder) if asked.folder else None)
+    manager = _manager(asked.folder)
     for name in asked.names:
         if name not in manager.all_tasks:
             known = f"{name}{did_you_mean(name, manager.all_tasks)}"
@@ -104,6 +105,19 @@ def run_tasks(
         do = "check the task's data; offline, name a local file: --task-data TASK=FILE"
         raise InputError(", ".join(asked.names), "tasks that lm-eval can build", _first_line(error), do) from None
     return list(_scores(found, asked, model.cut))
+
+
+@lru_cache(maxsize=1)
+def _manager(folder: Path | None) -> Any:
+    """The harness's index of its tasks and of those in `folder`; reading its thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder) if folder else None)
+
+
+def harness() -> str:
+    """Name and version of the harness."""
+    return f"lm-eval {version('lm-eval')}"
 
 
 def _local(name: str, file: Path, manager: Any) -> Any:
@@ -162,7 +176,7 @@ def _adaptor() -> Any:
             self, checkpoint: Checkpoint, folder: Path, progress: Callable[[float], None], device: torch.device, trusted: bool
         ) -> None:
             super().__init__()
-            self.tokenizer = Encoder(CorpusSpec(("-",), join="none", bos="never"), folder, trusted).tokenizer
+            self.tokenizer = plain_tokenizer(folder, trusted)
             self.scorer, self.progress, self.cut = Likelihoods(checkpoint, device), progress, 0
             self.label = self.scorer.side.label
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.corpus.documents import file_at, kind_word, not_text, open_documents
 from compress.corpus.encoder import Encoder
@@ -35,6 +35,11 @@ def check_data(data: str, length: int, limit: int | None = None) -> CorpusSpec:
         raise UsageError("tokens", f"at least a window of {length}", f"{limit}", "raise tokens or lower length")
     file_at(data)
     return spec
+
+
+def plain_tokenizer(folder: Path, trusted: bool = False) -> Any:
+    """The tokenizer of a folder, for texts that get no special tokens. Raises InputError."""
+    return Encoder(CorpusSpec(("-",), join="none", bos="never"), folder, trusted).tokenizer
 
 
 def token_windows(
@@ -77,8 +82,7 @@ def tokenizer_folder(source: Checkpoint | None, artifact: Checkpoint) -> Path:
     if len(owners) == 2 and _tokenizer_files(owners[0]) != _tokenizer_files(owners[1]):
         from compress.layerwise.logits import label_of
 
-        spec = CorpusSpec(("-",), join="none", bos="never")
-        ours, theirs = (Encoder(spec, owner.path, owner.trusted).tokenizer.get_vocab() for owner in reversed(owners))
+        ours, theirs = (plain_tokenizer(owner.path, owner.trusted).get_vocab() for owner in reversed(owners))
         if ours != theirs:
             expected = f"the tokenizer of {label_of(owners[0])}, of {len(theirs):,} tokens"
             got = f"one of {len(ours):,}" + (", some of them others" if len(ours) == len(theirs) else "")

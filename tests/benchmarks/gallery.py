@@ -26,13 +26,13 @@ from benchmarks.real.table import commit, digest, tell
 
 from compress.checkpoint.cache import folder_of
 from compress.errors import CompressError
-from compress.spec.recipe_file import read
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 MOE = ROOT.parent / "shared" / "models" / "tiny-mixtral-9m"
 COMPRESS = str(Path(sys.executable).with_name("compress"))
-MARK = "# Measured on "
+MARK, GOES_ON = "# Measured on ", "#   "
+"""How a result begins, and how its other lines do."""
 TOKENS, WINDOW = 8192, 512
 _PLACEHOLDER = re.compile(r"--set (\S+)=TEXTS\.jsonl")
 
@@ -77,7 +77,7 @@ class Recipe:
             facts = {
                 "name": self.name, "model": self.model.name, "commit": commit(), "run": usage.facts(), "quality": quality,
                 "tensor_bytes": ours.tensor_bytes(out), "source_bytes": ours.tensor_bytes(self.model),
-                "bits": done["bits_per_targeted_weight"], "format": read(self.file).lines[-1].options.get("format"),
+                "bits": done["bits_per_targeted_weight"],
             }  # fmt: skip
         self.kept().parent.mkdir(parents=True, exist_ok=True)
         self.kept().write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -85,15 +85,8 @@ class Recipe:
 
     def write(self, facts: dict[str, Any]) -> None:
         """Puts the result below the first line, in place of an older one."""
-        first = next(n for n, line in enumerate(self.lines) if not line.startswith("#"))
-        head = []
-        for line in self.lines[:first]:
-            if line.startswith(MARK) or (head and head[-1] is None and line.startswith("#   ")):
-                head.append(None)
-            else:
-                head.append(line)
-        told = [line for line in head if line is not None]
-        self.file.write_text("\n".join([told[0], *header(facts), *told[1:], *self.lines[first:]]) + "\n")
+        command, *told = [line for line in self.lines if line.startswith("#") and not line.startswith((MARK, GOES_ON))]
+        self.file.write_text("\n".join([command, *header(facts), *told, self.body]) + "\n")
 
 
 def header(facts: dict[str, Any]) -> list[str]:
@@ -104,9 +97,9 @@ def header(facts: dict[str, Any]) -> list[str]:
     return [
         f"{MARK}{facts['model']}: KL {kl['value']:.4f} +- {kl['error']:.4f}, perplexity {perplexity['value']:.2f} (source "
         f"{source['value']:.2f}),",
-        f"#   {facts['tensor_bytes'] / 1e6:.1f} MB (source {facts['source_bytes'] / 1e6:.1f}), {facts['bits']:.2f} bits per weight, "
+        f"{GOES_ON}{facts['tensor_bytes'] / 1e6:.1f} MB (source {facts['source_bytes'] / 1e6:.1f}), {facts['bits']:.2f} bits per weight, "
         f"{run['seconds']:.0f} s on 2 cores{busy}, {run['peak_bytes'] / 1e9:.2f} GB;",
-        f"#   {TOKENS:,} tokens of wiki.valid in windows of {WINDOW}, fp32, no BOS; texts: wiki.train, seed 0.",
+        f"{GOES_ON}{TOKENS:,} tokens of wiki.valid in windows of {WINDOW}, fp32, no BOS; texts: wiki.train, seed 0.",
     ]  # fmt: skip
 
 
