@@ -19,12 +19,12 @@ RECIPES = {
     "stream and pack": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32) | pack",
     "owl": f"{CALIBRATE} | prune.sparsegpt(sparsity=0.5, owl=true, refit=true)",
-    "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=4, batch=2, micro_batch=2, save_every=3) | pack",
-    "slice": f"{CALIBRATE} | prune.width(ffn=64, refit=true) | prune.depth(layers=6) | pack(format=native)",
-    "sheared": f"{CALIBRATE} | prune.sheared(layers=6, ffn=64, epochs=4, batch=2, micro_batch=2, save_every=3)",
-    "an objective that learns": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.features(epochs=4, batch=2, micro_batch=2, "
+    "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=3) | pack",
+    "slice": f"{CALIBRATE} | prune.width(ffn=64, refit=true) | prune.depth(layers=6)",
+    "sheared": f"{CALIBRATE} | prune.sheared(layers=6, ffn=64, epochs=1, batch=2, micro_batch=2, save_every=3)",
+    "an objective that learns": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.features(epochs=1, batch=2, micro_batch=2, "
     "save_every=3, intra_class=0.1)",
-    "an objective that measures": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.squarehead(epochs=4, batch=2, "
+    "an objective that measures": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.squarehead(epochs=1, batch=2, "
     "micro_batch=2, save_every=3)",
     "train over domains": f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains()}, samples=24, batch=2, micro_batch=2, "
     "reweight_every=2, save_every=3) | pack",
@@ -59,8 +59,11 @@ def redone(before: Ran, journaled: dict[str, set[str]], after: Ran) -> Counter[s
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
 def test_killed_in_every_phase(kind: str, model: Path, server: Server, table: list[Any], tmp_path: Path) -> None:
+    # The report comes after everything else, the same way whatever ran: one recipe is killed in it.
+    report = [] if kind == "stream and pack" else ["--no-report"]
+
     def command(out: Path) -> list[Any]:
-        return ["run", model, out, "-p", RECIPES[kind], "--json", "--dtype", "float32", "--shard-size", "200kB"]
+        return ["run", model, out, "-p", RECIPES[kind], "--json", "--dtype", "float32", "--shard-size", "200kB", *report]
 
     first = server.run(command(tmp_path / "reference"))
     assert first.status == 0, (first.words, first.events[-1])

@@ -74,7 +74,7 @@ def masks() -> Iterator[Row]:
         yield Row(f"magnitude-{name}", f"prune.magnitude(sparsity={sparsity})", data=False, form="")
         for method in ("wanda", "sparsegpt"):
             if method == "sparsegpt" or name == "70":
-                yield Row(f"{method}-{name}", f"prune.{method}(sparsity={sparsity})", form="")
+                yield Row(f"{method}-{name}", f"prune.{method}(sparsity={sparsity}, refit=false)", form="")
             yield Row(f"{method}-{name}-refit", f"prune.{method}(sparsity={sparsity}, refit=true)", form="")
             if method == "sparsegpt":
                 yield Row(f"alps-{name}", f"prune.sparsegpt(sparsity={sparsity}, solver=alps)", form="")
