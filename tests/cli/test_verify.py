@@ -33,7 +33,7 @@ Said = tuple[int, str, str]
 
 def remarks(err: str) -> list[str]:
     """What stderr says besides how far things are."""
-    return [line for line in err.splitlines() if not re.fullmatch(r"(read|verify: ).* in \d+\.\d s", line)]
+    return [line for line in err.splitlines() if not re.fullmatch(r"(read|verify: ).*( in \d+\.\d s|, \d+:\d\d.*)", line)]
 
 
 @pytest.fixture
