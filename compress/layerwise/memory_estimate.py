@@ -93,11 +93,13 @@ def slice_bytes(facts: Sequence[str], weights: list[Weight], config: dict[str, A
     widest = max((max(w.shape) for w in weights if w.block is not None and len(w.shape) > 1), default=hidden)
     vocabulary = size_of(config, "vocab_size") or 0
     # A batch's activations inside a block in fp32, a matrix of products and its factors, logits of a batch.
-    within = 8 * BATCH_TOKENS * widest * 4 + (5 * 4 * widest * widest if "inputs" in facts else 0)
+    within = 8 * BATCH_TOKENS * widest * 4 + (10 * 4 * widest * widest if "inputs" in facts else 0)
     logits = 2 * 4 * min(tokens, batch_tokens(config)) * vocabulary if "loss" in facts else 0
     size = 4 if "loss" in facts else element_bytes
     state = min(BETWEEN_BYTES, 2 * tokens * hidden * size)
     block = max(blocks.values(), default=0)
+    # With a fit the head is there as it was, fitted, and cut.
+    head *= 3 if "inputs" in facts else 1
     return max((head + outside) * size + logits, (block + outside) * size + within) + state + (64 << 20)
 
 

@@ -5,8 +5,8 @@ inputs first (`order`), and least squares for what is kept (`refit`), which the 
 compress/numerics/sparsegpt.py. `solver=alps` finds mask and weights together, not greedily (Meng et al., 2406.07831;
 compress/numerics/alps.py). To prune and to quantize by one Hessian: quantize.gptq with `sparsity`.
 
-2:4 on a model of 135 M parameters, KL to the source: Wanda 1.70; SparseGPT as printed (`refit=false`) 0.873, with the refit 0.764 in
-1.4 times the seconds, ALPS 0.666 in 4 times.
+2:4 on a model of 135 M parameters, KL to the source: Wanda 1.70; SparseGPT as printed (`refit=false`) 0.873, with the refit
+0.764 in 1.4 times the seconds, ALPS 0.666 in 4 times.
 """
 
 from __future__ import annotations

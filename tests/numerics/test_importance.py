@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.numerics.importance import Importance, best, best_queries, by_head
-from compress.numerics.output_fit import fitted
+from compress.numerics.output_fit import OutputFit
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_refit_is_least_squares() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     w, kept = torch.randn(7, 12, generator=generator), torch.tensor([0, 2, 3, 5, 8, 11])
-    new, before, after = fitted(w, x.T @ x / len(x), kept, damp=1e-9)
+    new, before, after = OutputFit(x.T @ x / len(x), kept, damp=1e-9)(w)
     oracle = torch.linalg.lstsq(x[:, kept].double(), (x @ w.T).double()).solution.T
     torch.testing.assert_close(new.double(), oracle, rtol=1e-3, atol=1e-3)
     lost = (x @ w.T - x[:, kept] @ new.T).norm() / (x @ w.T).norm()
@@ -58,6 +58,6 @@ def test_refit_is_least_squares() -> None:
 
 def test_a_refit_never_costs_more_than_it_gains() -> None:
     w = torch.randn(3, 4)
-    new, before, after = fitted(w, torch.eye(4), torch.tensor([0, 1]))
+    new, before, after = OutputFit(torch.eye(4), torch.tensor([0, 1]))(w)
     assert after <= before
     torch.testing.assert_close(new, w[:, :2], rtol=1e-3, atol=1e-3)

@@ -28,7 +28,12 @@ READY = f"calibrate(data='{ready_inputs()}', samples=6)"
 def test_it_is_ahead_of_wanda_and_a_refit_of_both(demo_model: Path, tmp_path: Path) -> None:
     """On trained weights, by KL to the source."""
     found = {}
-    for method in ("wanda(sparsity=2:4", "wanda(sparsity=2:4, refit=true", "sparsegpt(sparsity=2:4, refit=false", "sparsegpt(sparsity=2:4"):
+    for method in (
+        "wanda(sparsity=2:4",
+        "wanda(sparsity=2:4, refit=true",
+        "sparsegpt(sparsity=2:4, refit=false",
+        "sparsegpt(sparsity=2:4",
+    ):
         run(demo_model, tmp_path / str(len(found)), f"{FEW} | prune.{method})")
         found[method] = kl(demo_model, tmp_path / str(len(found)))
     wanda, wanda_refitted, printed, sparsegpt = found.values()
