@@ -1,4 +1,4 @@
-"""Output fit: the least-squares matrix on some of its inputs, and the scale of a norm over some of its channels.
+"""Output fit: the least-squares matrix on some of its inputs, and a norm's scale.
 
 Legend: W [out, in]; C [in, in] mean of x x^T over tokens; K the inputs that are left. W' = argmin |W x - W' x_K|^2 has the normal
 equations W' C[K, K] = W C[:, K], so W' = W D with D = C[:, K] C[K, K]^-1, which is the same for all that read x. The damping

@@ -4,9 +4,9 @@ Scores of Minitron (Muralidharan et al., 2407.14679): a neuron's by what the dow
 projection reads, a hidden channel's by the outputs of all norms; magnitudes averaged over the tokens of a sample, samples
 combined by their root of summed squares. Heads are ranked inside the key-value head that they read, and as many are kept of each.
 
-With `refit` every matrix that loses inputs is fitted by least squares to what it made of all of them, and every norm is scaled to
-what it was; a head that is tied to the embedding stays as it is. Half of a model of 8 M parameters by hidden channels and
-neurons, KL to the source before any training: 1.155, with a refit 0.11.
+With `refit`, the default, every matrix that loses inputs is fitted by least squares to what it made of all of them, and every
+norm is scaled to what it was; a head that is tied to the embedding stays as it is. Half of a model of 8 M parameters by hidden
+channels and neurons, KL to the source before any training: 0.11, and 1.155 without a refit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Width(WidthOptions, TargetOptions):
 
     example: ClassVar[str] = "calibrate | prune.width(ffn=64, refit=true)"
 
-    refit: bool = Field(False, description="fit what loses inputs anew, by least squares on the calibration tokens")
+    refit: bool = Field(True, description="fit what loses inputs anew, by least squares on the calibration tokens")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

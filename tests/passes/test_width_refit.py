@@ -64,7 +64,7 @@ def test_channels_that_repeat_others_cost_nothing(deep: Path, tmp_path: Path) ->
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     wanted = logits(load(source))
     errors = []
-    for name, more in (("plain", ""), ("refit", ", refit=true")):
+    for name, more in (("plain", ", refit=false"), ("refit", "")):
         do(source, tmp_path / name, f"{READY} | prune.width(hidden=32{more})")
         assert kept_of(tmp_path / name).hidden == tuple(range(32))
         errors.append(float((logits(load(tmp_path / name)) - wanted).norm() / wanted.norm()))
@@ -72,7 +72,7 @@ def test_channels_that_repeat_others_cost_nothing(deep: Path, tmp_path: Path) ->
 
 
 def test_every_reader_is_least_squares_and_every_norm_keeps_its_scale(deep: Path, tmp_path: Path) -> None:
-    do(deep, tmp_path / "out", f"{READY} | prune.width(hidden=40, ffn=64, refit=true)")
+    do(deep, tmp_path / "out", f"{READY} | prune.width(hidden=40, ffn=64)")
     model, kept, out = build_model(open_checkpoint(deep)), kept_of(tmp_path / "out"), open_checkpoint(tmp_path / "out")
     hidden = list(kept.hidden)
     rows = {"up_proj": list(kept.blocks[1].units[MLP]), "q_proj": slice(None), "lm_head": slice(None)}
@@ -109,7 +109,7 @@ def test_the_scale_of_a_norm_is_the_best_one(centred: bool) -> None:
 def test_it_comes_nearer_to_the_source(name: str, tmp_path: Path) -> None:
     source = build(name, tmp_path)
     wanted, errors = logits(load(source, dtype=torch.float32)), []
-    for number, more in enumerate(("", ", refit=true")):
+    for number, more in enumerate((", refit=false", "")):
         do(source, tmp_path / str(number), f"{READY} | prune.width({FAMILIES[name]}{more})")
         errors.append(float((logits(load(tmp_path / str(number), dtype=torch.float32)) - wanted).norm() / wanted.norm()))
     assert kept_of(tmp_path / "0") == kept_of(tmp_path / "1")
@@ -120,7 +120,7 @@ def test_trained_weights_lose_less(demo_model: Path, tmp_path: Path) -> None:
     """By the KL to the source; the head is tied to the embedding, so it stays as it is."""
     for options, most in (("hidden=96", 0.85), ("ffn=256", 0.6)):
         found = []
-        for number, more in enumerate(("", ", refit=true")):
+        for number, more in enumerate((", refit=false", "")):
             out = tmp_path / f"{options}-{number}"
             run(demo_model, out, f"{CALIBRATE} | prune.width({options}{more})")
             found.append(kl(demo_model, out))
