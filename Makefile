@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results gallery lint types wheel docs demo-model clean
+.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -95,6 +95,10 @@ types: $(VENV)/dev
 wheel: $(VENV)/dev
 	rm -rf dist build/lib
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+
+# The wheel by itself: what it holds, installed where nothing else is, and used.
+wheel-check: wheel
+	$(BIN)/python -m pytest -q tests/house/wheel_check.py
 
 # Pages of docs/, and those that are made from the code, to build/docs; warnings are errors.
 docs: $(VENV)/docs

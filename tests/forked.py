@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ HEAVY = (
     "torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
     "transformers.generation.utils", "transformers.quantizers.auto", "compress.cli.app", "compress.checkpoint.source", "compress.hf",
     "compress.layerwise.model", "compress.pipeline.run", "compress.evaluate.perplexity_kl", "compress.evaluate.verify",
+    "compress.corpus", "compress.executors.stream", "compress.executors.sweep",
 )  # fmt: skip
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
@@ -34,13 +36,16 @@ def _server() -> subprocess.Popen[bytes]:
     )
 
 
-def compress(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`compress ARGUMENTS`, in `cwd`, where nobody is at the terminal."""
+def compress(*arguments: Any, cwd: Path | None = None, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`compress ARGUMENTS`, in `cwd`, where nobody is at the terminal; `ranks` processes as torchrun starts them.
+
+    The status is the first that is not 0; what is printed is the first process's.
+    """
     server, words = _server(), [*map(str, arguments)]
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        request = {"argv": words, "cwd": str(cwd or Path.cwd()), "out": f"{folder}/out", "err": f"{folder}/err"}
+        request = {"argv": words, "cwd": str(cwd or Path.cwd()), "out": f"{folder}/out", "err": f"{folder}/err", "ranks": ranks}
         server.stdin.write(json.dumps(request).encode() + b"\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
@@ -48,9 +53,15 @@ def compress(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(["compress", *words], status, out, err)
 
 
-def _child(request: dict[str, Any]) -> None:
+def _child(request: dict[str, Any], rank: int, port: int) -> None:
     os.chdir(request["cwd"])
-    for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY), (2, request["err"], os.O_WRONLY)):
+    more = f".{rank}" if rank else ""
+    if request["ranks"] > 1:
+        size = str(request["ranks"])
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    out, err = request["out"] + more, request["err"] + more
+    for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(name, how | (os.O_CREAT if number else 0), 0o600), number)
     sys.argv = ["compress", *request["argv"]]
     from compress.__main__ import main
@@ -70,13 +81,32 @@ def _child(request: dict[str, Any]) -> None:
     os._exit(status)
 
 
+def _draw() -> None:
+    """What the first report of a process makes besides itself: classes of plotly as they are needed, and its script, gzipped."""
+    from plotly import graph_objects
+
+    from compress.report.page import _library
+
+    marks = (graph_objects.Bar(marker={"color": "red"}), graph_objects.Heatmap(colorbar={"title": {"text": "x"}}))
+    graph_objects.Figure([*marks, graph_objects.Waterfall()]).to_html(include_plotlyjs=False)
+    _library()
+
+
 def _serve() -> None:
     for name in HEAVY:
         importlib.import_module(name)
+    _draw()
     for line in sys.stdin:
-        if not (pid := os.fork()):
-            _child(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        request, pids = json.loads(line), []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(request["ranks"]):
+            if not (pid := os.fork()):
+                _child(request, rank, port)
+            pids.append(pid)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(next((status for status in statuses if status), 0), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
@@ -62,32 +59,6 @@ def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
     """Runs a one-liner over a directory, in fp32 and on two threads or as the context says."""
     settings = {"threads": 2, "dtype": "float32", **context}
     return run_recipe(parse_one_liner(recipe), open_checkpoint(source), out, Context(**settings))
-
-
-COMMANDS = """
-import json, sys
-from compress.cli.app import build
-for arguments in json.loads(sys.argv[1]):
-    try:
-        build(arguments)(arguments, standalone_mode=False)
-    except SystemExit as ended:
-        if ended.code:
-            sys.exit(f"status {ended.code}: compress {' '.join(arguments)}")
-"""
-
-
-def run_commands(commands: list[list[Any]], folder: Path, ranks: int = 1) -> None:
-    """Runs command lines of `compress` one after another in a fresh process, or in several under torchrun.
-
-    One process for all of them: importing torch and transformers takes longer than most runs of tiny models.
-    """
-    (folder / "commands.py").write_text(COMMANDS)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
-    texts = json.dumps([list(map(str, command)) for command in commands])
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(folder / "commands.py"), texts]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def rows(out: Path) -> list[dict[str, float]]:

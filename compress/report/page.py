@@ -11,6 +11,7 @@ import gzip
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from compress.checkpoint.atomic import write_text
@@ -60,6 +61,7 @@ def report(artifacts: Sequence[Facts]) -> str:
     )  # fmt: skip
 
 
+@cache
 def _library() -> str:
     """The script of plotly, gzipped, as base64."""
     import plotly

@@ -23,7 +23,8 @@ from compress.executors.blocks import BlockTraining
 from compress.layerwise import hidden_state_offload
 from compress.pipeline import output_paths
 from families import build
-from support import do, load, ready_inputs, rows, run_commands, step_of, tiny_llama, tree
+from forked import compress
+from support import do, load, ready_inputs, rows, step_of, tiny_llama, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 HEAL = "distill.blocks(epochs=2, batch=2, micro_batch=1, lr=1e-3, scale_lr=1e-2"
@@ -287,9 +288,8 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model", dtype="float32")
     recipe = f"{CALIBRATE} | {PRUNE} | {HEAL})"
     for ranks in (1, 2):
-        run_commands(
-            [["run", model, tmp_path / str(ranks), "-p", recipe, "--dtype", "float32", "--threads", "1"]], tmp_path, ranks
-        )
+        done = compress("run", model, tmp_path / str(ranks), "-p", recipe, "--dtype", "float32", "--threads", 1, ranks=ranks)
+        assert done.returncode == 0, done.stderr
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     for a, b in zip(one, two, strict=True):

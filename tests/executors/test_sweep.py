@@ -26,7 +26,8 @@ from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 from compress.spec.sparsity import Sparsity
 from families import FAMILIES, build, inputs_for
-from support import SHARED, dense_meaning, load, ready_inputs, run_commands, step_of, tree
+from forked import compress
+from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
@@ -271,12 +272,11 @@ def test_two_processes_equal_one(made: Any, tmp_path: Path) -> None:
     """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""
     cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, *SMOOTH)]
     for ranks in (1, 2):
-        commands = []
         for number, (name, recipe) in enumerate(cases):
             passes = f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}"
-            out = tmp_path / f"{ranks}-{number}"
-            commands.append(["run", made(name), out, "-p", passes, "--dtype", "float32", "--quiet"])
-        run_commands(commands, tmp_path, ranks)
+            how = ("--dtype", "float32", "--threads", 1, "--quiet")
+            done = compress("run", made(name), tmp_path / f"{ranks}-{number}", "-p", passes, *how, ranks=ranks)
+            assert done.returncode == 0, done.stderr
     for number, case in enumerate(cases):
         manifest = open_checkpoint(tmp_path / f"2-{number}").manifest
         assert manifest is not None

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import compress.demo
+import forked
 from compress.architecture.weight_map import resolve as resolve_names
 from compress.checkpoint.reader import open_checkpoint
 from compress.checkpoint.writer import Writer
@@ -29,7 +30,7 @@ from compress.spec.recipe import parse_one_liner
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from families import build
-from support import dense_meaning, do, linear, load, logits, ready_inputs, run, run_commands, step_of, tiny_llama, tree
+from support import dense_meaning, do, linear, load, logits, ready_inputs, run, step_of, tiny_llama, tree
 
 SCHEMES = ("w2a16g32-asym", "w3a16g32-asym", "w4a16g32-asym")
 TEXT = Path(compress.demo.__file__).parent / "text"
@@ -238,12 +239,13 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     """Their gradients add up in another order, so that costs may differ in the last digit."""
     source = build("mixtral", tmp_path)
     for ranks in (1, 2):
-        commands = []
         for method in ("rtn", "gptq"):
             deciding = mq(f"bits=3, experts=own, method={method}").partition(" | ")[2]
             passes = f"calibrate(data='{ready_inputs(360)}', samples=360) | {deciding}"
-            commands.append(["run", source, tmp_path / f"{method}-{ranks}", "-p", passes, "--quiet"])
-        run_commands(commands, tmp_path, ranks)
+            done = forked.compress(
+                "run", source, tmp_path / f"{method}-{ranks}", "-p", passes, "--threads", 1, "--quiet", ranks=ranks
+            )
+            assert done.returncode == 0, done.stderr
     for method in ("rtn", "gptq"):
         one, two = (tmp_path / f"{method}-{ranks}" for ranks in (1, 2))
         assert rows(one).keys() == rows(two).keys()
