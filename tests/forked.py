@@ -27,34 +27,54 @@ HEAVY = (
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
 
+class Server:
+    """The process that forks, with an environment; it ends with the pipe that it reads."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+
+    def compress(
+        self, *arguments: Any, cwd: Path | None = None, ranks: int = 1, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """`compress ARGUMENTS` in `cwd`, where nobody is at the terminal; `ranks` processes as torchrun starts them.
+
+        The status is the first that is not 0; what is printed is the first process's. Raises RuntimeError if the server is dead.
+        """
+        words = [*map(str, arguments)]
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            places = {"cwd": str(cwd or Path.cwd()), "out": f"{folder}/out", "err": f"{folder}/err"}
+            request = {"argv": words, **places, "ranks": ranks, "variables": variables}
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the process that forks has ended: {self.process.wait()}")
+            out, err = (Path(folder, name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(["compress", *words], int(line), out, err)
+
+
 @lru_cache(maxsize=1)
-def _server() -> subprocess.Popen[bytes]:
-    """One for each process of tests; it ends with the pipe that it reads."""
-    command = [sys.executable, "-P", __file__]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}
-    )
+def _server() -> Server:
+    """One for each process of tests."""
+    return Server({**os.environ, **ENVIRONMENT})
 
 
 def compress(*arguments: Any, cwd: Path | None = None, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """`compress ARGUMENTS`, in `cwd`, where nobody is at the terminal; `ranks` processes as torchrun starts them.
-
-    The status is the first that is not 0; what is printed is the first process's.
-    """
-    server, words = _server(), [*map(str, arguments)]
-    assert server.stdin is not None
-    assert server.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        request = {"argv": words, "cwd": str(cwd or Path.cwd()), "out": f"{folder}/out", "err": f"{folder}/err", "ranks": ranks}
-        server.stdin.write(json.dumps(request).encode() + b"\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        out, err = (Path(folder, name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess(["compress", *words], status, out, err)
+    """`compress ARGUMENTS`, as Server.compress has it."""
+    return _server().compress(*arguments, cwd=cwd, ranks=ranks)
 
 
 def _child(request: dict[str, Any], rank: int, port: int) -> None:
     os.chdir(request["cwd"])
+    os.environ |= request["variables"]
     more = f".{rank}" if rank else ""
     if request["ranks"] > 1:
         size = str(request["ranks"])

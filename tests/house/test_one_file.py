@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import Server
+
 ROOT = Path(__file__).parents[2]
 PASS = '''"""Random pruning: zeros anywhere, the baseline that every score has to beat."""
 
@@ -62,27 +64,26 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(tree: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with the tree in the place of what is installed."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **variables}
-    return subprocess.run([sys.executable, "-P", *map(str, arguments)], env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def there(tree: Path) -> Server:
+    """Runs commands with the tree in the place of what is installed."""
+    return Server({**os.environ, "PYTHONPATH": str(tree)})
 
 
-def test_it_is_listed_planned_run_and_goes_on_where_it_died(tree: Path, tiny: Path, tmp_path: Path) -> None:
-    listed = python(tree, "-m", "compress", "list")
-    assert "prune.random" in listed.stdout
-    assert "seed of the lots" in python(tree, "-m", "compress", "prune", "random", "--help").stdout
+def test_it_is_listed_planned_run_and_goes_on_where_it_died(there: Server, tiny: Path, tmp_path: Path) -> None:
+    assert "prune.random" in there.compress("list").stdout
+    assert "seed of the lots" in there.compress("prune", "random", "--help").stdout
     recipe = ["-p", "prune.random(sparsity=2:4, draw=3)"]
-    planned = python(tree, "-m", "compress", "plan", tiny, *recipe, "--json")
+    planned = there.compress("plan", tiny, *recipe, "--json")
     assert "prune.random" in json.loads(planned.stdout)["steps"][0]["pass"], planned.stderr
-    died = python(tree, "-m", "compress", "run", tiny, tmp_path / "out", *recipe, "--threads", 1, DIE_HERE="yes")
+    died = there.compress("run", tiny, tmp_path / "out", *recipe, "--threads", 1, DIE_HERE="yes")
     assert died.returncode == 9
     assert not (tmp_path / "out").exists()
-    again = python(tree, "-m", "compress", "run", tiny, tmp_path / "out", *recipe, "--threads", 1, "--json")
+    again = there.compress("run", tiny, tmp_path / "out", *recipe, "--threads", 1, "--json")
     assert again.returncode == 0, again.stderr
     events = [json.loads(line) for line in again.stdout.splitlines()]
     assert any(event.get("kept") for event in events if event["event"] == "progress"), "the journal of the run that died was read"
-    whole = python(tree, "-m", "compress", "run", tiny, tmp_path / "whole", *recipe, "--threads", 1)
+    whole = there.compress("run", tiny, tmp_path / "whole", *recipe, "--threads", 1)
     assert whole.returncode == 0, whole.stderr
     digests = [json.loads((tmp_path / name / "manifest.json").read_text())["digests"] for name in ("out", "whole")]
     assert digests[0] == digests[1]
@@ -90,14 +91,15 @@ def test_it_is_listed_planned_run_and_goes_on_where_it_died(tree: Path, tiny: Pa
 
 def test_it_is_held_to_the_contract(tree: Path) -> None:
     contract = ROOT / "tests" / "passes" / "test_contract.py"
-    done = python(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", contract, "-k", "prune.random")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(contract), "-k", "prune.random"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
     assert "5 passed" in done.stdout, done.stdout[-2000:]
 
 
-def test_a_method_that_is_missing_is_told_when_the_pass_is_loaded(tree: Path) -> None:
+def test_a_method_that_is_missing_is_told_when_the_pass_is_loaded(tree: Path, there: Server) -> None:
     (tree / "compress" / "passes" / "prune" / "nothing.py").write_text(PASS.replace("def tensor(", "def tensors("))
     try:
-        done = python(tree, "-m", "compress", "plan", "nowhere", "-p", "prune.nothing(sparsity=0.5)")
+        done = there.compress("plan", "nowhere", "-p", "prune.nothing(sparsity=0.5)")
         assert "prune.nothing lacks tensor" in done.stderr
     finally:
         (tree / "compress" / "passes" / "prune" / "nothing.py").unlink()

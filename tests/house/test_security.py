@@ -27,6 +27,7 @@ from compress.corpus.encoder import Encoder
 from compress.corpus.spec import CorpusSpec
 from compress.errors import InputError
 from compress.layerwise.model import build
+from forked import Server
 from hub_server import Hub, serve
 from support import run
 
@@ -473,17 +474,15 @@ def test_a_token_is_told_nowhere(place: str, hub: Hub, watched: tuple[dict[str, 
         (["plan", "someone/missing", "-p", RTN, "--json"], 3),
     ]
     told = b""
+    server = Server(variables)
     for line, status in lines if place == "environment" else lines[:2]:
-        done = subprocess.run([sys.executable, "-P", "-m", "compress", *line], cwd=work, env=variables, capture_output=True)
-        assert done.returncode == status, done.stderr.decode()
-        told += done.stdout + done.stderr
+        done = server.compress(*line, cwd=work)
+        assert done.returncode == status, done.stderr
+        told += (done.stdout + done.stderr).encode()
     hub.status = 500
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "compress", "plan", "someone/other", "-p", RTN, "--debug"],
-        cwd=work, env={**variables, "HF_HUB_DISABLE_TELEMETRY": "1"}, capture_output=True,
-    )  # fmt: skip
+    done = server.compress("plan", "someone/other", "-p", RTN, "--debug", cwd=work, HF_HUB_DISABLE_TELEMETRY="1")
     assert done.returncode, done.stdout
-    told += done.stdout + done.stderr
+    told += (done.stdout + done.stderr).encode()
     assert any(request.authorized for request in hub.requests), "the token was not used"
     assert b"gated" in told
     written = [path for path in (tmp_path).rglob("*") if path.is_file() and path.name != "token"]

@@ -128,9 +128,10 @@ def runs(kind: Kind, target: str) -> bool:
 
 @pytest.mark.parametrize(
     ("target", "budgets"),
-    [("sm_90a", BUDGETS)]
-    + [pytest.param(target, budgets, marks=marks) for target in TARGETS[:3] for budgets, marks in (
-        (BUDGETS[::6], ()), (BUDGETS, pytest.mark.slow))],
+    [
+        pytest.param(target, budgets, marks=marks)
+        for target in TARGETS for budgets, marks in ((BUDGETS[::6], ()), (BUDGETS, pytest.mark.slow))
+    ],
 )  # fmt: skip
 def test_budgets(target: str, budgets: list[tuple[Kind, int, float]], tmp_path: Path) -> None:
     """A loop that takes longer than the memory of an H100, or longer than it did, does not get in; nor does one that spills."""
