@@ -22,7 +22,8 @@ HEAVY = (
     "torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
     "transformers.generation.utils", "transformers.quantizers.auto", "compress.cli.app", "compress.checkpoint.source", "compress.hf",
     "compress.layerwise.model", "compress.pipeline.run", "compress.evaluate.perplexity_kl", "compress.evaluate.verify",
-    "compress.corpus", "compress.executors.stream", "compress.executors.sweep",
+    "compress.corpus", "compress.executors.stream", "compress.executors.sweep", "compress.executors.train.loop", "compress.plots",
+    "accelerate.optimizer", "accelerate.scheduler", "matplotlib.backends.backend_svg", "matplotlib.pyplot",
 )  # fmt: skip
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
@@ -46,12 +47,21 @@ class Server:
 
         The status is the first that is not 0; what is printed is the first process's. Raises RuntimeError if the server is dead.
         """
+        return self._run("", arguments, cwd, ranks, variables)
+
+    def python(self, code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+        """Python's `-c CODE ARGUMENTS`."""
+        return self._run(code, arguments, None, 1, {})
+
+    def _run(
+        self, code: str, arguments: tuple[Any, ...], cwd: Path | None, ranks: int, variables: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             places = {"cwd": str(cwd or Path.cwd()), "out": f"{folder}/out", "err": f"{folder}/err"}
-            request = {"argv": words, **places, "ranks": ranks, "variables": variables}
+            request = {"code": code, "argv": words, **places, "ranks": ranks, "variables": variables}
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
@@ -65,6 +75,11 @@ class Server:
 def _server() -> Server:
     """One for each process of tests."""
     return Server({**os.environ, **ENVIRONMENT})
+
+
+def python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`python -c CODE ARGUMENTS`, as Server.python has it."""
+    return _server().python(code, *arguments)
 
 
 def compress(*arguments: Any, cwd: Path | None = None, ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -83,12 +98,15 @@ def _child(request: dict[str, Any], rank: int, port: int) -> None:
     out, err = request["out"] + more, request["err"] + more
     for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(name, how | (os.O_CREAT if number else 0), 0o600), number)
-    sys.argv = ["compress", *request["argv"]]
+    sys.argv = ["-c" if request["code"] else "compress", *request["argv"]]
     from compress.__main__ import main
 
     status = 0
     try:
-        main()
+        if request["code"]:
+            exec(request["code"], {"__name__": "__main__"})
+        else:
+            main()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):

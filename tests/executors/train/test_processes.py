@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from compress.executors.train.record import LINES, Record
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 from families import build
+from forked import python
 from support import ready_inputs, rows, tree
 
 ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -30,16 +32,10 @@ RUN = """
 import json, os, signal, sys
 from importlib import import_module
 from pathlib import Path
-import accelerate, matplotlib.backends.backend_svg, matplotlib.pyplot, torch, transformers.models.llama.modeling_llama
-from transformers import conversion_mapping, core_model_loading, initialization, masking_utils, modeling_utils
-from transformers.models.auto import modeling_auto
-from accelerate import optimizer, scheduler
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
 from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
-import compress.layerwise.model, compress.executors.train.loop, compress.executors.train.student, compress.plots, compress.corpus
-from compress.corpus import Corpus
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -73,24 +69,7 @@ def one(source, out, recipe, at=None, **context):
     Path(out + ".seen").write_text(json.dumps(steps))
 """
 """`one(source, out, recipe, at)` runs, and kills itself at a step, or at a call of a function."""
-FORKS = (
-    RUN
-    + """
-source, recipe, plans = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-for out, moments in plans.items():
-    for at in [*moments, None]:
-        # Nothing is computed before a fork, so no thread is lost by it.
-        child = os.fork()
-        if not child:
-            one(source, out, recipe, at)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status == (0 if at is None else -signal.SIGKILL), (out, at, status)
-        if isinstance(at, int):
-            seen = json.loads(Path(out + ".seen").read_text())
-            print(json.dumps([out, at, seen]))
-"""
-)
+ONE = RUN + "\none(*sys.argv[1:4], json.loads(sys.argv[4]))"
 RANKS = (
     RUN
     + """
@@ -117,15 +96,16 @@ for source, out, recipe, stop in json.loads(sys.argv[1]):
 )
 
 
-def python(code: str, *arguments: Any, ranks: int = 1) -> str:
-    """A process, or several by torchrun; what it prints."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    file = Path(arguments[0]) / f"driver{ranks}.py"
-    file.write_text(code)
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(file), *map(str, arguments[1:])]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run_and_kill(source: Path, recipe: str, plans: dict[Path, list[Any]]) -> list[list[int]]:
+    """Runs a recipe to each place, killed at the place's moments, one after another; the steps seen in runs killed at steps."""
+    seen = []
+    for out, moments in plans.items():
+        for at in [*moments, None]:
+            done = python(ONE, source, out, recipe, json.dumps(at))
+            assert done.returncode == (0 if at is None else -signal.SIGKILL), (out, at, done.stderr[-3000:])
+            if isinstance(at, int):
+                seen.append(json.loads(Path(f"{out}.seen").read_text()))
+    return seen
 
 
 MOMENTS: dict[str, list[Any]] = {
@@ -151,11 +131,8 @@ def test_a_killed_run_ends_at_the_bytes_of_one_that_was_not(pass_: str, tmp_path
     how = "samples=13, batch=4, micro_batch=3, epochs=2, lr=1e-3, scale_lr=1e-2, weight_decay=0.1, save_every=3"
     recipe = f"{before} | {pass_}(data='{ready_inputs(13)}', {how})"
     asked: dict[str, list[Any]] = {"at steps": [2, 5]} if pass_ in OTHERS else MOMENTS
-    plans = {str(tmp_path / "whole"): [], **{str(tmp_path / name): moments for name, moments in asked.items()}}
-    seen = []
-    for line in python(FORKS, tmp_path, build("tied", tmp_path), recipe, json.dumps(plans)).splitlines():
-        _, _, steps = json.loads(line)
-        seen.append(steps)
+    plans = {tmp_path / "whole": [], **{tmp_path / name: moments for name, moments in asked.items()}}
+    seen = run_and_kill(build("tied", tmp_path), recipe, plans)
     # The steps after a state are made again, those before it are not.
     whole_seen = [[1], [1, 2, 3], [1, 2, 3, 4], [4], [4, 5, 6], [4, 5, 6, 7]]
     assert seen == ([[1, 2], [1, 2, 3, 4, 5]] if pass_ in OTHERS else whole_seen)
@@ -187,9 +164,8 @@ def test_a_killed_run_over_domains_goes_on_at_the_same_sample(tmp_path: Path) ->
     recipe = f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains(tmp_path)}-code, held_out=48, {how})"
     # Killed while it measures, in the middle of a step after an update, and before the last state is in its place.
     moments: list[Any] = [["compress.executors.train.domains:loss_sum", 8], 5, ["compress.executors.train.state:os.replace", 2]]
-    plans = {str(tmp_path / "whole"): [], str(tmp_path / "killed"): moments}
-    seen = python(FORKS, tmp_path, build("llama", tmp_path), recipe, json.dumps(plans))
-    assert [json.loads(line)[2] for line in seen.splitlines()] == [[4, 5]]
+    seen = run_and_kill(build("llama", tmp_path), recipe, {tmp_path / "whole": [], tmp_path / "killed": moments})
+    assert seen == [[4, 5]]
     whole, found = tree(tmp_path / "whole"), tree(tmp_path / "killed")
     assert {"canonical.safetensors", "training.jsonl", "domains.svg"} <= whole.keys()
     assert whole == found
@@ -251,7 +227,10 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         model = build(name, tmp_path)
         run_recipe(parse_one_liner(recipe), open_checkpoint(model), tmp_path / f"{name}.1", Context(threads=1, dtype="float32"))
         tasks.append([str(model), str(tmp_path / f"{name}.2"), recipe, 2 if name in stopped else 0])
-    python(RANKS, tmp_path, json.dumps(tasks), ranks=2)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run([*torchrun, tmp_path / "ranks.py", json.dumps(tasks)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     for name in recipes:
         one, two = rows(tmp_path / f"{name}.1"), rows(tmp_path / f"{name}.2")
         assert len(one) == len(two) == 3
