@@ -90,29 +90,36 @@ def smol_rows() -> list[Row]:
         )
         for n, p in heals.items()
     ]  # fmt: skip
-    # Masks need steps more than they need tokens in each.
-    sheared = f"prune.sheared(parameters=100M, {tokens.replace('batch=4', 'batch=1')})"
-    for name, more in (("", ""), ("-lm", f" | train.lm({tokens}, lr=5e-5)"), ("-logits", f" | distill.logits({tokens})")):
-        start = "smol-sheared" if name else ""
-        found.append(Row(f"smol-sheared{name}", "smol", f"{sheared}{more}", group="to 100 M parameters", start=start))
+    starts = {
+        # Masks need steps more than they need tokens in each.
+        "sheared": f"prune.sheared(parameters=100M, {tokens.replace('batch=4', 'batch=1')})",
+        "width": "{calibrate} | prune.width(ffn=864)",
+        "depth": "{calibrate} | prune.depth(layers=20)",
+    }
+    for name, begin in starts.items():
+        for heal, more in (("", ""), ("-lm", f" | train.lm({tokens}, lr=5e-5)"), ("-logits", f" | distill.logits({tokens})")):
+            start = f"smol-{name}" if heal else ""
+            found.append(Row(f"smol-{name}{heal}", "smol", f"{begin}{more}", group="to 100 M parameters", start=start))
     return found
 
 
 def mission_rows() -> list[Row]:
     """The whole way in one recipe, beside plain 2-bit GPTQ of the unpruned model; and to a tenth of 16 bits."""
-    half = next(row for row in tiny_rows() if row.name == "tiny-sheared-logits").passes
+    half = {row.name: row.passes for row in tiny_rows()}
     learn = "data={train}, length=256, batch=16, micro_batch=8, lr=1e-3"
     small = f"{{calibrate}} | prune.sheared(layers=7, ffn=640, samples=2048, {learn}) | distill.logits(samples=4000, {learn})"
     mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, ragged=divide)"
     ends = "quantize.rtn(scheme=w4a16g32, targets=[embeddings, head], clip=mse)"
+    tenth = f"{{calibrate}} | {mix} | {ends.replace('w4', 'w3')} | pack(format=native)"
     return [
         Row("mission-native", "tiny", f"{small} | {mix} | {ends} | pack(format=native)", group="the whole way in one recipe"),
         Row(
             "mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the whole way in one recipe", start="mission-native"
         ),
-        Row(
-            "mission-tenth", "tiny", f"{half} | {{calibrate}} | {mix} | {ends.replace('w4', 'w3')} | pack(format=native)",
-            group="the whole way in one recipe", start="tiny-sheared",
+        *(
+            Row(f"mission-tenth-{name}", "tiny", f"{half[f'tiny-{name}-logits']} | {tenth}",
+                group="the whole way in one recipe", start=f"tiny-{name}")
+            for name in ("sheared", "width")
         ),
         Row("gptq-2-native", "tiny", f"{{calibrate}} | quantize.gptq(scheme=w2a16g32) | {ends} | pack(format=native)", group="the whole way in one recipe"),
         Row("gptq-2", "tiny", "{calibrate} | quantize.gptq(scheme=w2a16g32) | pack", group="the whole way in one recipe"),

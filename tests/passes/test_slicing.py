@@ -253,6 +253,15 @@ def test_the_target_in_parameters_and_bytes_is_met(tiny: Path, tmp_path: Path) -
         assert 0.9 * most < count <= most, name
 
 
+def test_a_tied_model_loses_neurons_before_channels(tmp_path: Path) -> None:
+    """A head that is the embedding cannot be fitted to fewer channels."""
+    source = build("tied", tmp_path)
+    for name, option, expected in (("some", "parameters=52K", (64, 48)), ("more", "parameters=50K", (48, 80))):
+        do(source, tmp_path / name, f"{CALIBRATE} | prune.width({option}, multiple=8)")
+        _, hidden, _, _, ffn = sizes(load(tmp_path / name))
+        assert (hidden, ffn) == expected
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
