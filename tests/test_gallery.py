@@ -22,6 +22,7 @@ TRAINED = (
 )  # fmt: skip
 SHORT = {
     "sheared_w4": ("prune.sheared.parameters=0.7M", "prune.sheared.multiple=16", "quantize.gptq.scheme=w4a16g32"),
+    "width_w4": ("prune.width.parameters=0.7M", "prune.width.multiple=16", "quantize.gptq.scheme=w4a16g32"),
     "sheared_mq": (*TRAINED, "quantize.rtn.targets=[embeddings]"),
     "sheared_mq_ct": TRAINED,
     "awq_w4": ("quantize.smooth.scheme=w4a16g32-asym", "quantize.rtn.scheme=w4a16g32-asym"),

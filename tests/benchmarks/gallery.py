@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gallery.py [--rows "gptq_* fp8"] [--write-only]
 
-A recipe of a mixture of experts is measured on a small one of the data beside a checkout, all others on the model of `make real`.
+Recipes are measured on the model of `make real`, those that say that they are for another on a small one that lies beside a checkout.
 What was measured is kept under the user's cache by the recipe's text and its inputs, and is not measured again.
 """
 
@@ -29,7 +29,8 @@ from compress.errors import CompressError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
-MOE = ROOT.parent / "shared" / "models" / "tiny-mixtral-9m"
+SMALL = {"moqe_w2": "tiny-mixtral-9m", "sheared_mq": "tiny-llama-8m", "sheared_mq_ct": "tiny-llama-8m"}
+"""By recipe: of the models beside a checkout."""
 COMPRESS = str(Path(sys.executable).with_name("compress"))
 MARK, GOES_ON = "# Measured on ", "#   "
 """How a result begins, and how its other lines do."""
@@ -44,7 +45,7 @@ class Recipe:
         self.file, self.name = file, file.stem
         self.lines = file.read_text().splitlines()
         self.body = "\n".join(line for line in self.lines if not line.startswith("#"))
-        self.model = MOE if "quantize.moqe" in self.body else real_model(tell)
+        self.model = ROOT.parent / "shared" / "models" / SMALL[self.name] if self.name in SMALL else real_model(tell)
 
     def command(self, out: Path) -> list[str]:
         """The command of its first line, on the model and its texts."""
@@ -93,12 +94,12 @@ def header(facts: dict[str, Any]) -> list[str]:
     """The lines of a result."""
     quality, run = facts["quality"], facts["run"]
     kl, perplexity, source = (quality[name] for name in ("kl", "perplexity", "source_perplexity"))
-    busy = " (the machine was busy)" if run["busy"] else ""
+    busy = ", others at work" if run["busy"] else ""
     return [
         f"{MARK}{facts['model']}: KL {kl['value']:.4f} +- {kl['error']:.4f}, perplexity {perplexity['value']:.2f} (source "
         f"{source['value']:.2f}),",
         f"{GOES_ON}{facts['tensor_bytes'] / 1e6:.1f} MB (source {facts['source_bytes'] / 1e6:.1f}), {facts['bits']:.2f} bits per weight, "
-        f"{run['seconds']:.0f} s on 2 cores{busy}, {run['peak_bytes'] / 1e9:.2f} GB;",
+        f"{run['seconds']:.0f} s ({run['cpu_share']:.0%} CPU{busy}), {run['peak_bytes'] / 1e9:.2f} GB;",
         f"{GOES_ON}{TOKENS:,} tokens of wiki.valid in windows of {WINDOW}, fp32, no BOS; texts: wiki.train, seed 0.",
     ]  # fmt: skip
 
