@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.atomic import write_text
 from compress.checkpoint.reader import ALLOCATION, Checkpoint
 from compress.context import Context
 from compress.contract.allocator import Allocator, InputAllocator, Offer, offers_of, read_table, rows_of
@@ -49,9 +50,7 @@ def allocate(
                 offers = [by_values(allocator, offer, source) for offer in offers]
             found = allocator.decide(offers, rest)
         if ctx.is_main:
-            draft = table.with_suffix(".draft")
-            draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(offers, found)))
-            draft.rename(table)
+            write_text(table, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(offers, found)))
         ctx.barrier()
     return ctx.broadcast(read_table(table) if ctx.is_main else None)  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint.atomic import write_text
 from compress.contract.step_plan import Cut
 from compress.executors.step_run import KEPT_FILE, StepRun
 from compress.spec.kept import Kept
@@ -29,9 +30,7 @@ def check(kept: Kept, what: Cut) -> None:
 
 def keep(run: StepRun, kept: Kept) -> None:
     """Keeps the decision in the step's directory."""
-    draft = run.writer.path / f"{KEPT_FILE}.draft"
-    draft.write_text(json.dumps(kept.to_json()) + "\n")
-    draft.rename(run.writer.path / KEPT_FILE)
+    write_text(run.writer.path / KEPT_FILE, json.dumps(kept.to_json()) + "\n")
 
 
 def put(run: StepRun, weight: Weight, value: torch.Tensor, facts: dict[str, Any] | None = None) -> None:

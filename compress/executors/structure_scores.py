@@ -15,6 +15,7 @@ import torch
 
 from compress.architecture.axes import Slice, slices
 from compress.architecture.experts import MIDDLE, OUTPUT, Routed
+from compress.checkpoint.atomic import write_bytes
 from compress.contract.slicing_pass import Fact, Observed
 from compress.contract.step_plan import Cut
 from compress.errors import CoverageError, InputError
@@ -217,11 +218,9 @@ class _BlockSums:
 
 
 def _save(tensors: Tensors, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    draft = path.with_name(f"{path.name}.draft")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-    draft.rename(path)
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def _load(path: Path) -> Tensors:
