@@ -204,7 +204,7 @@ class _End:
     def __init__(self, refit: Refit, parts: Sequence[Slice]) -> None:
         self.refit = refit
         self.norms = [part for part in parts if part.source.kind == "norm" and part.source.attribute == "weight"]
-        self.heads = [part for part in parts if part.source.kind == "head" and len(part.dims) == 2]
+        self.fits_head = any(part.source.kind == "head" for part in refit.parts[None])
         self.scales = {part.name: refit.scale_of(part) for part in refit.parts[None] if part.source.kind == "norm"}
         self.products: Hessian | None = None
 
@@ -212,11 +212,10 @@ class _End:
         """Takes what the last block made of a batch."""
         x = output[0] if isinstance(output, tuple) else output
         assert isinstance(x, torch.Tensor)
-        rows, valid = x.reshape(-1, x.shape[-1]), batch.valid(x, call)
-        rows = rows if valid is None else rows[valid]
+        rows = _counted(x, batch, call)
         for scale in self.scales.values():
             scale.add(rows)
-        if self.heads and self.norms:
+        if self.fits_head and self.norms:
             meta_model = self.refit.sweep.meta_model
             norm = meta_model.module_at(meta_model.readers(self.norms[0].source.name)[0])
             if self.products is None:
@@ -244,10 +243,15 @@ def _rows(key: Key, walks: Sequence[BatchWalk], expert: int | None = None) -> It
         except LookupError:
             continue
         assert walk.call is not None
-        valid = walk.batch.valid(x if isinstance(x, torch.Tensor) else None, walk.call)
         if isinstance(x, Routed):
+            valid = walk.batch.valid(None, walk.call)
             rows, tokens = (x.rows, x.tokens) if expert is None else x.of(expert)
             yield rows if valid is None else rows[valid[tokens]]
         else:
-            rows = x.reshape(-1, x.shape[-1])
-            yield rows if valid is None else rows[valid]
+            yield _counted(x, walk.batch, walk.call)
+
+
+def _counted(x: torch.Tensor, batch: Batch, call: Call) -> torch.Tensor:
+    """Activations [..., width] as [tokens, width], without padding."""
+    rows, valid = x.reshape(-1, x.shape[-1]), batch.valid(x, call)
+    return rows if valid is None else rows[valid]
