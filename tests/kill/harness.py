@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from server import phase_of
 
 from compress.pipeline import output_paths
 from support import ready_inputs, tree
@@ -71,15 +72,6 @@ class Ran:
         return [event for event in self.events if event["event"] == kind]
 
 
-def phase_of(event: dict[str, Any]) -> str:
-    """What a run does from this event on; empty where it goes on with what it did."""
-    kind, step = event["event"], event.get("step", "")
-    if kind == "progress":
-        return "read" if step == "read" else f"{step}: work"
-    names = {"forked": "start", "start": "enter", "plan": "plan", "begin": f"{step}: begin", "train": f"{step}: work"}
-    return {**names, "publish": f"{step}: publish", "step": f"{event.get('name')}: published", "done": "end"}.get(kind, "")
-
-
 class Server:
     """A process that forks commands; see server.py."""
 
@@ -120,10 +112,15 @@ class Server:
         seconds: float = 0.0,
         number: int = signal.SIGKILL,
         before: str = "",
+        at_once: bool = False,
     ) -> Ran:
-        """Runs a command line; sends it a signal in `phase`, `share * seconds` after that began."""
+        """Runs a command line; sends it a signal in `phase`, `share * seconds` after that began.
+
+        With `at_once` the run kills itself where the phase begins.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"argv": [*map(str, argv)], "before": before}).encode() + b"\n")
+        request = {"argv": [*map(str, argv)], "before": before, "phase": phase if at_once else ""}
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         ran, pid, deadline, now, began = Ran(), 0, None, "", time.monotonic()
         while True:
@@ -137,12 +134,13 @@ class Server:
                 continue
             if event["event"] == "ended":
                 ran.status = event["status"]
+                ran.killed_in = phase if at_once and ran.status == -number else ran.killed_in
                 return ran
             pid = event.get("pid", pid)
             ran.events.append(event)
             ran.seconds.append(time.monotonic() - began)
             now = phase_of(event) or now
-            if now == phase and deadline is None and not ran.killed_in:
+            if now == phase and deadline is None and not ran.killed_in and not at_once:
                 deadline = time.monotonic() + share * seconds
 
     def close(self) -> None:

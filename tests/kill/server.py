@@ -1,6 +1,6 @@
 """A child of the kill suite: has everything imported, and forks a `compress` for each command line that it is sent.
 
-A request is a line of JSON: `argv`, and `before`, code to run first. The answers are the lines that the command prints,
+A request is a line of JSON: `argv`; `before`, code to run first; `phase`, where the run kills itself, or nothing. The answers are the lines that the command prints,
 between `{"event": "forked", "pid": ...}` and `{"event": "ended", "status": ...}`. Nothing is computed before a fork, so no
 thread is lost by it; each run starts in milliseconds and not in seconds.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+from typing import Any, TextIO
 
 HEAVY = (
     "accelerate", "matplotlib.backends.backend_svg", "torch", "transformers.models.llama.modeling_llama",
@@ -21,10 +23,40 @@ HEAVY = (
 )  # fmt: skip
 
 
+def phase_of(event: dict[str, Any]) -> str:
+    """What a run does from this event on; empty where it goes on with what it did."""
+    kind, step = event["event"], event.get("step", "")
+    if kind == "progress":
+        return "read" if step == "read" else f"{step}: work"
+    names = {"forked": "start", "start": "enter", "plan": "plan", "begin": f"{step}: begin", "train": f"{step}: work"}
+    return {**names, "publish": f"{step}: publish", "step": f"{event.get('name')}: published", "done": "end"}.get(kind, "")
+
+
+class Last:
+    """A standard output whose last event is the one that begins a phase: no kill from outside hits one of microseconds."""
+
+    def __init__(self, stream: TextIO, phase: str) -> None:
+        self.stream, self.phase = stream, phase
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self.stream.write(line)
+            if line.startswith("{") and phase_of(json.loads(line)) == self.phase:
+                self.stream.write("\n")
+                self.stream.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
 def child(request: dict[str, object]) -> None:
     """Runs one command line, as the shell would."""
     sys.argv = ["compress", *request["argv"]]  # type: ignore[misc]
     exec(str(request.get("before", "")), {})
+    if request.get("phase"):
+        sys.stdout = Last(sys.stdout, str(request["phase"]))  # type: ignore[assignment]
     from compress.__main__ import main
 
     status = 0

@@ -73,8 +73,9 @@ def test_killed_in_every_phase(kind: str, model: Path, server: Server, table: li
         kills, runs, worst, wrong, before, out = 0, 0, Counter[str](), 0, None, tmp_path / "out"
         journaled: dict[str, set[str]] = {}
         while kills < KILLS or before is not None:
-            # Some phases last a millisecond: the more often one was missed, the sooner the kill.
-            ran = server.run(command(out), phase if kills < KILLS else "", chance.random() / (1 + runs // KILLS), length)
+            # Some phases last a millisecond: the more often one was missed, the sooner the kill; some last microseconds.
+            share, at_once = chance.random() / (1 + runs // KILLS), runs >= 3 * KILLS and kills < KILLS
+            ran = server.run(command(out), phase if kills < KILLS else "", share, length, at_once=at_once)
             runs += 1
             assert runs < 30 * KILLS, (phase, kills, ran.status, ran.words)
             if before is not None and ran.status == 0:
