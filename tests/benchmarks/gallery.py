@@ -35,6 +35,8 @@ COMPRESS = str(Path(sys.executable).with_name("compress"))
 MARK, GOES_ON = "# Measured on ", "#   "
 """How a result begins, and how its other lines do."""
 TOKENS, WINDOW = 8192, 512
+ALONE, MIXED = ("wiki",), ("wiki", "code", "speech", "plays")
+"""Texts: what a recipe is calibrated on, and what one that trains a small model for long needs."""
 _PLACEHOLDER = re.compile(r"--set (\S+)=TEXTS\.jsonl")
 
 
@@ -45,13 +47,14 @@ class Recipe:
         self.file, self.name = file, file.stem
         self.lines = file.read_text().splitlines()
         self.body = "\n".join(line for line in self.lines if not line.startswith("#"))
+        self.domains = MIXED if "prune.sheared" in self.body and self.name in SMALL else ALONE
         self.model = ROOT.parent / "shared" / "models" / SMALL[self.name] if self.name in SMALL else real_model(tell)
 
     def command(self, out: Path) -> list[str]:
         """The command of its first line, on the model and its texts."""
-        texts = [
-            word for name in _PLACEHOLDER.findall(self.lines[0]) for word in ("--set", f"{name}={DATA / 'wiki.train.jsonl'}")
-        ]
+        paths = [str(path) for path in self.texts()[:-1]]
+        value = paths[0] if len(paths) == 1 else json.dumps(paths)
+        texts = [word for name in _PLACEHOLDER.findall(self.lines[0]) for word in ("--set", f"{name}={value}")]
         return [COMPRESS, "run", str(self.model), str(out), str(self.file), *texts, "--json"]
 
     def kept(self) -> Path:
@@ -62,7 +65,8 @@ class Recipe:
         return folder_of("gallery") / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
     def texts(self) -> list[Path]:
-        return [DATA / "wiki.train.jsonl", DATA / "wiki.valid.jsonl"]
+        """Those that it learns from, and at last the one that it is measured on."""
+        return [*(DATA / f"{domain}.train.jsonl" for domain in self.domains), DATA / "wiki.valid.jsonl"]
 
     def measure(self) -> dict[str, Any]:
         """Runs it in a fresh process, measures what it made, and keeps the numbers. Raises CompressError."""
@@ -77,7 +81,7 @@ class Recipe:
             quality, _ = ours.said(evaluate, Path(folder) / "eval.log")
             facts = {
                 "name": self.name, "model": self.model.name, "commit": commit(), "run": usage.facts(), "quality": quality,
-                "tensor_bytes": ours.tensor_bytes(out), "source_bytes": ours.tensor_bytes(self.model),
+                "texts": list(self.domains), "tensor_bytes": ours.tensor_bytes(out), "source_bytes": ours.tensor_bytes(self.model),
                 "bits": done["bits_per_targeted_weight"],
             }  # fmt: skip
         self.kept().parent.mkdir(parents=True, exist_ok=True)
@@ -94,13 +98,14 @@ def header(facts: dict[str, Any]) -> list[str]:
     """The lines of a result."""
     quality, run = facts["quality"], facts["run"]
     kl, perplexity, source = (quality[name] for name in ("kl", "perplexity", "source_perplexity"))
+    texts = ", ".join(f"{domain}.train" for domain in facts.get("texts", ALONE))
     busy = ", others at work" if run["busy"] else ""
     return [
         f"{MARK}{facts['model']}: KL {kl['value']:.4f} +- {kl['error']:.4f}, perplexity {perplexity['value']:.2f} (source "
         f"{source['value']:.2f}),",
         f"{GOES_ON}{facts['tensor_bytes'] / 1e6:.1f} MB (source {facts['source_bytes'] / 1e6:.1f}), {facts['bits']:.2f} bits per weight, "
         f"{run['seconds']:.0f} s ({run['cpu_share']:.0%} CPU{busy}), {run['peak_bytes'] / 1e9:.2f} GB;",
-        f"{GOES_ON}{TOKENS:,} tokens of wiki.valid in windows of {WINDOW}, fp32, no BOS; texts: wiki.train, seed 0.",
+        f"{GOES_ON}{TOKENS:,} tokens of wiki.valid in windows of {WINDOW}, fp32, no BOS; texts: {texts}, seed 0.",
     ]  # fmt: skip
 
 

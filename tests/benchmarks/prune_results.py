@@ -103,30 +103,52 @@ def smol_rows() -> list[Row]:
     return found
 
 
+def mask_rows() -> list[Row]:
+    """Masks of tiny-llama-8m; those of the larger model are rows of `make real`."""
+    methods = {
+        "magnitude": "prune.magnitude({})", "wanda": "{{calibrate}} | prune.wanda({})",
+        "sparsegpt": "{{calibrate}} | prune.sparsegpt({}, refit=false)",
+        "wanda-refit": "{{calibrate}} | prune.wanda({}, refit=true)", "sparsegpt-refit": "{{calibrate}} | prune.sparsegpt({})",
+        "wanda-owl": "{{calibrate}} | prune.wanda({}, owl=true)", "sparsegpt-owl": "{{calibrate}} | prune.sparsegpt({}, owl=true)",
+    }  # fmt: skip
+    return [
+        Row(f"tiny-{name}-{sparsity}", "tiny", passes.format(f"sparsity={value}"), group="masks")
+        for sparsity, value in {"50": "0.5", "70": "0.7", "2:4": "2:4"}.items()
+        for name, passes in methods.items()
+        if not (name.endswith("owl") and sparsity == "2:4")
+    ]
+
+
 def mission_rows() -> list[Row]:
     """The whole way in one recipe, beside plain 2-bit GPTQ of the unpruned model; and to a tenth of 16 bits."""
-    half = {row.name: row.passes for row in tiny_rows()}
     learn = "data={train}, length=256, batch=16, micro_batch=8, lr=1e-3"
     small = f"{{calibrate}} | prune.sheared(layers=7, ffn=640, samples=2048, {learn}) | distill.logits(samples=4000, {learn})"
     mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, ragged=divide)"
     ends = "quantize.rtn(scheme=w4a16g32, targets=[embeddings, head], clip=mse)"
-    tenth = f"{{calibrate}} | {mix} | {ends.replace('w4', 'w3')} | pack(format=native)"
+    # 1.6 MB: rows of 256 columns, which 2-bit codes fill in our layout.
+    starts = {
+        "sheared": f"prune.sheared(layers=7, ffn=288, samples=2048, {learn.replace('1e-3', '3e-4')})",
+        "width": "{calibrate} | prune.depth(layers=7) | prune.width(ffn=288)",
+    }
+    two = ends.replace("w4", "w2")
+    tenth = (
+        f"distill.logits(samples=4000, {learn}) | {{calibrate}} | quantize.gptq(scheme=w2a16g32) | {two} | pack(format=native)"
+    )
     return [
         Row("mission-native", "tiny", f"{small} | {mix} | {ends} | pack(format=native)", group="the whole way in one recipe"),
         Row(
             "mission-compressed-tensors", "tiny", f"{small} | {mix} | pack", group="the whole way in one recipe", start="mission-native"
         ),
         *(
-            Row(f"mission-tenth-{name}", "tiny", f"{half[f'tiny-{name}-logits']} | {tenth}",
-                group="the whole way in one recipe", start=f"tiny-{name}")
-            for name in ("sheared", "width")
+            Row(f"mission-tenth-{name}", "tiny", f"{start} | {tenth}", group="the whole way in one recipe")
+            for name, start in starts.items()
         ),
         Row("gptq-2-native", "tiny", f"{{calibrate}} | quantize.gptq(scheme=w2a16g32) | {ends} | pack(format=native)", group="the whole way in one recipe"),
         Row("gptq-2", "tiny", "{calibrate} | quantize.gptq(scheme=w2a16g32) | pack", group="the whole way in one recipe"),
     ]  # fmt: skip
 
 
-ROWS = [*tiny_rows(), *smol_rows(), *mission_rows()]
+ROWS = [*tiny_rows(), *mask_rows(), *smol_rows(), *mission_rows()]
 
 
 class Results:
