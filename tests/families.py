@@ -134,6 +134,7 @@ GGUF: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 8}),
     "gemma3": ("gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window": 16}),
     "phi3": ("phi3", {}),
+    "gpt_oss": ("gpt_oss", {}),
 }
 """Every architecture that is written for llama.cpp: a family, with what llama.cpp asks of its config."""
 

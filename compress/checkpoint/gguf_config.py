@@ -44,7 +44,9 @@ def config_of(header: GgufHeader, file: str, read: Callable[[int, int], bytes]) 
         raise bad(f"the keys of {architecture}", f"none for {', '.join(missing)}")
     if architecture not in WINDOWED:
         config.pop("sliding_window", None)
-    config.pop("num_local_experts" if kind != "mixtral" else "num_experts", None)
+    config.pop("num_local_experts" if kind not in ("mixtral", "gpt_oss") else "num_experts", None)
+    if kind == "gpt_oss":
+        config.pop("moe_intermediate_size", None)
     embedding = next((ref for ref in header.refs if ref.name == "token_embd.weight"), None)
     if embedding is None or len(embedding.shape) != 2:
         raise bad("a matrix token_embd.weight", "none")
@@ -108,7 +110,7 @@ def _llama3(factors: tuple[float, ...], rope: dict[str, Any], bad: Callable[[str
 def _family(architecture: str, config: dict[str, Any], head: int, names: set[str]) -> dict[str, Any]:
     """What the architecture implies, or the presence of tensors tells."""
     found: dict[str, Any] = {}
-    if architecture in ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3"):
+    if architecture in ("llama", "qwen3", "qwen3moe", "gemma2", "gemma3", "gpt-oss"):
         found["head_dim"] = head
     if architecture == "llama" and config["model_type"] == "llama":
         found |= {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_gate.bias" in names}

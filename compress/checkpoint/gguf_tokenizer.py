@@ -66,7 +66,7 @@ def tokenizer_texts(metadata: dict[str, Any], file: str) -> dict[str, str]:
         **(_sentencepiece(metadata) if pieces else _byte_level(rule)), "post_processor": _around(metadata, special, vocabulary),
         "model": model,
     }  # fmt: skip
-    config = {f"{word}_token": token for word, token in special.items() if token is not None}
+    config: dict[str, Any] = {f"{word}_token": token for word, token in special.items() if token is not None}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     texts = {
         "tokenizer.json": json.dumps(content, ensure_ascii=False),

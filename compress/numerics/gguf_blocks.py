@@ -32,10 +32,10 @@ def scheme_text(kind: str) -> str:
 
 
 def encode(kind: str, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 [rows, columns] with scales [rows, groups], fp16 or the bytes of E8M0 -> bytes [rows, bytes of a row]."""
+    """Codes uint8 [..., rows, columns] with scales [..., rows, groups], fp16 or the bytes of E8M0 -> bytes [..., rows, bytes]."""
     blocks = codes.unflatten(-1, (-1, BLOCK))
-    repeats = blocks.shape[1] // scale.shape[1]
-    heads = scale.repeat_interleave(repeats, dim=1).contiguous().view(torch.uint8).unflatten(-1, (blocks.shape[1], -1))
+    repeats = blocks.shape[-2] // scale.shape[-1]
+    heads = scale.repeat_interleave(repeats, dim=-1).contiguous().view(torch.uint8).unflatten(-1, (blocks.shape[-2], -1))
     # Adding 128 to a byte, which wraps, takes the unsigned code to the signed one.
     body = blocks ^ 0x80 if kind == "Q8_0" else blocks[..., : BLOCK // 2] | (blocks[..., BLOCK // 2 :] << 4)
     return torch.cat([heads, body], dim=-1).flatten(-2)

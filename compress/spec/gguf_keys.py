@@ -19,13 +19,13 @@ NUMBERS = (
     ("attention.sliding_window", "u32", "sliding_window"),
 )  # fmt: skip
 """(key after the architecture, its type, the key of a config with the same number)."""
-WINDOWED = ("gemma2", "gemma3")
+WINDOWED = ("gemma2", "gemma3", "gpt-oss")
 """Architectures that llama.cpp computes with a sliding window."""
 MODELS = {
     "llama": ("llama", "LlamaForCausalLM"), "qwen2": ("qwen2", "Qwen2ForCausalLM"), "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "qwen2moe": ("qwen2_moe", "Qwen2MoeForCausalLM"), "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"), "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "phi3": ("phi3", "Phi3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"), "gpt-oss": ("gpt_oss", "GptOssForCausalLM"),
 }  # fmt: skip
 """Architecture of a file -> model_type and class of transformers; a `llama` with experts is Mixtral."""
 

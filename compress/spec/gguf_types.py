@@ -32,6 +32,6 @@ _BLOCKS = (
 )  # fmt: skip
 TYPES = {
     **{name: GgufType(name, number, 1, nbytes, name) for name, number, nbytes in _PLAIN},
-    **{name: GgufType(name, *sizes) for name, *sizes in _BLOCKS},
+    **{name: GgufType(name, number, weights, nbytes) for name, number, weights, nbytes in _BLOCKS},
 }
 BY_NUMBER = {found.number: found for found in TYPES.values()}

@@ -52,6 +52,10 @@ def entries(architecture: Architecture, config: dict[str, Any]) -> list[Entry]:
             found[f"{name}.{key}"] = Entry(f"{name}.{key}", kind, number)
     for key, kind, value in _rotation(architecture, config):
         found[f"{name}.{key}"] = Entry(f"{name}.{key}", kind, value)
+    if name == "gpt-oss":
+        found[f"{name}.expert_feed_forward_length"] = Entry(
+            f"{name}.expert_feed_forward_length", "u32", config["intermediate_size"]
+        )
     if name not in WINDOWED:
         found.pop(f"{name}.attention.sliding_window", None)
     found["general.quantization_version"] = Entry("general.quantization_version", "u32", 2)
@@ -101,7 +105,7 @@ def refuse(architecture: Architecture, config: dict[str, Any]) -> None:
     if name in ("gemma2", "gemma3") and scale is not None and scale != config["head_dim"]:
         raise Refusal(f"attention scaled by {scale}, llama.cpp's {name} scales by the {config['head_dim']} of a head", _ELSEWHERE)
     kinds = config.get("layer_types") or []
-    every = {"gemma2": 2, "gemma3": _GEMMA3_EVERY}.get(name)
+    every = {"gemma2": 2, "gpt-oss": 2, "gemma3": _GEMMA3_EVERY}.get(name)
     if every and kinds != [("full" if (i + 1) % every == 0 else "sliding") + "_attention" for i in range(len(kinds))]:
         raise Refusal(f"llama.cpp's {name} has full attention in every block number {every}, this config in others", _ELSEWHERE)
     if name == "qwen2" and config.get("use_sliding_window"):

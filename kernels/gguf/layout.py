@@ -30,7 +30,7 @@ from compress.checkpoint.reader import GGUF_FILE
 from compress.checkpoint.safetensors_header import Shard
 from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
-from compress.importers.gguf_names import ARCHITECTURES, Architecture, is_norm, paired_heads, stored_name, to_pairs
+from compress.importers.gguf_names import ARCHITECTURES, Architecture, Piece, is_norm, paired_heads, pieces, to_pairs
 from compress.kernels.gguf.hyperparameters import entries, full_config, notes, rope_factors
 from compress.kernels.gguf.tokenizer import tokenizer_entries
 from compress.kernels.gptq.layout import in_half, rounded_scales
@@ -102,7 +102,7 @@ class Gguf(Format):
             raise Refusal("the types for zero points hold a floating minimum, which is not written yet", "use a symmetric scheme")
         if not type_of(scheme):
             raise Refusal(f"no type of it holds {scheme}", "quantize to w4a16, w8a16 or mxfp4")
-        if weight.transposed:
+        if weight.transposed and weight.experts is None:
             raise Refusal("its groups run along what llama.cpp has as outputs", "skip it, or " + _ELSEWHERE)
         if weight.columns % BLOCK or (scheme.group or BLOCK) % BLOCK:
             size = f"{weight.columns} columns in groups of {scheme.group or weight.columns}"
@@ -119,15 +119,13 @@ class Gguf(Format):
             self.target.tokenizer  # noqa: B018 (raises for one that llama.cpp does not have)
         except Refusal as refusal:
             return [("*", refusal.reason, refusal.do)]
-        unknown = [w.name for w in model.weights if not self._name(w) and w.name not in self.target.unused]
+        unknown = [w.name for w in model.weights if not self._pieces(w) and w.name not in self.target.unused]
         name = self.target.architecture.name
         return [(n, f"llama.cpp's {name} has no tensor for it", _ELSEWHERE) for n in unknown]
 
-    def _name(self, weight: Weight) -> str:
-        """Its name in the file; empty for one that is left out."""
-        if self.target is None:
-            return weight.name
-        return stored_name(self.target.architecture, weight.name)
+    def _pieces(self, weight: Weight) -> list[Piece]:
+        """What it is stored as; nothing for a tensor that is left out."""
+        return [Piece(weight.name)] if self.target is None else pieces(self.target.architecture, weight.name)
 
     def _kind(self, weight: Weight, state: State) -> str:
         """Its type in the file."""
@@ -138,36 +136,46 @@ class Gguf(Format):
         return weight.dtype if len(weight.shape) > 1 and weight.kind in ("linear", "expert", "embedding", "head") else "F32"
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
-        name, kind = self._name(weight), TYPES[self._kind(weight, state)]
-        if not name:
-            return []
-        shape = weight.shape
-        if state.scheme is not None:
-            shape = (weight.rows, weight.columns // kind.weights * kind.nbytes)
-        found = [TensorSpec(name, kind.dtype, shape)]
+        kind, found = TYPES[self._kind(weight, state)], []
+        for piece in self._pieces(weight):
+            if weight.experts is None:
+                shape = (*weight.shape[:-1], weight.shape[-1] // piece.step)
+                if state.scheme is not None:
+                    shape = (weight.rows, weight.columns // kind.weights * kind.nbytes)
+                found.append(TensorSpec(piece.name, kind.dtype, shape))
+                continue
+            shape = (weight.rows // piece.step, weight.columns // kind.weights * (kind.nbytes if kind.dtype == "U8" else 1))
+            found += [TensorSpec(f"{piece.name}[{expert}]", kind.dtype, shape) for expert in range(weight.experts)]
         if weight.kind == "embedding" and self.target is not None and (factors := self.target.factors) is not None:
             found.append(TensorSpec(_FACTORS, "F32", tuple(factors.shape)))
         return found
 
     def encode_as(self, weight: Weight, state: State, value: Any) -> dict[str, torch.Tensor]:
+        stored, made = self._stored(weight, state, value), {}
+        for piece in self._pieces(weight):
+            if weight.experts is None:
+                made[piece.name] = stored[..., piece.first :: piece.step] if piece.step > 1 else stored
+            else:
+                own = stored[:, piece.first :: piece.step]
+                made |= {f"{piece.name}[{expert}]": own[expert] for expert in range(weight.experts)}
+        if weight.kind == "embedding" and self.target is not None and self.target.factors is not None:
+            made[_FACTORS] = self.target.factors
+        return {name: tensor.contiguous() for name, tensor in made.items()}
+
+    def _stored(self, weight: Weight, state: State, value: Any) -> torch.Tensor:
+        """Blocks [experts?, rows, bytes of a row], or values, with rows where llama.cpp has them."""
         from compress.checkpoint.reader import torch_dtype
         from compress.numerics.gguf_blocks import encode
 
-        name, kind = self._name(weight), self._kind(weight, state)
+        kind, name = self._kind(weight, state), next((piece.name for piece in self._pieces(weight)), "")
         heads = paired_heads(self.target.architecture, name, self.target.config) if self.target else 0
         if state.scheme is None:
-            rows = value.to(torch_dtype(kind))
+            rows: torch.Tensor = value.to(torch_dtype(kind))
             if self.target is not None and self.target.architecture.one_added and is_norm(name):
                 rows = rows + 1
-            found = to_pairs(rows, heads) if heads else rows
         else:
-            scale = value.scale if kind == "MXFP4" else in_half(weight, value.scale)
-            codes = to_pairs(value.codes, heads) if heads else value.codes
-            found = encode(kind, codes, to_pairs(scale, heads) if heads else scale)
-        made = {name: found.contiguous()}
-        if len(self.specs(weight, state)) > 1 and self.target is not None and self.target.factors is not None:
-            made[_FACTORS] = self.target.factors
-        return made
+            rows = encode(kind, value.codes, value.scale if kind == "MXFP4" else in_half(weight, value.scale))
+        return to_pairs(rows, heads) if heads else rows
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
         return self.encode_as(weight, State(value.scheme), value)
@@ -177,7 +185,7 @@ class Gguf(Format):
         from compress.importers.gguf import codes_of
 
         assert state.scheme is not None
-        return codes_of(state.scheme, weight.dtype, tensors[self._name(weight)])
+        return codes_of(state.scheme, weight.dtype, tensors[weight.name])
 
     def shards(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Shard]:
         """The file: its header, and where each tensor lies."""
@@ -187,7 +195,7 @@ class Gguf(Format):
             for spec in self.specs(weight, states[weight.name]):
                 whole, _, index = spec.name.partition("[")
                 kind = TYPES["F32"] if spec.name == _FACTORS else TYPES[self._kind(weight, states[weight.name])]
-                shape = spec.shape if kind.dtype != "U8" else (weight.rows, weight.columns)
+                shape = spec.shape if kind.dtype != "U8" else (spec.shape[0], weight.columns)
                 found.setdefault(whole, []).append((int(index.rstrip("]") or 0), spec, Info(whole, kind, shape)))
         infos, specs = [], []
         for name, parts in found.items():
@@ -211,7 +219,7 @@ class Gguf(Format):
         stored, left, more = {}, {}, Counter[str]()
         for weight in weights:
             kind, scheme = self._kind(weight, states[weight.name]), states[weight.name].scheme
-            if not self._name(weight):
+            if not self._pieces(weight):
                 left[weight.name] = _UNREAD
             elif scheme is not None:
                 stored[weight.name] = reason = f"{scheme} as {kind}"

@@ -62,7 +62,6 @@ BY_NAME = {
     ("probe_gptqmodel.py", "importlib.import_module('torch')"): "one name",
     ("probe_llama_cpp.py", "importlib.import_module('xllamacpp')"): "one name",
     ("probe_llama_cpp.py", "importlib.import_module('tokenizers')"): "one name",
-    ("probe_llama_cpp.py", "getattr(library, name)"): "a function of llama.cpp, from a table of ours",
     ("probe_peft.py", "importlib.import_module('peft')"): "one name",
     ("model_class.py", "getattr(modeling_auto, name)"): "the names of transformers' own tables",
     ("model_class.py", "getattr(transformers, wanted)"): "a class that those tables list for the model_type",
