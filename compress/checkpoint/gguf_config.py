@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,8 @@ def config_of(header: GgufHeader, file: str, read: Callable[[int, int], bytes]) 
     config: dict[str, Any] = {"architectures": [cls], "model_type": kind}
     for key, form, here in NUMBERS:
         number = metadata.get(f"{architecture}.{key}")
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int if form == "u32" else float)):
+        right = isinstance(number, int) and not isinstance(number, bool) if form == "u32" else _finite(number)
+        if number is not None and not right:
             raise bad(f"one number for {architecture}.{key}", type(number).__name__)
         if number is not None and here not in config:
             # A float of a file has the seven digits that it was written with.
@@ -71,27 +73,38 @@ def _head(metadata: dict[str, Any], architecture: str, config: dict[str, Any], b
     return known
 
 
+def _finite(number: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < math.inf
+
+
 def _rotation(
     header: GgufHeader, read: Callable[[int, int], bytes], architecture: str, head: int, bad: Callable[[str, str], InputError]
 ) -> dict[str, Any]:
     """How positions are rotated."""
-    metadata = header.metadata
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(metadata.get(f"{architecture}.rope.freq_base", 10000.0))}
-    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+
+    def number(key: str, default: float) -> Any:
+        found = header.metadata.get(f"{architecture}.rope.{key}", default)
+        if not _finite(found) or found <= 0:
+            raise bad(f"a number for {architecture}.rope.{key}", type(found).__name__)
+        return found
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(number("freq_base", 10000.0))}
+    kind = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
     if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": float(metadata.get(f"{architecture}.rope.scaling.factor", 1.0))}
+        rope |= {"rope_type": kind, "factor": float(number("scaling.factor", 1.0))}
         if kind == "yarn":
-            rope["original_max_position_embeddings"] = metadata.get(f"{architecture}.rope.scaling.original_context_length")
+            rope["original_max_position_embeddings"] = number("scaling.original_context_length", 0)
     elif kind != "none" or any(ref.name.startswith("rope_factors") for ref in header.refs):
         raise bad("no rotation but linear, yarn and llama3", f"'{kind}' with factors of its own")
     if (ref := next((ref for ref in header.refs if ref.name == _FACTORS), None)) is not None:
         rope |= _llama3(struct.unpack(f"<{ref.nbytes // 4}f", read(ref.offset, ref.nbytes)), rope, bad)
     found: dict[str, Any] = {"rope_parameters": rope}
-    rotated = metadata.get(f"{architecture}.rope.dimension_count", head)
+    rotated = number("dimension_count", head)
     if architecture == "phi3" and rotated != head:
         rope["partial_rotary_factor"] = rotated / head
     if architecture == "gemma3":
-        local = {"rope_type": "default", "rope_theta": float(metadata.get("gemma3.rope.freq_base_swa", 10000.0))}
+        local = {"rope_type": "default", "rope_theta": float(number("freq_base_swa", 10000.0))}
         found = {"rope_parameters": {"sliding_attention": local, "full_attention": rope}}
     return found
 

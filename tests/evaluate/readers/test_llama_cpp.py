@@ -31,7 +31,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     """Dense weights differ by the rounding of activations to bf16 alone; codes by that to 8 bits."""
     source = build_gguf(name, tmp_path)
     run(source, tmp_path / "dense", "pack(format=gguf)")
-    assert read(tmp_path / "dense").typical < 0.01
+    assert read(tmp_path / "dense").typical < 0.015
     run(source, tmp_path / "codes", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")
     assert read(tmp_path / "codes").equal
 
