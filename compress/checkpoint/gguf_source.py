@@ -21,6 +21,8 @@ from compress.errors import InputError, MachineError
 
 POINTER = ".gguf-file"
 """In such a folder: where the file lies."""
+_LONGEST = 100
+"""Characters of the file's name in that of the folder."""
 
 
 def file_of(path: Path) -> Path | None:
@@ -52,7 +54,7 @@ def folder_for(file: Path) -> Path:
             texts = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_texts(header.metadata, file.name)}
     except OSError as error:
         raise InputError(str(file), "a readable file", error.strerror or str(error)) from None
-    place = folder_of("gguf") / f"{file.stem}-{identity.hexdigest()[:12]}"
+    place = folder_of("gguf") / f"{file.stem[:_LONGEST]}-{identity.hexdigest()[:12]}"
     if not (place / POINTER).is_file():
         _write(place, {**texts, POINTER: str(target)})
     return place

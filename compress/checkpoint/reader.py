@@ -225,6 +225,8 @@ def check_file(path: Path) -> None:
 def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = None, trusted: bool = False) -> Checkpoint:
     """Opens a directory, or a GGUF file, by its headers. Raises InputError; nothing but headers and JSON is read."""
     if (alone := file_of(path)) is not None:
+        if path.is_dir() and alone.parent == path:
+            check_file(alone)
         return _open_alone(alone, name, origin or {}, trusted)
     if not path.is_dir():
         raise InputError(str(path), "a directory with config.json and safetensors", "no such directory")

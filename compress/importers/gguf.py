@@ -92,7 +92,8 @@ def _fused(stored: Stored, source: str, parts: list[Piece], names: list[str]) ->
     """Fused experts, or their biases, which a file has in pieces. The dense weight is [experts, in, out]."""
     found = [[name for name in names if name.partition("[")[0] == piece.name] for piece in parts]
     refs = [stored.refs[name] for name in names]
-    if len({len(each) for each in found}) > 1 or not found[0] or len({(ref.kind, ref.shape) for ref in refs}) > 1:
+    uneven = len({len(each) for each in found}) > 1 or not found[0] or len({(ref.kind, ref.shape) for ref in refs}) > 1
+    if uneven or len(refs[0].shape) != 2:
         raise stored.bad(source, "pieces of one type and shape, one for each expert", "others")
     kind, (*_, rows, columns), count = TYPES[refs[0].kind], refs[0].shape, len(found[0])
     if "[" not in names[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,16 @@ def pickled(model: Path) -> None:
     (model / FILE).write_bytes(b"\x80\x04\x95" + bytes(100))
 
 
+def linked(model: Path) -> None:
+    (model / FILE).rename(model.parent / "elsewhere.gguf")
+    (model / FILE).symlink_to(model.parent / "elsewhere.gguf")
+
+
+def piped(model: Path) -> None:
+    (model / FILE).unlink()
+    os.mkfifo(model / FILE)
+
+
 NAME, KEY = b"blk.0.attn_q.weight", b"llama.block_count"
 # After a name of a matrix: u32 dimensions, two u64 of them, u32 type, u64 offset.
 CASES = {
@@ -88,5 +99,7 @@ CASES = {
     "overlapping offsets": Case(3, ("tensors one after the other", "overlaps the one before it"), ARGV, after(NAME, 24, "<Q", 0), "gguf"),
     "an architecture that is not here": Case(3, ("an architecture among llama", "'rwkv7'"), ARGV, swap(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0rwkv7"), "gguf"),
     "a missing key": Case(3, ("the keys of llama", "none for num_hidden_layers"), ARGV, swap(KEY, b"llama.block_xount"), "gguf"),
+    "a link out of its directory": Case(3, ("a file of this directory, or a link to one", "a link out of it"), ARGV, linked, "gguf"),
+    "a pipe": Case(3, ("a file", "a pipe"), ARGV, piped, "gguf"),
     "two files": Case(3, ("one GGUF file", "--merge"), ARGV, lambda m: (m / "other.gguf").write_bytes(b"GGUF"), "gguf"),
 }  # fmt: skip
