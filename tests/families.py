@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,40 @@ FAMILIES: dict[str, Family] = {
         "LlavaForConditionalGeneration",
     ),
 }  # fmt: skip
+
+
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+GGUF: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied": ("tied", {}),
+    "biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": ("llama", {"rope_parameters": _LLAMA3}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "mistral": ("head_dim", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma3": ("gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window": 16}),
+    "phi3": ("phi3", {}),
+    "gpt_oss": ("gpt_oss", {}),
+}
+"""Every architecture that is written for llama.cpp: a family, with what llama.cpp asks of its config."""
+
+
+def build_gguf(name: str, directory: Path) -> Path:
+    """Saves a tiny model that llama.cpp computes; returns its directory."""
+    base, more = GGUF[name]
+    FAMILIES[f"gguf {name}"] = replace(FAMILIES[base], config={**FAMILIES[base].config, **more})
+    try:
+        return build(f"gguf {name}", directory)
+    finally:
+        del FAMILIES[f"gguf {name}"]
 
 
 def build(name: str, directory: Path) -> Path:

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.gguf_header import read_gguf
+from compress.checkpoint.gguf_source import file_of, folder_for
 from compress.checkpoint.manifest import FILE as MANIFEST_FILE
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, TensorRef, read_header
@@ -25,6 +27,7 @@ from compress.spec.weight_state import DENSE, State, Weight
 if TYPE_CHECKING:
     import torch
 
+GGUF, GGUF_FILE = ".gguf", "model.gguf"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 TRAINING = ("training.jsonl", "training.svg", "domains.svg")
 """The record of a training pass, the last only where weights of domains move; it stays in the directory of its step."""
@@ -220,7 +223,11 @@ def check_file(path: Path) -> None:
 
 
 def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = None, trusted: bool = False) -> Checkpoint:
-    """Opens a directory by its headers. Raises InputError; nothing but headers and JSON is read."""
+    """Opens a directory, or a GGUF file, by its headers. Raises InputError; nothing but headers and JSON is read."""
+    if (alone := file_of(path)) is not None:
+        if path.is_dir() and alone.parent == path:
+            check_file(alone)
+        return _open_alone(alone, name, origin or {}, trusted)
     if not path.is_dir():
         raise InputError(str(path), "a directory with config.json and safetensors", "no such directory")
     files = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
@@ -230,6 +237,14 @@ def open_checkpoint(path: Path, name: str = "", origin: dict[str, Any] | None = 
         files.append(ADAPTER_TENSORS)
     label = name or path.resolve().name
     return assemble(path, files, folders, lambda file: local_header(path / file), label, origin or {}, trusted)
+
+
+def _open_alone(file: Path, name: str, origin: dict[str, Any], trusted: bool) -> Checkpoint:
+    """A GGUF file that stands alone, with what its metadata means beside it."""
+    folder, target = folder_for(file), str(file.resolve())
+    files = [*sorted(entry.name for entry in folder.iterdir()), file.name]
+    found = assemble(folder, files, [], lambda _: local_header(file), name or file.stem, origin, trusted)
+    return replace(found, refs={name: replace(ref, file=target) for name, ref in found.refs.items()})
 
 
 def assemble(
@@ -257,7 +272,7 @@ def assemble(
     side = tuple(f for f in files if f not in _NOT_CARRIED and "/" not in f and not f.startswith(".") and not is_weights(f))
     side += (CALIBRATION,) if CALIBRATION in files else ()
     read = (*shards, CALIBRATION, ADAPTER_TENSORS)
-    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith(".safetensors") and f not in read)] + others
+    left = [f for f in files if f.endswith(_PICKLES) or (f.endswith((".safetensors", GGUF)) and f not in read)] + others
     manifest = Manifest.read(path)
     # Without a manifest of ours, files of these names are another tool's.
     left += [file for file in (MANIFEST_FILE, *RECORDS) if file in files and manifest is None]
@@ -269,11 +284,11 @@ def assemble(
 
 def is_weights(file: str) -> bool:
     """Whether a file's name says that it holds weights or is an index of them."""
-    return file.endswith((".safetensors", ".safetensors.index.json", *_PICKLES)) or file.endswith(".index.json")
+    return file.endswith((".safetensors", ".safetensors.index.json", GGUF, *_PICKLES)) or file.endswith(".index.json")
 
 
 def shard_files(path: Path, files: list[str]) -> list[str]:
-    """The safetensors files of the model: those of the index, or the single one; none for an adapter."""
+    """The files of the model's weights: safetensors by the index, or the single one; else the single GGUF file."""
     files = [file for file in files if "/" not in file]
     if indexes := [file for file in INDEXES if file in files]:
         index = path / indexes[0]
@@ -292,6 +307,11 @@ def shard_files(path: Path, files: list[str]) -> list[str]:
     single = [file for file in files if file.endswith(".safetensors")]
     if len(single) == 1:
         return single
+    if not single and (ggufs := [file for file in files if file.endswith(GGUF)]):
+        if len(ggufs) > 1:
+            do = "name the file itself; what llama.cpp has split, `llama-gguf-split --merge` makes whole"
+            raise InputError(str(path), "one GGUF file", f"{len(ggufs)}: {', '.join(ggufs[:3])}", do)
+        return ggufs
     if not single and (pickles := [file for file in files if file.endswith(_PICKLES)]):
         raise InputError(
             str(path),
@@ -314,7 +334,14 @@ def local_header(path: Path) -> list[TensorRef]:
             stream.seek(offset)
             return stream.read(length)
 
-        return read_header(read, os.fstat(stream.fileno()).st_size, path.name)[0]
+        return header_of(read, os.fstat(stream.fileno()).st_size, path.name)
+
+
+def header_of(read: Callable[[int, int], bytes], size_bytes: int, file: str) -> list[TensorRef]:
+    """The tensors of a file of weights, by the kind that its name says. Raises InputError."""
+    if file.endswith(GGUF):
+        return read_gguf(read, size_bytes, file).refs
+    return read_header(read, size_bytes, file)[0]
 
 
 def check_index(checkpoint: Checkpoint, path: Path, files: list[str], shards: set[str]) -> None:

@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from compress.errors import InputError
@@ -38,6 +39,8 @@ class TensorRef:
     file: str
     offset: int
     nbytes: int
+    kind: str = ""
+    """The name of its type in a GGUF file, whose blocks count as bytes here."""
 
 
 def read_header(read: Callable[[int, int], bytes], size_bytes: int, file: str) -> tuple[list[TensorRef], dict[str, str]]:
@@ -120,10 +123,20 @@ class Shard:
     file: str
     header: bytes
     specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...] = ()
+    """Where each tensor begins in a file that has gaps between them; without, they lie one after the other."""
+    size_bytes: int = 0
+    """The size of a file with gaps."""
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+        return self.size_bytes or len(self.header) + sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def places(self) -> list[tuple[TensorSpec, int]]:
+        """Every tensor, with its offset in the file."""
+        starts = self.offsets or accumulate((spec.nbytes for spec in self.specs), initial=len(self.header))
+        return list(zip(self.specs, starts, strict=False))
 
 
 def single(file: str, specs: Iterable[TensorSpec]) -> Shard:

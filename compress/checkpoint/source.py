@@ -27,14 +27,16 @@ from compress.checkpoint.manifest import FILE as MANIFEST_FILE
 from compress.checkpoint.reader import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
+    GGUF,
     Checkpoint,
     assemble,
+    header_of,
     is_weights,
     local_header,
     open_checkpoint,
     shard_files,
 )
-from compress.checkpoint.safetensors_header import TensorRef, read_header
+from compress.checkpoint.safetensors_header import TensorRef
 from compress.errors import CompressError, InputError, MachineError
 
 _HEADS = ("config.json", "model.safetensors.index.json", MANIFEST_FILE, ADAPTER_CONFIG)
@@ -81,7 +83,7 @@ def _directory(model: str) -> Path | None:
     if "://" in model:
         raise InputError("MODEL", "a directory, or a Hub id like owner/name", "a URL", "leave out all but owner/name")
     path = os.path.expanduser(model)
-    if model and os.path.isdir(path):
+    if model and (os.path.isdir(path) or (path.endswith(GGUF) and os.path.isfile(path))):
         return Path(path)
     if os.path.exists(path):
         raise InputError(model, "a directory with config.json and safetensors", "a file", "name the directory that it is in")
@@ -151,7 +153,7 @@ class _Repo:
         """The tensors of a shard, from the cache or by range requests."""
         if (self.folder / file).is_file():
             return local_header(self.folder / file)
-        return read_header(lambda offset, length: self.read(file, offset, length), self.sizes[file], file)[0]
+        return header_of(lambda offset, length: self.read(file, offset, length), self.sizes[file], file)
 
     def read(self, file: str, offset: int, length: int) -> bytes:
         """A few bytes of a file. A server without range requests sends the whole file; reading stops after these bytes."""

@@ -42,10 +42,7 @@ class Writer:
         self._descriptors: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, int]] = {}
         for shard in shards:
-            at = len(shard.header)
-            for spec in shard.specs:
-                self._places[spec.name] = (shard.file, at, spec.nbytes)
-                at += spec.nbytes
+            self._places |= {spec.name: (shard.file, at, spec.nbytes) for spec, at in shard.places}
         self.journal: dict[str, dict[str, Any]] = {}
 
     def open(self, step_id: str) -> None:

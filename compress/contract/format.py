@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from compress.architecture.weight_map import Model
     from compress.checkpoint.reader import Checkpoint
+    from compress.checkpoint.safetensors_header import Shard
     from compress.numerics.qtensor import QTensor
 
 
@@ -33,6 +34,8 @@ class Format:
     """The smallest zero point that it can store."""
     expands: ClassVar[bool] = False
     """Whether it stores the values of codes instead of the codes; such an artifact is read like another tool's."""
+    renames: ClassVar[bool] = False
+    """Whether every tensor has another name in it, dense ones too; such an artifact is read like another tool's."""
     holds: ClassVar[frozenset[str]] = frozenset()
     """What it can store next to codes: outliers, lowrank."""
 
@@ -41,6 +44,10 @@ class Format:
 
     def reading(self, checkpoint: Checkpoint) -> Self:
         """This format, adjusted to a checkpoint whose tensors tell more than its states."""
+        return self
+
+    def written_for(self, model: Model, source: Checkpoint, config: dict[str, Any]) -> Self:
+        """This format, adjusted to the model that is packed, with its config.json."""
         return self
 
     def plain(self, weight: Weight, state: State) -> str:
@@ -57,6 +64,10 @@ class Format:
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
         """The tensors that hold `weight`, in order."""
         raise TypeError(f"{self.name} writes nothing")
+
+    def shards(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Shard]:
+        """The files of the weights, where they are not safetensors; empty where they are."""
+        return []
 
     def file_of(self, name: str) -> str:
         """The extra file that a tensor is stored in; empty for the shards of the model."""

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Foreign", "Packed", "method_of", "open_foreign"]
 
-METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4", "peft")
-"""Values of `quant_method` that are read here, and PEFT's adapters."""
+METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4", "peft")
+"""Values of `quant_method` that are read here, PEFT's adapters, and GGUF files."""
 _CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ wrote their config before config.json had a place for it."""
 
 
 def _config(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """The quantization config and the file that it is in, None for a checkpoint without one."""
+    if any(ref.kind for ref in checkpoint.refs.values()):
+        return "config.json", {"quant_method": "gguf"}
     text = checkpoint.config.get("text_config")
     places = [checkpoint.config] + ([text] if isinstance(text, dict) else [])
     for place in places:

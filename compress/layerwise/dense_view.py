@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from compress.contract.format import Format
     from compress.numerics.qtensor import QTensor
+    from compress.spec.scheme import Scheme
 
 
 class DenseView:
@@ -42,7 +43,7 @@ class DenseView:
             from compress.kernels.dispatch import load_format
 
             self.format = load_format(str(method))().reading(checkpoint)
-        if self.format is not None and self.format.expands:
+        if self.format is not None and (self.format.expands or self.format.renames):
             self.format, self.foreign = None, open_foreign(checkpoint)
         elif self.format is None and method is not None and not (manifest is not None and method == CANONICAL):
             self.foreign = open_foreign(checkpoint)
@@ -59,7 +60,7 @@ class DenseView:
             return {
                 p.name: (
                     Weight(p.name, p.dtype, p.shape, transposed=p.transposed, module=p.name.rpartition(".")[0]),
-                    State(p.scheme),
+                    self._state(p.name, p.scheme),
                 )
                 for p in self.foreign.weights.values()
                 if p.scheme is not None
@@ -92,6 +93,11 @@ class DenseView:
         manifest = self.checkpoint.manifest
         return {name: State.parse(record.state) for name, record in manifest.weights.items()} if manifest else {}
 
+    def _state(self, name: str, scheme: Scheme | None) -> State:
+        """The state of a weight that is read like another tool's: in an artifact of ours it keeps its zeros."""
+        own = self._states.get(name, State(scheme))
+        return own if own.scheme == scheme else State(scheme)
+
     @cached_property
     def logical(self) -> dict[str, Logical]:
         """Every weight by its source name, in whatever form its bytes are, in stored order."""
@@ -111,7 +117,7 @@ class DenseView:
                 found[name] = Logical(weight.dtype, weight.shape, state, weight.transposed)
             elif self.foreign is not None and name in self.foreign.weights:
                 packed = self.foreign.weights[name]
-                found[name] = Logical(packed.dtype, packed.shape, State(), False)
+                found[name] = Logical(packed.dtype, packed.shape, self._state(name, None), False)
             elif name not in dropped:
                 found[name] = Logical(ref.dtype, ref.shape, self._states.get(name, State()), False)
         return found

@@ -106,6 +106,7 @@ class _Planner:
                 continue
             assert isinstance(pass_, WeightPass)
             where, fmt = self.where(number, pass_), pass_.target_format()
+            fmt = fmt.written_for(self.written, self.checkpoint, self.config) if fmt is not None else None
             self.check_place(number, pass_)
             planned = (
                 _SlicePlanner(self, number, pass_) if isinstance(pass_, SlicingPass) else _StepPlanner(self, number, pass_, fmt)
@@ -283,6 +284,8 @@ class _StepPlanner:
     def shards(self) -> list[Shard]:
         """The layout of all tensors."""
         planner, fmt = self.planner, self.format
+        if fmt is not None and (made := fmt.shards(planner.weights, self.after)):
+            return made
         canonical = fmt is None and any(self.after[w.name].scheme for w in planner.weights)
         specs = [spec for w in planner.weights for spec in layout_specs(fmt, w, self.after[w.name])]
         apart = {spec.name: file for spec in specs if fmt is not None and (file := fmt.file_of(spec.name))}

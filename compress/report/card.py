@@ -21,7 +21,7 @@ MARK = "<!-- Written by compress from manifest.json and the records beside it. -
 _LICENCE = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 _TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 """Endings of architectures -> the Hub's tasks; others have none that always fits."""
-_LIBRARY = {"peft": "peft", "native": "compress"}
+_LIBRARY = {"peft": "peft", "native": "compress", "gguf": "gguf"}
 _TRY = """\
 tokenizer = AutoTokenizer.from_pretrained("{here}")
 inputs = tokenizer("The capital of France is", return_tensors="pt")
@@ -31,6 +31,11 @@ LOADING = {
     "native": 'import compress{tokenizer}\n\nmodel = compress.load("{here}"){try_}',
     "vllm": 'from vllm import LLM\n\nmodel = LLM("{here}")\nprint(model.generate("The capital of France is"))',
     "gptqmodel": 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{here}")',
+    "llama.cpp": (
+        'import xllamacpp\n\nsettings = xllamacpp.CommonParams()\nsettings.model.path = "{here}/model.gguf"\n'
+        "model = xllamacpp.Server(settings)\n"
+        'print(model.handle_completions({{"prompt": "The capital of France is", "max_tokens": 8}}))'
+    ),
     "auto-gptq": 'from auto_gptq import AutoGPTQForCausalLM\n\nmodel = AutoGPTQForCausalLM.from_quantized("{here}")',
     "peft": (
         "from peft import PeftModel\nfrom transformers import {model}\n\n"

@@ -15,8 +15,9 @@ from pathlib import Path
 from unittest import mock
 
 from hub_server import Hub, serve
-from support import tiny_llama
+from support import run, tiny_llama
 
+_PLAIN = {"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"}
 _BOX = re.compile(r"[\u2500-\u257f]")
 """Lines around the messages of the option parser."""
 RTN = "run {model} {out} -p 'quantize.rtn(scheme=w4a16g32) | pack'"
@@ -34,7 +35,7 @@ class Case:
     spoil: Callable[[Path], object] = lambda model: None
     """Makes the model, or files beside it, wrong."""
     base: str = "tiny"
-    """The sound model: `tiny`, `sharded` (the same in several shards) or `demo`, which has a tokenizer."""
+    """The sound model: `tiny`, `sharded` (the same in several shards), `demo`, which has a tokenizer, or `gguf`, that as a file."""
     hub: Callable[[Hub, Path], object] | None = None
     """What stands on the Hub that the command line talks to; None for no Hub at all."""
     unsaid: str = "Traceback"
@@ -78,6 +79,9 @@ class Bench:
         tiny_llama(folder / "sound" / "tiny")
         tiny_llama(folder / "sound" / "sharded", "60KB")
         shutil.copytree(Path(compress.demo.__file__).parent / "model", folder / "sound" / "demo")
+        run(folder / "sound" / "demo", folder / "packed", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")
+        (folder / "sound" / "gguf").mkdir()
+        shutil.move(folder / "packed" / "model.gguf", folder / "sound" / "gguf")
 
     def run(self, case: Case, name: str) -> Outcome:
         """Types the command line of `case`; what it leaves stays in the folder `name`."""
@@ -117,7 +121,7 @@ def _surroundings(work: Path, case: Case, cache: Path) -> Iterator[None]:
     from compress.pipeline import memory_check
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"}))
+        stack.enter_context(mock.patch.dict(os.environ, {**_PLAIN, "COMPRESS_CACHE": f"{cache} of compress"}))
         os.environ.pop("HF_TOKEN", None)
         settings = {"HF_HUB_CACHE": str(cache), "HF_TOKEN_PATH": str(cache / "no token"), "HF_HUB_OFFLINE": case.hub is None}
         if case.hub is not None:

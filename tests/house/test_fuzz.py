@@ -20,12 +20,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from compress.checkpoint.gguf_config import config_of
+from compress.checkpoint.gguf_header import Entry, GgufHeader, Info, read_gguf, write_gguf
+from compress.checkpoint.gguf_tokenizer import tokenizer_texts
 from compress.checkpoint.manifest import FILE, Manifest
 from compress.checkpoint.reader import Checkpoint, open_checkpoint, read_json, size_of
 from compress.checkpoint.safetensors_header import TensorRef, read_header, write_header
 from compress.errors import CompressError, InputError, RecipeError, UsageError
 from compress.pipeline.resolve import resolve
 from compress.spec.byte_size import parse_size
+from compress.spec.gguf_keys import NUMBERS
+from compress.spec.gguf_types import TYPES
 from compress.spec.recipe import Recipe, override, parse_one_liner, parse_value, print_value
 from compress.spec.recipe_file import parse_yaml, read
 from compress.spec.scheme import BITS, Scheme
@@ -128,6 +133,89 @@ def test_headers_with_a_few_bytes_changed(tensors: list[tuple[str, list[int]]], 
     data = write_header(specs, {"format": "pt"}) + bytes(sum(spec.nbytes for spec in specs))
     assert {ref.name: ref.shape for ref in header_of(data) or ()} == {spec.name: spec.shape for spec in specs}
     header_of(mutated(data, draw))
+
+
+def gguf_of(data: bytes) -> GgufHeader | None:
+    """The header of a GGUF file with these bytes; None where it is refused. Reads stay within the file."""
+
+    def at(offset: int, length: int) -> bytes:
+        assert 0 <= offset <= offset + length <= len(data)
+        return data[offset : offset + length]
+
+    try:
+        found = read_gguf(at, len(data), "f.gguf")
+    except InputError as refused:
+        said = str(refused)
+    else:
+        said = ""
+    assert len(said) < 2000
+    if said:
+        return None
+    assert all(0 < ref.offset <= ref.offset + ref.nbytes <= len(data) for ref in found.refs)
+    assert all(one.offset + one.nbytes <= other.offset for one, other in pairwise(found.refs))
+    assert len({ref.name for ref in found.refs}) == len(found.refs)
+    for ref in found.refs:
+        assert ref.name.isprintable()
+        assert ref.nbytes == math.prod(ref.shape) * DTYPE_BYTES[ref.dtype]
+    return found
+
+
+tensors_of_gguf = st.lists(
+    st.tuples(st.sampled_from(sorted(TYPES)), st.lists(st.integers(1, 3), min_size=1, max_size=3)), max_size=4
+)
+keys_of_gguf = st.dictionaries(
+    st.text(max_size=4), st.integers(0, 9) | st.text(max_size=9) | st.lists(st.text(max_size=3), max_size=3), max_size=4
+)
+
+
+@fuzz
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_of_a_gguf_file(data: bytes, begun: bool) -> None:
+    gguf_of(b"GGUF\3\0\0\0" + data if begun else data)
+
+
+@fuzz
+@given(tensors_of_gguf, keys_of_gguf, st.data())
+def test_gguf_headers_with_a_few_bytes_changed(tensors: list[tuple[str, list[int]]], keys: dict[str, Any], draw: Any) -> None:
+    infos = [
+        Info(f"t{i}", TYPES[kind], (*shape[:-1], shape[-1] * TYPES[kind].weights)) for i, (kind, shape) in enumerate(tensors)
+    ]
+    entries = [Entry(f"k.{i}", "u32" if isinstance(v, int) else "str", v) for i, v in enumerate(keys.values())]
+    header, _, size = write_gguf(entries, infos)
+    data = header + bytes(size - len(header))
+    found = gguf_of(data)
+    assert found is not None
+    assert found.metadata == {entry.key: entry.value for entry in entries}
+    assert [ref.name for ref in found.refs if "[" not in ref.name] == [info.name for info in infos if len(info.shape) < 3]
+    gguf_of(mutated(data, draw))
+
+
+metadata = st.dictionaries(
+    st.sampled_from(
+        [f"llama.{key}" for key, _, _ in NUMBERS]
+        + [
+            f"tokenizer.ggml.{key}"
+            for key in ("model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "add_bos_token")
+        ]
+        + ["llama.rope.scaling.type", "llama.rope.freq_base", "tokenizer.chat_template"]
+    ),
+    values | st.sampled_from(["gpt2", "llama", "yarn", ["a", "b"], [1, 2], [0.5, 1.0], 8, 1.5]),
+)
+
+
+@fuzz
+@given(metadata)
+def test_any_metadata_of_a_gguf_file(given_keys: dict[str, Any]) -> None:
+    """A config and a tokenizer, or an error of ours."""
+    whole = (
+        {f"llama.{key}": 8 if kind == "u32" else 0.5 for key, kind, _ in NUMBERS} | given_keys | {"general.architecture": "llama"}
+    )
+    refs = [TensorRef("token_embd.weight", "F32", (8, 8), "f.gguf", 0, 256, "F32")]
+    with contextlib.suppress(InputError):
+        json.dumps(config_of(GgufHeader(whole, refs, 0), "f.gguf", lambda offset, length: bytes(length)))
+    with contextlib.suppress(InputError):
+        texts = tokenizer_texts(whole, "f.gguf")
+        assert all(isinstance(text, str) for text in texts.values())
 
 
 @fuzz

@@ -61,6 +61,8 @@ BY_NAME = {
     ("probe_auto_gptq.py", "importlib.import_module('auto_gptq')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('gptqmodel')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('torch')"): "one name",
+    ("probe_llama_cpp.py", "importlib.import_module('xllamacpp')"): "one name",
+    ("probe_llama_cpp.py", "importlib.import_module('tokenizers')"): "one name",
     ("probe_peft.py", "importlib.import_module('peft')"): "one name",
     ("model_class.py", "getattr(modeling_auto, name)"): "the names of transformers' own tables",
     ("model_class.py", "getattr(transformers, wanted)"): "a class that those tables list for the model_type",

@@ -77,6 +77,10 @@ def comes_back(name: str, text: str, shape: tuple[int, int]) -> None:
                 "multiples of 32": name in ("gptq", "awq") and (shape[0] % 32 or shape[1] % 32),
                 "holds 4 bits": name == "awq" and scheme.bits != 4,
                 "kernels read groups": name == "native" and "g43" in text,
+                "no type of it holds": name == "gguf" and (scheme.bits not in (4, 8) or not scheme.integer),
+                "floating minimum": name == "gguf" and not scheme.symmetric,
+                "blocks of 32": name == "gguf" and (shape[1] % 32 or (scheme.group or 32) % 32),
+                "in its own way": name == "gguf" and scheme.inputs,
             }
             assert any(said in str(refusal) and true for said, true in reasons.items())  # noqa: PT017
             return

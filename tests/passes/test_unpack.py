@@ -22,8 +22,8 @@ from families import build
 from support import dense_meaning, load, logits, ready_inputs, run, step_of
 
 _AT_LOAD = ", dequantize=true"
-CODED = [form for form in formats() if not load_format(form).expands]
-"""Formats that hold codes."""
+CODED = [form for form in formats() if not load_format(form).expands and not load_format(form).renames]
+"""Formats that hold codes beside tensors under their own names; for the other one see tests/kernels/test_gguf.py."""
 
 
 def quantize(scheme: str, form: str) -> str:

@@ -47,6 +47,8 @@ class Reader:
     needs_base: bool = False
     dtype: str = ""
     """Its own compute dtype; empty for the dtype of config.json."""
+    rounding: float = 0.0
+    """Share by which the logits of the median token may differ, for a reader that rounds activations."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,12 @@ def gptqmodel() -> Environment:
     return Environment("gptqmodel", (_TOOLS, (torch_pin(),), rest, (torch_pin(), *own)), variables=_PLAIN, needs_bytes=3 * 10**9)
 
 
+def llama_cpp() -> Environment:
+    """llama.cpp itself, in a wheel, and the library of tokenizers to compare its own with; no torch."""
+    rest = ("xllamacpp==2026.10.11549", "numpy==2.4.6", "safetensors==0.8.0", "tokenizers==0.23.3")
+    return Environment("llama.cpp", (("--no-deps", *rest),), needs_bytes=5 * 10**8)
+
+
 _LIBRARIES = ("torch", "transformers", "safetensors")
 READERS: dict[str, Reader] = {
     "transformers": Reader(
@@ -114,6 +122,7 @@ READERS: dict[str, Reader] = {
     "gptqmodel": Reader(
         ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
     ),
+    "llama.cpp": Reader(("gguf",), "probe_llama_cpp.py", llama_cpp, ("xllamacpp", "numpy"), dtype="float32", rounding=0.035),
     "peft": Reader(("peft",), "probe_peft.py", None, (*_LIBRARIES, "peft"), ("peft",), needs_base=True, dtype="float32"),
     "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_LIBRARIES[:2])),
     "ours": Reader((), packages=("compress-llm", "torch", "transformers")),

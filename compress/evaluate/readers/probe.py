@@ -2,6 +2,7 @@
 
 Run by path, with nothing of ours importable: python probe.py READER.py REQUEST.json. READER.py defines
 `load(artifact, scratch, base, dtype, notes, trusted)`, which returns a function from ids to logits. `scratch` is removed later.
+Where there is no torch, both are arrays of numpy, and the number of threads is in OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -10,19 +11,43 @@ import json
 import runpy
 import sys
 import traceback
+from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+
+def by_torch(request: dict[str, Any], load: Callable[[Any], Any]) -> None:
+    """Writes the logits of a reader that computes with torch."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(request["threads"])
+    forward = load(getattr(torch, request["dtype"]))
+    ids = load_file(request["ids"])["input_ids"]
+    with torch.inference_mode():
+        rows = [forward(row[None]).float().cpu() for row in ids]
+    save_file({"logits": torch.cat(rows).contiguous()}, request["out"])
+
+
+def by_numpy(request: dict[str, Any], load: Callable[[Any], Any]) -> None:
+    """Writes the logits of a reader without torch."""
+    import os
+
+    import numpy
+    from safetensors.numpy import load_file, save_file
+
+    os.environ["OMP_NUM_THREADS"] = str(request["threads"])
+    forward = load(request["dtype"])
+    rows = [forward(row[None]) for row in load_file(request["ids"])["input_ids"]]
+    save_file({"logits": numpy.ascontiguousarray(numpy.concatenate(rows), dtype=numpy.float32)}, request["out"])
 
 
 def main(script: str, request_file: str) -> int:
     request: dict[str, Any] = json.loads(Path(request_file).read_text())
     answer: dict[str, Any] = {"notes": [], "versions": {}}
     try:
-        import torch
-        from safetensors.torch import load_file, save_file
-
-        torch.set_num_threads(request["threads"])
         for name in request["packages"]:
             try:
                 answer["versions"][name] = metadata.version(name)
@@ -30,13 +55,9 @@ def main(script: str, request_file: str) -> int:
                 continue
         base = Path(request["base"]) if request["base"] else None
         load = runpy.run_path(script)["load"]
-        dtype = getattr(torch, request["dtype"])
         places = Path(request["artifact"]), Path(request["scratch"]), base
-        forward = load(*places, dtype, answer["notes"], request["trusted"])
-        ids = load_file(request["ids"])["input_ids"]
-        with torch.inference_mode():
-            rows = [forward(row[None]).float().cpu() for row in ids]
-        save_file({"logits": torch.cat(rows).contiguous()}, request["out"])
+        compute = by_torch if find_spec("torch") is not None else by_numpy
+        compute(request, lambda dtype: load(*places, dtype, answer["notes"], request["trusted"]))
     except BaseException as error:
         traceback.print_exc()
         answer["error"] = {"kind": type(error).__name__, "text": str(error), "missing": isinstance(error, ImportError)}

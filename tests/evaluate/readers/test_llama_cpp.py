@@ -1,0 +1,155 @@
+"""llama.cpp itself reads what is packed: every architecture and type, its tokenizers, and faults that are planted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.checkpoint.reader import GGUF_FILE, open_checkpoint
+from compress.errors import FormatError
+from compress.evaluate import readers
+from compress.evaluate.verify import Reading, read_with, token_ids
+from compress.spec.gguf_keys import RULES, WHOLE_WORDS
+from families import GGUF, build_gguf
+from support import SHARED, TEXT, run, tiny_llama
+
+pytestmark = pytest.mark.slow
+
+
+def read(artifact: Path) -> Reading:
+    return read_with("llama.cpp", artifact, token_ids(open_checkpoint(artifact)), print)
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    """Dense weights differ by the rounding of activations to bf16 alone; codes by that to 8 bits."""
+    source = build_gguf(name, tmp_path)
+    run(source, tmp_path / "dense", "pack(format=gguf)")
+    assert read(tmp_path / "dense").typical < 0.015
+    run(source, tmp_path / "codes", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")
+    assert read(tmp_path / "codes").equal
+
+
+@pytest.mark.parametrize("scheme", ["w4a16g64", "w8a16g32", "w8a16", "mxfp4"])
+def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
+    targets = ", targets=[linear, embeddings]" if scheme.startswith("w8") else ""
+    run(demo_model, tmp_path / "out", f"quantize.rtn(scheme={scheme}{targets}) | pack(format=gguf)")
+    found = read(tmp_path / "out")
+    assert found.equal
+    assert found.top1 > 0.95
+    assert any("that tokenizer.json has" in note for note in found.notes)
+
+
+def swapped(blocks: torch.Tensor) -> torch.Tensor:
+    blocks[..., 2:] = (blocks[..., 2:] << 4) | (blocks[..., 2:] >> 4)
+    return blocks
+
+
+def shifted(blocks: torch.Tensor) -> torch.Tensor:
+    blocks[..., :2] = blocks[..., :2].roll(1, 0)
+    return blocks
+
+
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"swapped nibbles": swapped, "a scale row off by one": shifted}
+
+
+def planted(artifact: Path, out: Path, name: str, fault: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy with a fault in one matrix of Q4_0."""
+    shutil.copytree(artifact, out)
+    checkpoint = open_checkpoint(artifact)
+    ref, blocks = checkpoint.refs[name], checkpoint.read(name)
+    with (out / GGUF_FILE).open("r+b") as stream:
+        stream.seek(ref.offset)
+        stream.write(fault(blocks.unflatten(-1, (-1, 18)).clone()).numpy().tobytes())
+    return out
+
+
+def caught(sound: Path, wrong: Path, patch: pytest.MonkeyPatch) -> None:
+    """Ours is read from the sound artifact, the reader's from the planted one."""
+    logits = readers.logits
+
+    def half(reader: str, artifact: Path, *arguments: Any, **options: Any) -> readers.Reading:
+        return logits(reader, sound if reader == "ours" else artifact, *arguments, **options)
+
+    patch.setattr(readers, "logits", half)
+    with pytest.raises(FormatError, match="at the median token"):
+        read(wrong)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["blk.1.attn_q.weight", "blk.2.ffn_down.weight"])
+def test_a_fault_in_one_matrix_is_caught(
+    name: str, fault: str, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(demo_model, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")
+    wrong = planted(tmp_path / "out", tmp_path / "wrong", name, FAULTS[fault])
+    caught(tmp_path / "out", wrong, monkeypatch)
+
+
+def test_an_exchanged_expert_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build_gguf("mixtral", tmp_path)
+    run(source, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")
+    wrong = shutil.copytree(tmp_path / "out", tmp_path / "wrong")
+    checkpoint = open_checkpoint(wrong)
+    with (wrong / GGUF_FILE).open("r+b") as stream:
+        for block in (0, 1):
+            one, other = (checkpoint.refs[f"blk.{block}.ffn_down_exps.weight[{i}]"] for i in (0, 1))
+            for ref, given in ((one, checkpoint.read(other.name)), (other, checkpoint.read(one.name))):
+                stream.seek(ref.offset)
+                stream.write(given.numpy().tobytes())
+    caught(tmp_path / "out", wrong, monkeypatch)
+
+
+def test_a_file_that_it_does_not_load(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "out", "pack(format=gguf)")
+    (tmp_path / "out" / "manifest.json").unlink()
+    data = (tmp_path / "out" / GGUF_FILE).read_bytes()
+    (tmp_path / "out" / GGUF_FILE).write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xp.weight"))
+    with pytest.raises(FormatError, match=r"it does not load the file: .*blk\.1\.ffn_up\.weight"):
+        readers.logits("llama.cpp", tmp_path / "out", torch.ones(1, 4, dtype=torch.int64), print)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "gpt-2", "smollm"])
+def test_it_splits_text_as_tokenizer_json_does(rule: str, tmp_path: Path) -> None:
+    """A tokenizer of each rule, trained here; the reader compares a text of blanks, digits, cases and scripts."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=rule in WHOLE_WORDS))
+    parts = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in RULES)]
+    if rule in RULES:
+        parts.insert(0, pre_tokenizers.Split(Regex(RULES[rule]), "isolated"))
+    elif rule == "smollm":
+        parts.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [json.loads(line)["text"] for line in (TEXT / "calibration.jsonl").read_text().splitlines()[:300]]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    source = tiny_llama(tmp_path / "m", vocab_size=tokenizer.get_vocab_size())
+    tokenizer.save(str(source / "tokenizer.json"))
+    run(source, tmp_path / "out", "pack(format=gguf)")
+    assert any("that tokenizer.json has" in note for note in read(tmp_path / "out").notes)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    (tmp_path / "out" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"into other tokens than tokenizer\.json"):
+        read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["stories260k", "tiny-llama-3m", "tiny-mixtral-9m"])
+def test_trained_models(name: str, tmp_path: Path) -> None:
+    """Among them a tokenizer of SentencePiece."""
+    source = SHARED / "models" / name
+    if not source.is_dir():
+        pytest.skip("no trained models beside this checkout")
+    skip = ", skip=['re:.*down_proj.*']" if name == "stories260k" else ""
+    run(source, tmp_path / "out", f"quantize.rtn(scheme=w8a16g32{skip}) | pack(format=gguf)")
+    found = read(tmp_path / "out")
+    assert found.equal
+    assert found.top1 > 0.9
