@@ -43,6 +43,10 @@ class Format:
         """This format, adjusted to a checkpoint whose tensors tell more than its states."""
         return self
 
+    def in_family(self, family: str) -> Self:
+        """This format for models of a type, which its readers may know or not."""
+        return self
+
     def plain(self, weight: Weight, state: State) -> str:
         """Why a weight stays a plain tensor; empty where it is packed."""
         return "" if state.scheme is not None else "it is not in codes"
@@ -89,6 +93,10 @@ class Format:
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
         """`quantization_config` for config.json; empty where there is to be none."""
         raise TypeError(f"{self.name} has no config")
+
+    def configured(self, content: dict[str, Any], model: Model, states: dict[str, State]) -> dict[str, Any]:
+        """config.json for the reader, from that of the model without a quantization."""
+        return content | ({"quantization_config": found} if (found := self.config(model, states)) else {})
 
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
         """An artifact's weights in codes, from config.json alone; empty if it does not say enough. Raises InputError."""

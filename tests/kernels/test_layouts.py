@@ -82,6 +82,9 @@ def comes_back(name: str, text: str, shape: tuple[int, int]) -> None:
                 "16-bit activations only": name in ("gptq", "awq") and (not scheme.integer or scheme.inputs),
                 "multiples of 32": name in ("gptq", "awq") and (shape[0] % 32 or shape[1] % 32),
                 "holds 4 bits": name == "awq" and scheme.bits != 4,
+                "integers and 16-bit": name == "mlx" and (not scheme.integer or scheme.inputs),
+                "up to rounding": name == "mlx" and scheme.zeros,
+                "32, 64 and 128": name == "mlx" and (scheme.group or shape[1]) not in (32, 64, 128),
                 "kernels read groups": name == "native" and "g43" in text,
             }
             assert any(said in str(refusal) and true for said, true in reasons.items())  # noqa: PT017
