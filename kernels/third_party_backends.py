@@ -35,7 +35,7 @@ class Other:
 def others(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Other]]]:
     """(name, function that makes it) of the products that support the weight on its device; the function may raise anything."""
     scheme = packed.state.scheme
-    if scheme is None or scheme.inputs or packed.halved or not packed.parts["tiles"].is_cuda:
+    if scheme is None or scheme.inputs or scheme.minimum or packed.halved or not packed.parts["tiles"].is_cuda:
         return
     four = scheme.integer and scheme.bits == 4 and scheme.group in _TORCH_GROUPS and packed.columns % scheme.group == 0
     if four and dtype == torch.bfloat16 and packed.columns % (16 * _INNER_TILES) == 0:

@@ -32,7 +32,7 @@ def model_class(checkpoint: Checkpoint) -> tuple[type, Any]:
         near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
         raise InputError("config.json", "a model_type that transformers knows", f"'{kind}'{near}", do)
     cls, parser = cls or _class_of(checkpoint, str(kind), wanted), parser or CONFIG_MAPPING[kind]
-    clean = _without(config, ("auto_map", "quantization_config", *_RUNNING))
+    clean = _without(config, ("auto_map", "quantization_config", "quantization", *_RUNNING))
     try:
         # from_dict alone does not know how save_pretrained writes an infinity.
         return cls, parser.from_dict(parser._decode_special_floats(clean))

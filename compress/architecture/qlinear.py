@@ -9,8 +9,8 @@ little beside the expansion, whether a module multiplies by its weight or looks 
 If the scheme rounds activations, the module's inputs are rounded, as readers do while a model runs.
 
 Gradient: w = s v with v = c - z, or a value of the grid, for the weights that share a scale, so dL/ds is the sum of
-dL/dw v over them. Roundings (of the scale, of w to the stored dtype, of activations) pass gradients on unchanged
-(straight-through).
+dL/dw v over them. With a minimum w = s c + m, v = c, and m stays as it is. Roundings (of the scale, of w to the stored dtype,
+of activations) pass gradients on unchanged (straight-through).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from compress.numerics.scales import blocked
 
 
 class QLinear(nn.Module):
-    """Mixed into a module's class by `with_codes`. Buffers: codes uint8 [rows, columns], zero and outliers, by rows as in Sparse;
-    parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they are trained.
+    """Mixed into a module's class by `with_codes`. Buffers: codes uint8 [rows, columns], zero, minimum, outliers by rows as in
+    Sparse; parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they are trained.
 
     A scale whose dtype is not the compute dtype is a buffer too, because transformers takes a model's dtype from its parameters.
     """
@@ -38,6 +38,7 @@ class QLinear(nn.Module):
     codes: torch.Tensor
     scale: nn.Parameter
     zero: torch.Tensor | None
+    minimum: torch.Tensor | None
     gain: nn.Parameter | None
     outlier_values: torch.Tensor | None
     outlier_columns: torch.Tensor | None
@@ -51,7 +52,8 @@ class QLinear(nn.Module):
 
     def expand(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [rows, columns], or some of its rows, rounded to the stored dtype as readers do."""
-        parts, outliers, factors = [self.codes, self.current_scale(), self.zero], self.outliers(), self.factors()
+        parts = [self.codes, self.current_scale(), self.zero, self.minimum]
+        outliers, factors = self.outliers(), self.factors()
         if rows is not None and self.scheme.scales in ("tensor", "block"):
             return self.expand()[rows]
         if rows is not None:
@@ -83,7 +85,7 @@ class QLinear(nn.Module):
 
     def quantized(self) -> QTensor:
         """The QTensor that this module was made from, with the current factors and the original scale."""
-        return QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors())
+        return QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors(), self.minimum)
 
     def current_scale(self) -> torch.Tensor:
         """The scale with its gain, on the stored dtype's grid."""
@@ -135,6 +137,7 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
         module.__class__ = type(f"Q{cls.__name__}", (mixin, cls), {})
     module.register_buffer("codes", q.codes)
     module.register_buffer("zero", q.zero)
+    module.register_buffer("minimum", q.minimum)
     if q.scale.dtype == compute_dtype:
         module.register_parameter("scale", nn.Parameter(q.scale, requires_grad=False))
     else:
@@ -156,23 +159,25 @@ class _Expanded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Any,
-        outliers: Sparse | None, stored: torch.dtype, compute: torch.dtype,
+        ctx: Any, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, minimum: torch.Tensor | None,
+        scheme: Any, outliers: Sparse | None, stored: torch.dtype, compute: torch.dtype,
     ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(codes, zero)
         ctx.scheme, ctx.scale, ctx.outliers = scheme, (scale.shape, scale.dtype), outliers
-        return QTensor(scheme, codes, scale, zero, None, outliers).dequantize().to(stored).to(compute)
+        return QTensor(scheme, codes, scale, zero, None, outliers, minimum=minimum).dequantize().to(stored).to(compute)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, zero = ctx.saved_tensors
         shape, dtype = ctx.scale
-        # v: the weights at a scale of one.
-        steps = QTensor(ctx.scheme, codes, torch.ones(shape, device=codes.device), zero).dequantize()
+        # v: the weights at a scale of one, without minima.
+        ones = torch.ones(shape, device=codes.device)
+        none = torch.zeros_like(ones) if ctx.scheme.minimum else None
+        steps = QTensor(ctx.scheme, codes, ones, zero, minimum=none).dequantize()
         if ctx.outliers is not None:
             steps = ctx.outliers.clear(steps)
         product = blocked(steps.mul_(grads[0]), ctx.scheme)
-        return None, product.sum(-1).sum(-2).to(dtype), None, None, None, None, None
+        return None, product.sum(-1).sum(-2).to(dtype), None, None, None, None, None, None
 
 
 class RoundedInputs(torch.autograd.Function):

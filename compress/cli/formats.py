@@ -9,9 +9,10 @@ import typer
 
 from compress.cli import console, options
 from compress.cli.guard import guarded
+from compress.spec.scheme import BITS
 
 SCHEMES = (
-    *(f"w{bits}a16g64{kind}" for bits in (2, 3, 4, 8) for kind in ("", "-asym")), "w8a8", "w4a8g64", "fp8", "fp8-afp8",
+    *(f"w{bits}a16g64{kind}" for bits in BITS for kind in ("", "-asym")), "w4a16g64-min", "w8a8", "w4a8g64", "fp8", "fp8-afp8",
     "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
 )  # fmt: skip
 _DEQUANTIZE = ", dequantize"

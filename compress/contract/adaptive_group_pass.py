@@ -95,7 +95,8 @@ class AdaptiveGroups(Allocator):
 
         if (outliers := offer.states[0].outliers) is not None:
             value = split(value, outliers)[0]
-        found = halvings(value, widths(offer.weight.columns, self.least), self.pass_.scheme.symmetric)
+        scheme = self.pass_.scheme
+        found = halvings(value, widths(offer.weight.columns, self.least), scheme.symmetric, scheme.minimum)
         return tuple({"mean": step.mean, "some": step.least, "paper": step.most}[self.pass_.rule] for step in found)
 
     def decide(self, offers: Sequence[Offer], rest: Rest) -> dict[str, State]:

@@ -48,6 +48,14 @@ def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
         raise Refusal(f"blocks of {BLOCK} do not divide the {weight.in_features} inputs that {scheme} rounds", "skip it")
 
 
+def refuse_zeros(scheme: Scheme) -> None:
+    """Raises Refusal if zeros of a pruned weight need not stay zeros in this scheme."""
+    if scheme.minimum:
+        raise Refusal(
+            f"no code of {scheme} need mean zero, so pruned weights would not stay zeros", "use a symmetric scheme or -asym"
+        )
+
+
 class CodeOptions(TargetedPass):
     """Options of every pass that makes codes, and the state that they give a weight."""
 
@@ -66,6 +74,8 @@ class CodeOptions(TargetedPass):
             raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
         if scheme.inputs:
             refuse_inputs(weight, scheme)
+        if state.sparsity is not None:
+            refuse_zeros(scheme)
         scheme, share = fitting(scheme, weight, self.ragged), self.outliers if outliers is None else outliers
         if share and scheme.scales in ("tensor", "e4m3"):
             reason = f"{scheme} has a scale for all of what readers fuse, which no outlier can be taken out of"
@@ -257,7 +267,8 @@ def learned_of(state: State) -> list[str]:
     if state.scheme is None:
         return ["weights" if state.sparsity is None else "weights between zeros"]
     scales, factors = not state.scheme.powers, state.lowrank is not None and not state.lowrank.int8
-    return ["scales"] * scales + ["low-rank factors"] * factors
+    kind = "scales (minima stay as they are)" if state.scheme.minimum else "scales"
+    return [kind] * scales + ["low-rank factors"] * factors
 
 
 def unlearnable(state: State) -> str:

@@ -101,6 +101,10 @@ class Format:
         """`quantization_config` for config.json; empty where there is to be none."""
         raise TypeError(f"{self.name} has no config")
 
+    def configured(self, content: dict[str, Any], model: Model, states: dict[str, State]) -> dict[str, Any]:
+        """config.json for the reader, from that of the model without a quantization."""
+        return content | ({"quantization_config": found} if (found := self.config(model, states)) else {})
+
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
         """An artifact's weights in codes, from config.json alone; empty if it does not say enough. Raises InputError."""
         return {}

@@ -137,7 +137,8 @@ def _wrong(dense_view: DenseView, name: str, by_config: dict[str, Packed]) -> Pr
     weight, state = dense_view.weights[name]
     top = q.scheme.levels
     plain = q.scheme.integer and q.outliers is None and q.lowrank is None
-    finite = bool(torch.isfinite(q.steps() if plain else q.dequantize()).all())
+    numbers = (q.steps(), q.minimum) if plain else (q.dequantize(),)
+    finite = all(bool(torch.isfinite(part).all()) for part in numbers if part is not None)
     if not finite or int(q.codes.max()) >= top or (q.zero is not None and int(q.zero.max()) >= top):
         return Problem(where, f"finite scales, codes and zero points below {top}", "others", do)
     if state.sparsity is not None and not masks.holds(along_inputs(weight, q.nonzero()), state.sparsity):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Foreign", "Packed", "method_of", "open_foreign"]
 
-METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4", "peft")
+METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "mlx", "mxfp4", "peft")
 """Values of `quant_method` that are read here, PEFT's adapters, and GGUF files."""
 _CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ wrote their config before config.json had a place for it."""
@@ -34,7 +34,7 @@ def _config(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     text = checkpoint.config.get("text_config")
     places = [checkpoint.config] + ([text] if isinstance(text, dict) else [])
     for place in places:
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             if found := place.get(key):
                 if not isinstance(found, dict):
                     raise InputError(str(checkpoint.path / "config.json"), f"an object in {key}", type(found).__name__)
@@ -56,6 +56,11 @@ def _named(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
         return method.lower()
     if config.get("load_in_4bit") or config.get("load_in_8bit"):
         return "bitsandbytes"
+    if {"bits", "group_size"} <= config.keys() and any(
+        name.endswith(".scales") and checkpoint.refs.get(f"{name.removesuffix('scales')}weight") is not None
+        for name in checkpoint.refs
+    ):
+        return "mlx"
     for name, ref in checkpoint.refs.items():
         scales = checkpoint.refs.get(name.removesuffix("qweight") + "scales")
         if name.endswith(".qweight") and scales is not None and len(ref.shape) == len(scales.shape) == 2:

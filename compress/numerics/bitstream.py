@@ -20,13 +20,17 @@ def row_bytes(columns: int, bits: int) -> int:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes `[..., columns]` in 0 .. 2^bits - 1 -> uint8 stream `[..., row_bytes]`."""
     columns = codes.shape[-1]
-    padded = row_bytes(columns, bits) * 8 // bits if bits != 3 else math.ceil(columns / 32) * 32
+    padded = row_bytes(columns, bits) * 8 // bits if bits in (2, 4, 8) else math.ceil(columns / 32) * 32
     if padded != columns:
         codes = torch.nn.functional.pad(codes, (0, padded - columns))
     codes = codes.contiguous()
     if bits == 8:
         # A dimension of one may have any stride; this gives contiguous strides, which callers need to view words.
         return codes.reshape(-1).reshape(codes.shape)
+    if bits in (5, 6):
+        words = _joined([codes[..., i::8] for i in range(8)], bits)
+        stream: torch.Tensor = words.view(torch.uint8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
+        return stream[..., : row_bytes(columns, bits)].contiguous()
     # Neighbours are joined pairwise through a view twice as wide: (low | high << w) folds to (low | high << used).
     pairs = codes.view(torch.int16)
     joined = (pairs | (pairs >> (8 - bits))).to(torch.uint8).view(torch.int16)
@@ -37,7 +41,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     # Three bits: 12 of each 16 are used, then 24 of each 32, which are three whole bytes.
     fours = ((joined & 0x3F) | ((joined >> 2) & 0xFC0)).view(torch.int32)
     eights = (fours & 0xFFF) | ((fours >> 4) & 0xFFF000)
-    stream: torch.Tensor = eights.view(torch.uint8).reshape(*codes.shape[:-1], -1, 4)[..., :3].flatten(-2)
+    stream = eights.view(torch.uint8).reshape(*codes.shape[:-1], -1, 4)[..., :3].flatten(-2)
     return stream[..., : row_bytes(columns, bits)].contiguous()
 
 
@@ -49,8 +53,16 @@ def unpack(stream: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         mask = (1 << bits) - 1
         parts = [(stream >> shift) & mask for shift in range(0, 8, bits)]
         return torch.stack(parts, dim=-1).flatten(-2)[..., :columns].contiguous()
-    missing = -stream.shape[-1] % bits
-    bytes_ = torch.nn.functional.pad(stream, (0, missing)).reshape(*stream.shape[:-1], -1, bits).to(torch.int64)
-    words = (bytes_ << (torch.arange(bits, dtype=torch.int64) * 8)).sum(-1)
-    parts = [(words >> (bits * i)) & ((1 << bits) - 1) for i in range(8)]
-    return torch.stack(parts, dim=-1).flatten(-2).to(torch.uint8)[..., :columns].contiguous()
+    # Eight codes fill as many bytes as a code has bits.
+    whole = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % bits))
+    words = _joined([whole[..., i::bits] for i in range(bits)], 8)
+    parts = [((words >> (bits * i)) & ((1 << bits) - 1)).to(torch.uint8) for i in range(8)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :columns].contiguous()
+
+
+def _joined(parts: list[torch.Tensor], bits: int) -> torch.Tensor:
+    """int64 words of uint8 parts, the first in the lowest bits, each `bits` above the one before."""
+    words = parts[0].to(torch.int64)
+    for i, part in enumerate(parts[1:], 1):
+        words |= part.to(torch.int64) << (bits * i)
+    return words

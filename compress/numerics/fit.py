@@ -6,7 +6,7 @@ the one with the least sum_i h_i (x_i - s c_i)^2, then sets s to the optimum for
 
 A symmetric code ranges from -2^(b-1) to 2^(b-1) - 1, so the negative side has one more level. With `signed` a group whose
 largest weight is positive gets a negative scale, which gives its side the extra level. At 2 and 3 bits that adds half of
-GPTQ's gain over rounding (llama.cpp's Q4_0 does the same).
+GPTQ's gain over rounding (llama.cpp's Q4_0 does the same). Where a scheme has minima, minimum.py fits them, in the place of z.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from compress.numerics import minimum
 from compress.numerics.grid import grid_of
 from compress.spec.scheme import Scheme
 
@@ -29,7 +30,7 @@ def fit(
     x: torch.Tensor, weight: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
     least_zero: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Scale and zero point of `x` reduced over `dim` (0 or 2), with that dimension kept; the scale is a value of `dtype`.
+    """Scale and zero point or minimum of `x` reduced over `dim` (0 or 2), which is kept; scale and minimum are values of `dtype`.
 
     `weight` [columns] is h; None if it is the same for all, as along the outputs. z is the middle code if symmetric.
     """
@@ -48,8 +49,11 @@ def meant(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: Clip, signe
     for part in w.float().split(len(w[0]) // group * group or group, dim=1):  # a ragged last group has a scale of its own
         x = part.unflatten(1, (-1, min(group, part.shape[1]))).permute(2, 1, 0)
         s, z = fit(x, None, 0, scheme, dtype, clip, signed, least_zero)
-        c = torch.div(x, s).round_()
-        parts.append(torch.clamp(c, -z, scheme.levels - 1 - z).mul_(s).permute(2, 1, 0).flatten(1))
+        if scheme.minimum:
+            values = minimum.codes(x, s, z, scheme).mul_(s).add_(z)
+        else:
+            values = torch.clamp(torch.div(x, s).round_(), -z, scheme.levels - 1 - z).mul_(s)
+        parts.append(values.permute(2, 1, 0).flatten(1))
     return torch.cat(parts, dim=1)
 
 
@@ -57,6 +61,8 @@ def _fit(
     x: torch.Tensor, h: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
     least_zero: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if scheme.minimum:
+        return minimum.fit(x, h, dim, scheme, dtype, clip)
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     if clip == "none":
         s, z = grid_of(low, high, scheme, dtype, least_zero)

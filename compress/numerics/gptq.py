@@ -12,7 +12,8 @@ rounded in stored order (or `refit` is off), to the weights before anything is r
 Sweeps (coordinate descent; never raise the damped loss). With all others fixed, the best value of column k is
     t_k = q_k + (D (H + lambda I))_k / (H_kk + lambda),
 the first pass's form with other coefficients, so both share `_round`. A group's scale is first set to the optimum for its
-codes, s += <c, D H> / <c, c H>, which costs little because D H is already computed.
+codes (rescale.py), which costs little because D H is already computed. Where a scheme has minima q = s c + m with c = code,
+and scale and minimum move together.
 
 On a grid of floats c is the grid value nearest to t / s. Scales are fitted to the weights before anything is rounded and
 never changed, because they may depend on each other. All else is the same, the identity above included.
@@ -30,6 +31,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from compress.numerics import rescale
 from compress.numerics.fit import Clip, fit
 from compress.numerics.floats import decode, encode
 from compress.numerics.hessian import Factor, energies
@@ -50,7 +52,7 @@ _WHOLE = 512
 
 
 class Solved(NamedTuple):
-    """codes uint8 [rows, n], scale as stored, zero uint8 or None, as in a QTensor; along the outputs codes are [n, rows]."""
+    """codes uint8 [rows, n], scale as stored, zero uint8 (or the minimum), or None; along the outputs codes are [n, rows]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -87,7 +89,7 @@ class _Rows:
     scale: torch.Tensor
     """[groups, 1, rows], or along the outputs [n, groups, 1]."""
     zero: torch.Tensor
-    """Like scale; the middle code if symmetric."""
+    """Like scale; the middle code if symmetric, the minimum where the scheme has one."""
     keep: torch.Tensor | None
     """uint8, 1 where a weight may differ from zero."""
 
@@ -177,7 +179,8 @@ def solve(
     task = _Task(factor, hessian, scheme, scale_dtype, settings, scheme.group or length, fixed)
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8, device=w.device)
     scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype, device=w.device) if scale is None else scale
-    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
+    kind = scale_dtype if scheme.minimum else torch.uint8
+    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=kind, device=w.device)
     losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype, device=w.device)
     identity = 0.0
     step = _ROWS if inputs else max(1, _ROWS // task.group) * task.group
@@ -213,9 +216,14 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -
     d[:, :rows] = w.T
     d[task.factor.dead] = 0
     keep = None
-    if mask is not None:
+    # With minima no code need mean the zero of padding and of columns without inputs; what it means there costs nothing.
+    if mask is not None or task.scheme.minimum:
         keep = torch.ones(n, width, dtype=torch.uint8, device=w.device)
-        keep[:, :rows] = mask.T
+        if mask is not None:
+            keep[:, :rows] = mask.T
+        if task.scheme.minimum:
+            keep[task.factor.dead] = 0
+            keep[:, rows:] = 0
         keep = keep.view(shape)
     scales = (-(-n // task.group), 1, width) if inputs else (n, width // task.group, 1)
     s = torch.ones(scales, dtype=d.dtype, device=w.device)
@@ -294,8 +302,8 @@ def _permute(part: _Rows, order: torch.Tensor) -> None:
 def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
     """Optimises scales and codes of each block with all others fixed; returns the decrease of each row's damped loss."""
     n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
-    rescale = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
-    size = task.group if rescale else _BLOCK
+    rescales = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
+    size = task.group if rescales else _BLOCK
     fallen = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
     for start in range(0, n, size):
         ks = slice(start, min(n, start + size))
@@ -303,13 +311,23 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
         square = h[ks, ks].clone()
         square.diagonal().add_(ridge).masked_fill_(task.factor.dead[ks], 1)
         slope = (h[ks] @ flat).add_(flat[ks], alpha=ridge)
-        codes = part.codes[ks]
-        c = codes.to(flat.dtype).sub_(part.zero[owners]) if task.fixed is None else decode(codes, task.scheme, flat.dtype)
-        if rescale:
-            fallen += _rescale(part, task.dtype, start // task.group, c.flatten(1), flat[ks], slope, square)
+        codes, minimum, keep = part.codes[ks], task.scheme.minimum, None if part.keep is None else part.keep[ks].to(flat.dtype)
+        c = decode(codes, task.scheme, flat.dtype) if task.fixed is not None else codes.to(flat.dtype)
+        if task.fixed is None and not minimum:
+            c.sub_(part.zero[owners])
+        if rescales:
+            s, m = (own[start // task.group, 0] for own in (part.scale, part.zero))
+            if minimum:
+                e = torch.ones_like(c) if keep is None else keep
+                fallen += rescale.scale_and_minimum(s, m, task.dtype, (c * e)[:, 0], e[:, 0], flat[ks], slope, square)
+            else:
+                fallen += rescale.scale(s, task.dtype, c[:, 0], flat[ks], slope, square)
         pivots = square.diagonal().clone()
         # The buffer of c holds q, then after rounding q_old - q_new, which is added to d.
         moved = c.mul_(part.scale[owners])
+        if minimum:
+            moved.add_(part.zero[owners])
+            moved = moved if keep is None else moved.mul_(keep)
         target = slope.div_(pivots[:, None]).view(c.shape).add_(moved)
         _, residual = _round(target, moved, square.div_(pivots), part, ks, owners, task.scheme)
         part.d[ks] += moved
@@ -317,25 +335,6 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
         change = residual.mul_(-2).add_(moved).mul_(moved)
         fallen += pivots @ change.flatten(1)
     return fallen
-
-
-def _rescale(
-    part: _Rows, dtype: torch.dtype, owner: int, c: torch.Tensor, d: torch.Tensor, slope: torch.Tensor, square: torch.Tensor
-) -> torch.Tensor:
-    """Sets one group's scale [columns, rows] to its optimum; updates d and slope = H d; returns each row's decrease of loss."""
-    ch = square @ c
-    along, curve = (c * slope).sum(0), (c * ch).sum(0)
-    s = part.scale[owner, 0]
-    moved = (s + along / curve.clamp(min=1e-30)).to(dtype).to(s.dtype)
-    step = moved - s
-    fall = step * (2 * along - step * curve)
-    # Rounding to the stored dtype may cancel the gain; and a scale must not become zero or change its sign.
-    better = (fall > 0) & (moved * s > 0) & moved.isfinite()
-    step = torch.where(better, step, 0)
-    s += step
-    d.addcmul_(c, step, value=-1)
-    slope.addcmul_(ch, step, value=-1)
-    return fall.mul_(better)
 
 
 def _round(
@@ -347,7 +346,8 @@ def _round(
     """
     n, top = len(target), scheme.levels - 1
     s, z = part.scale[owners], part.zero[owners]
-    lows, highs = (-z).unbind(0), (top - z).unbind(0)
+    lows, highs, lifts = (-z).unbind(0), (top - z).unbind(0), z.unbind(0)
+    values = torch.empty_like(target) if scheme.minimum else None
     keeps = None if part.keep is None else part.keep[ks].to(target.dtype).unbind(0)
     c = torch.empty_like(target)
     flat_target, flat_base = target.view(n, -1), base.view(n, -1)
@@ -363,6 +363,11 @@ def _round(
         for k in range(start, end):
             if k > start:
                 rows[k].addmv_(earlier[:, : k - start], coefficients[k, start:k])
+            if values is not None:
+                q = torch.sub(targets[k], lifts[k], out=cs[k]).div_(scales[k]).round_().clamp_(0, top)
+                value = torch.addcmul(lifts[k], q, scales[k], out=values[k])
+                bases[k].sub_(value if keeps is None else value.mul_(keeps[k]))
+                continue
             q = torch.div(targets[k], scales[k], out=cs[k])
             if not scheme.integer:
                 q.copy_(decode(encode(q, scheme), scheme, q.dtype))
@@ -373,6 +378,9 @@ def _round(
             if keeps is not None:
                 q.mul_(keeps[k])
             bases[k].addcmul_(q, scales[k], value=-1)
+    if values is not None:
+        part.codes[ks] = c.to(torch.int16).to(torch.uint8)
+        return c, target.sub_(values)
     # Via int16, because torch converts floats to uint8 four times slower. Adding zero turns a masked -0 into +0.
     part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.integer else encode(c if keeps is None else c + 0, scheme)
     return c, target.addcmul_(c, s, value=-1)

@@ -1,8 +1,9 @@
 """Granularity: how much ranges shrink when groups of columns are halved.
 
 Legend: w [rows, columns] in groups of B columns; r(B) the range of a group, its largest magnitude, or for codes with a zero
-point max - min with zero included. Halving makes two groups of one, each with a ratio r(B/2) / r(B) <= 1. For magnitudes
-one of the two halves keeps the range, so the largest ratio is always 1 and the mean lies between 1/2 and 1.
+point max - min with zero included, without it for codes with a minimum. Halving makes two groups of one, each with a ratio
+r(B/2) / r(B) <= 1. For magnitudes one of the two halves keeps the range, so the largest ratio is always 1 and the mean lies
+between 1/2 and 1.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def widths(columns: int, least: int) -> list[int]:
     return found
 
 
-def halvings(w: torch.Tensor, groups: Sequence[int], symmetric: bool) -> list[Halving]:
+def halvings(w: torch.Tensor, groups: Sequence[int], symmetric: bool, minimum: bool = False) -> list[Halving]:
     """One Halving for each step between successive `groups` (from `widths`); w [..., columns]."""
-    low, high = w.unflatten(-1, (-1, groups[-1])).aminmax(dim=-1)
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    low, high = (part.float() for part in w.unflatten(-1, (-1, groups[-1])).aminmax(dim=-1))
+    if not minimum:
+        low, high = low.clamp(max=0), high.clamp(min=0)
     found: list[Halving] = []
     new = _ranges(low, high, symmetric)
     for _ in groups[1:]:

@@ -5,7 +5,8 @@ w' = s (q - z). Symmetric: s = absmax / ((2^b - 1) / 2) and z = 2^(b-1), so the 
 -2^(b-1) .. 2^(b-1) - 1 and the largest weight errs by at most s/2 (the convention of GPTQ and
 llm-compressor; 19.1 dB on Gaussian weights at 4 bits and groups of 128, where s = absmax / 7 gives 18.6).
 Asymmetric: the range is stretched to include zero, s = (max - min) / (2^b - 1), z = round(-min / s). A format that cannot
-store z = 0 requires z >= 1; if that cuts the range, s grows until it reaches max again.
+store z = 0 requires z >= 1; if that cuts the range, s grows until it reaches max again. With a minimum m instead of z,
+w' = s q + m: see minimum.py.
 Scales are rounded to the dtype they will be stored in *before* codes are computed, so that codes fit the
 stored scales. All-zero groups get s = 1 and the code of zero.
 """
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from compress.numerics import minimum
 from compress.spec.scheme import Scheme
 
 _CHUNK = 1 << 18
@@ -23,7 +25,7 @@ _CHUNK = 1 << 18
 
 
 class Rounded(NamedTuple):
-    """codes uint8 [rows, columns]; scale [rows, groups]; zero uint8 [rows, groups] or None; error sum of squares."""
+    """codes uint8 [rows, columns]; scale [rows, groups]; zero uint8, or minimum like scale, or None; sums of squares."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -47,7 +49,8 @@ def round_to_nearest(
     groups = scheme.groups(columns)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=w.device)
     scale = torch.empty(rows, groups, dtype=scale_dtype, device=w.device)
-    zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=w.device)
+    kind = scale_dtype if scheme.minimum else torch.uint8
+    zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=kind, device=w.device)
     whole = columns // group
     sums = [0.0, 0.0]
     step = max(1, _CHUNK // columns)
@@ -64,8 +67,8 @@ def round_to_nearest(
             codes[rs, cs] = q.reshape(q.shape[0], -1).to(torch.int16).to(torch.uint8)
             scale[rs, g0:g1] = s.squeeze(-1).to(scale_dtype)
             if zero is not None:
-                zero[rs, g0:g1] = z.squeeze(-1).to(torch.uint8)
-            error = q.sub_(z).mul_(s).sub_(part)
+                zero[rs, g0:g1] = z.squeeze(-1).to(kind)
+            error = _values(q, s, z, scheme).sub_(part)
             for i, values in enumerate((error.reshape(-1), part.reshape(-1))):
                 sums[i] += float(torch.dot(values, values))
     return Rounded(codes, scale, zero, sums[0], sums[1])
@@ -73,13 +76,22 @@ def round_to_nearest(
 
 def _codes(part: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme, least_code: int) -> torch.Tensor:
     """fp32 codes [rows, groups, width], least_code .. levels - 1."""
+    if scheme.minimum:
+        return minimum.codes(part, s, z, scheme)
     return torch.div(part, s).round_().add_(z).clamp_(least_code, scheme.levels - 1)
+
+
+def _values(q: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """What codes q mean, in their place; z is the zero point or minimum."""
+    return q.mul_(s).add_(z) if scheme.minimum else q.sub_(z).mul_(s)
 
 
 def _fit(
     part: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, least_zero: int, least_code: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [rows, groups, 1] in fp32, the scale already rounded to `dtype`."""
+    """Scale and zero point or minimum [rows, groups, 1] in fp32, but for zero points already rounded to `dtype`."""
+    if scheme.minimum:
+        return minimum.fit(part, None, -1, scheme, dtype, clip)
     low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
     s, z = grid_of(low, high, scheme, dtype, least_zero)
     if clip == "none":
@@ -115,17 +127,20 @@ def grid_of(
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
-    """fp32 `scale * (code - zero)`, [..., rows, columns] from codes of that shape and scales [..., rows, groups]."""
+    """fp32 `scale * (code - zero)`, [..., rows, columns] from codes of that shape and scales [..., rows, groups].
+
+    With minima in the place of zero points it is `scale * code + minimum`.
+    """
     columns = codes.shape[-1]
     group = scheme.group or columns
     z = zero.float() if zero is not None else torch.full_like(scale, scheme.middle, dtype=torch.float32)
 
     if columns % group == 0:
         # The same result, without expanded scales.
-        parts: torch.Tensor = codes.float().unflatten(-1, (-1, group)).sub_(z[..., None]).mul_(scale.float()[..., None])
-        return parts.flatten(-2)
+        parts = codes.float().unflatten(-1, (-1, group))
+        return _values(parts, scale.float()[..., None], z[..., None], scheme).flatten(-2)
 
     def spread(per_group: torch.Tensor) -> torch.Tensor:
         return per_group.repeat_interleave(group, dim=-1)[..., :columns]
 
-    return (codes.float() - spread(z)) * spread(scale.float())
+    return _values(codes.float(), spread(scale.float()), spread(z), scheme)

@@ -2,8 +2,9 @@
 
 `codes` uint8 [experts?, rows, columns] in 0 .. levels - 1: unsigned integers, indices into a table, or the bytes of
 FP8. `scale` [experts?, rows, groups] in the dense weight's dtype, `zero` uint8 [experts?, rows, groups] (None when
-symmetric: the zero of integers is then the middle code). Scales of floats have other shapes and dtypes too: FP8 fp32,
-[experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
+symmetric: the zero of integers is then the middle code) or, for schemes with minima, `minimum` in the shape and dtype of
+`scale`: values are scale * (code - zero), or scale * code + minimum, in fp32. Scales of floats have other shapes and dtypes
+too: FP8 fp32, [experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
 `tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; its reciprocal would not be exact).
 Rows are outputs and columns inputs, also for fused experts stored [in, out]: y = x @ dequantize(q).T + b. Only a
 Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its readers group it that way.
@@ -11,10 +12,10 @@ Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its reader
 A weight may have two corrections. Outliers replace the values of some codes: values in the weight's dtype, by
 rows. Then the product of low-rank factors is added: bf16, or int8 with an fp32 scale for each rank.
 
-On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.tensor_scale`, and
-with corrections `NAME.outlier_values` [experts?, n], `.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets`
-int32 [experts?, rows + 1]; `NAME.left` [experts?, rows, rank], `.right` [experts?, rank, columns], and `.rank_scale`
-[experts?, rank].
+On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.minimum`,
+`NAME.tensor_scale`, and with corrections `NAME.outlier_values` [experts?, n], `.outlier_columns` uint16, or int32 beyond
+65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.left` [experts?, rows, rank], `.right` [experts?, rank,
+columns], and `.rank_scale` [experts?, rank].
 `dequantize` defines its values; every quantizer returns a QTensor, every packer takes one.
 """
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from compress.spec.scheme import Scheme
 
 
-_CODES = ("codes", "scale", "zero", "tensor_scale")
+_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale")
 _OUTLIERS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_offsets": "offsets"}
 _LOWRANK = {"left": "left", "right": "right", "rank_scale": "scale"}
 """Parts on disk -> fields of Sparse and Factors."""
@@ -56,6 +57,7 @@ class QTensor:
     tensor_scale: torch.Tensor | None = None
     outliers: Sparse | None = None
     lowrank: Factors | None = None
+    minimum: torch.Tensor | None = None
 
     def steps(self) -> torch.Tensor:
         """The values of the scales, fp32 in the shape of `scale`."""
@@ -80,6 +82,8 @@ class QTensor:
             from compress.numerics.floats import decode
 
             return decode(self.codes, self.scheme) != 0
+        if self.minimum is not None:
+            return self.values() != 0
         if self.zero is None:
             return self.codes != self.scheme.middle
         group = self.scheme.group or self.codes.shape[-1]
@@ -101,11 +105,16 @@ class QTensor:
         if self.scheme.integer:
             from compress.numerics.grid import dequantize
 
-            return dequantize(self.codes, self.scale, self.zero, self.scheme)
+            return dequantize(self.codes, self.scale, self.zero if self.minimum is None else self.minimum, self.scheme)
         from compress.numerics.floats import decode
         from compress.numerics.scales import spread
 
         return decode(self.codes, self.scheme).mul_(spread(self.steps(), self.scheme, *self.codes.shape[-2:]))
+
+
+def integers(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor:
+    """A QTensor of integers whose zero points, or minima where the scheme has those, are `zero`."""
+    return QTensor(scheme, codes, scale, minimum=zero) if scheme.minimum else QTensor(scheme, codes, scale, zero)
 
 
 def as_matrix(weight: Weight, stored: torch.Tensor) -> torch.Tensor:
@@ -127,8 +136,10 @@ def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, 
     scales = (*lead, *scheme.grid_shape(weight.rows, weight.columns))
     stored = {"e8m0": "U8", "e4m3": "F8_E4M3"}.get(scheme.scales, "F32" if scheme.grid in FP8 else weight.dtype)
     found = {"codes": ("U8", (*lead, weight.rows, stream_bytes)), "scale": (stored, scales)}
-    if not scheme.symmetric:
+    if scheme.zeros:
         found["zero"] = ("U8", scales)
+    if scheme.minimum:
+        found["minimum"] = (weight.dtype, scales)
     if scheme.scales == "e4m3":
         found["tensor_scale"] = ("F32", lead)
     if state.outliers is not None:
@@ -177,7 +188,7 @@ def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QT
 
 def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
     """The parts besides codes, scale and zero, by their suffix on disk."""
-    parts: dict[str, torch.Tensor | None] = {"tensor_scale": q.tensor_scale}
+    parts: dict[str, torch.Tensor | None] = {"minimum": q.minimum, "tensor_scale": q.tensor_scale}
     for whole, words in ((q.outliers, _OUTLIERS), (q.lowrank, _LOWRANK)):
         parts |= {part: getattr(whole, word) for part, word in words.items() if whole is not None}
     return parts
@@ -193,4 +204,4 @@ def with_beside(
     assert state.scheme is not None
     outliers = Sparse(**{word: parts[part] for part, word in _OUTLIERS.items()}) if state.outliers else None
     lowrank = Factors(**{word: parts.get(part) for part, word in _LOWRANK.items()}) if state.lowrank else None  # type: ignore[arg-type]
-    return QTensor(state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank)
+    return QTensor(state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, parts.get("minimum"))

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from compress.numerics import minimum
 from compress.numerics.floats import decode, encode
 from compress.numerics.grid import round_to_nearest
 from compress.numerics.lowrank import Factors
 from compress.numerics.outliers import Sparse, split
-from compress.numerics.qtensor import QTensor
+from compress.numerics.qtensor import QTensor, integers
 from compress.numerics.scales import blocked, divisor, fit, flat, spread, steps
 from compress.spec.corrections import Outliers
 from compress.spec.scheme import Scheme
@@ -52,11 +53,14 @@ def nearest(
         sparse = replace(sparse, values=sparse.values.to(dtype))
         found = nearest(rest, scheme, dtype, clip, least_zero, peak, None, least_code)
         kept = float(sparse.values.double().square().sum())
+        if scheme.minimum:  # no code need mean the zero that the rest has in their places
+            under = found.q.values().view(-1, w.shape[-1])[sparse.places()]
+            found = found._replace(squared_error=found.squared_error - float(under.double().square().sum()))
         return Rounded(replace(found.q, outliers=sparse), found.squared_error, found.squared_norm + kept)
     if scheme.integer:
         codes, scale, zero, *sums = round_to_nearest(w.reshape(-1, w.shape[-1]), scheme, dtype, clip, least_zero, least_code)
         zero = None if zero is None else zero.reshape(*w.shape[:-1], -1)
-        return Rounded(QTensor(scheme, codes.reshape(w.shape), scale.reshape(*w.shape[:-1], -1), zero), *sums)
+        return Rounded(integers(scheme, codes.reshape(w.shape), scale.reshape(*w.shape[:-1], -1), zero), *sums)
     if w.dim() == 2:
         return _matrix(w, scheme, dtype, clip, peak)
     experts = [_matrix(expert, scheme, dtype, clip, None) for expert in w]
@@ -64,8 +68,11 @@ def nearest(
 
 
 def on_grid(w: torch.Tensor, q: QTensor) -> QTensor:
-    """`w` [experts?, rows, columns] rounded to nearest with the scales and zero points of `q`."""
+    """`w` [experts?, rows, columns] rounded to nearest with the scales and zero points or minima of `q`."""
     s = spread(q.steps(), q.scheme, *w.shape[-2:])
+    if q.minimum is not None:
+        m = spread(q.minimum.float(), q.scheme, *w.shape[-2:])
+        return replace(q, codes=minimum.codes(w.float(), s, m, q.scheme).to(torch.uint8))
     x = w.float() / s
     if not q.scheme.integer:
         return replace(q, codes=encode(x, q.scheme))

@@ -38,7 +38,7 @@ from compress.threads import available
 
 SHARD_BYTES = 5_000_000_000
 _UNDECIDED = "sizes are an upper bound, for the largest choice, until the step has decided"
-_QUANTIZED = ("quantization_config", "compression_config")
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json that describe how weights are packed."""
 _DATA_BYTES = 64 << 20
 """Bytes of memory of a step that only makes tokens."""
@@ -351,7 +351,7 @@ def _texts(config: dict[str, Any], fmt: Format | None, model: Model, states: dic
     if isinstance(text := content.get("text_config"), dict):
         content["text_config"] = {key: value for key, value in text.items() if key not in _QUANTIZED}
     if fmt is not None:
-        content |= {"quantization_config": found} if (found := fmt.config(model, states)) else {}
+        content = fmt.configured(content, model, states)
     elif any(state.scheme for state in states.values()):
         content["quantization_config"] = {"quant_method": CANONICAL, "format": "canonical"}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

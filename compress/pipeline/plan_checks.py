@@ -17,7 +17,7 @@ def refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
     """Raises RecipeError if a quantizer may choose zero points that the format cannot store."""
     for line, own in zip(recipe.lines, passes, strict=False):
         pass_ = own.worker()
-        if isinstance(pass_, QuantizingPass) and not pass_.scheme.symmetric and pass_.least_zero < fmt.least_zero:
+        if isinstance(pass_, QuantizingPass) and pass_.scheme.zeros and pass_.least_zero < fmt.least_zero:
             where = f"{line.where or own.pass_name()}: {own.pass_name()}.least_zero"
             expected = f"{fmt.least_zero}, the smallest zero point that {fmt.name} can say"
             raise RecipeError(

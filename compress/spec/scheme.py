@@ -3,7 +3,7 @@
 Grammar (parses and prints back to the same text; names of other tools, such as W4A16, are in presets.py):
 
     scheme  = integer | float [ "-afp8" ]
-    integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" ] [ "-afp8" ]
+    integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" | "-min" ] [ "-afp8" ]
     float   = "fp8" [ "-e5m2" ] [ "-tensor" | "-block" ]     E4M3 or E5M2, one scale per output channel, for the
                                                              whole matrix, or per block of 128 rows and columns
             | "nf" (2 | 3 | 4) [ "g" group ]                 quantiles of a Gaussian (QLoRA, LoftQ), scale = absmax
@@ -11,13 +11,14 @@ Grammar (parses and prints back to the same text; names of other tools, such as 
             | "mxfp4" [ "-floor" | "-even" | "-mse" ]        E2M1, an E8M0 scale (a power of two) per 32
             | "nvfp4" [ "-4over6" ]                          E2M1, an E4M3 scale per 16 and an fp32 one per matrix
     rule    = ( "-m1" | "-m2" ) [ "-ceil" ]                  scales of a row a power of two apart (ZeroQuant-FP)
-    bits    = 2 | 3 | 4 | 8                                  integer codes
+    bits    = 2 | 3 | 4 | 5 | 6 | 8                          integer codes
     group   = columns that share one scale; without it one scale per output channel
 
 `w4a16g128` is symmetric 4-bit with groups of 128 along the input dimension, `w3a16g64-asym` has an integer zero point
-per group, `w8a16` is per channel. Activations stay in 16 bits, unless they are rounded to int8 (`w8a8`, `w4a8g128`) or, with
-`-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a dynamic scale per token; `fp8-block-afp8` has one per token and
-128 inputs, as readers of such blocks expect.
+per group, `w4a16g32-min` a minimum in the weight's dtype, scale * code + minimum (MLX's affine codes, GGUF's Q4_1), which
+-scale * zero could be only up to rounding; no code of it need mean zero. `w8a16` is per channel. Activations stay in 16 bits,
+unless they are rounded to int8 (`w8a8`, `w4a8g128`) or, with `-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a dynamic
+scale per token; `fp8-block-afp8` has one per token and 128 inputs, as readers of such blocks expect.
 
 Scales that are powers of two: `-m1` makes all of them so, `-m2` divides the row's largest scale by powers of two, so that
 E2M1 times the power is an E4M3 number. Both take the nearest power or, with `-ceil` as in the paper, the next one: then
@@ -37,14 +38,14 @@ from compress.errors import UsageError
 from compress.spec.presets import PRESETS, near, preset
 from compress.spec.text_form import TextForm
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 FP8 = ("e4m3", "e5m2")
 """Grids whose codes are the bytes of FP8."""
 BLOCK = 128
 """Rows and columns of a block of `fp8-block`."""
 _GROUP = r"(?:g(?P<group>\d{1,7}))?"
 _FP8_INPUTS = r"(?P<afp8>-afp8)?"
-_INTEGER = re.compile(rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<asym>-asym)?{_FP8_INPUTS}", re.ASCII)
+_INTEGER = re.compile(rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<kind>-asym|-min)?{_FP8_INPUTS}", re.ASCII)
 _FLOATS = tuple(
     re.compile(text + _FP8_INPUTS, re.ASCII)
     for text in (
@@ -66,7 +67,7 @@ class Scheme(TextForm):
     bits: int
     group: int | None = None
     symmetric: bool = True
-    """Whether there is no zero point; floats have none."""
+    """Whether codes are balanced about zero: no zero point and no minimum; floats have neither."""
     grid: str = "int"
     """The values of codes before scaling: int, nf, e2m1, e3m0, e4m3 or e5m2."""
     scales: str = "row"
@@ -75,6 +76,8 @@ class Scheme(TextForm):
     """The rule by which scales are chosen, for grids with several: m1, m2-ceil, floor, even, mse, 4over6."""
     inputs: str = ""
     """Rounding of activations as the model runs: empty for none, int8 or fp8."""
+    minimum: bool = False
+    """Whether each scale has a minimum, the value of code 0, instead of an integer zero point."""
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
@@ -89,10 +92,10 @@ class Scheme(TextForm):
             return cls.parse(named)
         if found is None:
             guess = _guess(text) if known else ""
-            expected = "a scheme such as w4a16g128, w3a16g64-asym, w8a8, fp8, nf4g64, mxfp4 or nvfp4"
+            expected = "a scheme such as w4a16g128, w3a16g64-asym, w4a16g32-min, w8a8, fp8, nf4g64, mxfp4 or nvfp4"
             meant = f" (did you mean '{guess}'?)" if guess else f", or {near(str(text))}"
             raise UsageError(
-                f"scheme '{text}'", expected + meant, "text outside the grammar, w<bits>a16[g<group>][-asym] for integers"
+                f"scheme '{text}'", expected + meant, "text outside the grammar, w<bits>a16[g<group>][-asym|-min] for integers"
             )
         if found.group is not None and found.group < 8:
             raise UsageError(f"scheme '{text}'", "a group of at least 8 columns", f"g{found.group}")
@@ -103,7 +106,8 @@ class Scheme(TextForm):
         fp8 = "-afp8" if self.inputs == "fp8" else ""
         rule = f"-{self.rule}" if self.rule else ""
         if self.integer:
-            return f"w{self.bits}a{8 if self.inputs else 16}{group}{'' if self.symmetric else '-asym'}{fp8}"
+            kind = "" if self.symmetric else "-min" if self.minimum else "-asym"
+            return f"w{self.bits}a{8 if self.inputs else 16}{group}{kind}{fp8}"
         if self.grid == "nf":
             return f"nf{self.bits}{group}{fp8}"
         if self.bits == 8:
@@ -114,6 +118,11 @@ class Scheme(TextForm):
     @property
     def integer(self) -> bool:
         return self.grid == "int"
+
+    @property
+    def zeros(self) -> bool:
+        """Whether each scale has an integer zero point."""
+        return not self.symmetric and not self.minimum
 
     @property
     def levels(self) -> int:
@@ -144,7 +153,7 @@ class Scheme(TextForm):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-        exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|8)a(16|8)")
+        exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|5|6|8)a(16|8)")
         patterns = (re.sub(r"\?P<\w+>", "", text) for text in (exact, *(pattern.pattern for pattern in _FLOATS)))
         return {
             "type": "string",
@@ -156,9 +165,10 @@ class Scheme(TextForm):
 def _guess(text: str) -> str:
     """The scheme that a text nearly spells: it may differ in case, in joining characters, or lack the activations."""
     plain = re.sub(r"[-_ ]+", "", text.lower())
-    match = re.fullmatch(r"w(\d)(?:a(\d+))?(?:g(\d+))?(asym|sym)?", plain, re.ASCII)
+    match = re.fullmatch(r"w(\d)(?:a(\d+))?(?:g(\d+))?(asym|sym|min)?", plain, re.ASCII)
     if match:
-        plain = f"w{match[1]}a{match[2] or 16}{f'g{match[3]}' if match[3] else ''}{'-asym' if match[4] == 'asym' else ''}"
+        kind = f"-{match[4]}" if match[4] in ("asym", "min") else ""
+        plain = f"w{match[1]}a{match[2] or 16}{f'g{match[3]}' if match[3] else ''}{kind}"
     # Bits alone seldom mean one scale per output channel; presets are the better suggestion.
     guesses = {text.lower().replace("_", "-"), plain} if not match or match[3] else {text.lower()}
     for guess in sorted(guesses - {text}):
@@ -176,7 +186,8 @@ def _integer(text: str, match: re.Match[str]) -> Scheme:
         expected = "a8 where activations are FP8" if match["afp8"] else "a16 or a8 (activations in 16 or 8 bits)"
         raise UsageError(f"scheme '{text}'", expected, f"a{activation}")
     inputs = "fp8" if match["afp8"] else "int8" if activation == "8" else ""
-    return Scheme(bits, int(match["group"]) if match["group"] else None, match["asym"] is None, inputs=inputs)
+    group, kind = int(match["group"]) if match["group"] else None, match["kind"]
+    return Scheme(bits, group, kind is None, inputs=inputs, minimum=kind == "-min")
 
 
 def _float(match: re.Match[str]) -> Scheme:

@@ -56,7 +56,8 @@ class CompressedTensors(Format):
         if scheme is None:
             return
         if not parts.kind_of(scheme):
-            raise Refusal(f"no format of it holds {scheme}", "keep the canonical form, or use integers, fp8, mxfp4 or nvfp4")
+            do = "keep the canonical form, or use integers of 2, 3, 4 or 8 bits without minima, fp8, mxfp4 or nvfp4"
+            raise Refusal(f"no format of it holds {scheme}", do)
         if weight.module_class in _split_experts():
             raise Refusal(_SPLIT, _NEVER)
         if weight.experts is not None:

@@ -36,8 +36,14 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 
+_BITS = (2, 3, 4, 8)
+"""Widths of integers whose streams readers were run with."""
+
+
 def kind_of(scheme: Scheme) -> str:
     """The name of the format that holds a scheme, empty if none does."""
+    if scheme.minimum or (scheme.integer and scheme.bits not in _BITS):
+        return ""
     if scheme.integer:
         return "int-quantized" if scheme.inputs == "int8" else "pack-quantized"
     if scheme.grid == "e4m3":

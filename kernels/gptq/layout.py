@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from compress.numerics.qtensor import QTensor
 
 _MULTIPLE = 32
+_BITS = (2, 3, 4, 8)
 _ELSEWHERE = "leave it out of targets, or pack as compressed-tensors"
 
 
@@ -51,9 +52,12 @@ class Gptq(Format):
     least_zero = 1
 
     def refuse(self, weight: Weight, state: State) -> None:
-        if state.scheme is not None:
-            refuse_place(weight)
-            refuse_size(weight, state.scheme)
+        if (scheme := state.scheme) is None:
+            return
+        if scheme.integer and scheme.bits not in _BITS:
+            raise Refusal(f"its readers take 2, 3, 4 and 8 bits, not {scheme.bits}", "quantize to one of these")
+        refuse_place(weight)
+        refuse_size(weight, scheme)
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
         scheme = state.scheme
@@ -192,6 +196,9 @@ def refuse_size(weight: Weight, scheme: Scheme) -> None:
     """Raises Refusal for codes that its readers do not know, and for sizes that they do not allocate."""
     if not scheme.integer or scheme.inputs:
         raise Refusal(f"its readers know integer weights and 16-bit activations only, not {scheme}", "pack as compressed-tensors")
+    if scheme.minimum:
+        do = "use a scheme with zero points, -asym for -min"
+        raise Refusal(f"the layout has integer zero points, and {scheme} has minima, which they hold only rounded", do)
     if weight.rows % _MULTIPLE or weight.columns % _MULTIPLE:
         size = f"{weight.rows} outputs and {weight.columns} inputs"
         raise Refusal(f"its readers take multiples of {_MULTIPLE} only, here {size}", _ELSEWHERE)

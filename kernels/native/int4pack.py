@@ -45,6 +45,8 @@ class Int4pack(Cpu):
             raise Refusal("it is not in codes", "use another backend")
         if not (scheme.integer and scheme.bits <= 4 and scheme.group in _GROUPS):
             raise Refusal(f"{scheme} is not w4 in groups of {', '.join(map(str, _GROUPS))}", "use another backend")
+        if scheme.minimum:
+            raise Refusal(f"torch's product wants the values of code 8, which {scheme} has only rounded", "use another backend")
         if scheme.bits < 4 and not work.asked:
             raise Refusal(f"{scheme} would take 4 bits in memory", "ask for int4pack by name where speed is worth that")
         if work.dtype != torch.bfloat16 or work.scales != torch.bfloat16:

@@ -50,6 +50,10 @@ class Kind:
             raise Refusal("a Conv1D adds over its rows", "leave the backend to be chosen")
         if scheme.grid in TABLES and scheme.bits != TABLES[scheme.grid]:
             raise Refusal(f"{scheme} is a table of {scheme.levels} values, not of 16", "use another backend")
+        if scheme.bits in (5, 6):
+            raise Refusal(f"no fused kernel reads codes of {scheme.bits} bits", "use cpu or reference, which expand codes")
+        if scheme.minimum:
+            raise Refusal(f"fused kernels add zero points, and {scheme} has minima", "use cpu or reference, which expand codes")
         group, chunk = scheme.group or tiles.chunk(scheme.bits), tiles.chunk(scheme.bits)
         if group < 16 or group & (group - 1):
             raise Refusal(f"groups of {group} columns do not end where a product of 16 does", "use another backend")

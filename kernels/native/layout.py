@@ -1,9 +1,10 @@
 """native: our own layout, the same for all kernels and all schemes.
 
 A weight `NAME` becomes (tiles.py and kernels/README.md describe every bit)
-    NAME.tiles   int16 [experts?, ceil(rows / 16), chunks, 16, 32 or 48]   codes
+    NAME.tiles   int16 [experts?, ceil(rows / 16), chunks, 16, 32 to 48]   codes
     NAME.scale   [experts?, ceil(rows / 16), groups, 16]                    in the dtype of the canonical form
     NAME.zero    uint8, in the shape of scale, where the scheme has zero points
+    NAME.minimum like scale, where the scheme has minima
 FP8's scales of a matrix or of blocks, nvfp4's tensor_scale, outliers and low-rank factors are those of the canonical form.
 A 2:4 weight, in symmetric w4 codes or not in codes, is stored without half of its entries if that takes less: NAME.tiles holds
 the kept entries and NAME.indices their positions (sparse.py). If chunks do not divide the columns, NAME.rest holds the columns
@@ -41,11 +42,14 @@ HALVED = 2
 """The version in which half of a 2:4 weight may be left out, which a reader of the first would take for damage."""
 NARROW = 3
 """The version in which the last chunk of a weight may be a tensor of its own."""
+WIDER = 4
+"""The version in which codes may have 5 or 6 bits, and minima in the place of zero points."""
+_VERSIONS = (VERSION, HALVED, NARROW, WIDER)
 _LEAST_GROUP = 16
 
 
 class Native(Format):
-    """Codes of 2, 3, 4 and 8 bits, integers or floats, with all corrections."""
+    """Codes of 2, 3, 4, 5, 6 and 8 bits, integers or floats, with all corrections."""
 
     name = NATIVE
     holds = frozenset({"outliers", "lowrank"})
@@ -149,6 +153,9 @@ class Native(Format):
             if not self.plain(w, states[w.name]):
                 version = max(version, HALVED if not self._zeros(w, states[w.name]) else VERSION)
                 version = max(version, NARROW if self._rest(w, states[w.name]) else VERSION)
+                scheme = states[w.name].scheme
+                wider = scheme is not None and (scheme.minimum or scheme.bits in (5, 6))
+                version = max(version, WIDER if wider else VERSION)
                 alike[str(states[w.name]), w.dtype, w.shape, w.transposed].append(w.name)
         names = [name for members in alike.values() for name in members]
         weights = [
@@ -160,9 +167,9 @@ class Native(Format):
 
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
         where, config = str(checkpoint.path / "config.json"), checkpoint.config["quantization_config"]
-        if config.get("version") not in (VERSION, HALVED, NARROW):
+        if config.get("version") not in _VERSIONS:
             got = f"version {config.get('version')!r} of the native format"
-            raise InputError(where, f"version {VERSION}, {HALVED} or {NARROW}, which are read here", got, "update compress")
+            raise InputError(where, f"version {', '.join(map(str, _VERSIONS))}, which are read here", got, "update compress")
         packed = [name.removesuffix(".tiles") for name in checkpoint.refs if name.endswith(".tiles")]
         partial_names = [name.rpartition(".")[0] for name in checkpoint.refs if name.endswith((".indices", ".rest"))]
         found: dict[str, tuple[Weight, State]] = {}
@@ -230,7 +237,7 @@ def _specs(weight: Weight, state: State, halved: bool = False, rest: int = 0) ->
     if packed.by_row(scheme):
         groups = scheme.groups(weight.columns) if rest else packed.groups_of(scheme, weight.columns, halved)
         grid = (*lead, words[0], groups, tiles.ROWS)
-        found |= {part: (found[part][0], grid) for part in ("scale", "zero") if part in found}
+        found |= {part: (found[part][0], grid) for part in packed.GRIDS if part in found}
     return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in found.items()]
 
 

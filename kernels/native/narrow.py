@@ -2,7 +2,7 @@
 
 If chunks do not divide the columns, and there is more than one, the last chunk is not in NAME.tiles. Its columns are
     NAME.rest    uint8 [experts?, rows, bytes]   code j of a row at bits b j up, rows of whole 32-bit words, as in bitstream.py
-and the grids of scales and zero points end with the groups of the real columns.
+and the grids of scales, zero points and minima end with the groups of the real columns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from compress.kernels.native import tiles
-from compress.kernels.native.packed import by_row, groups_of
+from compress.kernels.native.packed import GRIDS, by_row, groups_of
 from compress.numerics import bitstream
 from compress.numerics.qtensor import QTensor
 from compress.spec.scheme import Scheme
@@ -29,7 +29,7 @@ def cut(parts: Mapping[str, torch.Tensor], q: QTensor) -> dict[str, torch.Tensor
     scheme, columns = q.scheme, q.codes.shape[-1]
     codes = bitstream.pack(q.codes[..., -rest(columns, scheme.bits) :], scheme.bits)
     found = {"tiles": parts["tiles"][..., :-1, :, :].contiguous(), "rest": codes.contiguous()}
-    for name in ("scale", "zero") if by_row(scheme) else ():
+    for name in GRIDS if by_row(scheme) else ():
         if name in parts:
             found[name] = parts[name][..., : scheme.groups(columns), :].clone(memory_format=torch.contiguous_format)
     return {**{name: part for name, part in parts.items() if name != "tiles"}, **found}
@@ -41,7 +41,7 @@ def whole(parts: Mapping[str, torch.Tensor], scheme: Scheme, columns: int) -> di
         return dict(parts)
     last = tiles.pack(bitstream.unpack(parts["rest"], scheme.bits, rest(columns, scheme.bits)), scheme.bits)
     found = {"tiles": torch.cat([parts["tiles"], last], -3)}
-    for name in ("scale", "zero") if by_row(scheme) else ():
+    for name in GRIDS if by_row(scheme) else ():
         if name in parts:
             found[name] = _padded(parts[name], groups_of(scheme, columns))
     return {**{name: part for name, part in parts.items() if name not in ("tiles", "rest")}, **found}

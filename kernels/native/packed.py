@@ -1,8 +1,8 @@
 """Packed: packs and unpacks a weight in the native layout, whole or by rows.
 
-Parts, by name: `tiles` and the grids `scale` and `zero` as in tiles.py; scales of a matrix or of blocks, `tensor_scale`,
-outliers and low-rank factors as in QTensor. If there are `indices`, tiles hold the kept entries of a 2:4 weight, codes or plain
-values, as in sparse.py. Codes are returned as QTensors, so that their values are defined in one place.
+Parts, by name: `tiles` and the grids `scale`, `zero` and `minimum` as in tiles.py; scales of a matrix or of blocks,
+`tensor_scale`, outliers and low-rank factors as in QTensor. If there are `indices`, tiles hold the kept entries of a 2:4 weight,
+codes or plain values, as in sparse.py. Codes are returned as QTensors, so that their values are defined in one place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from compress.spec.weight_state import State
 
 PARTS = ("tiles", "rest", "indices", *CANONICAL_PARTS)
 """Suffixes of a weight's name on disk."""
+GRIDS = ("scale", "zero", "minimum")
+"""Parts that are stored in tiles where each row has scales of its own."""
 
 
 def groups_of(scheme: Scheme, columns: int, halved: bool = False) -> int:
@@ -39,9 +41,9 @@ def pack(q: QTensor, halved: bool = False) -> dict[str, torch.Tensor]:
     """The parts of a QTensor, if `halved` without its zeros. Raises sparse.Crowded if it is not 2:4."""
     groups = groups_of(q.scheme, q.codes.shape[-1], halved)
     scale = tiles.pack_grid(q.scale, groups) if by_row(q.scheme) else q.scale
-    zero = None if q.zero is None else tiles.pack_grid(q.zero, groups)
+    zero, minimum = (None if part is None else tiles.pack_grid(part, groups) for part in (q.zero, q.minimum))
     codes = sparse.pack(q.codes, q.scheme.middle) if halved else {"tiles": tiles.pack(q.codes, q.scheme.bits)}
-    parts = {**codes, "scale": scale, "zero": zero, **parts_beside(q)}
+    parts = {**codes, "scale": scale, "zero": zero, **parts_beside(q), "minimum": minimum}
     return {name: part.contiguous() for name, part in parts.items() if part is not None}
 
 
@@ -90,7 +92,10 @@ class Packed:
             codes = tiles.unpack(self.parts["tiles"], scheme.bits, self.rows, self.columns)
         scale = tiles.unpack_grid(self.parts["scale"], self.rows, groups) if by_row(scheme) else self.parts["scale"]
         zero = None if zero is None else tiles.unpack_grid(zero, self.rows, groups)
-        return with_beside(self.state, codes, scale, zero, self.parts)
+        parts = dict(self.parts)
+        if "minimum" in parts:
+            parts["minimum"] = tiles.unpack_grid(parts["minimum"], self.rows, groups)
+        return with_beside(self.state, codes, scale, zero, parts)
 
     def by_factors(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, columns] by the low-rank factors alone: [tokens, rows], in x's dtype."""
@@ -115,7 +120,10 @@ class Packed:
         else:
             scale = self.parts["scale"][index // scheme.rows_per_scale(self.rows)]
         zero = None if zero is None else tiles.by_rows(zero, rows)[:, :groups]
-        q = with_beside(self.state, codes, scale, zero, self.parts)
+        parts = dict(self.parts)
+        if "minimum" in parts:
+            parts["minimum"] = tiles.by_rows(parts["minimum"], rows)[:, :groups]
+        q = with_beside(self.state, codes, scale, zero, parts)
         return replace(
             q,
             scheme=scheme if by_row(scheme) else replace(scheme, scales="row"),

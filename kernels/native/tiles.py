@@ -1,13 +1,16 @@
 """Tiles: the order of codes in the native layout, 16 rows by 64 bytes at a time.
 
 Legend: N rows, K columns, b bits; T = ceil(N / 16) tiles of rows, C = ceil(K / KC) chunks of KC = 32 * 16 / b' columns, where
-b' is b, or 2 for codes of 3 bits; p one of the 16 / b' planes of a word, r one of its 32 words.
+b' is b, or 2 for codes of 3 bits and 4 for codes of 5 and 6; p one of the 16 / b' planes of a word, r one of its 32 words.
 
     words int16 [experts?, T, C, 16, 32]    bits b'p .. b'p + b' - 1 of words[n // 16, c, n % 16, r] are code [n, c KC + 32p + r]
 
 Codes of 3 bits have their two low bits there, and their high bits in 16 more words of the same row, [..., 16, 48]: that of
 column c KC + 32p + r is bit BIT[r % 8 // 2 % 2][p // 4][p % 4] of word 32 + 4 (r // 8) + 2 (r % 8 // 4) + r % 2. So a lane that
 owns the words 8t .. 8t + 7 also owns their high bits, at positions from which one mask moves them next to the low bits.
+
+Codes of 5 and 6 bits have their four low bits there, and the h others in 8 h more words of the same row: those of column
+c KC + 32p + r are h bits up from bit 4h (r % i) + h p of word 32 + r // i, with i = 4 / h columns of a plane to a word.
 
 A plane is a run of 32 neighbouring columns, which multiplies a plain slice of activations; a chunk of 16 rows is a contiguous
 KiB; rows and columns can be split at tiles and chunks. Padding beyond N and K is zero bits: kernels read zeros for activations
@@ -34,7 +37,7 @@ def chunk(bits: int) -> int:
 
 def words(bits: int) -> int:
     """Words of a row of a chunk."""
-    return WORDS + (16 if bits == 3 else 0)
+    return WORDS + {3: 16, 5: 8, 6: 16}.get(bits, 0)
 
 
 def shape(rows: int, columns: int, bits: int) -> tuple[int, int, int, int]:
@@ -43,7 +46,7 @@ def shape(rows: int, columns: int, bits: int) -> tuple[int, int, int, int]:
 
 
 def _low(bits: int) -> int:
-    return 2 if bits == 3 else bits
+    return {3: 2, 5: 4, 6: 4}.get(bits, bits)
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +93,7 @@ def by_rows(tiled: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
 
 
 def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [n, C, KC] -> words int16 [n, C, 32 or 48]."""
+    """Codes [n, C, KC] -> words int16 [n, C, 32 to 48]."""
     low, wide = _low(bits), codes.to(torch.int32)
     planes = (wide & ((1 << low) - 1)).unflatten(-1, (-1, WORDS))
     joined = planes[..., 0, :].clone()
@@ -98,12 +101,16 @@ def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
         joined |= planes[..., p, :] << (low * p)
     if bits == 3:
         joined = torch.cat([joined, ((wide >> 2)[..., _high()] << torch.arange(16)).sum(-1, dtype=torch.int32)], -1)
+    if low < bits and bits != 3:
+        upper, high = bits - low, (wide >> low).unflatten(-1, (-1, WORDS))
+        columns = sum(high[..., p, :] << (upper * p) for p in range(4)).unflatten(-1, (-1, 4 // upper))
+        joined = torch.cat([joined, sum(columns[..., i] << (4 * upper * i) for i in range(4 // upper))], -1)
     found: torch.Tensor = joined.to(torch.int16)
     return found
 
 
 def split(found: torch.Tensor, bits: int) -> torch.Tensor:
-    """Words int16 [..., 32 or 48] -> uint8 codes [..., KC]."""
+    """Words int16 [..., 32 to 48] -> uint8 codes [..., KC]."""
     low = _low(bits)
     planes = [(found[..., :WORDS] >> (low * p)) & ((1 << low) - 1) for p in range(16 // low)]
     if bits == 3:
@@ -111,6 +118,10 @@ def split(found: torch.Tensor, bits: int) -> torch.Tensor:
         high = found[..., WORDS + 4 * (r // 8) + 2 * (r % 8 // 4) + r % 2]
         at = torch.tensor(BIT, dtype=torch.int16, device=found.device)[r % 8 // 2 % 2].flatten(1)
         planes = [plane | ((high >> at[:, p]) & 1) << 2 for p, plane in enumerate(planes)]
+    elif low < bits:
+        upper, r = bits - low, torch.arange(WORDS, dtype=torch.int16, device=found.device)
+        high = found[..., WORDS + (r // (4 // upper)).long()] >> (4 * upper * (r % (4 // upper)))
+        planes = [plane | ((high >> (upper * p)) & ((1 << upper) - 1)) << low for p, plane in enumerate(planes)]
     return torch.cat([plane.to(torch.uint8) for plane in planes], -1)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import Clip, QuantizingPass, pruned
+from compress.contract.base_passes import Clip, QuantizingPass, pruned, refuse_zeros
 from compress.contract.shapes import LinearPass
 from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.errors import Refusal
@@ -59,6 +59,7 @@ class Gptq(QuantizingPass, LinearPass):
         after = super().becomes(weight, state)
         if self.sparsity is None:
             return after
+        refuse_zeros(self.scheme)
         if self.scheme.scales in ("tensor", "e4m3"):
             reason = f"{self.scheme} has a scale for all of what readers fuse, which is measured before anything is pruned"
             raise Refusal(reason, "use a scheme with scales of rows, or prune.sparsegpt first")
@@ -101,7 +102,7 @@ class Gptq(QuantizingPass, LinearPass):
         from compress.numerics.gptq import Settings, solve
         from compress.numerics.hessian import errors
         from compress.numerics.outliers import split
-        from compress.numerics.qtensor import QTensor, along_inputs
+        from compress.numerics.qtensor import along_inputs, integers
         from compress.numerics.refit import refit
         from compress.numerics.sparsegpt import prune
 
@@ -127,9 +128,10 @@ class Gptq(QuantizingPass, LinearPass):
         start = 0
         for number, task in enumerate(tasks):
             rows = slice(start, start + len(task.value))
-            q = QTensor(scheme, found.codes, found.scale, found.zero, found.tensor_scale)
+            q = replace(integers(scheme, found.codes, found.scale, found.zero), tensor_scale=found.tensor_scale)
             if len(tasks) > 1:
-                q = QTensor(scheme, q.codes[rows], q.scale[rows], None if q.zero is None else q.zero[rows])
+                zero = None if found.zero is None else found.zero[rows]
+                q = integers(scheme, found.codes[rows], found.scale[rows], zero)
             q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
             outputs = float(found.losses[rows].sum()), float(norms[rows].sum())

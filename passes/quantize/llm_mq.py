@@ -102,7 +102,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
 
     def worker(self) -> Pass:
         # A scheme with zero points, if any has them, because a plan asks this pass whether the format can store them.
-        scheme = min(self.schemes, key=lambda scheme: scheme.symmetric)
+        scheme = min(self.schemes, key=lambda scheme: not scheme.zeros)
         options = {"scheme": scheme, "clip": self.clip, "least_zero": self.least_zero}
         return load_pass(f"quantize.{self.method}").model_validate(options)
 

@@ -18,7 +18,7 @@ from compress.spec.weight_state import State
 from support import do, in_state, linear, losses, ready_inputs, step_of
 
 
-@pytest.mark.parametrize("scheme", ["w3a16g16-asym", "nf4g16", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["w3a16g16-asym", "w4a16g16-min", "nf4g16", "mxfp4"])
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_a_module_runs_what_it_means_and_learns_all_that_moves(scheme: str, kind: str) -> None:
     """Gradients of the gain, but for outliers, and of both factors, against autograd on the plain formula."""
@@ -37,7 +37,8 @@ def test_a_module_runs_what_it_means_and_learns_all_that_moves(scheme: str, kind
     mask = q.outliers.put(torch.zeros(20, 32)).bool()
     plain = replace(q, outliers=None, lowrank=None).dequantize()
     group = 32 // q.scale.shape[1]
-    coded = plain * gain.repeat_interleave(group, 1)
+    fixed = 0 if q.minimum is None else q.minimum.float().repeat_interleave(group, 1)
+    coded = (plain - fixed) * gain.repeat_interleave(group, 1) + fixed
     dense = torch.where(mask, q.outliers.put(torch.zeros(20, 32)), coded) + left @ right
     weight = torch.randn(run_(dense).shape)
     (run_(dense) * weight).sum().backward()
@@ -48,7 +49,7 @@ def test_a_module_runs_what_it_means_and_learns_all_that_moves(scheme: str, kind
             torch.testing.assert_close(found[name].grad, wanted.grad)
 
 
-@pytest.mark.parametrize("scheme", ["w2a16g32-asym", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["w2a16g32-asym", "w3a16g32-min", "mxfp4"])
 def test_training_moves_scales_and_factors_and_nothing_else(scheme: str, tiny: Path, tmp_path: Path) -> None:
     data = f"calibrate(data='{ready_inputs()}', samples=6)"
     made = f"{data} | quantize.loftq(scheme={scheme}, rank=4, iterations=1, outliers=0.01)"

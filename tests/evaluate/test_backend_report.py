@@ -56,6 +56,7 @@ def test_every_kind_of_scheme_is_asked_about() -> None:
     schemes = [use.work.state.scheme for use in backend_report.families("bfloat16", "cpu")]
     kinds = {(s.grid, s.bits, s.scales, s.symmetric) for s in schemes if s is not None}
     assert kinds >= {("int", bits, "row", symmetric) for bits in BITS for symmetric in (True, False)}
+    assert any(s is not None and s.minimum for s in schemes)
     texts = ["nf2", "nf3", "nf4", "fp4", "e3m0", "mxfp4", "nvfp4", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block"]
     assert kinds >= {(s.grid, s.bits, s.scales, True) for s in map(Scheme.parse, texts)}
     assert {s.inputs for s in schemes if s is not None} == {"", "int8", "fp8"}

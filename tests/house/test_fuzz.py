@@ -380,7 +380,7 @@ def test_any_setting(text: str) -> None:
 
 
 @fuzz
-@given(st.from_regex(r"w[0-9]{1,3}a[0-9]{1,3}(g[0-9]{1,8})?(-asym)?", fullmatch=True) | words)
+@given(st.from_regex(r"w[0-9]{1,3}a[0-9]{1,3}(g[0-9]{1,8})?(-asym|-min)?", fullmatch=True) | words)
 def test_any_scheme(text: str) -> None:
     with contextlib.suppress(UsageError):
         scheme = Scheme.parse(text)

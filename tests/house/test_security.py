@@ -63,6 +63,8 @@ BY_NAME = {
     ("probe_gptqmodel.py", "importlib.import_module('torch')"): "one name",
     ("probe_llama_cpp.py", "importlib.import_module('xllamacpp')"): "one name",
     ("probe_llama_cpp.py", "importlib.import_module('tokenizers')"): "one name",
+    ("probe_mlx.py", "importlib.import_module('mlx.core')"): "one name",
+    ("probe_mlx.py", "importlib.import_module('mlx_lm.utils')"): "one name",
     ("probe_peft.py", "importlib.import_module('peft')"): "one name",
     ("model_class.py", "getattr(modeling_auto, name)"): "the names of transformers' own tables",
     ("model_class.py", "getattr(transformers, wanted)"): "a class that those tables list for the model_type",

@@ -28,7 +28,7 @@ from compress.spec.weight_state import State, Weight
 from support import page, run, tiny_llama
 
 SCHEMES = [
-    "w4a16g32", "w4a16g128", "w4a16", "w4a16g16-asym", "w4a16g64-asym", "w3a16g64", "w3a16g256-asym", "w2a16g32", "w8a16-asym", "w8a16",
+    "w4a16g32", "w4a16g128", "w4a16", "w5a16g32", "w6a16g64-min", "w4a16g32-min", "w3a16-min", "w4a16g16-asym", "w4a16g64-asym", "w3a16g64", "w3a16g256-asym", "w2a16g32", "w8a16-asym", "w8a16",
     "nf4g64", "nf3g32", "nf2g16", "fp4g128-m2", "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4",
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def packed_of(text: str, rows: int, columns: int, dtype: torch.dtype = torch.bfl
     return q, Packed(State(scheme), rows, columns, pack(q))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 257), (40, 520)])
 def test_every_code_is_where_the_page_says(bits: int, shape: tuple[int, int]) -> None:
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
@@ -68,7 +68,7 @@ def test_every_code_is_where_the_page_says(bits: int, shape: tuple[int, int]) ->
     assert int(padded.count_nonzero()) == int(codes.count_nonzero())
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w2a16", "w8a16g64-asym"])
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w2a16", "w8a16g64-asym", "w5a16g16", "w6a16g32-min"])
 def test_a_stranger_reads_an_artifact_with_the_page_alone(scheme: str, tmp_path: Path) -> None:
     run(tiny_llama(tmp_path / "model"), tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | pack(format=native)")
     artifact, reader = open_checkpoint(tmp_path / "out"), page()
@@ -77,12 +77,13 @@ def test_a_stranger_reads_an_artifact_with_the_page_alone(scheme: str, tmp_path:
     for name in [f"model.layers.1.{part}.weight" for part in ("self_attn.k_proj", "mlp.down_proj")]:
         parts = {
             part: artifact.read(f"{name}.{part}")
-            for part in ("tiles", "rest", "scale", "zero")
+            for part in ("tiles", "rest", "scale", "zero", "minimum")
             if f"{name}.{part}" in artifact.refs
         }
         zero, rest = (parts[part].numpy() if part in parts else None for part in ("zero", "rest"))
         entry, tiled, scale = reader["entry_of"](config, name), parts["tiles"].numpy(), parts["scale"].float().numpy()
-        found = reader["integers"](entry, tiled, scale, zero, rest=rest)
+        minimum = parts["minimum"].float().numpy() if "minimum" in parts else None
+        found = reader["integers"](entry, tiled, scale, zero, rest=rest, minimum=minimum)
         assert torch.equal(torch.from_numpy(found), dense_view.dense(name))
 
 

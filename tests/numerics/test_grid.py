@@ -23,7 +23,10 @@ SCHEMES = [
     "w3a16g32-asym",
     "w4a16g32-asym",
     "w8a16-asym",
+    "w5a16g32",
+    "w6a16g32-asym",
 ]
+MINIMA = ["w2a16g32-min", "w4a16g32-min", "w5a16g32-min", "w8a16-min"]
 
 
 def oracle(row: list[float], scheme: Scheme, dtype: torch.dtype) -> tuple[list[int], list[float], list[int]]:
@@ -75,7 +78,7 @@ def test_chunks_and_ragged_groups_change_nothing(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(whole.codes[:, 128:], tail.codes)
 
 
-@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("text", [*SCHEMES, *MINIMA])
 @pytest.mark.parametrize("clip", ["none", "mse"])
 def test_reported_error_is_the_error(text: str, clip: str) -> None:
     scheme, w = Scheme.parse(text), torch.randn(8, 64)
@@ -85,7 +88,7 @@ def test_reported_error_is_the_error(text: str, clip: str) -> None:
     assert found.squared_norm == pytest.approx(float(w.square().sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("text", [*SCHEMES, *MINIMA])
 def test_error_is_at_most_half_a_step_unclipped(text: str) -> None:
     scheme, w = Scheme.parse(text), torch.randn(16, 128)
     found = round_to_nearest(w, scheme, torch.float32)
@@ -95,7 +98,7 @@ def test_error_is_at_most_half_a_step_unclipped(text: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(-8, 8), st.sampled_from(SCHEMES))
+@given(st.integers(-8, 8), st.sampled_from([*SCHEMES, *MINIMA]))
 def test_scaling_by_a_power_of_two_scales_the_result(power: int, text: str) -> None:
     scheme, w = Scheme.parse(text), torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     a, b = round_to_nearest(w, scheme, torch.float32), round_to_nearest(w * 2.0**power, scheme, torch.float32)
@@ -103,7 +106,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(power: int, text: str) -> N
     assert torch.equal(a.scale * 2.0**power, b.scale)
 
 
-@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("text", [*SCHEMES, *MINIMA])
 def test_mse_clip_never_loses_per_group(text: str) -> None:
     scheme, w = Scheme.parse(text), torch.randn(32, 64).pow(3)
     plain, clipped = (round_to_nearest(w, scheme, torch.float32, clip) for clip in ("none", "mse"))
@@ -129,7 +132,7 @@ def test_extreme_magnitudes_stay_finite() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         info = torch.finfo(dtype)
         w = torch.tensor([[info.max, -info.max, 0, 1] * 8, [info.tiny, -info.tiny, 0, 0] * 8]).to(dtype)
-        for text in ("w4a16", "w2a16-asym"):
+        for text in ("w4a16", "w2a16-asym", "w4a16-min"):
             found = round_to_nearest(w, Scheme.parse(text), dtype)
             assert bool(found.scale.isfinite().all())
             assert bool((found.scale > 0).all())

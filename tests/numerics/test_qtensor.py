@@ -18,7 +18,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("text", ["codes(w3a16g32-asym)+outliers(0.02)", "codes(nf4g16)+lowrank(r5)",
+@pytest.mark.parametrize("text", ["codes(w3a16g32-asym)+outliers(0.02)", "codes(w5a16g16-min)+outliers(0.02)+lowrank(r2)", "codes(nf4g16)+lowrank(r5)",
                                   "codes(fp8)+outliers(0.001)+lowrank(r2-int8)"])  # fmt: skip
 def test_bytes_are_declared_and_come_back(text: str, place: str) -> None:
     weight, state = PLACES[place], State.parse(text)

@@ -96,7 +96,7 @@ def test_the_schema_takes_good_recipes_and_no_others() -> None:
     good = {"version": 1, "passes": [{"quantize.rtn": {"scheme": "w4a16g64", "targets": ["linear"]}}, {"pack": {}}]}
     jsonschema.validate(good, schema)
     for bad in ({"version": 2, "passes": [{"pack": {}}]}, {"version": 1, "passes": []}, {"version": 1, "passes": [{"pack": {"formt": "x"}}]},
-                {"version": 1, "passes": [{"quantize.rtn": {"scheme": "w5a16"}}]}):  # fmt: skip
+                {"version": 1, "passes": [{"quantize.rtn": {"scheme": "w7a16"}}]}):  # fmt: skip
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(bad, schema)
 

@@ -14,14 +14,14 @@ from compress.spec.scheme import BITS, Scheme
 from compress.spec.weight_state import State
 
 
-@given(st.sampled_from(BITS), st.none() | st.integers(8, 4096), st.booleans())
-def test_text_round_trips(bits: int, group: int | None, symmetric: bool) -> None:
-    scheme = Scheme(bits, group, symmetric)
+@given(st.sampled_from(BITS), st.none() | st.integers(8, 4096), st.sampled_from(("", "-asym", "-min")))
+def test_text_round_trips(bits: int, group: int | None, kind: str) -> None:
+    scheme = Scheme(bits, group, not kind, minimum=kind == "-min")
     assert Scheme.parse(str(scheme)) == scheme
 
 
 KNOWN = [
-    "w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym", "w8a8", "w4a8g128", "w4a8g128-asym", "w4a8g128-afp8", "fp8", "fp8-tensor",
+    "w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym", "w8a8", "w4a8g128", "w4a8g128-asym", "w4a8g128-afp8", "w4a16g32-min", "w5a16g64", "w6a16-asym", "w5a8g32-min-afp8", "fp8", "fp8-tensor",
     "fp8-block", "fp8-e5m2", "fp8-e5m2-tensor", "fp8-e5m2-block", "fp8-afp8", "fp8-block-afp8", "nf4g64", "nf3g64", "nf2g64", "nf4",
     "fp4g128", "fp4g256-m1", "fp4g256-m1-ceil", "fp4g320-m2", "e3m0g256", "e3m0g256-m2", "mxfp4", "mxfp4-floor", "mxfp4-even",
     "mxfp4-mse", "mxfp4-afp8", "nvfp4", "nvfp4-4over6", "nvfp4-4over6-afp8",
@@ -36,7 +36,9 @@ def test_known_spellings_print_back(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("w5a16", "2, 3, 4, 8"),
+        ("w7a16", "2, 3, 4, 5, 6, 8"),
+        ("w4a16g64-asym-min", "w4a16g32-min"),
+        ("w4a16g64min", "did you mean 'w4a16g64-min'"),
         ("w4a4", "a16"),
         ("w4", "w4a16g128"),
         ("w4a16g4", "at least 8"),

@@ -107,6 +107,17 @@ def llama_cpp() -> Environment:
     return Environment("llama.cpp", (("--no-deps", *rest),), needs_bytes=5 * 10**8)
 
 
+def mlx() -> Environment:
+    """mlx-lm on MLX: by itself on a Mac, with MLX's CPU backend on Linux (glibc 2.35 or later)."""
+    rest = (
+        "transformers==5.24.0", "tokenizers==0.23.3", "huggingface-hub==2.4.0", "safetensors==0.8.0", "numpy==2.4.6",
+        "sentencepiece==0.2.3", "protobuf==7.36.2", "pyyaml==6.0.4", "jinja2==3.1.6", "markupsafe==3.0.4", "regex==2026.11.19",
+        "packaging==26.4", "tqdm==4.70.1", "hf-xet==1.8.0", "typer==0.29.2",
+    )  # fmt: skip
+    own = ("mlx-lm==0.32.2", "mlx==0.32.4", *(("mlx-cpu==0.32.4",) if sys.platform == "linux" else ()))
+    return Environment("mlx", ((torch_pin(),), rest, (torch_pin(), *own)), needs_bytes=3 * 10**9)
+
+
 _LIBRARIES = ("torch", "transformers", "safetensors")
 READERS: dict[str, Reader] = {
     "transformers": Reader(
@@ -123,6 +134,8 @@ READERS: dict[str, Reader] = {
         ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
     ),
     "llama.cpp": Reader(("gguf",), "probe_llama_cpp.py", llama_cpp, ("xllamacpp", "numpy"), dtype="float32", rounding=0.035),
+    # In float32, where its product is exact to rounding; its CPU backend adds up bfloat16 in bfloat16.
+    "mlx": Reader(("mlx",), "probe_mlx.py", mlx, ("mlx-lm", "mlx", "transformers", "numpy"), dtype="float32"),
     "peft": Reader(("peft",), "probe_peft.py", None, (*_LIBRARIES, "peft"), ("peft",), needs_base=True, dtype="float32"),
     "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_LIBRARIES[:2])),
     "ours": Reader((), packages=("compress-llm", "torch", "transformers")),

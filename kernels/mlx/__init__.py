@@ -1,0 +1,1 @@
+"""MLX's affine layout, for mlx-lm on Apple's machines."""
