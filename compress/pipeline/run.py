@@ -6,6 +6,7 @@ recipe again finds the same ids: a finished step is skipped, an interrupted one 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from compress.checkpoint.manifest import Manifest, Step, hash_json
 from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open_checkpoint
 from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
+from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.pass_base import ExternalInputs
@@ -259,6 +261,9 @@ class _RecipeRun:
                 self.plan, self.scan, self.corpora.get(step.number), self.second_models.get(step.number), self.gates
             )
             made = run_step(step, state, line, place, inputs, ctx)
+            # The plan's peak is that of the largest step: what one leaves is not to lie below the next.
+            gc.collect()
+            trim_memory()
             self.measured[step.name] = made
             ctx.tell("step", name=step.name, where=str(place), **made)
         ctx.barrier()

@@ -1,7 +1,7 @@
 """A child of the kill suite: has everything imported, and forks a `compress` for each command line that it is sent.
 
-A request is a line of JSON: `argv`; `before`, code to run first; `phase`, where the run kills itself, or nothing. The answers are the lines that the command prints,
-between `{"event": "forked", "pid": ...}` and `{"event": "ended", "status": ...}`. Nothing is computed before a fork, so no
+A request is a line of JSON: `argv`; `before`, code to run first; `phase`, where the run kills itself, or nothing. The answers are
+the lines that the command prints, between `{"event": "forked", "pid": ...}` and `{"event": "ended", "status": ...}`. Nothing is computed before a fork, so no
 thread is lost by it; each run starts in milliseconds and not in seconds.
 """
 
