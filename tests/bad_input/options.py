@@ -32,7 +32,7 @@ CASES = {
     "sweeps 1.5": _case(GPTQ + "--sweeps 1.5", "Invalid value for '--sweeps'"),
     "sweeps 10^9": _case(GPTQ + "--sweeps 1000000000", "quantize.gptq.sweeps", "less than or equal to 100"),
     "group 0": _case("quantize rtn {model} {out} --scheme w4a16g0", "quantize.rtn.scheme", "a group of at least 8 columns"),
-    "0 bits": _case("quantize rtn {model} {out} --scheme w0a16", "quantize.rtn.scheme", "bits among 2, 3, 4, 8"),
+    "0 bits": _case("quantize rtn {model} {out} --scheme w0a16", "quantize.rtn.scheme", "bits among 2, 3, 4, 5, 6, 8"),
     "a group of 10^30": _case("quantize rtn {model} {out} --scheme w4a16g" + "9" * 30, "a scheme such as w4a16g128"),
     "least_zero 2": _case("quantize rtn {model} {out} --scheme w4a16 --least-zero 2", "least_zero", "less than or equal to 1"),
     "sparsity NaN": _case("prune magnitude {model} {out} --sparsity nan", "prune.magnitude.sparsity", "a share of zeros between 0 and 1"),
