@@ -54,7 +54,7 @@ def card(facts: Facts, place: str = "PATH") -> str:
         "short": lambda value: Safe("-" if value is None else f"{value:.2g}"),
         "percent": lambda value: Safe("-" if value is None else f"{value:.1%}"),
     }  # fmt: skip
-    head = metadata(facts).to_yaml()
+    head = metadata(facts, place).to_yaml()
     text = environment.get_template("card.md.jinja").render(
         facts=facts, mark=Safe(MARK), metadata=Safe(head), code=code, plain=plain, block=block, size=lambda n: Safe(size(n)),
         estimate=lambda *given: plain(estimate(*given)), protocol=protocol, picture=Safe(PICTURE), title=title(facts),
@@ -65,8 +65,8 @@ def card(facts: Facts, place: str = "PATH") -> str:
     return text
 
 
-def metadata(facts: Facts) -> Any:
-    """The card's metadata: what the Hub indexes. Only what is known is there."""
+def metadata(facts: Facts, place: str = "") -> Any:
+    """The card's metadata: what the Hub indexes. Only what is known is there; `place` may name the model."""
     from huggingface_hub import ModelCardData
 
     source, schemes = facts.manifest.source, {layer.state.scheme for layer in facts.layers} - {None}
@@ -76,12 +76,12 @@ def metadata(facts: Facts) -> Any:
     tags += sorted({f"{scheme.bits}-bit" for scheme in schemes if scheme is not None and scheme.integer})
     tags += ["sparse"] if any(layer.zeros is not None for layer in facts.layers) else []
     task = next((task for ending, task in _TASKS.items() if facts.architecture.endswith(ending)), None)
-    results = _results(facts)
+    results, name = _results(facts), place.rpartition("/")[2] if "/" in place else facts.name
     return ModelCardData(
         base_model=facts.base or None, base_model_relation=relation if facts.base else None, license=licence.get("license"),
         license_name=licence.get("license_name"), license_link=licence.get("license_link"),
         library_name=_LIBRARY.get(facts.manifest.format, "transformers"), pipeline_tag=task, tags=tags,
-        datasets=facts.datasets or None, model_name=printable(facts.name) if results else None, eval_results=results or None,
+        datasets=facts.datasets or None, model_name=printable(name) if results else None, eval_results=results or None,
     )  # fmt: skip
 
 
