@@ -176,7 +176,9 @@ def test_what_was_measured_and_verified_is_shown(packed: Path, tmp_path: Path) -
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {
         "perplexity": 12.345, "kl_to_source": 0.1234, "top1_agreement": 0.815, "acc_norm": 0.41,
     }  # fmt: skip
-    assert (data.model_name, ModelCard(card(facts, "someone/tiny-w4")).data.model_name) == ("out", "tiny-w4"), "as in its repository"
+    assert (data.model_name, ModelCard(card(facts, "someone/tiny-w4")).data.model_name) == ("out", "tiny-w4"), (
+        "as in its repository"
+    )
     # Records of other bytes are not shown.
     stale = json.loads((out / "verification.json").read_text()) | {"fingerprint": "other"}
     (out / "verification.json").write_text(json.dumps(stale))
