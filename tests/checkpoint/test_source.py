@@ -267,8 +267,8 @@ def said(model: str, kind: type[CompressError], opener: Opener = open_headers) -
 
 
 def test_what_is_no_model_name(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "cwd" / "model.gguf").write_text("x")
-    assert "a file" in said("model.gguf", InputError)
+    (tmp_path / "cwd" / "model.bin").write_text("x")
+    assert "a file" in said("model.bin", InputError)
     assert "owner/name" in said("https://user:hf_secret123@hub.example/owner/name", InputError)
     for odd in ("", "a b", "-x", "owner/"):
         assert "owner/name" in said(odd, InputError)

@@ -63,9 +63,9 @@ def test_repack_is_named_as_the_command_has_it(foreign: Path, here: Here) -> Non
     ("recipe", "held"),
     [
         ("quantize.rtn(scheme=nf4g32) | pack", "or pack(format=native), which holds it"),
-        ("quantize.rtn(scheme=w8a16g32) | pack(format=awq)", "pack as gptq or compressed-tensors; or pack(format=native), which holds it"),
+        ("quantize.rtn(scheme=w8a16g32) | pack(format=awq)", "pack as gptq or compressed-tensors; or pack(format=gguf) or pack(format=mlx) or pack(format=native), which hold it"),
         ("quantize.rtn(scheme=w4a16g16-asym) | pack", "pack(format=awq) or pack(format=gptq) or pack(format=native), which hold it"),
-        ("quantize.rtn(scheme=w4a16g32, targets=embeddings) | pack(format=gptq)", "or pack(format=native), which holds it"),
+        ("quantize.rtn(scheme=w4a16g32, targets=embeddings) | pack(format=gptq)", "or pack(format=mlx) or pack(format=native), which hold it"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_formats_that_hold_it(recipe: str, held: str, tiny: Path, tmp_path: Path, here: Here) -> None:

@@ -171,7 +171,7 @@ WRONG = {
     "unknown recipe": (["run", "{tiny}", "{out}", "rtn_mixd"], 2, "did you mean 'rtn_mixed'"),
     "unknown pass": (["run", "{tiny}", "{out}", "-p", "quantise.rtn"], 2, "did you mean 'quantize.rtn'"),
     "unknown option of a pass": (["run", "{tiny}", "{out}", "-p", "quantize.rtn(sheme=w4a16)"], 2, "did you mean 'scheme'"),
-    "bad scheme": (["quantize", "rtn", "{tiny}", "{out}", "--scheme", "w5a16"], 2, "2, 3, 4, 8"),
+    "bad scheme": (["quantize", "rtn", "{tiny}", "{out}", "--scheme", "w7a16"], 2, "2, 3, 4, 5, 6, 8"),
     "no scheme": (["quantize", "rtn", "{tiny}", "{out}"], 2, "scheme"),
     "bad choice": (["quantize", "rtn", "{tiny}", "{out}", "--scheme", "w4a16", "--clip", "mae"], 2, "'none' or 'mse'"),
     "bad set": (["run", "{tiny}", "{out}", "rtn_w4", "--set", "nonsense"], 2, "--set pass.option=value"),
