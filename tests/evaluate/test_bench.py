@@ -156,7 +156,7 @@ def test_peak_is_measured_where_no_name_tells() -> None:
 
 
 def test_what_cannot_be_timed_is_refused() -> None:
-    for text in ("w5a16", "codes(w4a16)+outliers(0.1)", "dense", "codes(w4a16", ""):
+    for text in ("w7a16", "codes(w4a16)+outliers(0.1)", "dense", "codes(w4a16", ""):
         with pytest.raises(UsageError):
             kernels.parse_state(text)
     assert numbers("--batch", "1,8") == (1, 8)
