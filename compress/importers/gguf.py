@@ -1,7 +1,7 @@
 """GGUF files: codes of types that a scheme has are kept, other types dequantized.
 
 Names, the order of rows of queries and keys, and Gemma's norms are taken back to transformers' (gguf_names.py); the bytes of
-blocks are in numerics/gguf_blocks.py. A type whose values no scheme has (the K-quants, IQ) becomes a dense weight by the
+blocks are in numerics/gguf_blocks.py. A type whose values no scheme has (IQ, TQ) becomes a dense weight by the
 package `gguf`, with a counted note. In an artifact of ours the manifest tells the group of codes, a multiple of a block, and the
 dtype of scales; another tool's scales are fp16. The number that NVFP4 multiplies a matrix by becomes its divisor, within 2^-23.
 """
@@ -29,6 +29,7 @@ from compress.importers.gguf_names import (
     scale_name,
 )
 from compress.importers.packed import Foreign, Packed, Reader, Stored, steps
+from compress.numerics import gguf_superblocks
 from compress.numerics.gguf_blocks import decode as blocks_of
 from compress.numerics.gguf_blocks import scheme_text, type_of
 from compress.numerics.qtensor import QTensor
@@ -174,6 +175,8 @@ def codes_of(scheme: Scheme, dtype: str, blocks: torch.Tensor, number: torch.Ten
 
     `number` is what an NVFP4 matrix is multiplied by.
     """
+    if scheme.scales == "k":
+        return gguf_superblocks.decode(scheme, blocks)
     codes, scale, minimum = blocks_of(type_of(scheme), blocks)
     if scheme.scales != "row":
         if scheme.scales == "e4m3":

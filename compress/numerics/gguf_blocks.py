@@ -8,7 +8,8 @@ A row is a run of blocks of 32. With d the block's scale and m its minimum, in f
     Q8_0   d, 32 signed bytes; d * byte
     MXFP4  one byte E8M0, then nibbles as in Q4_0; E2M1 codes, 2^(byte - 127) * value
     NVFP4  of 64: four bytes E4M3 for 16 codes each; byte j of 8 holds codes j and j + 8 of 16; E2M1 codes, byte * value
-Groups of 64 or 128 become blocks with the same scale. What is known of types that no scheme has is in the package `gguf`.
+Groups of 64 or 128 become blocks with the same scale. K-quants are in gguf_superblocks.py. What is known of types that no scheme
+has is in the package `gguf`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _INTEGERS = {(4, False): "Q4_0", (5, False): "Q5_0", (8, False): "Q8_0", (4, Tru
 """(bits, whether there are minima) -> type."""
 _SCHEMES = {
     "Q4_0": "w4a16g32", "Q5_0": "w5a16g32", "Q8_0": "w8a16g32", "Q4_1": "w4a16g32-min", "Q5_1": "w5a16g32-min", "MXFP4": "mxfp4",
-    "NVFP4": "nvfp4",
+    "NVFP4": "nvfp4", **{f"Q{bits}_K": f"q{bits}_k" for bits in range(2, 7)},
 }  # fmt: skip
 _RUNS = {"NVFP4": 8}
 """Codes whose nibbles lie side by side, where they are not half a block."""
@@ -37,6 +38,8 @@ _SCALES = {"MXFP4": torch.uint8, "NVFP4": torch.float8_e4m3fn}
 
 def type_of(scheme: Scheme) -> str:
     """The type that holds the codes of a scheme in groups that are multiples of a block; empty if there is none."""
+    if scheme.scales == "k":
+        return str(scheme).upper()
     if scheme.integer and not scheme.zeros:
         return _INTEGERS.get((scheme.bits, scheme.minimum), "")
     return {"e8m0": "MXFP4", "e4m3": "NVFP4"}.get(scheme.scales, "")

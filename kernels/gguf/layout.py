@@ -5,6 +5,7 @@ Codes keep their values. A weight [out, in] becomes rows of blocks of 32 inputs 
     Q4_1, Q5_1         w4a16-min, w5a16-min             d * code + m, m in fp16 too
     MXFP4              mxfp4                            2^(byte - 127) * E2M1
     NVFP4              nvfp4, blocks of 64              E4M3 * E2M1, times one number for the matrix
+    Q2_K to Q6_K       q2_k to q6_k, blocks of 256      numerics/kquants.py says what they mean
 Groups of 64, of 128 or of a whole row are stored as groups of 32 with the same scale, exactly, for some bytes more. Scales are
 rounded to fp16 as in `gptq`, and refused where that loses more than 2^-11 of one; minima too, where it loses more than 2^-11 of
 a scale. nvfp4's divisor of a matrix is stored as its reciprocal, within 2^-23 of it. What is not in codes stays in its dtype;
@@ -117,7 +118,7 @@ class Gguf(Format):
             do = "use -min for -asym, or a symmetric scheme"
             raise Refusal("its types hold a floating minimum, which a zero point is only up to rounding", do)
         if not (kind := type_of(scheme)):
-            raise Refusal(f"no type of it holds {scheme}", "quantize to w4a16, w5a16, w8a16, mxfp4 or nvfp4")
+            raise Refusal(f"no type of it holds {scheme}", "quantize to w4a16, w5a16, w8a16, q2_k to q6_k, mxfp4 or nvfp4")
         if weight.transposed and weight.experts is None:
             raise Refusal("its groups run along what llama.cpp has as outputs", "skip it, or " + _ELSEWHERE)
         block = TYPES[kind].weights
@@ -199,6 +200,7 @@ class Gguf(Format):
     def _stored(self, weight: Weight, state: State, value: Any) -> torch.Tensor:
         """Blocks [experts?, rows, bytes of a row], or values, with rows where llama.cpp has them."""
         from compress.checkpoint.reader import torch_dtype
+        from compress.numerics import gguf_superblocks
         from compress.numerics.gguf_blocks import encode
 
         kind, name = self._kind(weight, state), next((piece.name for piece in self._pieces(weight)), "")
@@ -207,6 +209,8 @@ class Gguf(Format):
             rows: torch.Tensor = value.to(torch_dtype(kind))
             if self.target is not None and self.target.architecture.one_added and is_norm(name):
                 rows = rows + 1
+        elif value.super_scale is not None:
+            rows = gguf_superblocks.encode(value)
         else:
             scale = value.scale if state.scheme.scales != "row" else in_half(weight, value.scale)
             lows = None if value.minimum is None else in_half(weight, value.minimum, value.scale)
