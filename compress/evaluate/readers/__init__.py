@@ -125,7 +125,7 @@ def mlx() -> Environment:
 
 def vllm() -> Environment:
     """vLLM built for CPUs; without what it requires for pictures and sounds, which is made for another build of torch."""
-    return Environment("vllm", ((torch_pin(),), ("--no-deps", *VLLM)), needs_bytes=5 * 10**9)
+    return Environment("vllm", ((torch_pin(),), ("--no-deps", "--no-compile", *VLLM)), needs_bytes=5 * 10**9)
 
 
 _LIBRARIES = ("torch", "transformers", "safetensors")

@@ -68,7 +68,7 @@ def _told(run: Callable[[], Any]) -> Any:
     """What `run` gives. Raises RefusedError with the engine's own words, MemoryError where it finds too little memory."""
     try:
         return run()
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, OSError, torch.distributed.DistError):
         raise
     except Exception as error:
         if "Available memory" in str(error):
