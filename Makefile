@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: install demo check quick test fuzz faults slow kill readers formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean
+.PHONY: install demo check quick test fuzz faults slow kill readers readers-table formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -45,9 +45,14 @@ slow: $(VENV)/test $(VENV)/eval
 kill: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kill $(ARGS)
 
-# Readers of their own environments, which are built first: AutoGPTQ reads what it and what we have packed.
+# Readers of their own environments, which are built first: what they and we have packed, and faults that each has to catch.
 readers: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow tests/evaluate/readers $(ARGS)
+
+# Schemes x formats x readers x four kinds of model, into docs/readers.md; an hour on 2 cores. What was seen is kept in
+# build/readers.json, so that it can be stopped and run again. CELLS="vllm awq*,mlx *" takes some.
+readers-table: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/readers_table.py $(if $(CELLS),--cells "$(CELLS)") $(ARGS)
 
 # Every width, symmetry and format on some models: make formats MODELS="A B" ARGS=--gptqmodel
 formats: $(VENV)/test

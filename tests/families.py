@@ -139,14 +139,32 @@ GGUF: dict[str, tuple[str, dict[str, Any]]] = {
 """Every architecture that is written for llama.cpp: a family, with what llama.cpp asks of its config."""
 
 
+_SERVED: dict[str, Any] = {"hidden_size": 2 * HIDDEN, "intermediate_size": 256, "head_dim": 32}
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _SERVED),
+    "qwen3": ("qwen3", _SERVED),
+    "mixtral": ("mixtral", _SERVED),
+    "gemma3": ("gemma3", {**GGUF["gemma3"][1], **_SERVED}),
+}
+"""What every engine's kernels take: heads of 32 for vLLM's attention, columns that groups of 128 divide."""
+
+
 def build_gguf(name: str, directory: Path) -> Path:
     """Saves a tiny model that llama.cpp computes; returns its directory."""
-    base, more = GGUF[name]
-    FAMILIES[f"gguf {name}"] = replace(FAMILIES[base], config={**FAMILIES[base].config, **more})
+    return _build_as(f"gguf {name}", *GGUF[name], directory)
+
+
+def build_served(name: str, directory: Path) -> Path:
+    """Saves a tiny model that vLLM, llama.cpp and mlx-lm compute; returns its directory."""
+    return _build_as(f"served {name}", *SERVED[name], directory)
+
+
+def _build_as(name: str, base: str, more: dict[str, Any], directory: Path) -> Path:
+    FAMILIES[name] = replace(FAMILIES[base], config={**FAMILIES[base].config, **more})
     try:
-        return build(f"gguf {name}", directory)
+        return build(name, directory)
     finally:
-        del FAMILIES[f"gguf {name}"]
+        del FAMILIES[name]
 
 
 def build(name: str, directory: Path) -> Path:

@@ -36,7 +36,7 @@ def command(
         typer.Option(
             "--reader",
             metavar="NAME",
-            help="transformers, native, auto-gptq, gptqmodel, llama.cpp, peft or ours; may be repeated.",
+            help="transformers, vllm, native, auto-gptq, gptqmodel, llama.cpp, mlx, peft or ours; may be repeated.",
         ),
     ] = None,
     data: Annotated[
@@ -157,6 +157,6 @@ def show_reading(reading: Reading) -> None:
     for note in reading.notes:
         print(f"note:     {note}")
     how = f"largest difference {reading.difference:.3g} of {reading.largest:.3g}, KL {reading.kl:.2g}"
-    how = f"{reading.typical:.2%} at the median token, {how}" if reading.rounds else how
+    how = f"{reading.typical:.2%} at the median token ({reading.allowed:.2%} allowed), {how}" if reading.rounds else how
     what = "of activations" if reading.rounds else f"in {reading.dtype}"
     print(f"logits:   equal up to rounding {what}: {how}, same top-1 {reading.top1:.1%}, {reading.tokens} tokens")

@@ -19,6 +19,7 @@ from compress.checkpoint.reader import ADAPTER, Checkpoint, read_json, size_of
 from compress.checkpoint.scan import scan_source
 from compress.context import Context
 from compress.errors import FormatError, Problem, UsageError
+from compress.evaluate import listed
 from compress.evaluate.records import ReaderRecord, now
 from compress.importers import METHODS, method_of, open_foreign
 from compress.layerwise.dense_view import DenseView
@@ -26,10 +27,13 @@ from compress.numerics.divergence import Divergence, divergence
 from compress.numerics.qtensor import QTensor, along_inputs
 
 if TYPE_CHECKING:
+    from compress.evaluate import readers
     from compress.importers import Packed
 
 _ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 1e-2}
 """Allowed difference of logits, as a share of the largest: readers sum in another order, and some in half precision."""
+_MARGIN = 3.0
+"""How many times what a compute dtype does to our own reading it may do to a reader, which rounds in other places."""
 _TOKENS, _WINDOW = 256, 64
 
 
@@ -57,16 +61,16 @@ class Reading:
     notes: tuple[str, ...]
     tokens: int
     difference: float
-    """Largest difference between logits."""
+    """Largest difference between logits, or between log-probabilities where the reader tells those."""
     largest: float
-    """Largest logit."""
+    """Largest of them."""
     kl: float
     """KL(meaning || reader), mean over tokens, in nats."""
     top1: float
     allowed: float
     """Largest difference allowed, as a share of the largest logit; at the median token for a reader that rounds activations."""
     typical: float = 0.0
-    """|difference| / |logits| of the median token."""
+    """|difference| / |logits| of the median token; of log-probabilities, their rms / the deviation of logits."""
     rounds: bool = False
     """Whether the reader rounds activations, so that single logits, and the choice of experts, may differ by more."""
 
@@ -185,22 +189,46 @@ def read_with(
     # Readers multiply by unrounded dequantized values, unless they expand codes while loading.
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
-    ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted).logits
-    kl = divergence(ours, theirs.logits, Divergence())
-    found = Reading(
-        reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel(),
-        float((ours - theirs.logits).abs().max()), float(ours.abs().max()),
-        float(kl.mean()), float((ours.argmax(-1) == theirs.logits.argmax(-1)).float().mean()),
-        readers.reader_named(reader).rounding or _ROUNDING[dtype],
-        float(((ours - theirs.logits).norm(dim=-1) / ours.norm(dim=-1)).median()), bool(readers.reader_named(reader).rounding),
-    )  # fmt: skip
+
+    def own(dtype: str) -> torch.Tensor:
+        return readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted).logits
+
+    found = _compared(reader, dtype, theirs, own, ids)
     if not found.equal:
         expected, got = f"at most {found.allowed * found.largest:.3g}", f"{found.difference:.3g}"
         if found.rounds:
-            expected, got = f"at most {found.allowed:.1%} at the median token", f"{found.typical:.1%}"
+            expected, got = f"at most {found.allowed:.2%} at the median token", f"{found.typical:.2%}"
         raise FormatError(
             f"{artifact.name}, read by {reader}", f"logits that differ by {expected}",
             f"{got} (KL {found.kl:.3g}, same top-1 {found.top1:.1%})",
             "do not use it with this reader: it loads other weights than those that were packed",
         )  # fmt: skip
     return found
+
+
+def _compared(
+    reader: str, dtype: str, theirs: readers.Reading, own: Callable[[str], torch.Tensor], ids: torch.Tensor
+) -> Reading:  # fmt: skip
+    """The reader's numbers beside those of `own`, our reading in a compute dtype."""
+    from compress.evaluate import readers
+
+    chosen = readers.reader_named(reader)
+    ours = own("float32" if chosen.measured else dtype)
+    allowed = chosen.rounding or _ROUNDING[dtype]
+    common = reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel()
+    if theirs.tokens is None:
+        typical = float(((ours - theirs.logits).norm(dim=-1) / ours.norm(dim=-1)).median())
+        return Reading(
+            *common, float((ours - theirs.logits).abs().max()), float(ours.abs().max()),
+            float(divergence(ours, theirs.logits, Divergence()).mean()),
+            float((ours.argmax(-1) == theirs.logits.argmax(-1)).float().mean()), allowed, typical, bool(chosen.rounding),
+        )  # fmt: skip
+    tokens = theirs.tokens
+    if chosen.measured:
+        allowed = max(_ROUNDING["float32"], _MARGIN * listed.typical(ours, listed.of(own(dtype), tokens), tokens))
+    said = listed.of(ours, tokens)
+    return Reading(
+        *common, float((said - theirs.logits).abs().max()), float(said.abs().max()),
+        listed.divergence(ours, theirs.logits, tokens), float((ours.argmax(-1) == tokens[..., 1]).float().mean()),
+        allowed, listed.typical(ours, theirs.logits, tokens), True,
+    )  # fmt: skip

