@@ -247,7 +247,7 @@ class _StepPlanner:
         for weight in chosen:
             try:
                 if observes:
-                    refuse_unread(weight, self.planner.written)
+                    refuse_unread(weight, self.planner.written, self.pass_.worker())
                 self.after[weight.name] = self.pass_.becomes(weight, self.before[weight.name])
             except Refusal as refusal:
                 refused.append((weight.name, refusal.reason, refusal.do))
