@@ -36,6 +36,8 @@ class Family:
     """What its config says besides, or instead of, `_SIZES`."""
     cls: str = ""
     """transformers' class; the causal language model of the type where empty."""
+    left: int = 0
+    """How many of the linears are left alone by default; architecture/left_alone.py."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -66,6 +68,7 @@ FAMILIES: dict[str, Family] = {
         "olmo_hybrid", 3 * (7 + 3) + (4 + 3),
         {"num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
          "linear_num_value_heads": 4},
+        left=3 * 2,
     ),
     # experts, one tensor each on disk
     "mixtral": Family("mixtral", 2 * (4 + 3 * EXPERTS), {"num_local_experts": EXPERTS}),
@@ -114,6 +117,157 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+
+_DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
+_KIMI: dict[str, Any] = {
+    "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2,
+    "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "num_mtp_layers": 0,
+}  # fmt: skip
+_INDEXED: dict[str, Any] = {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8}
+_PATCHES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN, "patch_size": 8,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+_M_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+RECENT: dict[str, Family] = {
+    # linear attention, whose gates are left alone, beside full attention
+    "qwen3_next": Family(
+        "qwen3_next", 3 * 3 + 4 + 4 * (3 * EXPERTS + 3), {**_ROUTED, **_DELTA, "shared_expert_intermediate_size": 64}, left=3
+    ),
+    "qwen3_5": Family("qwen3_5_text", 3 * 5 + 4 + 4 * 3, _DELTA, left=3 * 2),
+    "qwen3_5_moe": Family(
+        "qwen3_5_moe_text", 3 * 5 + 4 + 4 * (3 * EXPERTS + 3), {**_ROUTED, **_DELTA, "shared_expert_intermediate_size": 64},
+        left=3 * 2,
+    ),
+    "kimi_linear": Family(
+        "kimi_linear", 4 * 9 + 5 + 3 + 4 * (3 * EXPERTS + 3),
+        {**_KIMI, "num_hidden_layers": 5, "linear_head_dim": 16, "linear_num_heads": 4}, left=4 * 3,
+    ),
+    # attention to tokens that an indexer chooses; compressed keys and mixed residual streams
+    "deepseek_v32": Family(
+        "deepseek_v32", 3 * (5 + 3) + 3 + 2 * (3 * EXPERTS + 3), {**_KIMI, **_INDEXED, "num_hidden_layers": 3}, left=3
+    ),
+    "glm_moe_dsa": Family(
+        "glm_moe_dsa", 3 * (5 + 3) + 3 + 2 * (3 * EXPERTS + 3), {**_KIMI, **_INDEXED, "num_hidden_layers": 3}, left=3
+    ),
+    "deepseek_v4": Family(
+        "deepseek_v4", 3 * 5 + (2 + 4) + 2 + 3 * (3 * EXPERTS + 3),
+        {
+            **_INDEXED, "num_hidden_layers": 3, "num_key_value_heads": 1, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "head_dim": 32, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 32, "sliding_window": 8,
+            "hc_mult": 2, "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        },
+        left=3 + (2 + 3) + 2,
+    ),
+    "glm5_next": Family(
+        "glm5_next", 3 * 9 + (5 + 3) + 3 * 3 + 3 * EXPERTS + 3,
+        {
+            "text_config": {
+                "model_type": "glm5_next_text", **_SIZES, **_KIMI, **_INDEXED, "num_hidden_layers": 4, "qk_rope_head_dim": 0, "n_group": 1,
+                "topk_group": 1, "linear_head_dim": 16, "linear_num_heads": 4, "index_kpool": 4, "hc_mult": 2,
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN, "image_size": 16,
+                "patch_size": 8, "projection_intermediate_size": 64,
+            },
+            "image_token_id": 0, "video_token_id": 0,
+        },
+        "Glm5NextForConditionalGeneration", left=3 * 3 + 1,
+    ),
+    # experts as before
+    "glm4_moe": Family(
+        "glm4_moe", (4 + 3) + 4 + 3 * EXPERTS + 3,
+        {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "num_mtp_layers": 0},
+    ),
+    # a text model beside towers
+    "gemma3_vl": Family(
+        "gemma3", 2 * 7,
+        {
+            "text_config": {"model_type": "gemma3_text", **_SIZES, "head_dim": 16}, "mm_tokens_per_image": 4,
+            "vision_config": {"model_type": "siglip_vision_model", **_PATCHES}, "image_token_index": 0,
+        },
+        "Gemma3ForConditionalGeneration",
+    ),
+    "gemma4": Family(
+        "gemma4", 2 * 9,
+        {
+            "text_config": {
+                "model_type": "gemma4_text", **_SIZES, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 32,
+                "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
+            },
+            "vision_config": {"model_type": "gemma4_vision", **_PATCHES, "num_key_value_heads": 2, "head_dim": 16}, "image_token_id": 0,
+            "audio_config": None,
+        },
+        "Gemma4ForConditionalGeneration",
+    ),
+    "qwen2_5_vl": Family(
+        "qwen2_5_vl", 2 * 7,
+        {
+            "text_config": {"model_type": "qwen2_5_vl_text", **_SIZES, "rope_parameters": _M_ROPE},
+            "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 32}, "image_token_id": 0, "video_token_id": 0,
+            "vision_start_token_id": 0, "vision_end_token_id": 0,
+        },
+        "Qwen2_5_VLForConditionalGeneration",
+    ),
+    "qwen3_vl": Family(
+        "qwen3_vl", 2 * 7,
+        {
+            "text_config": {"model_type": "qwen3_vl_text", **_SIZES, "head_dim": 16, "rope_parameters": _M_ROPE},
+            "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]}, "image_token_id": 0, "video_token_id": 0,
+            "vision_start_token_id": 0, "vision_end_token_id": 0,
+        },
+        "Qwen3VLForConditionalGeneration",
+    ),
+    "qwen3_5_vl": Family(
+        "qwen3_5", 3 * 5 + 4 + 4 * 3,
+        {
+            "text_config": {"model_type": "qwen3_5_text", **_SIZES, **_DELTA}, "vision_config": _QWEN_VISION, "image_token_id": 0,
+            "video_token_id": 0, "vision_start_token_id": 0, "vision_end_token_id": 0,
+        },
+        "Qwen3_5ForConditionalGeneration", left=3 * 2,
+    ),
+    "mistral3": Family(
+        "mistral3", 2 * 7,
+        {
+            "text_config": {"model_type": "mistral", **_SIZES, "head_dim": 16},
+            "vision_config": {"model_type": "pixtral", **_PATCHES, "head_dim": 16}, "image_token_index": 0,
+        },
+        "Mistral3ForConditionalGeneration",
+    ),
+    "llama4_vl": Family(
+        "llama4", 2 * (4 + 2 + 3),
+        {
+            "text_config": {
+                "model_type": "llama4_text", **_SIZES, "num_local_experts": EXPERTS, "head_dim": 16, "intermediate_size_mlp": INTERMEDIATE,
+            },
+            "vision_config": {
+                "model_type": "llama4_vision_model", **_PATCHES, "vision_output_dim": HIDDEN, "projector_input_dim": 32,
+                "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5,
+            },
+            "image_token_index": 0,
+        },
+        "Llama4ForConditionalGeneration",
+    ),
+    "kimi_k25": Family(
+        "kimi_k25", (5 + 3) + 5 + 3 * EXPERTS + 3,
+        {
+            "text_config": {"model_type": "deepseek_v3", **_SIZES, **_KIMI},
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8,
+            },
+            "image_token_id": 0,
+        },
+        "Kimi_K25ForConditionalGeneration",
+    ),
+}  # fmt: skip
+"""Families of 2025 and 2026 that the slower tests of all families leave out: linear and sparse attention, towers."""
 
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -172,7 +326,7 @@ def build(name: str, directory: Path) -> Path:
 
     Every parameter is random, norms and biases included: one that got lost would show in the logits.
     """
-    family = FAMILIES[name]
+    family = (FAMILIES | RECENT)[name]
     sizes = {} if "text_config" in family.config else _SIZES
     config = transformers.AutoConfig.for_model(family.model_type, **{**sizes, **family.config})
     cls = getattr(transformers, family.cls) if family.cls else transformers.AutoModelForCausalLM

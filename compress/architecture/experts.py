@@ -7,6 +7,7 @@ family that computes its experts elsewhere (Llama 4's batched product) cannot be
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,11 +29,18 @@ class Routed(NamedTuple):
     offsets: tuple[int, ...]
     tokens: torch.Tensor
     """The token that each row belongs to, int64 [rows]."""
+    all_of: Callable[[int], torch.Tensor]
+    """What an expert would read if every token were sent to it [tokens, width], computed when it is asked for."""
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The input rows of one expert, and the token that each belongs to."""
         rows = slice(self.offsets[expert], self.offsets[expert + 1])
         return self.rows[rows], self.tokens[rows]
+
+    def everywhere(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as if the router had sent every token to this expert."""
+        x = self.all_of(expert)
+        return x, torch.arange(len(x), device=x.device)
 
 
 def watched(module: nn.Module) -> bool:
@@ -66,21 +74,39 @@ def forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_
         bias = getattr(module, f"{name}_bias", None) if module.has_bias else None
         return out if bias is None else out + bias[order.values]
 
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+        return out
+
+    def middle(expert: int) -> torch.Tensor:
+        bias = getattr(module, f"{first}_bias")[expert] if module.has_bias else None
+        return gated(linear(hidden, _matrix(module, first, expert), bias))
+
     if listener is not None:
-        listener(INPUT, Routed(rows, ends, tokens))
-    between = product(rows, first)
-    between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
+        listener(INPUT, Routed(rows, ends, tokens, lambda _: hidden))
+    between = gated(product(rows, first))
     del rows
     if listener is not None:
-        listener(MIDDLE, Routed(between, ends, tokens))
+        listener(MIDDLE, Routed(between, ends, tokens, middle))
     out = product(between, "down_proj")
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[order.indices].unsqueeze(-1)
     if listener is not None:
-        listener(OUTPUT, Routed(out, ends, tokens))
+        listener(OUTPUT, Routed(out, ends, tokens, _nothing))
     # A sum over each token's experts adds in fp32, whatever the dtype.
     return out[order.indices.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _matrix(module: Any, name: str, expert: int) -> torch.Tensor:
+    """The matrix [out, in] of one expert."""
+    matrix: torch.Tensor = getattr(module, name)[expert]
+    return matrix.T if module.is_transposed else matrix
+
+
+def _nothing(expert: int) -> torch.Tensor:
+    """An output is weighted by the router, which has no weight for a token that it sends elsewhere."""
+    raise LookupError(expert)
 
 
 def _dense(module: Any, name: str, x: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.architecture.hf_mapping import Mapping
+from compress.architecture.left_alone import why_left_alone
 from compress.architecture.model_class import model_class
 from compress.checkpoint.reader import CANONICAL, Checkpoint, Logical, torch_dtype
 from compress.errors import InputError, Problem
-from compress.spec.weight_state import FLOATS, Kind, Weight
+from compress.spec.weight_state import FLOATS, UNREACHED, Kind, Weight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,6 +116,7 @@ class _Resolver:
         self.modules = dict(model.named_modules())
         self.stacks = stacks(model)
         text = model.config.get_text_config()
+        self.family = text.model_type
         self.hidden = getattr(text, "hidden_size", None)
         self.experts = {getattr(text, name) for name in _EXPERT_COUNTS if isinstance(getattr(text, name, None), int)}
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
@@ -208,15 +210,31 @@ class _Resolver:
         stack, block = self.block(path)
         kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
         flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
+        left_alone = ""
+        if block is not None and not stack.startswith("tower:"):
+            prefix = next(prefix for prefix, other, _ in self.stacks if other == stack)
+            left_alone = why_left_alone(self.family, parameter.removeprefix(f"{prefix}.{block}."))
+            if kind == "other" and not left_alone:
+                unclear = self.undescribed(module, attribute, entry)
         return Weight(
             name, entry.dtype, entry.shape, kind, path, attribute, type(module).__name__, stack, block, flipped,
-            name in self.converted, unclear, self.unlearned(path, module, attribute),
+            name in self.converted, unclear, self.unlearned(path, module, attribute), left_alone,
         )  # fmt: skip
+
+    def undescribed(self, module: nn.Module, attribute: str, entry: Logical) -> str:
+        """Why nothing tells what a matrix of a block is; empty for what is no matrix, a table that is looked up, or a buffer."""
+        from torch import nn
+
+        matrix = sum(size > 1 for size in entry.shape) >= 2 and entry.dtype in FLOATS
+        if not matrix or isinstance(module, nn.Embedding) or attribute in module._buffers:
+            return ""
+        return f"{type(module).__name__}.{attribute} {list(entry.shape)} is a matrix of no kind that is known here"
 
     def kind(
         self, name: str, path: str, module: nn.Module, attribute: str, shape: tuple[int, ...], block: int | None
     ) -> tuple[Kind, bool, str]:
         """(kind, stored as [in, out], why its orientation is unclear)."""
+        from torch.nn.modules.conv import _ConvNd
         from transformers.pytorch_utils import Conv1D
 
         label, last = type(module).__name__.lower(), path.rpartition(".")[2]
@@ -230,13 +248,18 @@ class _Resolver:
             # A tied pair that is stored once counts as the embedding, whatever its name.
             pair = {f"{path}.{attribute}", *self.pairs.get(f"{path}.{attribute}", ())}
             return ("head" if len(pair) == 1 or len(pair & self.reached) > 1 else "embedding"), False, ""
+        outer = type(self.modules[path.rpartition(".")[0]]).__name__.lower()
         if "router" in label or "topk" in label or (last in _ROUTER_NAMES and shape[0] in {*self.experts, 1}):
+            return "router", False, ""
+        if "router" in outer and _is_linear(module):
             return "router", False, ""
         if isinstance(module, Conv1D) and attribute == "weight":
             return "linear", True, ""
+        if isinstance(module, _ConvNd):
+            return "convolution", False, ""
         expert = re.search(r"experts\.\d+\.", name) is not None
         if _is_linear(module) and attribute == "weight" and len(shape) == 2:
-            return ("expert" if expert else "linear"), False, ""
+            return ("expert" if expert else "linear"), False, _own_product(module)
         parameter = self.state[f"{path}.{attribute}"]
         if block is not None and parameter.dim() == 3 and parameter.shape[0] in self.experts and min(parameter.shape) > 1:
             flipped, unclear = self.orientation(module, attribute if attribute != "weight" else last, parameter.shape)
@@ -259,7 +282,7 @@ class _Resolver:
             return "a buffer"
         towers = (regex for _, regex in _TOWERS)
         has_towers = any(stack.startswith("tower:") for _, stack, _ in self.stacks)
-        return "no text reaches it" if has_towers and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
+        return UNREACHED if has_towers and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
 
     def block(self, path: str) -> tuple[str, int | None]:
         for prefix, stack, _ in self.stacks:
@@ -299,6 +322,14 @@ def _is_linear(module: nn.Module) -> bool:
     from torch import nn
 
     return isinstance(module, nn.Linear)
+
+
+def _own_product(module: nn.Module) -> str:
+    """Why codes cannot take the place of a linear's weight: its class multiplies in a way of its own. Else empty."""
+    from torch import nn
+
+    own = type(module).forward is not nn.Linear.forward
+    return f"{type(module).__name__} multiplies in a way of its own, which no reader does with codes" if own else ""
 
 
 def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:

@@ -26,6 +26,9 @@ _COLUMNS = (
     "over all: of the whole model"
 )
 
+_ALWAYS = ("skipped", "left alone by default", "ragged", "undecided")
+"""Counted lines that are printed for every step, not for the last alone."""
+
 
 def register(app: typer.Typer) -> None:
     app.command("plan")(command)
@@ -149,7 +152,7 @@ def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Probl
     console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], columns)
     for step in plan.steps:
         for note in step.notes:
-            if details or step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):
+            if details or step is plan.steps[-1] or note.what in _ALWAYS:
                 console.text(f"{f'step {step.number}: ' if details else ''}{note.what}: {note.count} ({note.reason})")
     if layers:
         last = plan.steps[-1]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from compress.checkpoint.reader import ALLOCATION
 from compress.errors import InputError
@@ -95,6 +95,11 @@ class InputAllocator(Allocator):
     """Decides by the inputs of weights, block by block, in one forward of the model as it is before the step."""
 
     gradients: ClassVar[bool] = False
+
+    @property
+    def route(self) -> Literal["router", "all"]:
+        """The tokens that a routed expert is observed on."""
+        return "router"
 
     @abstractmethod
     def statistic(self, width: int) -> Statistic:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract.group_size import Ragged, fitting
-from compress.contract.pass_base import ExternalInputs, TargetedPass
+from compress.contract.pass_base import ExternalInputs, SparingPass, TargetedPass
 from compress.contract.text_passes import TrainingTexts
 from compress.errors import Refusal
 from compress.spec import selectors as targets
@@ -30,10 +30,10 @@ Clip = Annotated[
 
 def refuse_no_matrix(weight: Weight) -> None:
     """Raises Refusal for a tensor that is not a matrix of floats whose orientation is known."""
+    if weight.unclear:
+        raise Refusal(weight.unclear, "skip it by name, which leaves it as it is")
     if weight.kind not in MATRICES:
         raise Refusal(f"a {weight.kind} tensor is not a matrix of weights", "leave it out of targets")
-    if weight.unclear:
-        raise Refusal(weight.unclear, "skip it by name")
     if weight.dtype not in FLOATS or len(weight.shape) not in (2, 3) or not weight.numel:
         raise Refusal(f"{weight.dtype} {list(weight.shape)} is not a matrix of weights", "skip it by name")
 
@@ -56,7 +56,7 @@ def refuse_zeros(scheme: Scheme) -> None:
         )
 
 
-class CodeOptions(TargetedPass):
+class CodeOptions(SparingPass):
     """Options of every pass that makes codes, and the state that they give a weight."""
 
     ragged: Ragged = "refuse"
@@ -104,7 +104,7 @@ class QuantizingPass(CodeOptions, SchemeOption):
         return counted("ragged", changed)
 
 
-class FactoringPass(TargetedPass):
+class FactoringPass(SparingPass):
     """Adds low-rank factors to codes."""
 
     rank: int = Field(8, ge=1, description="rank of the factors; less where a matrix has fewer rows or columns")
@@ -185,7 +185,7 @@ def pruned(weight: Weight, state: State, sparsity: Sparsity, per_row: bool = Fal
     return State(None, sparsity)
 
 
-class PruningPass(TargetedPass):
+class PruningPass(SparingPass):
     """Sets entries of dense weights to zero."""
 
     sparsity: Sparsity = Field(description="share of zeros, e.g. 0.5, or how many of each m inputs are kept, e.g. 2:4")

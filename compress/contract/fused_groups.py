@@ -1,8 +1,9 @@
 """Fused groups: weights that readers fuse, and the largest magnitude in each.
 
-vLLM and SGLang fuse q/k/v, and gate/up, into one matrix with one scale. Schemes with one scale for a whole matrix
-(`nvfp4`, `fp8-tensor`) therefore choose a common scale for these weights: an executor measures their largest magnitude when it
-comes to the first of them, reading each once more. Fused experts already hold gate and up; they have a scale for each expert.
+vLLM and SGLang fuse q/k/v, gate/up, and the inputs of linear attention, into one matrix with one scale. Schemes with one scale
+for a whole matrix (`nvfp4`, `fp8-tensor`) therefore choose a common scale for these weights: an executor measures their largest
+magnitude when it comes to the first of them, reading each once more. Fused experts already hold gate and up; they have a scale
+for each expert.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz", "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
 }  # fmt: skip
 """Weight -> the name that readers give the fused matrix."""
 _ALSO = {"query": "qkv", "key": "qkv", "value": "qkv", "q": "qkv", "k": "qkv", "v": "qkv", "w1": "w13", "w3": "w13"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compress.architecture.unused import further_tokens
 from compress.architecture.weight_map import Model
 from compress.checkpoint.manifest import NoteRecord
 from compress.checkpoint.reader import ABOUT, Checkpoint
 from compress.errors import Problem, few
-from compress.spec.weight_state import DENSE, Note, State, Weight, counted
+from compress.spec.weight_state import DENSE, UNREACHED, Note, State, Weight, counted
+
+_TOWERS = "towers and what joins them to the text model: they pass through byte for byte"
 
 
 def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
@@ -22,20 +25,21 @@ def changed_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
 
 
 def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-    """Counted lines for the weights that stay dense, by kind and tower."""
+    """Counted lines for the weights that stay dense: towers in one, all others by kind and stack."""
     reasons = {}
     for weight in weights:
         if states[weight.name] == DENSE:
             place = f" of {weight.stack}" if weight.stack else ""
-            reasons[weight.name] = f"{weight.kind}{place}"
+            reasons[weight.name] = _TOWERS if weight.unlearned == UNREACHED else f"{weight.kind}{place}"
     return counted("untouched", reasons)
 
 
 def shared_notes(checkpoint: Checkpoint, model: Model, dropped: frozenset[str]) -> list[Note]:
     """Counted lines that are the same for every step over a checkpoint."""
-    notes = []
-    if model.unused:
-        notes.append(Note("unused", "tensors that the model does not take; carried along", model.unused))
+    notes: list[Note] = []
+    reasons = dict.fromkeys(model.unused, "tensors that the model does not take; carried along")
+    mtp = "layers that predict further tokens (MTP), which transformers does not take with the model; carried along as they are"
+    notes += counted("unused", reasons | dict.fromkeys(further_tokens(model), mtp))
     for alias in sorted(dropped):
         notes.append(Note("tied", f"the same tensor as {model.duplicates[alias]}; written once", (alias,)))
     if checkpoint.left_behind:

@@ -139,6 +139,10 @@ class WeightPass(Pass):
         """Memory that the work on one weight needs besides its old and new tensor: byte codes and temporaries."""
         return weight.numel * 3 // 2
 
+    def left_alone(self, weights: Sequence[Weight]) -> dict[str, str]:
+        """Weights that it would take but for the defaults of their family: name -> reason."""
+        return {}
+
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
         """Counted lines for the manifest about choices of this pass; `states` are the states after it."""
         return []
@@ -169,3 +173,23 @@ class TargetedPass(WeightPass):
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
         return selectors.select(weights, self.targets, self.skip)
+
+
+class SparingPass(TargetedPass):
+    """A pass that leaves alone what the table of the model's family names, whatever its targets are."""
+
+    skip_defaults: bool = Field(
+        True,
+        description="leave alone what `compress plan` lists as such: small weights that decide much, e.g. in linear attention",
+    )
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        found = super().chosen(weights)
+        return [weight for weight in found if not weight.left_alone] if self.skip_defaults else found
+
+    def left_alone(self, weights: Sequence[Weight]) -> dict[str, str]:
+        """Also what is no matrix of weights, and so in none of the targets."""
+        if not self.skip_defaults:
+            return {}
+        found = [*super().chosen(weights), *(weight for weight in weights if weight.kind == "other")]
+        return {weight.name: weight.left_alone for weight in found if weight.left_alone}

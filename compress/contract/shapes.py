@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from compress.contract.pass_base import Executor, ExternalInputs, Pass, TargetedPass, WeightPass
 from compress.contract.tasks import MatrixTask, Solution, Statistic
+from compress.errors import UsageError
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     from compress.checkpoint.reader import Checkpoint
     from compress.corpus import Corpus
     from compress.numerics.qtensor import QTensor
+
+
+Route = Annotated[
+    Literal["router", "all"],
+    Field(
+        description="what routed experts are calibrated on: tokens that the router sends them, or all; outputs follow the router"
+    ),
+]
 
 
 class DataPass(Pass):
@@ -66,6 +75,14 @@ class TensorPass(WeightPass):
 
 class ObservingPass(TargetedPass):
     """Work from statistics of the inputs of weights."""
+
+    route: Route = "router"
+
+    def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
+        found = super().chosen(weights)
+        if self.route == "all" and not (self.observes() and any(weight.kind == "expert" for weight in found)):
+            raise UsageError(f"{self.pass_name()}.route", "all where routed experts are calibrated", "none here", "leave it out")
+        return found
 
     @abstractmethod
     def statistic(self, width: int) -> Statistic:

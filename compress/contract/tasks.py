@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from compress.spec.weight_state import State, Weight
 
@@ -27,6 +27,10 @@ class Statistic(Protocol):
 
 class Observer(Protocol):
     """What observes inputs: a pass, or an allocator that decides by them."""
+
+    @property
+    def route(self) -> Literal["router", "all"]:
+        """The tokens that a routed expert is observed on."""
 
     def statistic(self, width: int) -> Statistic:
         """An empty statistic of inputs of that width."""

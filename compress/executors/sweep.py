@@ -213,7 +213,7 @@ class Sweep:
                 assert isinstance(routed, Routed)
                 with self.spent("statistics"):
                     for expert, statistic in statistics.items():
-                        x, tokens = routed.of(expert)
+                        x, tokens = routed.everywhere(expert) if self.pass_.route == "all" else routed.of(expert)
                         statistic.add(x if valid is None else x[valid[tokens]])
             for statistic in statistics.values():
                 self.add_up(statistic)

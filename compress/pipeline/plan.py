@@ -236,7 +236,8 @@ class _StepPlanner:
             if not chosen:
                 return [], [("*", "nothing is quantized, so there is nothing to pack", "quantize first")]
         if not chosen:
-            return [], [("*", "targets and skip leave no weight to work on", "see `compress plan MODEL ... --layers`")]
+            do = "give skip_defaults=off" if self.pass_.left_alone(planner.weights) else "see `compress plan MODEL ... --layers`"
+            return [], [("*", "targets and skip leave no weight to work on", do)]
         return chosen, []
 
     def become(self, chosen: Sequence[Weight]) -> Refused:
@@ -246,7 +247,7 @@ class _StepPlanner:
         for weight in chosen:
             try:
                 if observes:
-                    refuse_unread(weight, self.planner.written)
+                    refuse_unread(weight, self.planner.written, self.pass_.worker())
                 self.after[weight.name] = self.pass_.becomes(weight, self.before[weight.name])
             except Refusal as refusal:
                 refused.append((weight.name, refusal.reason, refusal.do))
@@ -269,6 +270,7 @@ class _StepPlanner:
         names = {weight.name for weight in touched}
         own = self.pass_.notes(touched, after) if self.layout is None else self.layout.within(names).notes
         notes = [*own, *counted("skipped", skipped), *planner.shared]
+        notes += counted("left alone by default", self.pass_.left_alone(planner.weights))
         notes += self.format.notes(touched, after) if self.format is not None else []
         notes += counted("plain", {name: reason for name, reason in self.plain.items() if before[name].sparsity is not None})
         lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]

@@ -25,7 +25,7 @@ def refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
             )
 
 
-def refuse_unread(weight: Weight, model: Model) -> None:
+def refuse_unread(weight: Weight, model: Model, pass_: Pass) -> None:
     """Raises Refusal for a weight whose inputs cannot be observed in a sweep over the blocks."""
     if weight.stack.startswith("tower:"):
         raise Refusal(f"calibration feeds the text blocks, not {weight.stack}", "skip it, or use a pass without data")
@@ -33,3 +33,5 @@ def refuse_unread(weight: Weight, model: Model) -> None:
         raise Refusal(f"no sweep over the blocks sees what a {weight.kind} outside of them reads", "use a pass without data")
     if weight.module in model.unwatched:
         raise Refusal("its family computes experts where their inputs cannot be watched", "skip them, or use a pass without data")
+    if weight.kind == "expert" and weight.attribute == "weight" and getattr(pass_, "route", "router") == "all":
+        raise Refusal("its experts are modules by themselves, which see their own tokens only", "leave route=all out")

@@ -23,13 +23,15 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 def _in_block(weight: Weight) -> bool:
-    return weight.kind in ("linear", "expert") and weight.block is not None and not weight.stack.startswith("tower:")
+    # A matrix of no known kind is chosen as well, and then refused by name: it must not stay as it is unseen.
+    known = weight.kind in ("linear", "expert") or (weight.kind == "other" and bool(weight.unclear))
+    return known and weight.block is not None and not weight.stack.startswith("tower:")
 
 
 CLASSES: dict[str, Callable[[Weight], bool]] = {
     "linear": _in_block,
-    "attention": lambda w: _in_block(w) and w.kind == "linear" and bool(_ATTENTION.search(w.name)),
-    "mlp": lambda w: _in_block(w) and w.kind == "linear" and not _ATTENTION.search(w.name),
+    "attention": lambda w: _in_block(w) and w.kind != "expert" and bool(_ATTENTION.search(w.name)),
+    "mlp": lambda w: _in_block(w) and w.kind != "expert" and not _ATTENTION.search(w.name),
     "experts": lambda w: _in_block(w) and w.kind == "expert",
     "embeddings": lambda w: w.kind == "embedding",
     "head": lambda w: w.kind == "head",

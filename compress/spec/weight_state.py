@@ -18,13 +18,15 @@ from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.sparsity import Sparsity
 
-Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "other"]
+Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "convolution", "other"]
 MATRICES: frozenset[str] = frozenset({"linear", "expert", "embedding", "head"})
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 FLOATS: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+UNREACHED = "no text reaches it"
+"""Why nothing that reads text changes a tower (vision, audio), or what joins it to the text model."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Weight:
     """Why a matrix cannot be used (its orientation is unknown), or empty."""
     unlearned: str = ""
     """Why a loss on texts gives it no gradient, or empty."""
+    left_alone: str = ""
+    """Why passes leave it alone unless told otherwise, or empty; see architecture/left_alone.py."""
     peak: float | None = None
     """The largest magnitude of it and the weights that readers fuse it with, if an executor measured it; see fused_groups.py."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from compress.architecture.unused import unused_paths
 from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
 from compress.kernels.gptq.layout import (
@@ -121,7 +122,7 @@ class Awq(Format):
         group = next(state.scheme.group for state in states.values() if state.scheme)
         return {
             "quant_method": "awq", "bits": BITS, "group_size": group or -1, "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": [*dense, *heads] or None,
+            "modules_to_not_convert": [*dense, *heads, *unused_paths(model)] or None,
         }  # fmt: skip
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:

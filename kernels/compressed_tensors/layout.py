@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from compress.architecture.unused import unused_paths
 from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
 from compress.kernels.compressed_tensors import parts
@@ -170,6 +171,7 @@ class CompressedTensors(Format):
             targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
             groups[f"group_{number:03d}"] = {"targets": targets, **parts.group_of(scheme)}
         ignore = patterns(sorted(set(dense)), sorted(quantized))
+        ignore += [rf"re:{re.escape(path)}(\..*)?$" for path in unused_paths(model)]
         kinds = {group["format"] for group in groups.values()}
         found = {
             "quant_method": "compressed-tensors", "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",

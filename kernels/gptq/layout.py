@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
+from compress.architecture.unused import unused_paths
 from compress.contract.format import Format, Verdict
 from compress.contract.fused_groups import FUSED
 from compress.errors import FormatError, Refusal
@@ -133,7 +134,7 @@ class Gptq(Format):
         }  # fmt: skip
         if any(weight.module in model.linears and states[weight.name].scheme is None for weight in _inside(model.weights)):
             found["modules_in_block_to_quantize"] = [suffixes(quantized, dense)]
-        rules = _rules(meant, base)
+        rules = _rules(meant, base) | {rf"-:{re.escape(path)}(\..*)?$": {} for path in unused_paths(model)}
         return {**found, "dynamic": rules} if rules else found
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:

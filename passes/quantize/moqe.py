@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from compress.contract.adaptive_group_pass import AdaptiveGroupPass
 from compress.contract.discover import load_pass
 from compress.contract.pass_base import Pass
-from compress.contract.shapes import DelegatingPass
+from compress.contract.shapes import DelegatingPass, Route
 from compress.errors import InputError, UsageError
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import Note, State, Weight, counted
@@ -49,6 +49,8 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
         None, ge=0, description="gptq: experts that see fewer calibration tokens are rounded to nearest; by default 32"
     )
 
+    route: Route = "router"
+
     @model_validator(mode="after")
     def _as_the_paper(self) -> Self:
         if not self.scheme.integer or not self.scheme.symmetric or self.scheme.inputs:
@@ -59,12 +61,15 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
             raise ValueError("grid: full with method=gptq")
         if self.method == "rtn" and self.min_tokens is not None:
             raise ValueError("min_tokens: only with method=gptq")
+        if self.method == "rtn" and self.route == "all":
+            raise ValueError("route=all: only with method=gptq")
         return self
 
     def worker(self) -> Pass:
         grid = (self.grid or "paper") if self.method == "rtn" else None
         given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid}
         options = {name: value for name, value in given.items() if value is not None}
+        options |= {"route": self.route} if self.route == "all" else {}
         return load_pass(f"quantize.{self.method}").model_validate({"scheme": self.scheme, **options})
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:

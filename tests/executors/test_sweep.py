@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
 from compress.contract.discover import load_pass
-from compress.errors import CoverageError, RecipeError
+from compress.errors import CoverageError, RecipeError, UsageError
 from compress.executors import sweep
 from compress.layerwise.dense_view import DenseView
 from compress.numerics.masks import keep_best
@@ -75,9 +75,10 @@ def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
     monkeypatch.setattr(wanda, "solve", spy)
     data = inputs_for(name, tmp_path)
     result = do(made(name), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5)")
-    assert result.manifest.coverage["transformed"] == FAMILIES[name].linears
+    calibrated = FAMILIES[name].linears - FAMILIES[name].left
+    assert result.manifest.coverage["transformed"] == calibrated
     wanted = {weight.name for weight, _ in seen.values()}
-    assert len(wanted) == FAMILIES[name].linears
+    assert len(wanted) == calibrated
 
     model, found = load(tmp_path / "out", dtype=torch.float32), {}
     watch(model, found)
@@ -98,13 +99,14 @@ def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
     assert compared == sum(weight.kind == "linear" for weight, _ in seen.values()) > 0
 
 
-def test_experts_see_their_own_tokens(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("route", ["router", "all"])
+def test_experts_see_their_own_tokens_or_all(route: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixtral's first block against its router, run by hand."""
     wanda, seen = load_pass("prune.wanda"), {}
     solve = wanda.solve
     monkeypatch.setattr(wanda, "solve", lambda s, jobs, p: [seen.update({j.weight.name: p for j in jobs}), solve(s, jobs, p)][1])
     data = ready_inputs(5)
-    do(made("mixtral"), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5)")
+    do(made("mixtral"), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5, route={route})")
     model, found = load(tmp_path / "out", dtype=torch.float32, experts_implementation="eager"), {}
     layer = model.model.layers[0].mlp
     watch(model, found)
@@ -115,12 +117,40 @@ def test_experts_see_their_own_tokens(made: Any, tmp_path: Path, monkeypatch: py
         x, experts = found["model.layers.0.mlp"].reshape(-1, 64), layer.experts
         _, _, chosen = layer.gate(x)
         for e in range(experts.num_experts):
-            mine = x[(chosen == e).any(-1)]
+            mine = x[(chosen == e).any(-1)] if route == "router" else x
             gate, up = (mine @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
             middle = experts.act_fn(gate) * up
             for part, inputs in (("w1", mine), ("w3", mine), ("w2", middle)):
                 rms = seen[f"model.layers.0.block_sparse_moe.experts.{e}.{part}.weight"]
                 torch.testing.assert_close(rms, inputs.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_with_route_all_every_expert_has_all_tokens_and_outputs_stay(
+    name: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where statistics do not matter, for all is rounded to nearest, the two routes make the same bytes."""
+    gptq, seen = load_pass("quantize.gptq"), list[int]()
+    prepare, calibrate = gptq.prepare, CALIBRATE.format(ready_inputs(5), 5)
+    monkeypatch.setattr(gptq, "prepare", lambda s, statistic: [seen.append(statistic.tokens), prepare(s, statistic)][1])
+    written = []
+    for route in ("router", "all"):
+        seen.clear()
+        options = f"scheme=w4a16g32, targets=[linear, experts], min_tokens=1000000, route={route}"
+        do(made(name), tmp_path / route, f"{calibrate} | quantize.gptq({options})")
+        written.append((tmp_path / route / "canonical.safetensors").read_bytes())
+    assert set(seen) == {5 * 24}, "linears as ever, and each of the experts"
+    assert written[0] == written[1]
+
+
+def test_a_route_that_nothing_takes_is_refused(made: Any, tmp_path: Path) -> None:
+    for options in ("targets=attention", "skip=experts"):
+        with pytest.raises(UsageError, match=r"prune\.wanda\.route.*\n.*all where routed experts are calibrated"):
+            do(
+                made("mixtral"),
+                tmp_path / "out",
+                f"{CALIBRATE.format(ready_inputs(5), 5)} | prune.wanda(sparsity=0.5, route=all, {options})",
+            )
 
 
 def test_wanda_is_what_its_paper_says(made: Any, tmp_path: Path) -> None:
