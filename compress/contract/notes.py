@@ -25,7 +25,7 @@ def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]
     """Counted lines for the weights that stay dense, by kind and tower."""
     reasons = {}
     for weight in weights:
-        if states[weight.name] == DENSE:
+        if states[weight.name] == DENSE and weight.kind != "cache":
             place = f" of {weight.stack}" if weight.stack else ""
             reasons[weight.name] = f"{weight.kind}{place}"
     return counted("untouched", reasons)

@@ -185,7 +185,8 @@ def read_with(
     # Readers multiply by unrounded dequantized values, unless they expand codes while loading.
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
-    ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted).logits
+    cache = readers.NO_CACHE not in theirs.notes
+    ours = readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted, cache=cache).logits
     kl = divergence(ours, theirs.logits, Divergence())
     found = Reading(
         reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel(),

@@ -50,6 +50,7 @@ class CompressedTensors(Format):
     """Integers, FP8, MXFP4 and NVFP4 for compressed-tensors; `dequantize` makes the reader expand them at load."""
 
     name = "compressed-tensors"
+    holds = frozenset({"cache"})
 
     def refuse(self, weight: Weight, state: State) -> None:
         scheme = state.scheme
@@ -169,12 +170,13 @@ class CompressedTensors(Format):
             classes = sorted({model.linears.get(w.module, "Linear") for w in weights})
             targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
             groups[f"group_{number:03d}"] = {"targets": targets, **parts.group_of(scheme)}
-        ignore = patterns(sorted(set(dense)), sorted(quantized))
-        kinds = {group["format"] for group in groups.values()}
+        ignore = patterns(sorted(set(dense)), sorted(quantized)) if groups else []
+        kinds = sorted({group["format"] for group in groups.values()}) or ["dense"]
+        cache = next((parts.cache_scheme(weight) for weight in model.weights if weight.kind == "cache"), None)
         found = {
-            "quant_method": "compressed-tensors", "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+            "quant_method": "compressed-tensors", "format": kinds[0] if len(kinds) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "version": VERSION, "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ignore,
+            "version": VERSION, "global_compression_ratio": None, "kv_cache_scheme": cache, "ignore": ignore,
             "config_groups": groups, "sparsity_config": {}, "transform_config": {},
         }  # fmt: skip
         return {**found, "dequantize": True} if self.dequantize else found
