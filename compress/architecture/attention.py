@@ -45,7 +45,9 @@ def attentions(model: nn.Module) -> tuple[Attention, ...]:
     types = getattr(text, "layer_types", None) or []
     found: list[Attention] = []
     for path, module in model.named_modules():
-        if "attention" not in type(module).__name__.lower() or not argument_of(module):
+        # A block is not its attention, even if it is called after it.
+        block = path.rpartition(".")[2].isdecimal()
+        if block or "attention" not in type(module).__name__.lower() or not argument_of(module):
             continue
         index = getattr(module, "layer_idx", None)
         linear = isinstance(index, int) and index < len(types) and "linear" in str(types[index])

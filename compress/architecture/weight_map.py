@@ -208,7 +208,8 @@ class _Resolver:
         path, _, attribute = Mapping(self.model).place(name)[0].rpartition(".")
         if path not in {attention.path for attention in self.attentions}:
             return None
-        return Weight(name, entry.dtype, entry.shape, "cache", path, attribute, type(self.modules[path]).__name__, *self.block(path))
+        kind = type(self.modules[path]).__name__
+        return Weight(name, entry.dtype, entry.shape, "cache", path, attribute, kind, *self.block(path))
 
     def wrong(self, name: str, expected: str, got: str, do: str = "") -> None:
         ref = self.checkpoint.refs.get(name)

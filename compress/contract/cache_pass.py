@@ -66,12 +66,12 @@ class CachePass(WeightPass):
     def cache_notes(self, model: Model) -> list[Note]:
         """Counted lines about what is kept in fewer bits, and what is not kept at all."""
         kept = {(weight.stack, weight.block) for one in model.attentions for weight in _own(model, one)}
-        stacks = {stack for stack, _ in kept}
-        rest = {(w.stack, w.block): f"{w.stack} block {w.block}" for w in model.weights if w.block is not None and w.stack in stacks}
+        places = {(w.stack, w.block): None for w in model.weights if w.block is not None}
         names = tuple(weight.name for scales in self.added(model).values() for weight in scales)
         values = sum(2 * one.heads * one.width for one in model.attentions)
         told = f"scales of keys and values in FP8; a token takes {values:,} bytes of cache instead of {2 * values:,}"
-        without = tuple(name for place, name in rest.items() if place not in kept)
+        stacks = {stack for stack, _ in kept}
+        without = tuple(f"{stack} block {block}" for stack, block in places if stack in stacks and (stack, block) not in kept)
         lacking = "nothing to round: linear attention, a state space, or the keys and values of another layer"
         return [Note("kv cache", told, names), *([Note("no kv cache", lacking, without)] if without else [])]
 

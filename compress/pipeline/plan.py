@@ -276,7 +276,7 @@ class _StepPlanner:
         names = {weight.name for weight in touched}
         own = self.pass_.notes(touched, after) if self.layout is None else self.layout.within(names).notes
         notes = [*own, *counted("skipped", skipped), *planner.shared]
-        notes += self.format.notes(touched, after) if self.format is not None else []
+        notes += self.format.notes([*touched, *scales_of(planner.weights)], after) if self.format is not None else []
         notes += counted("plain", {name: reason for name, reason in self.plain.items() if before[name].sparsity is not None})
         lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]
         notes += counted("dropped", dict.fromkeys(lost, "rounding of activations: the weights go on alone"))
