@@ -1,4 +1,4 @@
-"""Attention: the modules of a model that keep keys and values, and what passes into a cache.
+"""Attention: which modules keep keys and values, and what passes into a cache.
 
 A module of transformers that keeps keys and values takes a cache as an argument and hands them to its `update`, keys after their
 rotary positions, and goes on with what that returns. So whatever stands in for the cache sees them as they are kept, and can

@@ -32,6 +32,8 @@ def cache_scales(dense_view: DenseView, model: Model) -> list[tuple[str, torch.T
     return [(path, *(pair[name] for name in SCALES)) for path, pair in found.items()]
 
 
-def keep_as_told(meta_model: MetaModel) -> None:
-    """Makes a model round keys and values as the scales of its checkpoint say, if it has any."""
-    round_caches(meta_model.module, cache_scales(meta_model.dense_view, meta_model.model))
+def keep_as_told(meta_model: MetaModel) -> bool:
+    """Makes a model round keys and values as the scales of its checkpoint say; returns whether it has any."""
+    scales = cache_scales(meta_model.dense_view, meta_model.model)
+    round_caches(meta_model.module, scales)
+    return bool(scales)

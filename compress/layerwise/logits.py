@@ -38,7 +38,7 @@ class Forward:
         self.label = label_of(checkpoint)
         try:
             self.meta_model = MetaModel(DenseView(checkpoint, rounded), torch.float32, device)
-            keep_as_told(self.meta_model)
+            self.rounds_cache = keep_as_told(self.meta_model)
         except InputError as error:
             # Two models are compared, so a message about a tensor must name its model.
             raise InputError(

@@ -19,7 +19,6 @@ from compress.architecture.attention import round_caches
 from compress.architecture.model_class import model_class
 from compress.architecture.weight_map import meta_model
 from compress.checkpoint.reader import CANONICAL, NATIVE, open_checkpoint
-from compress.contract.cache_pass import scales_of
 from compress.errors import UsageError
 from compress.importers import method_of
 from compress.kernels.native.modules import PackedWeight
@@ -62,7 +61,7 @@ def load(
         for note in notes:
             _LOG.warning("%s: %d weights, such as %s: %s", note.what, note.count, (*note.names, "none")[0], note.reason)
         placed = dense_view.resolve(meta_model(checkpoint))
-        scales, beside = cache_scales(dense_view, placed), {weight.name for weight in scales_of(placed.weights)}
+        scales, beside = cache_scales(dense_view, placed), {weight.name for weight in placed.weights if weight.kind == "cache"}
         dense = {name: dense_view.dense(name) for name in dense_view.logical if name not in {*kept, *beside}}
         settings |= {"quant_method": CANONICAL, "source": str(path)}
         source, options = None, {**options, "state_dict": dense}

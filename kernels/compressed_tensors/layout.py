@@ -13,8 +13,8 @@ refused if no reader loads them, else counted as not read by the one that does n
 
 Scales of keys and values (quantize.kv) are tensors of their attention, `k_scale` and `v_scale`: [1], or [heads, 1, 1] with the
 strategy attn_head, and kv_cache_scheme in config.json says so. vLLM then keeps FP8 by itself; each head needs its FlashAttention.
-transformers up to 5.23 rounds keys and values on their way into the cache. In 5.24 the argument that takes a cache has another name,
-and compressed-tensors 0.20 looks for the old one: the weights load, keys and values stay unrounded. Counted as not read.
+transformers up to 5.23 rounds keys and values on their way into the cache. In 5.24 the argument that takes a cache has another
+name, and compressed-tensors 0.20 looks for the old one: weights load, keys and values stay unrounded. Counted as not read.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ def test_what_eval_measures_is_what_a_rounding_cache_costs(recipe: str, tiny: Pa
     assert torch.allclose(rounded, ours, atol=1e-6)
     assert found.kl.value == pytest.approx(divergence(rounded), rel=1e-3)
     assert found.kl.value != pytest.approx(divergence(plain), rel=1e-3)
+    assert found.protocol.endswith(", keys and values rounded to FP8 by the artifact's scales")
 
 
 def test_text_is_continued_with_rounded_keys(tiny: Path, tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ def logits(
     """The reader's logits for `ids`, int64 [samples, length]; `dtype` is its compute dtype.
 
     `base` is the model below an adapter. `rounded` is for `ours`: dequantized weights are rounded to the dtype of the weights
-    that the codes were made from; and `cache`: keys and values are rounded by the artifact's scales, if it has any. Python files of
-    the artifact, or of its base, are run only if `trusted`.
+    that the codes were made from; and `cache`: keys and values are rounded by the artifact's scales, if it has any. Python files
+    of the artifact, or of its base, are run only if `trusted`.
 
     Raises UsageError, InputError for a folder that is no artifact, MachineError for an
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
