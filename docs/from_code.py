@@ -125,8 +125,9 @@ def format_page(name: str) -> str:
 
     cls = load_format(name)
     first, _, rest = docstring(_layout(name)).partition("\n")
+    held = ", ".join("scales of keys and values" if word == "cache" else word for word in sorted(cls.holds))
     facts = [
-        ("beside codes it holds", ", ".join(sorted(cls.holds)) or "nothing"),
+        ("beside codes it holds", held or "nothing"),
         ("what is stored", "the dense weights that codes mean" if cls.expands else "codes"),
         ("smallest zero point of asymmetric codes", cls.least_zero),
     ]

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from compress.architecture.attention import SCALES, Attention, attentions
 from compress.architecture.hf_mapping import Mapping
 from compress.architecture.left_alone import why_left_alone
 from compress.architecture.model_class import model_class
@@ -54,6 +55,8 @@ class Model:
     """Linear modules whose `.weight` transformers' initialisation accesses without checking that it exists."""
     unwatched: frozenset[str] = frozenset()
     """Modules of experts whose inputs cannot be observed."""
+    attentions: tuple[Attention, ...] = ()
+    """Modules that keep keys and values."""
 
 
 def _refuse_many(config: dict[str, Any]) -> None:
@@ -129,14 +132,15 @@ class _Resolver:
         self.head = outputs
 
     def run(self, allow_dtype_mismatch: bool) -> Model:
-        places = self.places()
+        places, self.attentions = self.places(), attentions(self.model)
         self.reached = {parameter for parameter, _ in places.values()}
         weights, unused = [], []
         for name, entry in self.logical.items():
             parameter, transposed = places.get(name, ("", False))
             if parameter not in self.state:
-                unused.append(name)
-                weights.append(Weight(name, entry.dtype, entry.shape))
+                scale = self.cache_scale(name, entry)
+                unused += [name] if scale is None else []
+                weights.append(Weight(name, entry.dtype, entry.shape) if scale is None else scale)
                 continue
             weights.append(self.weight(name, entry, parameter, transposed))
         if not allow_dtype_mismatch:
@@ -156,7 +160,7 @@ class _Resolver:
         hidden = {p for p in experts if not _is_linear(self.modules[p]) and not watched(self.modules[p])}
         return Model(
             tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths,
-            frozenset(self.by_weight), _initialised(self.model, linears), frozenset(hidden),
+            frozenset(self.by_weight), _initialised(self.model, linears), frozenset(hidden), self.attentions,
         )  # fmt: skip
 
     def places(self) -> dict[str, tuple[str, bool]]:
@@ -198,6 +202,16 @@ class _Resolver:
                 if name in self.state and got.shape != self.state[name].shape:
                     self.wrong(group.sources[0], f"shape {list(self.state[name].shape)} of {name}", f"{list(got.shape)}")
         return places
+
+    def cache_scale(self, name: str, entry: Logical) -> Weight | None:
+        """A scale of keys or values, which is no parameter of the model; None for any other tensor."""
+        if name.rpartition(".")[2] not in SCALES:
+            return None
+        path, _, attribute = Mapping(self.model).place(name)[0].rpartition(".")
+        if path not in {attention.path for attention in self.attentions}:
+            return None
+        kind = type(self.modules[path]).__name__
+        return Weight(name, entry.dtype, entry.shape, "cache", path, attribute, kind, *self.block(path))
 
     def wrong(self, name: str, expected: str, got: str, do: str = "") -> None:
         ref = self.checkpoint.refs.get(name)

@@ -28,7 +28,7 @@ def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]
     """Counted lines for the weights that stay dense: towers in one, all others by kind and stack."""
     reasons = {}
     for weight in weights:
-        if states[weight.name] == DENSE:
+        if states[weight.name] == DENSE and weight.kind != "cache":
             place = f" of {weight.stack}" if weight.stack else ""
             reasons[weight.name] = _TOWERS if weight.unlearned == UNREACHED else f"{weight.kind}{place}"
     return counted("untouched", reasons)

@@ -159,6 +159,8 @@ class _Tally:
             scoring = "first half of a window to the encoder, second to the decoder, whose first token is not scored"
         if not side.causal:
             scoring = "every token compared, none masked (no perplexity: the model sees the token itself)"
+        if self.sides[-1].rounds_cache:
+            scoring += ", keys and values rounded to FP8 by the artifact's scales"
         numbers = torch.cat(self.found, dim=1)
         perplexities = [perplexity(part) if side.causal else Estimate() for part in numbers[: len(self.sides)]]
         found = Quality(windows.numel(), windows.shape[1], numbers[0].numel(), scoring, perplexities[-1])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compress.architecture.attention import SCALES
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import ADAPTER, Checkpoint, read_json, size_of
 from compress.checkpoint.scan import scan_source
@@ -134,6 +135,9 @@ def _wrong(dense_view: DenseView, name: str, by_config: dict[str, Packed]) -> Pr
 
     where, do = f"'{name}'", "make the artifact anew"
     q = dense_view.qtensor(name)
+    if name.rpartition(".")[2] in SCALES:
+        scale = dense_view.dense(name).float()
+        return None if bool((scale.isfinite() & (scale > 0)).all()) else Problem(where, "positive scales", f"{scale.min():g}", do)
     if q is None:
         value = dense_view.dense(name) if dense_view.is_packed(name) else None
         finite = value is None or bool(torch.isfinite(value.float()).all())
@@ -189,9 +193,10 @@ def read_with(
     # Readers multiply by unrounded dequantized values, unless they expand codes while loading.
     quantization = config.get("quantization_config")
     rounded = isinstance(quantization, dict) and bool(quantization.get("dequantize"))
+    cache = readers.NO_CACHE not in theirs.notes
 
     def own(dtype: str) -> torch.Tensor:
-        return readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted).logits
+        return readers.logits("ours", artifact, ids, tell, base, dtype, rounded=rounded, trusted=trusted, cache=cache).logits
 
     found = _compared(reader, dtype, theirs, own, ids)
     if not found.equal:

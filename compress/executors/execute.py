@@ -24,6 +24,10 @@ def execute(run: StepRun) -> dict[str, float]:
         from compress.executors.slice import cut
 
         return cut(run)
+    if executor == "cache":
+        from compress.executors.cache import cache
+
+        return cache(run)
     if executor == "blocks":
         from compress.executors.blocks import blocks
 

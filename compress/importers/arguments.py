@@ -75,7 +75,7 @@ class Targets:
         """The targets of a config. Raises InputError."""
         _refuse(stored, config)
         groups = config.get("config_groups")
-        if not isinstance(groups, dict) or not groups:
+        if not isinstance(groups, dict) or not (groups or config.get("kv_cache_scheme")):
             raise stored.bad_config("config_groups", groups)
         pairs = [pair for name, group in groups.items() for pair in _group(stored, name, group, config.get("format"))]
         exact: dict[str, Arguments] = {}

@@ -64,10 +64,11 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
         used[module] = targets.of(stored, module)
         return _weight(stored, module, used[module])
 
-    weights = stored.gather(modules, weight)
+    cache = [name for name in stored.refs if targets.caches and name.rpartition(".")[2] in _CACHE]
+    # Scales of keys and values can stand alone, beside dense weights.
+    weights = stored.gather(modules, weight) if modules or not cache else {}
     dropped, notes = [], []
     scales = [name for module in modules for part in _COMPANIONS if (name := f"{module}.{part}") in stored.refs]
-    cache = [name for name in stored.refs if targets.caches and name.rpartition(".")[2] in _CACHE]
     for names, what in ((scales, "scales of activations"), (cache, "scales of the KV cache")):
         dropped += names
         if names:

@@ -19,6 +19,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import trim_memory
 from compress.device import CPU
 from compress.errors import InputError
+from compress.layerwise.cache_scales import keep_as_told
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import Call, ForwardHooks, StepwiseForward
@@ -37,6 +38,7 @@ class Forward:
         self.label = label_of(checkpoint)
         try:
             self.meta_model = MetaModel(DenseView(checkpoint, rounded), torch.float32, device)
+            self.rounds_cache = keep_as_told(self.meta_model)
         except InputError as error:
             # Two models are compared, so a message about a tensor must name its model.
             raise InputError(

@@ -19,6 +19,7 @@ from compress.architecture.qlinear import QLinear, with_codes
 from compress.checkpoint.reader import Checkpoint
 from compress.device import CPU, moved
 from compress.errors import InputError
+from compress.layerwise.cache_scales import keep_as_told
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.meta_model import MetaModel
 from compress.numerics.qtensor import QTensor
@@ -27,12 +28,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build(checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True, device: torch.device = CPU) -> PreTrainedModel:
+def build(
+    checkpoint: Checkpoint, dtype: str = "float32", rounded: bool = True, device: torch.device = CPU, cache: bool = True
+) -> PreTrainedModel:
     """A model in eval mode, computing in `dtype` on `device`. Raises InputError for a packed checkpoint that cannot be read.
 
-    Without `rounded`, dequantized weights of an fp32 model are not rounded to the dtype that the codes were made from.
+    Without `rounded`, dequantized weights of an fp32 model are not rounded to the dtype that the codes were made from; without
+    `cache`, keys and values are not rounded, whatever scales the checkpoint has for them.
     """
-    model: PreTrainedModel = filled(checkpoint, dtype, rounded, device).module
+    made = filled(checkpoint, dtype, rounded, device)
+    if cache:
+        keep_as_told(made)
+    model: PreTrainedModel = made.module
     generation_config(model, checkpoint)
     return model
 

@@ -18,6 +18,7 @@ from compress.architecture.weight_map import Model
 from compress.checkpoint.reader import CALIBRATION, CANONICAL, Checkpoint, local_header
 from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, Shard, arrange, single
 from compress.contract.allocator import InputAllocator, offers_of
+from compress.contract.cache_pass import CachePass, refused, scales_of
 from compress.contract.format import Format, Verdict
 from compress.contract.notes import changed_by, folded, shared_notes, untouched
 from compress.contract.pass_base import Pass, WeightPass
@@ -27,7 +28,7 @@ from compress.contract.step_plan import Plan, StepPlan, layout_specs
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.layerwise.dense_view import DenseView
 from compress.numerics import qtensor
-from compress.pipeline.plan_checks import refuse_unread, refuse_zeros
+from compress.pipeline.plan_checks import refuse_after_cache, refuse_cache, refuse_unread, refuse_zeros
 from compress.pipeline.plan_memory import Surroundings, needs_of
 from compress.pipeline.plan_slicing import smaller_model
 from compress.pipeline.resolve import resolve
@@ -108,9 +109,10 @@ class _Planner:
             where, fmt = self.where(number, pass_), pass_.target_format()
             fmt = fmt.written_for(self.written, self.checkpoint, self.config) if fmt is not None else None
             self.check_place(number, pass_)
-            planned = (
-                _SlicePlanner(self, number, pass_) if isinstance(pass_, SlicingPass) else _StepPlanner(self, number, pass_, fmt)
-            )
+            if isinstance(pass_, SlicingPass):
+                planned: _SlicePlanner | _StepPlanner = _SlicePlanner(self, number, pass_)
+            else:
+                planned = (_CachePlanner if isinstance(pass_, CachePass) else _StepPlanner)(self, number, pass_, fmt)
             step, wrong = planned.step()
             if wrong and kind is None:
                 kind = FormatError if fmt is not None else CoverageError
@@ -150,6 +152,7 @@ class _Planner:
             raise RecipeError(where, "calibration tokens", "none", _calibrated(self.recipe, number, pass_))
         if (fmt := pass_.target_format()) is not None:
             refuse_zeros(fmt, self.recipe, before)
+        refuse_after_cache(where, pass_, self.weights)
         if pass_.unpacks and number > 1:
             raise RecipeError(where, "unpack as the first pass", "one before it", "what a recipe has made is not packed yet")
 
@@ -233,6 +236,10 @@ class _StepPlanner:
             plain = {weight.name: self.format.plain(weight, self.before[weight.name]) for weight in chosen}
             self.plain = {name: reason for name, reason in plain.items() if reason}
             chosen = [weight for weight in chosen if weight.name not in self.plain]
+            if wrong := refuse_cache(self.format, planner.weights):
+                return [], wrong
+            if scales_of(planner.weights):
+                return chosen, []
             if not chosen:
                 return [], [("*", "nothing is quantized, so there is nothing to pack", "quantize first")]
         if not chosen:
@@ -271,7 +278,7 @@ class _StepPlanner:
         own = self.pass_.notes(touched, after) if self.layout is None else self.layout.within(names).notes
         notes = [*own, *counted("skipped", skipped), *planner.shared]
         notes += counted("left alone by default", self.pass_.left_alone(planner.weights))
-        notes += self.format.notes(touched, after) if self.format is not None else []
+        notes += self.format.notes([*touched, *scales_of(planner.weights)], after) if self.format is not None else []
         notes += counted("plain", {name: reason for name, reason in self.plain.items() if before[name].sparsity is not None})
         lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]
         notes += counted("dropped", dict.fromkeys(lost, "rounding of activations: the weights go on alone"))
@@ -294,6 +301,26 @@ class _StepPlanner:
         stem = CANONICAL_STEM if canonical else STEM
         shards = arrange((s for s in specs if s.name not in apart), planner.options.shard_bytes, stem)
         return shards + [single(file, (s for s in specs if apart.get(s.name) == file)) for file in sorted(set(apart.values()))]
+
+
+class _CachePlanner(_StepPlanner):
+    """Plans a pass that adds scales of keys and values, each behind the weights of its attention."""
+
+    def choose(self) -> tuple[list[Weight], Refused]:
+        planner, model = self.planner, self.planner.written
+        assert isinstance(self.pass_, CachePass)
+        if wrong := refused(model):
+            return [], wrong
+        added = self.pass_.added(model)
+        self.told = self.pass_.cache_notes(model)
+        planner.weights = [one for weight in planner.weights for one in (weight, *added.get(weight.name, ()))]
+        planner.written = replace(model, weights=tuple(planner.weights))
+        found = scales_of(planner.weights)
+        self.before = {**self.before, **dict.fromkeys((weight.name for weight in found), DENSE)}
+        return found, []
+
+    def notes(self, *args: Any) -> list[Note]:
+        return [*self.told, *super().notes(*args)]
 
 
 class _SlicePlanner:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from compress.architecture.weight_map import Model
 from compress.contract.base_passes import QuantizingPass
+from compress.contract.cache_pass import scales_of
 from compress.contract.format import Format
-from compress.contract.pass_base import Pass
+from compress.contract.pass_base import Pass, WeightPass
 from compress.errors import RecipeError, Refusal
 from compress.spec.recipe import Recipe
 from compress.spec.weight_state import Weight
@@ -23,6 +24,22 @@ def refuse_zeros(fmt: Format, recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise RecipeError(
                 where, expected, str(pass_.least_zero), f"set least_zero={fmt.least_zero}, or pack in another format"
             )
+
+
+def refuse_after_cache(where: str, pass_: WeightPass, weights: Sequence[Weight]) -> None:
+    """Raises RecipeError for a pass that would change weights after scales of keys and values were measured."""
+    if scales_of(weights) and pass_.target_format() is None and not pass_.unpacks:
+        got = "a model that has scales of keys and values, which were measured with its weights as they are"
+        do = "move quantize.kv behind it; a finished checkpoint is made again without quantize.kv, from its source or a kept step"
+        raise RecipeError(where, "quantize.kv after every pass that changes weights, and once", got, do)
+
+
+def refuse_cache(fmt: Format, weights: Sequence[Weight]) -> list[tuple[str, str, str]]:
+    """(tensor, reason, what to do) for each scale of keys and values that a format's readers would not find."""
+    if "cache" in fmt.holds:
+        return []
+    reason = f"no reader of {fmt.name} takes scales of keys and values"
+    return [(weight.name, reason, "pack(format=compressed-tensors), or leave quantize.kv out") for weight in scales_of(weights)]
 
 
 def refuse_unread(weight: Weight, model: Model, pass_: Pass) -> None:

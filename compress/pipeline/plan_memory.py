@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from compress.checkpoint.reader import Checkpoint
 from compress.contract.allocator import InputAllocator
 from compress.contract.block_training import BlockTrainPass
+from compress.contract.cache_pass import CachePass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass
@@ -75,6 +76,9 @@ def needs_of(
         there = slice_bytes(worker.facts(), around.weights, config, around.tokens, size)
         most = 4 * max((weight.nbytes for weight in touched), default=0) + (32 << 20)
         return Needs(max(there, min(around.threads, MAX_WORKERS) * most), 0, there and there + DEVICE_BYTES)
+    if isinstance(worker, CachePass):
+        there = slice_bytes(("cache",), around.weights, config, around.tokens, size)
+        return Needs(max(there, min(around.threads, MAX_WORKERS) << 25), 0, there + DEVICE_BYTES)
     work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
     scratch = there = 0

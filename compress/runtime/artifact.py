@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from compress.architecture.attention import round_caches
 from compress.architecture.model_class import model_class
+from compress.architecture.weight_map import meta_model
 from compress.checkpoint.reader import CANONICAL, NATIVE, open_checkpoint
 from compress.errors import UsageError
 from compress.importers import method_of
 from compress.kernels.native.modules import PackedWeight
+from compress.layerwise.cache_scales import cache_scales
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import generation_config
 from compress.runtime.fill import packable, refuse_other
@@ -47,6 +50,7 @@ def load(
     settings: dict[str, Any] = {"backend": backend}
     options: dict[str, Any] = {"dtype": dtype, "device_map": device, "local_files_only": True}
     source: str | Path | None = path
+    scales: list[tuple[str, Any, Any]] = []
     cls, config = model_class(checkpoint)
     if repack and method_of(checkpoint) != NATIVE:
         if isinstance(device, dict) and "disk" in device.values():
@@ -56,7 +60,9 @@ def load(
         kept, notes = packable(dense_view)
         for note in notes:
             _LOG.warning("%s: %d weights, such as %s: %s", note.what, note.count, (*note.names, "none")[0], note.reason)
-        dense = {name: dense_view.dense(name) for name in dense_view.logical if name not in kept}
+        placed = dense_view.resolve(meta_model(checkpoint))
+        scales, beside = cache_scales(dense_view, placed), {weight.name for weight in placed.weights if weight.kind == "cache"}
+        dense = {name: dense_view.dense(name) for name in dense_view.logical if name not in {*kept, *beside}}
         settings |= {"quant_method": CANONICAL, "source": str(path)}
         source, options = None, {**options, "state_dict": dense}
     else:
@@ -65,6 +71,7 @@ def load(
     config.quantization_config = settings
     loader: Any = cls
     model: PreTrainedModel = loader.from_pretrained(source, config=config, **options)
+    round_caches(model, scales)
     if source is None:
         generation_config(model, checkpoint)
     return model

@@ -18,7 +18,8 @@ from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.sparsity import Sparsity
 
-Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "convolution", "other"]
+Kind = Literal["linear", "expert", "embedding", "head", "router", "norm", "bias", "convolution", "cache", "other"]
+"""`cache`: a scale of keys or values, which is not of the source: quantize.kv has added it."""
 MATRICES: frozenset[str] = frozenset({"linear", "expert", "embedding", "head"})
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,

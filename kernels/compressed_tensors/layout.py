@@ -10,6 +10,11 @@ whose weight transformers' initialisation accesses (T5, Falcon).
 Readers differ on packed zero points (asymmetric). transformers raises on their shape unless it expands at load, and always for
 experts; vLLM reads them since 0.8.5 if its Marlin kernel does: 4 bits in groups of 32, 64, 128 or one per row. They are
 refused if no reader loads them, else counted as not read by the one that does not. vLLM ignores `dequantize`.
+
+Scales of keys and values (quantize.kv) are tensors of their attention, `k_scale` and `v_scale`: [1], or [heads, 1, 1] with the
+strategy attn_head, and kv_cache_scheme in config.json says so. vLLM then keeps FP8 by itself; each head needs its FlashAttention.
+transformers up to 5.23 rounds keys and values on their way into the cache. In 5.24 the argument that takes a cache has another
+name, and compressed-tensors 0.20 looks for the old one: weights load, keys and values stay unrounded. Counted as not read.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +50,7 @@ _NEVER = "no artifact of this model fits this format"
 _RAISES = "5.23 and 5.24 with compressed-tensors 0.20 raise on packed zero points (size mismatch)"
 _SERVED = "vLLM's kernels take those of 4 bits in groups of 32, 64, 128 or one per row"
 _EXPANDED = "quantization_config=CompressedTensorsConfig(dequantize=True) loads it, or pack(dequantize=true)"
+_CACHE = "compressed-tensors 0.20 does not find where it keeps them; 5.23 reads them"
 _SPLIT = "transformers splits these experts in every quantized model and finds no tensors for the parts"
 
 
@@ -51,6 +58,7 @@ class CompressedTensors(Format):
     """Integers, FP8, MXFP4 and NVFP4 for compressed-tensors; `dequantize` makes the reader expand them at load."""
 
     name = "compressed-tensors"
+    holds = frozenset({"cache"})
 
     def refuse(self, weight: Weight, state: State) -> None:
         scheme = state.scheme
@@ -93,8 +101,9 @@ class CompressedTensors(Format):
         return not scheme.symmetric and (weight.kind == "expert" or not self.dequantize)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        unread = self._unread(weights, states)
-        return counted("not read", {weight.name: f"by transformers: {reason}" for weight, reason in unread})
+        unread = {weight.name: f"by transformers: {reason}" for weight, reason in self._unread(weights, states)}
+        cache = {weight.name: f"by transformers 5.24: {_CACHE}" for weight in weights if weight.kind == "cache"}
+        return counted("not read", unread | cache)
 
     def _unread(self, weights: Sequence[Weight], states: dict[str, State]) -> list[tuple[Weight, str]]:
         """(weight, message) for each weight that transformers raises on."""
@@ -170,13 +179,14 @@ class CompressedTensors(Format):
             classes = sorted({model.linears.get(w.module, "Linear") for w in weights})
             targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
             groups[f"group_{number:03d}"] = {"targets": targets, **parts.group_of(scheme)}
-        ignore = patterns(sorted(set(dense)), sorted(quantized))
-        ignore += [rf"re:{re.escape(path)}(\..*)?$" for path in unused_paths(model)]
-        kinds = {group["format"] for group in groups.values()}
+        ignore = patterns(sorted(set(dense)), sorted(quantized)) if groups else []
+        ignore += [rf"re:{re.escape(path)}(\..*)?$" for path in unused_paths(model)] if groups else []
+        kinds = sorted({group["format"] for group in groups.values()}) or ["dense"]
+        cache = next((parts.cache_scheme(weight) for weight in model.weights if weight.kind == "cache"), None)
         found = {
-            "quant_method": "compressed-tensors", "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+            "quant_method": "compressed-tensors", "format": kinds[0] if len(kinds) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "version": VERSION, "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ignore,
+            "version": VERSION, "global_compression_ratio": None, "kv_cache_scheme": cache, "ignore": ignore,
             "config_groups": groups, "sparsity_config": {}, "transform_config": {},
         }  # fmt: skip
         return {**found, "dequantize": True} if self.dequantize else found
@@ -185,10 +195,12 @@ class CompressedTensors(Format):
         schemes = {state.scheme for state in states.values() if state.scheme}
         when = "while loading" if self.dequantize else "in the first forward"
         known = "5.23 with compressed-tensors 0.20, run on 30 families"
-        loads, reason = "yes", f"{known}; expands the weights {when}"
+        loads, reason = "yes", f"{known}; expands the weights {when}" if schemes else known
         if unread := self._unread(weights, states):
             loads, reason = "no", unread[0][1]
-        verdicts = [Verdict("transformers", loads, reason), _vllm(weights, states, schemes)]
+        if any(weight.kind == "cache" for weight in weights):
+            reason = f"{reason}; rounds keys and values up to 5.23, 5.24 leaves their scales unread"
+        verdicts = [Verdict("transformers", loads, reason), _vllm_keeps(weights, _vllm(weights, states, schemes))]
         asymmetric = any(not scheme.symmetric for scheme in schemes)
         if len(schemes) > 1:
             return [*verdicts, Verdict("sglang", "no", "mishandles mixed groups")]
@@ -228,6 +240,15 @@ def _vllm(weights: Sequence[Weight], states: dict[str, State], schemes: set[Sche
     if zeros:
         return Verdict("vllm", "yes", "0.8.5 and later read packed zero points of 4 bits, by its source; not run")
     return Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme")
+
+
+def _vllm_keeps(weights: Sequence[Weight], loads: Verdict) -> Verdict:
+    """What vLLM does with scales of keys and values besides."""
+    shapes = {weight.shape for weight in weights if weight.kind == "cache"}
+    if not shapes:
+        return loads
+    by_head = "" if shapes == {(1,)} else " with FlashAttention, the one backend that has them by head"
+    return replace(loads, reason=f"{loads.reason}; keeps keys and values in FP8{by_head}, by its source (0.32)")
 
 
 @lru_cache(maxsize=1)

@@ -168,6 +168,12 @@ def group_of(scheme: Scheme) -> dict[str, Any]:
     return {"format": kind, "weights": {**weights, "dynamic": False}, "input_activations": inputs, "output_activations": None}
 
 
+def cache_scheme(scale: Weight) -> dict[str, Any]:
+    """kv_cache_scheme for a scale of keys or values: FP8, with one for all heads or one for each."""
+    strategy = "tensor" if scale.shape == (1,) else "attn_head"
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
+
+
 def _words(values: int, scheme: Scheme) -> int:
     return -(-values * scheme.bits // 32)
 

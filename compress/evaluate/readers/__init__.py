@@ -67,6 +67,9 @@ class Reading:
     """Where a reader tells less than logits: `logits` are log-probabilities of these, int64 [samples, length, k]."""
 
 
+NO_CACHE = "it does not read the scales of keys and values, and keeps them unrounded"
+"""The note of a probe whose reader leaves out what quantize.kv has added."""
+
 # Built without its CUDA kernels: they are compiled for one torch, and the CPU has no use for them. It needs torch to build.
 _PLAIN = (("BUILD_CUDA_EXT", "0"),)
 _TOOLS = ("setuptools==80.9.0", "wheel==0.45.1")
@@ -177,11 +180,13 @@ def logits(
     timeout_seconds: float = 3600,
     rounded: bool = False,
     trusted: bool = False,
+    cache: bool = True,
 ) -> Reading:
     """The reader's logits for `ids`, int64 [samples, length]; `dtype` is its compute dtype.
 
     `base` is the model below an adapter. `rounded` is for `ours`: dequantized weights are rounded to the dtype of the weights
-    that the codes were made from. Python files of the artifact, or of its base, are run only if `trusted`.
+    that the codes were made from; and `cache`: keys and values are rounded by the artifact's scales, if it has any. Python files
+    of the artifact, or of its base, are run only if `trusted`.
 
     Raises UsageError, InputError for a folder that is no artifact, MachineError for an
     environment that cannot be built or a reader that is not installed, FormatError for an artifact that the reader refuses.
@@ -196,7 +201,7 @@ def logits(
     if trusted:
         references(base or artifact)  # raises for code of another repository
     if not chosen.probe:
-        return _our_own(chosen, artifact, ids, dtype, base, rounded, trusted)
+        return _our_own(chosen, artifact, ids, dtype, base, rounded, trusted, cache)
     if chosen.environment is None and (absent := [name for name in chosen.modules if find_spec(name) is None]):
         do = "pip install 'compress-llm[readers]'"
         raise MachineError(f"the reader {reader}", "it is installed", f"no {', '.join(absent)} in {sys.executable}", do)
@@ -227,7 +232,7 @@ def _there(folder: Path, file: str) -> None:
 
 
 def _our_own(
-    chosen: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool
+    chosen: Reader, artifact: Path, ids: torch.Tensor, dtype: str, base: Path | None, rounded: bool, trusted: bool, cache: bool
 ) -> Reading:
     """Our own reading; an adapter is added to its base."""
     import importlib.metadata
@@ -238,7 +243,7 @@ def _our_own(
     from compress.evaluate.readers.adapter import add_adapter
     from compress.layerwise.model import build
 
-    model = build(open_checkpoint(base or artifact, trusted=trusted), dtype, rounded)
+    model = build(open_checkpoint(base or artifact, trusted=trusted), dtype, rounded, cache=cache)
     # An adapter in its base's own folder is already part of how we read the base.
     if base is not None and artifact.resolve() != (base / ADAPTER).resolve():
         add_adapter(model, artifact)

@@ -19,6 +19,8 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
         if report.get(kind):
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, report[kind])))[:500]}")
     if report.get("unexpected_keys"):
+        if any(name.endswith((".k_scale", ".v_scale")) for name in report["unexpected_keys"]):
+            notes.append("it does not read the scales of keys and values, and keeps them unrounded")
         notes.append(f"it does not read: {', '.join(sorted(report['unexpected_keys']))[:500]}")
     model.eval()
     return lambda ids: model(input_ids=ids, use_cache=False).logits
