@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +34,20 @@ def register(app: typer.Typer) -> None:
     app.command("plan")(command)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Runs without Python's search for cycles: a plan keeps what it makes, and looking through that would take a third of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 @guarded
+@uncollected()
 def command(
     model: options.Model,
     recipe: options.Recipe = None,

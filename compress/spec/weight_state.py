@@ -27,7 +27,7 @@ DTYPE_BYTES = {
 FLOATS: frozenset[str] = frozenset({"F32", "F16", "BF16"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to be written: name on disk, safetensors dtype, shape."""
 
