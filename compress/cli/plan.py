@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Runs without Python's search for cycles: a plan keeps what it makes, and looking through that would take a third of the time."""
+    """Without Python's search for cycles: a plan keeps all that it makes, and looking through that takes a third of its time."""
     before = gc.isenabled()
     gc.disable()
     try:

@@ -55,7 +55,7 @@ def test_what_another_host_has_written_back_over_is_found(tmp_path: Path) -> Non
     with open(tmp_path / "out.tmp" / "model.safetensors", "r+b") as stream:
         stream.seek({spec.name: at for spec, at in writer.shards[0].places}["b"] + 30)
         stream.write(b"\0\0")
-    with pytest.raises(MachineError, match=r"'b'.*others, in 1 of 3 tensors") as raised:
+    with pytest.raises(MachineError, match=r"(?s)'b'.*others, in 1 of 3 tensors") as raised:
         writer.check(writer.read_journals())
     assert "run again" in str(raised.value)
     # What goes on finds the one that is to be written anew.
