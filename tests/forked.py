@@ -49,9 +49,9 @@ class Server:
         """
         return self._run("", arguments, cwd, ranks, variables)
 
-    def python(self, code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    def python(self, code: str, *arguments: Any, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
         """Python's `-c CODE ARGUMENTS`."""
-        return self._run(code, arguments, None, 1, {})
+        return self._run(code, arguments, None, ranks, variables)
 
     def _run(
         self, code: str, arguments: tuple[Any, ...], cwd: Path | None, ranks: int, variables: dict[str, str]

@@ -264,7 +264,7 @@ def assemble(
     refs: dict[str, TensorRef] = {}
     for file in (*shards, *(file for file in files if file == ADAPTER_TENSORS)):
         for ref in header(file):
-            ref = replace(ref, file=file)
+            ref = ref if ref.file == file else replace(ref, file=file)
             if ref.name in refs:
                 raise InputError(str(path / file), "each tensor once", f"'{ref.name}', also in {refs[ref.name].file}")
             refs[ref.name] = ref
@@ -297,7 +297,9 @@ def shard_files(path: Path, files: list[str]) -> list[str]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(str(index), "a weight_map", "none")
-        wanted = sorted({inside(path, file, str(index)).name for file in weight_map.values()})
+        # Each file once; of what is no text there is no set.
+        named = {repr(file): file for file in weight_map.values()}
+        wanted = sorted({inside(path, file, str(index)).name for file in named.values()})
         missing = [file for file in wanted if file not in files]
         if missing:
             raise InputError(str(index), "every file that it names", f"missing: {', '.join(missing)}", "fetch them")

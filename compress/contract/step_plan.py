@@ -146,10 +146,21 @@ class Plan:
         return step.bits([w for w in step.weights if chosen is None or w.name in chosen])
 
 
-def layout_specs(fmt: Format | None, weights: Sequence[Weight], states: Mapping[str, State]) -> dict[str, list[TensorSpec]]:
-    """The tensors that hold each weight: canonical ones, or those of a format, which leaves some weights plain."""
+def layout_specs(
+    fmt: Format | None, weights: Sequence[Weight], states: Mapping[str, State], before: StepPlan | None
+) -> dict[str, list[TensorSpec]]:
+    """The tensors that hold each weight: canonical ones, or those of a format, which leaves some weights plain.
+
+    What a canonical step `before` over the same weights stores alike is taken from there, for a model has many of them.
+    """
 
     def of(weight: Weight, state: State) -> list[TensorSpec]:
-        return qtensor.specs(weight, state) if fmt is None or fmt.plain(weight, state) else fmt.specs(weight, state)
+        if fmt is not None and not fmt.plain(weight, state):
+            return fmt.specs(weight, state)
+        if before is not None and before.format is None:
+            old = before.after[weight.name]
+            if old is state or (old.scheme is None and state.scheme is None):
+                return before.stored[weight.name]
+        return qtensor.specs(weight, state)
 
     return {weight.name: of(weight, states[weight.name]) for weight in weights}

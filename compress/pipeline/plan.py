@@ -92,6 +92,8 @@ class _Planner:
         self.changed = changed_by(checkpoint.manifest.notes if checkpoint.manifest else ())
         """Weights that an earlier step has trained or smoothed."""
         self.tokens, self.length = _tokens_of(checkpoint)
+        self.last: StepPlan | None = None
+        """The last step so far."""
         self.skips = [compiled(text, f"--allow-skips '{text}'") for text in options.allow_skips]
 
     def plan(self) -> Plan:
@@ -102,7 +104,8 @@ class _Planner:
         for number, pass_ in enumerate(self.passes, start=1):
             self.check_packed(number)
             if isinstance(pass_, DataPass):
-                steps.append(self.data_step(number, pass_))
+                self.last = self.data_step(number, pass_)
+                steps.append(self.last)
                 continue
             assert isinstance(pass_, WeightPass)
             where, fmt = self.where(number, pass_), pass_.target_format()
@@ -121,6 +124,7 @@ class _Planner:
             self.states = planned.after
             if step is not None:
                 steps.append(step)
+                self.last = step
                 self.changed |= changed_by(step.notes)
             if fmt is not None:
                 verdicts = tuple(fmt.readers(self.weights, self.states))
@@ -177,7 +181,8 @@ class _Planner:
         """A step that makes tokens. It writes the weights only if it is the last step, since OUT must have them."""
         self.tokens, self.length = pass_.tokens_at_most()
         self.shared = [*self.shared, *pass_.source_notes()]
-        stored, canonical = layout_specs(None, self.weights, self.states), any(state.scheme for state in self.states.values())
+        stored = layout_specs(None, self.weights, self.states, self.last)
+        canonical = any(state.scheme for state in self.states.values())
         last, stem = number == len(self.passes), CANONICAL_STEM if canonical else STEM
         shards = arrange(chain.from_iterable(stored.values()), self.options.shard_bytes, stem) if last else []
         texts = _texts(self.config, None, self.written, self.states)
@@ -210,7 +215,7 @@ class _StepPlanner:
         touched = [weight for weight in chosen if weight.name not in skipped]
         decided = self.settle(touched)
         notes = self.notes(touched, skipped, decided)
-        stored = layout_specs(self.format, self.planner.weights, self.after)
+        stored = layout_specs(self.format, self.planner.weights, self.after, self.planner.last)
         needs = needs_of(self.pass_, touched, self.after, stored, self.format, self.planner.surroundings())
         texts = _texts(self.planner.config, self.format, self.planner.written, self.after)
         step = StepPlan(
@@ -286,6 +291,9 @@ class _StepPlanner:
         planner, fmt = self.planner, self.format
         if fmt is not None and (made := fmt.shards(planner.weights, self.after)):
             return made
+        last = planner.last
+        if fmt is None and last is not None and last.shards and all(specs is last.stored[name] for name, specs in stored.items()):
+            return last.shards
         canonical = fmt is None and any(self.after[w.name].scheme for w in planner.weights)
         specs = list(chain.from_iterable(stored.values()))
         apart = {spec.name: file for spec in specs if fmt is not None and (file := fmt.file_of(spec.name))}
@@ -311,7 +319,7 @@ class _SlicePlanner:
             return None, [("*", refusal.reason, refusal.do)]
         weights = made.model.weights
         self.after = {weight.name: DENSE for weight in weights}
-        stored = layout_specs(None, weights, self.after)
+        stored = layout_specs(None, weights, self.after, None)
         needs = needs_of(self.pass_, list(made.cut.weights), self.before, {}, None, planner.surroundings())
         step = StepPlan(
             self.number, self.pass_, weights, tuple(self.after), {}, self.before, self.after, None,

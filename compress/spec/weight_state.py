@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from compress.spec.corrections import Lowrank, Outliers
@@ -34,11 +35,11 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)
+    """Payload bytes."""
 
-    @property
-    def nbytes(self) -> int:
-        """Payload bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * DTYPE_BYTES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Weight:
         """Leading dimension of fused experts, None for a plain matrix."""
         return self.shape[0] if len(self.shape) == 3 else None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 

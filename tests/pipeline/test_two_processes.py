@@ -118,3 +118,37 @@ main()
     assert "a file system with locks" in done.stderr
     assert "Function not implemented" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+TORN = """
+import os, sys
+from compress.checkpoint.writer import Writer
+real = Writer.detach
+def detach(self):
+    real(self)
+    if self.rank and "-quantize" in self.path.name:
+        with open(self.path / self.shards[0].file, "r+b") as stream:
+            stream.seek(-300, os.SEEK_END)
+            stream.write(bytes(200))
+Writer.detach = detach
+sys.argv = ["compress", *sys.argv[1:]]
+from compress.__main__ import main
+main()
+"""
+"""A process whose host writes back a page over what another one has written there."""
+
+
+@pytest.mark.parametrize("kind", ["stream", "sweep"])
+def test_ranks_on_two_hosts_read_what_each_other_wrote(kind: str, tiny: Path, other: Server, tmp_path: Path) -> None:
+    """Two ranks that torchrun has started on two hosts. What a file system between them lost is found before it is published."""
+    recipe, hosts = PASSES[kind][1], {"LOCAL_WORLD_SIZE": "1"}
+    command = ["run", tiny, tmp_path / "out", "-p", recipe, "--threads", 1, "--dtype", "float32", "--quiet"]
+    torn = other.python(TORN, *command, ranks=2, **hosts)
+    assert torn.returncode == 6, torn.stderr
+    assert "the bytes that its process wrote" in torn.stderr
+    assert not (tmp_path / "out").exists()
+    again = other.compress(*command, ranks=2, **hosts)
+    assert again.returncode == 0, again.stderr
+    alone = compress("run", tiny, tmp_path / "alone", *command[3:])
+    assert alone.returncode == 0, alone.stderr
+    assert tree(tmp_path / "out") == tree(tmp_path / "alone")
