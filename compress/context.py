@@ -25,6 +25,8 @@ class Context:
     """Compute dtype of models: float32, bfloat16, or auto: the checkpoint's own if the device multiplies in it."""
     rank: int = 0
     world_size: int = 1
+    spread: bool = False
+    """Whether the ranks run on several hosts, which share files and nothing else."""
     events: Callable[[dict[str, Any]], None] = lambda event: None
     """Receives progress and log events as dicts; the CLI renders them or prints them as JSON lines."""
 

@@ -32,6 +32,7 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name.replace("_", "-") for path in folder.glob("*/layout.py")))
 
 
+@lru_cache
 def load_format(name: str) -> type[Format]:
     """The Format class of that name. Raises InputError for an unknown name, such as one in a manifest."""
     from compress.contract.format import Format

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
@@ -67,7 +69,7 @@ class Pack(TensorPass):
             fmt.refuse(weight, state)
         except Refusal as refusal:
             words = re.findall(r"[\w-]+", refusal.do)
-            others = [f"pack(format={name})" for name in _holding(weight, state) if name not in (fmt.name, *words)]
+            others = [f"pack(format={name})" for name in _holding(_unnumbered(weight), state) if name not in (fmt.name, *words)]
             holds = f"{' or '.join(others)}, which {'holds' if len(others) == 1 else 'hold'} it" if others else ""
             raise Refusal(refusal.reason, "; or ".join(way for way in (refusal.do, holds) if way)) from None
         return state
@@ -76,6 +78,13 @@ class Pack(TensorPass):
         return value, None
 
 
+def _unnumbered(weight: Weight) -> Weight:
+    """The same weight of the first expert and block: no format refuses one for its number."""
+    name, module = (re.sub(r"\.\d+(?=\.)", ".0", text) for text in (weight.name, weight.module))
+    return replace(weight, name=name, module=module, block=None if weight.block is None else 0)
+
+
+@lru_cache
 def _holding(weight: Weight, state: State) -> list[str]:
     """The formats that hold the codes of a weight, with their corrections."""
     from compress.kernels.dispatch import formats, load_format

@@ -49,9 +49,9 @@ class Server:
         """
         return self._run("", arguments, cwd, ranks, variables)
 
-    def python(self, code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    def python(self, code: str, *arguments: Any, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
         """Python's `-c CODE ARGUMENTS`."""
-        return self._run(code, arguments, None, 1, {})
+        return self._run(code, arguments, None, ranks, variables)
 
     def _run(
         self, code: str, arguments: tuple[Any, ...], cwd: Path | None, ranks: int, variables: dict[str, str]
@@ -89,12 +89,12 @@ def compress(*arguments: Any, cwd: Path | None = None, ranks: int = 1) -> subpro
 
 def _child(request: dict[str, Any], rank: int, port: int) -> None:
     os.chdir(request["cwd"])
-    os.environ |= request["variables"]
     more = f".{rank}" if rank else ""
     if request["ranks"] > 1:
         size = str(request["ranks"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= request["variables"]
     out, err = request["out"] + more, request["err"] + more
     for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(name, how | (os.O_CREAT if number else 0), 0o600), number)

@@ -157,8 +157,10 @@ class Layout:
 
     def within(self, names: set[str]) -> Layout:
         """Only spaces all of whose weights are in `names`."""
-        kept = tuple(space for space in self.spaces if all(weight.name in names for weight in space.weights))
-        lost = [reader.name for space in self.spaces if space not in kept for reader in space.readers if reader.name in names]
+        whole = [all(weight.name in names for weight in space.weights) for space in self.spaces]
+        kept = tuple(space for space, all_there in zip(self.spaces, whole, strict=True) if all_there)
+        torn = [space for space, all_there in zip(self.spaces, whole, strict=True) if not all_there]
+        lost = [reader.name for space in torn for reader in space.readers if reader.name in names]
         return replace(self, spaces=kept, left={**self.left, **dict.fromkeys(lost, "something that shares its space is skipped")})
 
 
@@ -209,16 +211,17 @@ def place_of(weight: Weight) -> tuple[str, str]:
 
 def _found(rule: _Rule, block: str, places: dict[str, Weight], head: int) -> list[tuple[Space | None, list[Weight]]]:
     """The spaces of a rule in a block, each with its readers; None for a space that cannot be rescaled."""
-    numbers: Sequence[int | None] = (None,)
-    if "*" in rule.writer:
-        numbers = sorted({int(match[1]) for place in places if (match := re.match(r"mlp\.experts\.(\d+)\.", place))})
-    found = []
-    for expert in numbers:
-        number = r"\d+" if expert is None else str(expert)
-        paths = re.compile("|".join(re.escape(path).replace(r"\*", number) for path in rule.readers))
-        if readers := [weight for place, weight in places.items() if paths.fullmatch(place)]:
-            found.append((_space(rule, block, places, readers, head, expert), readers))
-    return found
+    paths = re.compile("|".join(re.escape(path).replace(r"\*", r"(\d+)") for path in rule.readers))
+    # A space of each expert where an expert writes it, else one for all that read it.
+    readers: dict[int | None, list[Weight]] = {}
+    for place, weight in places.items():
+        if match := paths.fullmatch(place):
+            expert = int(match[match.lastindex or 0]) if "*" in rule.writer else None
+            readers.setdefault(expert, []).append(weight)
+    return [
+        (_space(rule, block, places, readers[expert], head, expert), readers[expert])
+        for expert in sorted(readers, key=lambda number: number or 0)
+    ]
 
 
 def _space(

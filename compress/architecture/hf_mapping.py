@@ -55,19 +55,19 @@ class Mapping:
         """The groups that `names` form, in loading order; names without a parameter are left out."""
         from transformers.core_model_loading import dot_natural_key
 
-        found: dict[str, Group] = {}
+        found: dict[str, list[tuple[str, str | None]]] = {}
         for name in sorted(names, key=dot_natural_key):
             parameter, pattern = self.place(name)
             if parameter not in self.state:
                 continue
-            before = found.get(parameter)
             if pattern is None:
-                found[parameter] = Group(parameter, (name,))
-            elif before is None:
-                found[parameter] = Group(parameter, (name,), (pattern,))
+                found[parameter] = [(name, None)]
             else:
-                found[parameter] = Group(parameter, (*before.sources, name), (*before.patterns, pattern))
-        return list(found.values())
+                found.setdefault(parameter, []).append((name, pattern))
+        return [
+            Group(parameter, tuple(name for name, _ in parts), tuple(pattern for _, pattern in parts if pattern is not None))
+            for parameter, parts in found.items()
+        ]
 
     def operations(self, group: Group) -> list[Any]:
         """transformers' operations on a group, and the patterns they are for."""

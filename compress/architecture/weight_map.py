@@ -174,6 +174,8 @@ class _Resolver:
         mapping = Mapping(self.model)
         places: dict[str, tuple[str, bool]] = {}
         self.produced: set[str] = set()
+        # Blocks are alike, and fusing hundreds of experts takes its time even without data.
+        known: dict[Any, Any] = {}
         for group in mapping.groups(self.logical):
             entry = self.logical[group.sources[0]]
             if not group.patterns:
@@ -191,12 +193,16 @@ class _Resolver:
             def empty(name: str) -> torch.Tensor:
                 return torch.empty(self.logical[name].shape, dtype=torch_dtype(self.logical[name].dtype), device="meta")
 
+            kinds = tuple((self.logical[name].dtype, self.logical[name].shape) for name in group.sources)
+            alike = re.sub(r"\d+", "#", group.parameter), self.state[group.parameter].shape, group.patterns, kinds
             try:
-                results = mapping.convert(group, empty)
+                results = {group.parameter: known[alike]} if alike in known else mapping.convert(group, empty)
             except Exception as error:  # the operations raise whatever torch raises on shapes that do not fit
                 self.wrong(group.sources[0], f"tensors that make up {group.parameter}", str(error).splitlines()[0])
                 self.produced.add(group.parameter)
                 continue
+            if [*results] == [group.parameter]:
+                known[alike] = results[group.parameter]
             for name, got in results.items():
                 self.produced.add(name)
                 if name in self.state and got.shape != self.state[name].shape:

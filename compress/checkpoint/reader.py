@@ -80,7 +80,7 @@ class Checkpoint:
     trusted: bool = False
     """Whether Python files of the checkpoint may be run."""
 
-    @property
+    @cached_property
     def logical(self) -> dict[str, Logical]:
         """Every weight by its source name, in stored order; the parts of a quantized weight are one entry."""
         records = self.manifest.weights if self.manifest and self.manifest.format == "canonical" else {}
@@ -159,16 +159,18 @@ class Checkpoint:
             done += got
 
 
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
+    "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """torch's dtype for a safetensors dtype name."""
     import torch
 
-    names = {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-        "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32",
-        "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    }  # fmt: skip
-    dtype = getattr(torch, names[name])
+    dtype = getattr(torch, _TORCH_NAMES[name])
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -262,7 +264,7 @@ def assemble(
     refs: dict[str, TensorRef] = {}
     for file in (*shards, *(file for file in files if file == ADAPTER_TENSORS)):
         for ref in header(file):
-            ref = replace(ref, file=file)
+            ref = ref if ref.file == file else replace(ref, file=file)
             if ref.name in refs:
                 raise InputError(str(path / file), "each tensor once", f"'{ref.name}', also in {refs[ref.name].file}")
             refs[ref.name] = ref
@@ -295,7 +297,9 @@ def shard_files(path: Path, files: list[str]) -> list[str]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(str(index), "a weight_map", "none")
-        wanted = sorted({inside(path, file, str(index)).name for file in weight_map.values()})
+        # Each file once; of what is no text there is no set.
+        named = {repr(file): file for file in weight_map.values()}
+        wanted = sorted({inside(path, file, str(index)).name for file in named.values()})
         missing = [file for file in wanted if file not in files]
         if missing:
             raise InputError(str(index), "every file that it names", f"missing: {', '.join(missing)}", "fetch them")

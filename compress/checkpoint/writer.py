@@ -167,6 +167,24 @@ class Writer:
             self._descriptors.clear()
             self._journal_stream.close()
 
+    def check(self, entries: Mapping[str, dict[str, Any]]) -> None:
+        """Reads what every rank has journaled. Raises MachineError for bytes that are not those that were written.
+
+        Ranks of one host see each other's bytes. Of several hosts one may write back a whole page of a file, with what it has
+        not yet seen of another's tensor in it; NFS does so where the page was read before.
+        """
+        with _explained(self.path):
+            for shard in self.shards:
+                self._descriptors[shard.file] = os.open(self.path / shard.file, os.O_RDONLY | os.O_CLOEXEC)
+            written = [(name, digest) for entry in entries.values() for name, digest in entry["digests"].items()]
+            torn = [name for name, digest in written if self._digest(name) != digest]
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+        if torn:
+            do = "run again, which writes these anew; on one host, or on a file system that keeps what hosts write to a page"
+            got = f"others, in {len(torn)} of {len(written)} tensors"
+            raise MachineError(f"{self.path}: '{torn[0]}'", "the bytes that its process wrote", got, do)
+
     def seal(self, texts: dict[str, str], side_files: Mapping[str, Path]) -> None:
         """Adds index, texts and side files, by name, and makes everything durable; only the rename is left to do."""
         with _explained(self.path):

@@ -242,8 +242,8 @@ def context(seed: int, dtype: str, device: str, threads: int | None, receive: ob
 
         if not dist.is_initialized():
             dist.init_process_group(backends(resolve(device, world)))
-    rank = int(os.environ.get("RANK", "0"))
-    return Context(seed, threads or available(), device, dtype, rank, world, receive)  # type: ignore[arg-type]
+    rank, here = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    return Context(seed, threads or available(), device, dtype, rank, world, here < world, receive)  # type: ignore[arg-type]
 
 
 def summary(result: Result) -> dict[str, object]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from compress.architecture.axes import Slice, slices
@@ -57,6 +58,8 @@ class StepPlan:
     after: dict[str, State]
     format: Format | None
     shards: list[Shard]
+    stored: dict[str, list[TensorSpec]]
+    """The tensors that hold each weight after the step."""
     texts: dict[str, str]
     """config.json, and other files that the format's reader needs, by name."""
     notes: tuple[Note, ...]
@@ -82,12 +85,12 @@ class StepPlan:
     def transformed(self) -> list[str]:
         return [name for name in self.targeted if name not in self.skipped]
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of tensors."""
         return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
 
-    @property
+    @cached_property
     def disk_bytes(self) -> int:
         """Bytes of the shards with their headers, the index and config.json; 0 for a step that writes no weights."""
         if self.inherits:
@@ -103,7 +106,7 @@ class StepPlan:
 
     def specs(self, weight: Weight) -> list[TensorSpec]:
         """The tensors that hold `weight` after this step."""
-        return layout_specs(self.format, weight, self.after[weight.name])
+        return self.stored[weight.name]
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,21 @@ class Plan:
         return step.bits([w for w in step.weights if chosen is None or w.name in chosen])
 
 
-def layout_specs(fmt: Format | None, weight: Weight, state: State) -> list[TensorSpec]:
-    """The tensors that hold a weight: canonical ones, or those of a format, which leaves some weights plain."""
-    if fmt is None or fmt.plain(weight, state):
+def layout_specs(
+    fmt: Format | None, weights: Sequence[Weight], states: Mapping[str, State], before: StepPlan | None
+) -> dict[str, list[TensorSpec]]:
+    """The tensors that hold each weight: canonical ones, or those of a format, which leaves some weights plain.
+
+    What a canonical step `before` over the same weights stores alike is taken from there, for a model has many of them.
+    """
+
+    def of(weight: Weight, state: State) -> list[TensorSpec]:
+        if fmt is not None and not fmt.plain(weight, state):
+            return fmt.specs(weight, state)
+        if before is not None and before.format is None:
+            old = before.after[weight.name]
+            if old is state or (old.scheme is None and state.scheme is None):
+                return before.stored[weight.name]
         return qtensor.specs(weight, state)
-    return fmt.specs(weight, state)
+
+    return {weight.name: of(weight, states[weight.name]) for weight in weights}

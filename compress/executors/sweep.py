@@ -136,8 +136,9 @@ class Sweep:
         """Solves the weights of one block, one input tensor after the other; returns how many were journaled already."""
         kept = 0
         for key, members in self.spaces(path, weights, probe):
-            pending = [weight for weight in members if not self.writer.is_done(weight.name)]
-            solved = [weight for weight in members if weight not in pending]
+            done = {weight.name: self.writer.is_done(weight.name) for weight in members}
+            pending = [weight for weight in members if not done[weight.name]]
+            solved = [weight for weight in members if done[weight.name]]
             self.replace({weight.name: self.read_back(weight) for weight in solved})
             for weight in solved:
                 self.round_inputs(weight)
@@ -176,7 +177,8 @@ class Sweep:
         statistic = self.observe(key, weights[0])
         solved = self.solve([(weight, None) for weight in weights], {None: statistic})
         for weight in weights:
-            self.keep(weight, {None: solved.pop((weight.name, None))})
+            self.replace({weight.name: self.keep(weight, {None: solved.pop((weight.name, None))})})
+            self.round_inputs(weight)
 
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of a weight's inputs over all batches."""
@@ -195,13 +197,18 @@ class Sweep:
         """Solves weights of routed experts, from a statistic for each expert."""
         parts = experts_of(weights)
         found: dict[str, dict[int | None, Solution]] = defaultdict(dict)
+        kept: dict[str, torch.Tensor] = {}
         for statistics in self.observe_experts(key, sorted({expert for _, expert in parts}), weights[0].in_features):
             solved = self.solve([part for part in parts if part[1] in statistics], statistics)
             for (name, which), solution in solved.items():
                 found[name][which] = solution
             for weight in weights:
                 if weight.name in found and len(found[weight.name]) == (weight.experts or 1):
-                    self.keep(weight, found.pop(weight.name))
+                    kept[weight.name] = self.keep(weight, found.pop(weight.name))
+        # All at once: where experts are fused, one that is replaced loads them all. None of them reads what another writes.
+        self.replace(kept)
+        for weight in weights:
+            self.round_inputs(weight)
 
     def observe_experts(self, key: Key, experts: list[int], width: int) -> Iterator[dict[int, Any]]:
         """The statistics of the inputs of routed experts, as many at a time as the memory budget allows."""
@@ -301,8 +308,8 @@ class Sweep:
             stored = stored[expert]
         return (stored.T if weight.transposed else stored).to(self.meta_model.device)
 
-    def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> None:
-        """Writes a solved weight, journals it, and replaces it in the block."""
+    def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> torch.Tensor:
+        """Writes a solved weight and journals it; returns its dense value, which is to take its place in the block."""
         ordered = [solutions[expert] for expert in sorted(solutions, key=lambda e: e or 0)]
         value = _joined(weight, [solution.value for solution in ordered])
         after = self.step.after[weight.name]
@@ -316,8 +323,7 @@ class Sweep:
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
                 digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, moved(value, CPU)).items()}
                 self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
-        self.replace({weight.name: _dense(weight, after, value)})
-        self.round_inputs(weight)
+        return _dense(weight, after, value)
 
     def round_inputs(self, weight: Weight) -> None:
         """From now on rounds the inputs of a solved weight, as they will be when the model runs."""

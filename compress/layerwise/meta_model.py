@@ -8,6 +8,7 @@ buffers that no checkpoint holds come from transformers' own initialisation.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class MetaModel:
         self.model = dense_view.resolve(self.module)
         self.mapping = Mapping(self.module)
         self._groups, self._aliases = self._by_parameter()
+        self._made: dict[str, list[str]] = defaultdict(list)
+        """Tensor on disk -> the parameters that it becomes, or becomes part of."""
+        for parameter, group in self._groups.items():
+            for name in group.sources:
+                self._made[name].append(parameter)
         self._overrides: dict[str, torch.Tensor] = {}
         self.blocks = [
             Block(stack, index, f"{path}.{index}")
@@ -185,12 +191,12 @@ class MetaModel:
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """Replaces weights of the loaded block by new values in stored shape and dtype."""
         self._overrides.update(weights)
-        groups = {group.parameter: group for group in self._groups.values() if not weights.keys().isdisjoint(group.sources)}
-        for group in groups.values():
-            self._load_parameter(next(name for name, other in self._groups.items() if other is group), "")
+        # The first parameter of each group; loading it loads the others.
+        for parameter in dict.fromkeys(made[0] for name in weights if (made := self._made.get(name))):
+            self._load_parameter(parameter, "")
             # A new value is kept only while weights that it is fused with have not been replaced yet.
-            if len(group.sources) == 1:
-                del self._overrides[group.sources[0]]
+            if len(sources := self._groups[parameter].sources) == 1:
+                del self._overrides[sources[0]]
 
     def release(self, path: str) -> None:
         """Releases everything under a path."""
@@ -210,7 +216,7 @@ class MetaModel:
 
     def made_of(self, name: str) -> list[str]:
         """The parameters that a tensor on disk becomes, or becomes part of; tied ones included."""
-        made = [parameter for parameter, group in self._groups.items() if name in group.sources]
+        made = self._made.get(name, [])
         return made + [alias for alias, parameter in self._aliases.items() if parameter in made]
 
     def group_of(self, parameter: str) -> Group:

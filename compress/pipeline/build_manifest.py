@@ -165,7 +165,8 @@ def _still(note: NoteRecord, step: StepPlan, renamed: dict[str, str] | None) -> 
     if renamed is not None and names and not renamed.keys().isdisjoint(names):
         names = tuple(renamed[name] for name in names if name in renamed)
     if note.what == "large error" and step.format is None:
-        names = tuple(name for name in names if name not in set(step.transformed))
+        anew = set(step.transformed)
+        names = tuple(name for name in names if name not in anew)
     if names == note.names:
         return note
     return note.model_copy(update={"names": names, "count": len(names)}) if names else None

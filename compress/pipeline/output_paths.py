@@ -90,6 +90,10 @@ def locked(out: Path, ctx: Context) -> Iterator[None]:
                 "a run that holds its lock",
                 "wait for it, or choose another OUT",
             ) from None
+        except OSError as error:
+            do = "choose an OUT on a file system that has them; Lustre has them with the mount option flock"
+            expected = "a file system with locks, which keep a second run away"
+            raise MachineError(str(folder), expected, error.strerror or str(error), do) from None
         try:
             yield
         finally:

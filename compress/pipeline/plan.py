@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from compress.architecture.families import Layout
@@ -27,14 +28,13 @@ from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import Plan, StepPlan, layout_specs
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.layerwise.dense_view import DenseView
-from compress.numerics import qtensor
 from compress.pipeline.plan_checks import refuse_after_cache, refuse_cache, refuse_unread, refuse_zeros
 from compress.pipeline.plan_memory import Surroundings, needs_of
 from compress.pipeline.plan_slicing import smaller_model
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe import Recipe
 from compress.spec.selectors import compiled
-from compress.spec.weight_state import DENSE, Note, State, Weight, counted
+from compress.spec.weight_state import DENSE, Note, State, TensorSpec, Weight, counted
 from compress.threads import available
 
 SHARD_BYTES = 5_000_000_000
@@ -93,6 +93,8 @@ class _Planner:
         self.changed = changed_by(checkpoint.manifest.notes if checkpoint.manifest else ())
         """Weights that an earlier step has trained or smoothed."""
         self.tokens, self.length = _tokens_of(checkpoint)
+        self.last: StepPlan | None = None
+        """The last step so far."""
         self.skips = [compiled(text, f"--allow-skips '{text}'") for text in options.allow_skips]
 
     def plan(self) -> Plan:
@@ -103,7 +105,8 @@ class _Planner:
         for number, pass_ in enumerate(self.passes, start=1):
             self.check_packed(number)
             if isinstance(pass_, DataPass):
-                steps.append(self.data_step(number, pass_))
+                self.last = self.data_step(number, pass_)
+                steps.append(self.last)
                 continue
             assert isinstance(pass_, WeightPass)
             where, fmt = self.where(number, pass_), pass_.target_format()
@@ -123,6 +126,7 @@ class _Planner:
             self.states = planned.after
             if step is not None:
                 steps.append(step)
+                self.last = step
                 self.changed |= changed_by(step.notes)
             if fmt is not None:
                 verdicts = tuple(fmt.readers(self.weights, self.states))
@@ -180,13 +184,13 @@ class _Planner:
         """A step that makes tokens. It writes the weights only if it is the last step, since OUT must have them."""
         self.tokens, self.length = pass_.tokens_at_most()
         self.shared = [*self.shared, *pass_.source_notes()]
-        specs = [spec for weight in self.weights for spec in qtensor.specs(weight, self.states[weight.name])]
+        stored = layout_specs(None, self.weights, self.states, self.last)
         canonical = any(state.scheme for state in self.states.values())
-        last = number == len(self.passes)
-        shards = arrange(specs, self.options.shard_bytes, CANONICAL_STEM if canonical else STEM) if last else []
+        last, stem = number == len(self.passes), CANONICAL_STEM if canonical else STEM
+        shards = arrange(chain.from_iterable(stored.values()), self.options.shard_bytes, stem) if last else []
         texts = _texts(self.config, None, self.written, self.states)
         return StepPlan(
-            number, pass_, tuple(self.weights), (), {}, self.states, self.states, None, shards, texts, tuple(self.shared),
+            number, pass_, tuple(self.weights), (), {}, self.states, self.states, None, shards, stored, texts, tuple(self.shared),
             _DATA_BYTES,
         )  # fmt: skip
 
@@ -214,11 +218,12 @@ class _StepPlanner:
         touched = [weight for weight in chosen if weight.name not in skipped]
         decided = self.settle(touched)
         notes = self.notes(touched, skipped, decided)
-        needs = needs_of(self.pass_, touched, self.after, self.format, self.planner.surroundings())
+        stored = layout_specs(self.format, self.planner.weights, self.after, self.planner.last)
+        needs = needs_of(self.pass_, touched, self.after, stored, self.format, self.planner.surroundings())
         texts = _texts(self.planner.config, self.format, self.planner.written, self.after)
         step = StepPlan(
             self.number, self.pass_, tuple(self.planner.weights), tuple(w.name for w in chosen), skipped, self.before, self.after,
-            self.format, self.shards(),
+            self.format, self.shards(stored), stored,
             texts, tuple(notes), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes,
         )  # fmt: skip
         if self.allocator is not None and not decided:
@@ -290,13 +295,16 @@ class _StepPlanner:
         changed = changed_by(notes) | planner.changed
         return notes + untouched([weight for weight in planner.weights if weight.name not in changed], after)
 
-    def shards(self) -> list[Shard]:
+    def shards(self, stored: Mapping[str, list[TensorSpec]]) -> list[Shard]:
         """The layout of all tensors."""
         planner, fmt = self.planner, self.format
         if fmt is not None and (made := fmt.shards(planner.weights, self.after)):
             return made
+        last = planner.last
+        if fmt is None and last is not None and last.shards and all(specs is last.stored[name] for name, specs in stored.items()):
+            return last.shards
         canonical = fmt is None and any(self.after[w.name].scheme for w in planner.weights)
-        specs = [spec for w in planner.weights for spec in layout_specs(fmt, w, self.after[w.name])]
+        specs = list(chain.from_iterable(stored.values()))
         apart = {spec.name: file for spec in specs if fmt is not None and (file := fmt.file_of(spec.name))}
         stem = CANONICAL_STEM if canonical else STEM
         shards = arrange((s for s in specs if s.name not in apart), planner.options.shard_bytes, stem)
@@ -340,11 +348,12 @@ class _SlicePlanner:
             return None, [("*", refusal.reason, refusal.do)]
         weights = made.model.weights
         self.after = {weight.name: DENSE for weight in weights}
-        specs = [spec for weight in weights for spec in qtensor.specs(weight, DENSE)]
-        needs = needs_of(self.pass_, list(made.cut.weights), self.before, None, planner.surroundings())
+        stored = layout_specs(None, weights, self.after, None)
+        needs = needs_of(self.pass_, list(made.cut.weights), self.before, {}, None, planner.surroundings())
         step = StepPlan(
             self.number, self.pass_, weights, tuple(self.after), {}, self.before, self.after, None,
-            arrange(specs, options.shard_bytes, STEM), _texts(made.config, None, made.model, self.after),
+            arrange(chain.from_iterable(stored.values()), options.shard_bytes, STEM), stored,
+            _texts(made.config, None, made.model, self.after),
             (*made.notes, *planner.shared), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes, made.cut,
         )  # fmt: skip
         planner.weights, planner.written, planner.config = list(weights), made.model, made.config

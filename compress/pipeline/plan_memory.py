@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
 from compress.contract.shapes import ObservingPass
 from compress.contract.slicing_pass import SlicingPass
-from compress.contract.step_plan import layout_specs
 from compress.contract.train_pass import TrainPass
 from compress.executors.teacher import open_twin, teacher_headers
 from compress.layerwise.memory_estimate import (
@@ -27,7 +27,7 @@ from compress.layerwise.memory_estimate import (
     sweep_bytes,
     train_bytes,
 )
-from compress.spec.weight_state import State, Weight
+from compress.spec.weight_state import State, TensorSpec, Weight
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class Needs(NamedTuple):
 
 
 def needs_of(
-    pass_: WeightPass, touched: list[Weight], after: dict[str, State], fmt: Format | None, around: Surroundings
-) -> Needs:
-    """The bytes that a step needs, given the states `after` it and the weights that it changes."""
+    pass_: WeightPass, touched: list[Weight], after: dict[str, State], stored: Mapping[str, list[TensorSpec]], fmt: Format | None,
+    around: Surroundings,
+) -> Needs:  # fmt: skip
+    """The bytes that a step needs, given the states `after` it, what is `stored` then, and the weights that it changes."""
     worker, config = pass_.worker(), around.config
     size = computing(around.dtype, config).itemsize
     if isinstance(worker, TrainPass):
@@ -79,7 +80,7 @@ def needs_of(
     if isinstance(worker, CachePass):
         there = slice_bytes(("cache",), around.weights, config, around.tokens, size)
         return Needs(max(there, min(around.threads, MAX_WORKERS) << 25), 0, there + DEVICE_BYTES)
-    work = max((_workspace(worker, weight, after[weight.name], fmt) for weight in touched), default=0)
+    work = max((_workspace(worker, weight, stored[weight.name], fmt) for weight in touched), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
     scratch = there = 0
     if isinstance(worker, ObservingPass) and worker.observes():
@@ -93,8 +94,8 @@ def needs_of(
     return Needs(max(resident, there), scratch, there and there + DEVICE_BYTES)
 
 
-def _workspace(pass_: WeightPass, weight: Weight, after: State, fmt: Format | None) -> int:
+def _workspace(pass_: WeightPass, weight: Weight, stored: list[TensorSpec], fmt: Format | None) -> int:
     """Most bytes that one worker holds: the dense tensor, the pass's workspace, packed streams and their parts."""
-    stream = sum(spec.nbytes for spec in layout_specs(fmt, weight, after))
+    stream = sum(spec.nbytes for spec in stored)
     dense = 0 if fmt is not None else weight.nbytes
     return dense + pass_.workspace_bytes(weight) + 2 * stream + (16 << 20)

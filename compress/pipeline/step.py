@@ -124,6 +124,8 @@ def _seal(run: StepRun, state: RunState, line: Step, inputs: StepInputs, measure
     side = _side_files(run, state, inputs.corpus)
     entries = writer.read_journals()
     _verify(writer, run.weights, entries)
+    if run.ctx.spread:
+        writer.check(entries)
     texts = {} if step.inherits else {**step.texts, **_config_of(run)}
     files = {name: file_digest(path) for name, path in side.items()}
     files |= {name: text_digest(name, text) for name, text in texts.items()}

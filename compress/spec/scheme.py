@@ -163,7 +163,7 @@ class Scheme(TextForm):
 
     def rows_per_scale(self, rows: int) -> int:
         """Rows that share a scale."""
-        return {"tensor": max(1, rows), "block": BLOCK}.get(self.scales, 1)
+        return max(1, rows) if self.scales == "tensor" else BLOCK if self.scales == "block" else 1
 
     def grid_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """The shape of the scales of a matrix."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from compress.spec.corrections import Lowrank, Outliers
@@ -30,18 +31,18 @@ UNREACHED = "no text reaches it"
 """Why nothing that reads text changes a tower (vision, audio), or what joins it to the text model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor to be written: name on disk, safetensors dtype, shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)
+    """Payload bytes."""
 
-    @property
-    def nbytes(self) -> int:
-        """Payload bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * DTYPE_BYTES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Weight:
         """Leading dimension of fused experts, None for a plain matrix."""
         return self.shape[0] if len(self.shape) == 3 else None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 

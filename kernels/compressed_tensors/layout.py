@@ -175,11 +175,11 @@ class CompressedTensors(Format):
         # Experts first: for them transformers takes the first group whose regexes mention experts, even shared ones.
         for number, scheme in enumerate(sorted(members, key=lambda s: (all(w.kind != "expert" for w in members[s]), str(s)))):
             weights = members[scheme]
-            others = [path for path in {*model.linears, *quantized} if path not in {_module(w) for w in weights}]
+            own = [_module(w) for w in weights]
             classes = sorted({model.linears.get(w.module, "Linear") for w in weights})
-            targets = classes if len(members) == 1 else patterns([_module(w) for w in weights], others)
+            targets = classes if len(members) == 1 else patterns(own, {*model.linears, *quantized} - {*own})
             groups[f"group_{number:03d}"] = {"targets": targets, **parts.group_of(scheme)}
-        ignore = patterns(sorted(set(dense)), sorted(quantized)) if groups else []
+        ignore = patterns(sorted(set(dense)), quantized) if groups else []
         ignore += [rf"re:{re.escape(path)}(\..*)?$" for path in unused_paths(model)] if groups else []
         kinds = sorted({group["format"] for group in groups.values()}) or ["dense"]
         cache = next((parts.cache_scheme(weight) for weight in model.weights if weight.kind == "cache"), None)
@@ -265,7 +265,7 @@ def _module(weight: Weight) -> str:
     return weight.name.removesuffix(".weight") if weight.kind == "expert" else weight.module
 
 
-def patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
+def patterns(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     """The fewest regexes that match all of `wanted` and none of `others`; exact names where no regex can.
 
     Names that differ only in their numbers share a regex. Disjoint by construction, because readers that find two
@@ -274,9 +274,10 @@ def patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
     shapes: dict[str, list[str]] = defaultdict(list)
     for name in wanted:
         shapes[re.sub(r"\d+", "#", name)].append(name)
+    # A name matches a regex of a shape if it has that shape.
+    taken = {re.sub(r"\d+", "#", name) for name in others}
     found = []
     for shape, names in shapes.items():
         regex = re.escape(shape).replace(r"\#", r"\d+").replace("#", r"\d+")
-        alone = len(names) == 1 or any(re.fullmatch(regex, other) for other in others)
-        found += sorted(names) if alone else [f"re:{regex}$"]
+        found += sorted(names) if len(names) == 1 or shape in taken else [f"re:{regex}$"]
     return sorted(found)

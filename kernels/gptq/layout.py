@@ -248,11 +248,11 @@ def suffixes(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
 
     Readers compare them by `in` or `endswith`, with the whole path or with the path inside the block.
     """
-    found = set()
-    for path in wanted:
-        short = re.sub(r"^.*?\.\d+\.", "", path)
-        found.add(path if any(short in other for other in others) else short)
-    return sorted(found)
+    inside = {path: re.sub(r"^.*?\.\d+\.", "", path) for path in wanted}
+    # One text of all paths, in which no path can occur across two of them.
+    text = "\n".join(others)
+    clashing = {short for short in {*inside.values()} if short in text}
+    return sorted({path if short in clashing else short for path, short in inside.items()})
 
 
 def unsure(weights: Iterable[Weight], states: dict[str, State]) -> str:
@@ -310,7 +310,7 @@ def _rules(meant: dict[str, Scheme | None], base: Scheme) -> dict[str, dict[str,
     for scheme in sorted({*names.values()} - {base}, key=str):
         others = {name for name in names if names[name] != scheme}
         others |= {_experts_of(name) for name in names if _experts_of(name)}
-        for pattern in patterns([name for name in names if names[name] == scheme], sorted(others)):
+        for pattern in patterns([name for name in names if names[name] == scheme], others):
             regex = pattern[3:] if pattern.startswith("re:") else f"{re.escape(pattern)}$"
             regex = re.sub(r"\\.experts\$$", r"\\.experts(?:\\.|$)", regex)
             differs = {} if scheme is None else {k: v for k, v in _options(scheme).items() if v != _options(base)[k]}

@@ -161,9 +161,9 @@ class Native(Format):
                 wider = scheme is not None and (scheme.minimum or scheme.bits in (5, 6))
                 version = max(version, WIDER if wider else VERSION)
                 alike[str(states[w.name]), w.dtype, w.shape, w.transposed].append(w.name)
-        names = [name for members in alike.values() for name in members]
+        names = {name for members in alike.values() for name in members}
         weights = [
-            {"names": patterns(members, sorted({*names} - {*members})), "state": state, "dtype": dtype, "shape": list(shape)}
+            {"names": patterns(members, names - {*members}), "state": state, "dtype": dtype, "shape": list(shape)}
             | ({"transposed": True} if transposed else {})
             for (state, dtype, shape, transposed), members in alike.items()
         ]  # fmt: skip

@@ -93,12 +93,13 @@ def test_what_we_write_safetensors_reads(tmp_path: Path) -> None:
 
 
 def test_shards_are_cut_and_indexed() -> None:
-    specs = [TensorSpec(f"t{i}", "U8", (40,)) for i in range(5)] + [TensorSpec("big", "U8", (500,))]
+    specs = [TensorSpec(f't{i}"\u00e9', "U8", (40,)) for i in range(5)] + [TensorSpec("big", "U8", (500,))]
     shards = arrange(specs, 100)
     assert [len(shard.specs) for shard in shards] == [2, 2, 1, 1]
     assert shards[0].file == "model-00001-of-00004.safetensors"
     name, text = index_file(shards) or ("", "")
     index = json.loads(text)
+    assert text == json.dumps(index, indent=2) + "\n"
     assert name == "model.safetensors.index.json"
     assert index["metadata"]["total_size"] == 700
     assert index["weight_map"]["big"] == "model-00004-of-00004.safetensors"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,28 @@ def test_the_dense_view_of_a_sweep_runs(made: Any, tmp_path: Path) -> None:
     do(made("qwen3_moe"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
     model = load(dense_meaning(tmp_path / "out", tmp_path / "dense"))
     assert sum(p.numel() for p in model.parameters())
+
+
+def test_fused_experts_are_loaded_as_often_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert that takes its new value loads all of its block, so that they take it together."""
+    from compress.layerwise.meta_model import MetaModel
+
+    monkeypatch.setattr("compress.executors.sweep.STATISTICS_BYTES", 1)
+    loaded: list[str] = []
+    load_parameter = MetaModel._load_parameter
+
+    def spy(self: MetaModel, parameter: str, within: str = "") -> None:
+        loaded.append(parameter)
+        load_parameter(self, parameter, within)
+
+    monkeypatch.setattr(MetaModel, "_load_parameter", spy)
+    counts = []
+    for experts in (3, 6):
+        sizes = replace(FAMILIES["mixtral"], config={"num_local_experts": experts})
+        monkeypatch.setitem(FAMILIES, "mixtral", sizes)
+        source = build("mixtral", tmp_path / str(experts))
+        loaded.clear()
+        do(source, tmp_path / f"out{experts}", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
+        counts.append(sorted(loaded))
+    assert counts[0] == counts[1]
+    assert max(counts[0].count(name) for name in counts[0] if "experts" in name) <= 3
