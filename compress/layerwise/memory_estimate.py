@@ -212,7 +212,12 @@ def blocks_bytes(
         asked = 4 + element_bytes + (16 if weight.converted else 0) + (5 if state.scheme is not None else 0)
         blocks[place] += asked * weight.numel
         if weight.name in trained:
-            blocks[place] += (20 + element_bytes) * learned(weight, state) + weight.numel * (state.sparsity is not None)
+            chosen = weight.numel if pass_.learns_codes and state.scheme is not None else 0
+            blocks[place] += (20 + element_bytes) * (learned(weight, state) + chosen) + weight.numel * (
+                state.sparsity is not None
+            )
+            # Positions, the values and moved positions kept for the backward pass, and its temporaries.
+            blocks[place] += 20 * chosen
         if len(weight.shape) > 1:
             # A router usually sends a token to two experts, so fused experts count twice.
             share = 2 if weight.experts else 1
