@@ -19,8 +19,7 @@ from compress.numerics.hessian import Hessian, PairedHessian, corrected, factor,
 from compress.numerics.qtensor import integers
 from compress.spec.scheme import Scheme
 from families import build
-from forked import compress
-from support import do, ready_inputs, step_of, tiny_llama, tree
+from support import do, ready_inputs, step_of, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 QRONOS = "quantize.gptq(scheme=w3a16g32, ragged=divide, correct=qronos)"
@@ -204,19 +203,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path
         do(tiny, tmp_path / "out", recipe)
     do(tiny, tmp_path / "out", recipe)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    model = tiny_llama(tmp_path / "model", dtype="float32")
-    for ranks in (1, 2):
-        arguments = ("-p", f"{CALIBRATE} | {QRONOS}", "--dtype", "float32", "--threads", 1)
-        done = compress("run", model, tmp_path / str(ranks), *arguments, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    codes = [file.name for file in (tmp_path / "1").glob("*.safetensors") if file.name != "calibration.safetensors"]
-    assert codes
-    for file in codes:
-        one, two = (load_file(tmp_path / ranks / file) for ranks in "12")
-        assert all(float((tensor == two[name]).float().mean()) > 0.999 for name, tensor in one.items())
 
 
 def test_what_does_not_go_together_is_refused(tiny: Path, tmp_path: Path) -> None:
