@@ -249,16 +249,24 @@ class LearningPass(TargetedPass):
         return [w for w in super().chosen(weights) if w.module and w.dtype in FLOATS and not w.unlearned]
 
     def becomes(self, weight: Weight, state: State) -> State:
-        if not learned_of(state):
-            raise Refusal(unlearnable(state), "skip it")
+        if not self.learns(state):
+            raise Refusal(self.unlearnable(state), "skip it")
         return state
 
+    def learns(self, state: State) -> list[str]:
+        """What it trains of a weight in this state, in words."""
+        return learned_of(state)
+
+    def unlearnable(self, state: State) -> str:
+        """Why it trains nothing of a weight in this state."""
+        return unlearnable(state)
+
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        found = {w.name: (" and ".join(learned_of(states[w.name])), unlearnable(states[w.name])) for w in weights}
+        found = {w.name: (" and ".join(self.learns(states[w.name])), states[w.name]) for w in weights}
         trained = {name: f"{learned}, by {self.pass_name()}" for name, (learned, _) in found.items() if learned}
         return [
             *counted("trained", trained),
-            *counted("untrained", {name: why for name, (learned, why) in found.items() if not learned}),
+            *counted("untrained", {name: self.unlearnable(state) for name, (learned, state) in found.items() if not learned}),
         ]
 
 

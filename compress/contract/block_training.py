@@ -10,11 +10,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
 
 from compress.contract.base_passes import LearningPass
 from compress.contract.pass_base import Executor, ExternalInputs
-from compress.contract.training_options import TrainingOptions
+from compress.contract.training_options import Curve, TrainingOptions
 from compress.errors import Refusal
 from compress.spec.weight_state import State, Weight
 
@@ -34,11 +37,18 @@ class BlockOptions(TrainingOptions):
     keep: Literal["best", "last"] = "best"
     """Whether the block ends at its best iterate, the one before training included, or at the last one."""
     target: Stream = "dense"
+    optimizer: Literal["adamw", "sign"] = "adamw"
+    code_lr: float | None = None
+    """Peak learning rate of the offsets of codes, in steps; None for one over the number of steps."""
+    reach: float = 0.5
+    """How far an offset may move a code, in steps."""
 
 
 class BlockTrainPass(LearningPass):
     """Training of one block after the other towards the outputs of its dense twin."""
 
+    learns_codes: ClassVar[bool] = False
+    """Whether codes are chosen anew, instead of training what their state leaves to train."""
     second_model: ClassVar[Literal["", "teacher", "dense"]] = "teacher"
 
     def executor(self) -> Executor:
@@ -79,6 +89,54 @@ class BlockTrainPass(LearningPass):
             reason = f"it is a {weight.kind} outside of the text model's blocks, which alone are trained"
             raise Refusal(reason, "leave it out of targets")
         return super().becomes(weight, state) if "all" not in self.targets else state
+
+
+class BlockReconstruction(BlockTrainPass):
+    """Options of training blocks towards the outputs of their dense twins, by whatever is trained of them."""
+
+    teacher: str = Field("", description="a directory or a Hub id; without it, the dense model that this one was made from")
+    target: Stream = Field(
+        "dense", description="what a block is trained towards: the dense model's stream, or its block on the same inputs"
+    )
+    error: Literal["relative", "squared"] = Field(
+        "relative", description="squared error of a token's output, as a share of the target's energy or in all"
+    )
+    epochs: int = Field(2, ge=0, description="how often each block sees each calibration sample; 0 leaves all as it was")
+    batch: int = Field(4, ge=1, description="samples in an optimizer step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="samples in one forward of one process")
+    schedule: Curve = Field("cosine", description="how the learning rate decays")
+    held_out: float = Field(
+        0.1, ge=0, le=0.5, description="share of the samples that only compares iterates; 0 to compare by those trained on"
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="the iterate of each epoch, and the start, that a block ends at: of least loss, or the last"
+    )
+    scale_lr: float = Field(
+        5e-3, ge=0, le=1e30, description="peak learning rate of the scales of codes, as a share of each scale"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two betas")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas are from 0 to below 1")
+        if self.micro_batch > self.batch:
+            raise ValueError(f"micro_batch={self.micro_batch} is more than batch={self.batch}: a step has no part of a forward")
+        return self
+
+    def redacted(self) -> Self:
+        """The teacher's name instead of its path; its content is identified by a digest."""
+        return self.model_copy(update={"teacher": PurePath(self.teacher).name}) if self.teacher else self
+
+    def teacher_model(self) -> str:
+        return self.teacher
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        squares = (output - target).square().sum(-1)
+        energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        return squares / energy if self.error == "relative" else squares
 
 
 def _in_a_block(weight: Weight) -> bool:

@@ -1,4 +1,4 @@
-"""Block trainer: AdamW on what is trained of one block, and its best iterate.
+"""Block trainer: gradient steps on what is trained of one block, and its best iterate.
 
 A step's loss is the sum over its tokens divided by their number, over all processes, so the way a step is divided affects
 only rounding. The order of micro-batches is a function of the seed and the block, so that a block that is trained again
@@ -20,6 +20,7 @@ from compress.context import Context
 from compress.contract.block_training import BlockOptions
 from compress.corpus.spec import shuffled
 from compress.errors import InputError
+from compress.executors.train.sign_sgd import SignSGD
 from compress.spec.weight_state import Weight
 
 Pair = Callable[[int], AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]]
@@ -38,8 +39,11 @@ class TrainedBlock(Protocol):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""
 
-    def rate(self, name: str, options: BlockOptions) -> float:
-        """The peak learning rate of a trained parameter."""
+    def rate(self, name: str, options: BlockOptions) -> float | None:
+        """The peak learning rate of a trained parameter; None for one over the number of steps."""
+
+    def settle(self, options: BlockOptions) -> None:
+        """Takes trained parameters back into their range after a step."""
 
     def written(self, weight: Weight) -> dict[str, torch.Tensor]:
         """The tensors on disk of a trained weight, as it is now."""
@@ -92,9 +96,15 @@ class BlockTrainer:
         self.steps = options.epochs * len(steps_of(micros.trained, self.together, ""))
         # Tied weights share their parameters.
         distinct = {id(parameter): (name, parameter) for name, parameter in self.parameters.items()}.values()
-        groups = [{"params": [p], "peak": trained.rate(name, options), "lr": 0.0} for name, p in distinct]
+        alone = 1 / max(1, self.steps)
+        rates = {name: alone if (rate := trained.rate(name, options)) is None else rate for name, _ in distinct}
+        groups = [{"params": [parameter], "peak": rates[name], "lr": 0.0} for name, parameter in distinct]
         self.distinct = [parameter for _, parameter in distinct]
-        self.optimizer = torch.optim.AdamW(groups, betas=options.betas, weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer
+        if options.optimizer == "sign":
+            self.optimizer = SignSGD(groups)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, betas=options.betas, weight_decay=0.0)
         self.reached = {name: torch.zeros(_rows(p), dtype=torch.bool) for name, p in self.parameters.items()}
         """By a trained parameter's name: which of its rows, or experts, a gradient has reached."""
 
@@ -170,6 +180,7 @@ class BlockTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.step()
+        self.trained.settle(self.options)
         return int(total[1])
 
 

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from compress.checkpoint.reader import torch_dtype
 from compress.checkpoint.writer import trim_memory
-from compress.contract.base_passes import learned_of
 from compress.contract.block_training import BlockTrainPass
 from compress.device import device_of
 from compress.errors import CoverageError, InputError
@@ -32,6 +31,7 @@ from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.executors.teacher import check_twin
 from compress.executors.train.block_student import BlockStudent, copied
+from compress.executors.train.code_student import CodeStudent
 from compress.executors.train.record import Record
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
@@ -117,7 +117,7 @@ class BlockTraining:
             mine = [remaining.pop(name) for name, w in list(remaining.items()) if w.module.startswith(f"{block.path}.")]
             done, last = whole - count_of(remaining.values()), not remaining
             kept = sum(self.writer.is_done(weight.name) for weight in mine)
-            learned = [weight for weight in mine if learned_of(self.states[weight.name])] if kept < len(mine) else []
+            learned = [weight for weight in mine if self.pass_.learns(self.states[weight.name])] if kept < len(mine) else []
             self.follow(block, bool(learned), last)
             losses: dict[str, float] = {}
             if kept == len(mine):
@@ -196,7 +196,7 @@ class BlockTraining:
         """(tensors on disk of the weights that have changed, what there is to say of some, losses) of a block's training."""
         self.student.release_visitors()
         with self.spent("train"), copied(self.student, block.path):
-            made = BlockStudent(self.loader, block.path, weights, self.states)
+            made = self.made(block.path, weights)
             self.block = made.block
             trainer = BlockTrainer(
                 made, self.pair, self.pass_.loss, self.micros, self.samples, self.options, block.path, self.ctx
@@ -207,6 +207,14 @@ class BlockTraining:
         self.block = None
         self.targets.clear()
         return parts, notes if outcome.tokens else {}, outcome
+
+    def made(self, path: str, weights: list[Weight]) -> BlockStudent:
+        """A block with what is trained of it."""
+        if not self.pass_.learns_codes:
+            return BlockStudent(self.loader, path, weights, self.states)
+        parent = self.run.dense_parent
+        assert parent is not None
+        return CodeStudent(self.loader, path, weights, self.states, parent.find)
 
     @contextmanager
     def pair(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -249,7 +257,7 @@ class BlockTraining:
                     check_mask(weight, after.sparsity, value)
                 if weight.name in parts:
                     said += watch(weight, value, None, partial(self.before, weight), "lower lr or scale_lr, or raise warmup")
-                elif learned_of(after):
+                elif self.pass_.learns(after):
                     said.append(("unimproved", "its block is left as it was: no iterate had less loss"))
                 digests = {name: self.writer.put(name, part) for name, part in new.items()}
                 # The error of pruning or rounding that an earlier step measured no longer holds.

@@ -34,10 +34,15 @@ class DenseParent:
         self._homes: dict[str, Checkpoint] = {}
         for name in step.transformed:
             made = _last_dense(name, step, plan)
-            assert made is not None or outside is not None
+            if made is None and outside is None:
+                continue
             self._homes[name] = past[made] if made is not None else outside.checkpoint  # type: ignore[union-attr]
             # Opens the file before threads share it.
             self._homes[name].descriptor(self._homes[name].refs[name].file)
+
+    def find(self, weight: Weight) -> torch.Tensor | None:
+        """A weight as `read` returns it; None if only its codes are known."""
+        return self.read(weight) if weight.name in self._homes else None
 
     def read(self, weight: Weight) -> torch.Tensor:
         """A weight as [experts?, rows, columns], in its dtype."""

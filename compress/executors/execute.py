@@ -9,8 +9,12 @@ def execute(run: StepRun) -> dict[str, float]:
     """Writes every weight of a step that is not journaled yet. Returns the seconds of each kind of work."""
     executor = run.pass_.executor()
     if executor == "sweep":
-        from compress.executors.sweep import sweep
+        from compress.executors.sweep import sweep, sweep_by
 
+        if run.pass_.two_streams():
+            from compress.executors.two_streams import TwoStreamSweep
+
+            return sweep_by(run, TwoStreamSweep)
         return sweep(run)
     if executor == "smooth":
         from compress.executors.smooth import smooth

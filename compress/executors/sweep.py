@@ -55,14 +55,19 @@ def sweep(run: StepRun) -> dict[str, float]:
 def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
     """`sweep` with another class of Sweep."""
     stream(run.untouched())
-    source, ctx = run.source, run.ctx
-    meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config), device_of(ctx))
+    meta_model = model_of(run)
+    ctx = run.ctx
     batches = cut(run.corpus().tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, meta_model.device)
     with torch.no_grad(), ForwardHooks(meta_model) as hooks:
         made = kind(run, meta_model, hooks, batches)
         made.all_blocks(run.touched)
     trim_memory()
     return {name: round(seconds, 3) for name, seconds in made.seconds.items()}
+
+
+def model_of(run: StepRun) -> MetaModel:
+    """The model that a step reads, with nothing loaded."""
+    return MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config), device_of(run.ctx))
 
 
 class Sweep:
@@ -93,9 +98,7 @@ class Sweep:
         # A single sample runs first, to find out which weights read which tensors.
         probe = BatchWalk(self.batches[0].first(), self.hooks, offload)
         self.walks = [BatchWalk(batch, self.hooks, offload) for batch in self.batches]
-        for walk in (probe, *self.walks):
-            with self.spent("forward"):
-                walk.set_out()
+        self.set_out(probe, offload)
         seen: set[str] = set()
         while remaining and probe.call is not None:
             block = probe.call.block
@@ -105,8 +108,7 @@ class Sweep:
                 )
             seen.add(block.path)
             self.meta_model.release_visitors()
-            with self.spent("load"):
-                self.meta_model.load(block.path)
+            self.load(block.path)
             mine = [weight for weight in remaining.values() if weight.module.startswith(f"{block.path}.")]
             kept = self.block(block.path, mine, probe) if mine else 0
             for weight in mine:
@@ -118,19 +120,38 @@ class Sweep:
             )  # fmt: skip
             if not remaining:
                 break
-            for walk in (probe, *self.walks):
-                with self.spent("forward"):
-                    walk.go_on()
-            self.meta_model.release(block.path)
+            self.go_on(probe, block.path)
             trim_memory()
-        for walk in (probe, *self.walks):
-            walk.leave()
+        self.leave(probe)
         offload.clear()
         if remaining:
             raise CoverageError(
                 ", ".join(list(remaining)[:3]), "weights that the model's forward reads", "no batch that reached them",
                 "skip them, or calibrate on inputs that do",
             )  # fmt: skip
+
+    def set_out(self, probe: BatchWalk, offload: HiddenStateOffload) -> None:
+        """Takes all batches to the first block."""
+        with self.spent("forward"):
+            for walk in (probe, *self.walks):
+                walk.set_out()
+
+    def load(self, path: str) -> None:
+        """Loads the block that all batches have reached."""
+        with self.spent("load"):
+            self.meta_model.load(path)
+
+    def go_on(self, probe: BatchWalk, path: str) -> None:
+        """Takes all batches through the block to the next one, and releases it."""
+        with self.spent("forward"):
+            for walk in (probe, *self.walks):
+                walk.go_on()
+        self.meta_model.release(path)
+
+    def leave(self, probe: BatchWalk) -> None:
+        """Aborts all forwards."""
+        for walk in (probe, *self.walks):
+            walk.leave()
 
     def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
         """Solves the weights of one block, one input tensor after the other; returns how many were journaled already."""
@@ -183,15 +204,19 @@ class Sweep:
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of a weight's inputs over all batches."""
         statistic = made_on(self.meta_model.device, self.pass_.statistic, weight.in_features)
-        for x, valid in self.inputs(key):
+        for walk, x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
             with self.spent("statistics"):
-                statistic.add(rows if valid is None else rows[valid])
+                self.add(statistic, walk, rows if valid is None else rows[valid], valid)
         self.add_up(statistic)
         if not statistic.tokens:
             raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
         return statistic
+
+    def add(self, statistic: Any, walk: BatchWalk, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Adds the inputs of a batch, [tokens, width], to a statistic."""
+        statistic.add(rows)
 
     def experts(self, key: Key, weights: list[Weight]) -> None:
         """Solves weights of routed experts, from a statistic for each expert."""
@@ -216,7 +241,7 @@ class Sweep:
         for start in range(0, len(experts), at_once):
             some = experts[start : start + at_once]
             statistics = {expert: made_on(self.meta_model.device, self.pass_.statistic, width) for expert in some}
-            for routed, valid in self.inputs(key):
+            for _, routed, valid in self.inputs(key):
                 assert isinstance(routed, Routed)
                 with self.spent("statistics"):
                     for expert, statistic in statistics.items():
@@ -226,7 +251,7 @@ class Sweep:
                 self.add_up(statistic)
             yield statistics
 
-    def inputs(self, key: Key) -> Iterator[tuple[torch.Tensor | Routed, torch.Tensor | None]]:
+    def inputs(self, key: Key) -> Iterator[tuple[BatchWalk, torch.Tensor | Routed, torch.Tensor | None]]:
         """The inputs of a reader in each batch, and which of its tokens count (None: all).
 
         Batches pause inside the block, so that it runs once; those whose activations exceed the budget restart it later.
@@ -235,7 +260,7 @@ class Sweep:
         for walk in self.walks:
             started = time.perf_counter()
             try:
-                x = walk.until(key)
+                x = self.until(walk, key)
             except LookupError:
                 continue
             finally:
@@ -243,10 +268,18 @@ class Sweep:
             assert walk.call is not None
             read = x if isinstance(x, torch.Tensor) else x.rows
             held += walk.batch.held_bytes(read)
-            yield x, walk.batch.valid(read if isinstance(x, torch.Tensor) else None, walk.call)
+            yield walk, x, walk.batch.valid(read if isinstance(x, torch.Tensor) else None, walk.call)
             if held > HELD_BYTES:
                 del x, read
-                walk.step_back()
+                self.step_back(walk)
+
+    def until(self, walk: BatchWalk, key: Key) -> torch.Tensor | Routed:
+        """Runs a batch up to a reader; returns its input. Raises LookupError if the batch never reaches it."""
+        return walk.until(key)
+
+    def step_back(self, walk: BatchWalk) -> None:
+        """Drops a batch's activations inside the block."""
+        walk.step_back()
 
     def add_up(self, statistic: Any) -> None:
         """Sums a statistic over processes."""

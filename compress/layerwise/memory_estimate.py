@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
 from compress.contract.block_training import BlockTrainPass
+from compress.contract.pass_base import Pass
 from compress.contract.tasks import Observer
 from compress.contract.train_pass import TrainPass
 from compress.errors import UsageError
@@ -73,6 +74,8 @@ def sweep_bytes(
     within = min(HELD_BYTES, 3 * tokens * widest * element_bytes) + 8 * 4096 * widest * 4
     statistic = max((pass_.statistic_bytes(w.in_features) * _at_once(w, pass_) for w in touched), default=0)
     work = max((pass_.workspace_bytes(w) for w in touched), default=0)
+    if isinstance(pass_, Pass) and pass_.two_streams():
+        head, block, within, between, outside = (2 * part for part in (head, block, within, between, outside))
     return max(head, block + within + statistic + work) + between + outside
 
 
@@ -212,7 +215,12 @@ def blocks_bytes(
         asked = 4 + element_bytes + (16 if weight.converted else 0) + (5 if state.scheme is not None else 0)
         blocks[place] += asked * weight.numel
         if weight.name in trained:
-            blocks[place] += (20 + element_bytes) * learned(weight, state) + weight.numel * (state.sparsity is not None)
+            chosen = weight.numel if pass_.learns_codes and state.scheme is not None else 0
+            blocks[place] += (20 + element_bytes) * (learned(weight, state) + chosen) + weight.numel * (
+                state.sparsity is not None
+            )
+            # Positions, the values and moved positions kept for the backward pass, and its temporaries.
+            blocks[place] += 20 * chosen
         if len(weight.shape) > 1:
             # A router usually sends a token to two experts, so fused experts count twice.
             share = 2 if weight.experts else 1

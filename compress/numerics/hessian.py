@@ -69,6 +69,25 @@ class Hessian:
         return self.matrix
 
 
+class PairedHessian(Hessian):
+    """Also accumulates x u^T of the inputs x of the model as it was, and the inputs u of the one that is changed."""
+
+    def __init__(self, width: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(width, dtype)
+        self.cross = torch.zeros(width, width, dtype=torch.float64)
+        self.paired = torch.zeros((), dtype=torch.float64)
+
+    def add_pair(self, u: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds inputs [tokens, width] as they are, and as they were."""
+        self.add(u)
+        with in_bfloat16(u.dtype == torch.bfloat16):
+            self.cross += x.to(self.dtype).T @ u.to(self.dtype)
+        self.paired += len(u)
+
+    def parts(self) -> list[torch.Tensor]:
+        return [*super().parts(), self.cross, self.paired]
+
+
 @dataclass(frozen=True)
 class Factor:
     """The factorization of H + lambda I for rounding columns in turn; the first three are in the order of rounding."""
@@ -93,6 +112,8 @@ class Prepared(NamedTuple):
     hessian: torch.Tensor
     factor: Factor
     note: tuple[str, str] | None
+    correction: torch.Tensor | None = None
+    """M [n, n]: the outputs of W M for the changed inputs are closest to those of W for the inputs as they were."""
 
 
 def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: str, together: int = 1) -> Prepared:
@@ -102,10 +123,23 @@ def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: 
         few = ("fallback", f"fewer than {least} calibration tokens: {instead}")
         note = few if statistic.tokens else ("unrouted", f"no calibration token: {instead}")
         return Prepared(alone, factor(alone, damp, "none"), note)
+    cross, note = None, None
+    if isinstance(statistic, PairedHessian):
+        cross = (statistic.cross / statistic.paired).to(statistic.dtype) if statistic.paired else None
+        note = None if statistic.paired else ("uncorrected", "a routed expert gets other tokens in the unchanged model")
     hessian = statistic.mean()
     found = factor(hessian, damp, order, together)
     raised = ("damping", f"a Hessian that needed more damping than {damp:g}")
-    return Prepared(hessian, found, raised if found.damping > damp else None)
+    note = raised if found.damping > damp else note
+    return Prepared(hessian, found, note, None if cross is None else corrected(cross, hessian, found.ridge))
+
+
+def corrected(cross: torch.Tensor, h: torch.Tensor, ridge: float) -> torch.Tensor:
+    """(C + lambda I) (H + lambda I)^-1 [n, n]; the identity if the inputs have not changed."""
+    eye = torch.eye(len(h), dtype=torch.float64, device=h.device)
+    lower = torch.linalg.cholesky(h.double() + ridge * eye)
+    found: torch.Tensor = torch.cholesky_solve((cross.double() + ridge * eye).T, lower).T
+    return found.to(h.dtype)
 
 
 def finite(h: torch.Tensor) -> torch.Tensor:

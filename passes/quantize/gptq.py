@@ -4,6 +4,9 @@ Frantar et al., 2210.17323, from the second moments of a weight's inputs, with t
 ranges of groups (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards (`sweeps`).
 Derivation and conventions: compress/numerics/gptq.py. With `sparsity` weights are pruned in the same solve: SparseGPT chooses the
 zeros (compress/numerics/sparsegpt.py), and what is kept is rounded towards the outputs of the unpruned matrix.
+
+With `correct=qronos` (2505.11695) a weight's outputs are compared with those that it had in the model before this pass, so that
+it makes up for the errors of the weights before it, too. It takes a second forward, and a second block in memory.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ class Gptq(QuantizingPass, LinearPass):
     min_tokens: int = Field(
         32, ge=0, description="matrices with fewer calibration tokens, such as rare experts, are rounded to nearest, and counted"
     )
+    correct: Literal["none", "qronos"] = Field(
+        "none",
+        description="what outputs are compared with: those for the inputs as they now are, or of the unchanged model (qronos)",
+    )
     sparsity: Sparsity | None = Field(
         None, description="prune by the same Hessian, as prune.sparsegpt does: a share of zeros, e.g. 0.5, or n:m, e.g. 2:4"
     )
@@ -53,6 +60,8 @@ class Gptq(QuantizingPass, LinearPass):
     def _zeros_or_outliers(self) -> Self:
         if self.sparsity is not None and self.outliers:
             raise ValueError("outliers: not with sparsity, which has no outliers beside codes")
+        if self.outliers and self.correct != "none":
+            raise ValueError(f"outliers: not with correct={self.correct}, for they stay the numbers that they were")
         return self
 
     def becomes(self, weight: Weight, state: State) -> State:
@@ -69,12 +78,16 @@ class Gptq(QuantizingPass, LinearPass):
         return replace(after, sparsity=pruned(weight, state, self.sparsity).sparsity)
 
     def statistic(self, width: int) -> Statistic:
-        from compress.numerics.hessian import Hessian
+        from compress.numerics.hessian import Hessian, PairedHessian
 
-        return Hessian(width)
+        return PairedHessian(width) if self.two_streams() else Hessian(width)
 
     def statistic_bytes(self, width: int) -> int:
-        return 12 * width * width  # fp64 sums and the fp32 mean; then the mean and while it is factored two more
+        # fp64 sums and the fp32 mean; then the mean and while it is factored two more. For pairs their sums, and the correction.
+        return (12 + (36 if self.two_streams() else 0)) * width * width
+
+    def two_streams(self) -> bool:
+        return self.correct != "none"
 
     def prepare(self, statistic: Hessian) -> Prepared:
         from compress.numerics.hessian import prepare
@@ -113,7 +126,9 @@ class Gptq(QuantizingPass, LinearPass):
         scheme, dtype = tasks[0].after.scheme, tasks[0].value.dtype
         assert scheme is not None
         w = torch.cat([task.value for task in tasks]).float()
-        mask = w != 0 if tasks[0].after.sparsity is not None else None
+        if prepared.correction is not None:
+            w = w @ prepared.correction
+        mask = torch.cat([task.value for task in tasks]) != 0 if tasks[0].after.sparsity is not None else None
         rest, kept = w, []
         if self.sparsity is not None:
             # Codes for the best that the mask allows: their squared errors on the outputs and its own add up.
@@ -140,6 +155,9 @@ class Gptq(QuantizingPass, LinearPass):
                 q = replace(q, tensor_scale=found.tensor_scale)
             q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
+            if prepared.correction is not None:
+                lost = along_inputs(task.weight, q.dequantize()) - task.value.float()
+                weights = float(lost.square().sum()), float(task.value.float().square().sum())
             outputs = float(found.losses[rows].sum()), float(norms[rows].sum())
             if self.sparsity is not None:
                 meant = along_inputs(task.weight, q.dequantize())

@@ -32,6 +32,7 @@ from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
+QRONOS = "quantize.gptq(scheme=w4a16g32, ragged=divide, correct=qronos)"
 SMOOTH = ("quantize.smooth(scheme=w3a16g16)", "quantize.smooth(method=smoothquant)")
 WATCHED = [name for name in FAMILIES if name != "llama4"]
 
@@ -301,7 +302,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
 
 def test_two_processes_equal_one(made: Any, tmp_path: Path) -> None:
     """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""
-    cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, *SMOOTH)]
+    cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, QRONOS, *SMOOTH)]
     for ranks in (1, 2):
         for number, (name, recipe) in enumerate(cases):
             passes = f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}"

@@ -28,6 +28,7 @@ RECIPES = {
     "micro_batch=2, save_every=3)",
     "train over domains": f"quantize.rtn(scheme=w3a16g32) | distill.logits({two_domains()}, samples=24, batch=2, micro_batch=2, "
     "reweight_every=2, save_every=3) | pack",
+    "learned": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | quantize.learned(epochs=2, batch=4, micro_batch=2) | pack",
     "blocks": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.blocks(epochs=2, batch=4, micro_batch=2, lr=1e-3) | pack(format=native)",
 }
 SAVE_EVERY = 3

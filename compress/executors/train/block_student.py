@@ -35,9 +35,12 @@ class BlockStudent(Student):
         self.learn(weights)
         self.held = self.masks(dict(states))
 
-    def rate(self, name: str, options: BlockOptions) -> float:
-        """The peak learning rate of a trained parameter."""
+    def rate(self, name: str, options: BlockOptions) -> float | None:
+        """The peak learning rate of a trained parameter; None for one over the number of steps."""
         return options.scale_lr if self.is_gain(name) else options.lr
+
+    def settle(self, options: BlockOptions) -> None:
+        """Takes trained parameters back into their range after a step; here they have none."""
 
     def written(self, weight: Weight) -> dict[str, torch.Tensor]:
         """The tensors on disk of a trained weight, as it is now."""
