@@ -53,7 +53,10 @@ def wide_llama(tell: Callable[[str], None]) -> Path:
         begun, out = Path(folder) / "begun", Path(folder) / "out"
         widen(start, begun)
         recipe = TRAIN.format(texts="[" + ", ".join(f"'{path}'" for path in texts) + "]")
-        ours.said([COMPRESS, "run", str(begun), str(out), "-p", recipe, "--seed", str(SEED), "--json"], place.with_name(f"{place.name}.log"))
+        ours.said(
+            [COMPRESS, "run", str(begun), str(out), "-p", recipe, "--seed", str(SEED), "--json"],
+            place.with_name(f"{place.name}.log"),
+        )
         publish(out, place)
     return place
 
