@@ -26,6 +26,7 @@ MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_HEADER_BYTES = 400_000_000
 _MOST_KEYS, _MOST_TENSORS, _LONGEST_KEY, _LONGEST_NAME = 1 << 16, 1 << 17, 1 << 10, 63
 _MOST_MATRICES, _LARGEST = 1 << 12, (1 << 63) - 1
+_NUMBERS_OF_A_STACK = "_exps.scale"
 _CHUNK = 1 << 20
 _SAID = 200
 """Characters of a header that a message quotes."""
@@ -194,7 +195,7 @@ def _placed(
         end = at + info.nbytes
         if end > size_bytes:
             raise bad(f"a file of {end} bytes or more, for '{info.name}'", f"{size_bytes} bytes (truncated)")
-        if len(info.shape) == 3 and info.shape[0] > _MOST_MATRICES:
+        if (len(info.shape) == 3 or info.name.endswith(_NUMBERS_OF_A_STACK)) and info.shape[0] > _MOST_MATRICES:
             raise bad(f"at most {_MOST_MATRICES} matrices in '{info.name}'", str(info.shape[0]))
         refs += _matrices(info, at, file)
         at = _up(end, alignment)
@@ -204,12 +205,13 @@ def _placed(
 
 
 def _matrices(info: Info, at: int, file: str) -> list[TensorRef]:
-    """A tensor, or the matrices of a stack."""
-    kind, count = info.type, info.shape[0] if len(info.shape) == 3 else 1
-    rows = info.shape[1:] if len(info.shape) == 3 else info.shape
+    """A tensor, or the matrices of a stack, or their numbers."""
+    stack = len(info.shape) == 3 or (len(info.shape) == 1 and info.name.endswith(_NUMBERS_OF_A_STACK))
+    kind, count = info.type, info.shape[0] if stack else 1
+    rows = info.shape[1:] if stack else info.shape
     shape = (*rows[:-1], rows[-1] // kind.weights * kind.nbytes) if kind.dtype == "U8" else rows
     each = info.nbytes // count
-    names = [f"{info.name}[{i}]" for i in range(count)] if len(info.shape) == 3 else [info.name]
+    names = [f"{info.name}[{i}]" for i in range(count)] if stack else [info.name]
     return [TensorRef(name, kind.dtype, shape, file, at + i * each, each, kind.name) for i, name in enumerate(names)]
 
 

@@ -12,8 +12,8 @@ from compress.cli.guard import guarded
 from compress.spec.scheme import BITS
 
 SCHEMES = (
-    *(f"w{bits}a16g64{kind}" for bits in BITS for kind in ("", "-asym")), "w4a16g64-min", "w8a8", "w4a8g64", "fp8", "fp8-afp8",
-    "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
+    *(f"w{bits}a16g64{kind}" for bits in BITS for kind in ("", "-asym")), "w4a16g64-min", "q2_k", "q4_k", "w8a8", "w4a8g64",
+    "fp8", "fp8-afp8", "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
 )  # fmt: skip
 _DEQUANTIZE = ", dequantize"
 """Printed after a scheme that a format holds only with that option of pack."""
@@ -81,9 +81,9 @@ def matrix(name: str, schemes: Sequence[str]) -> dict[str, dict[str, tuple[str, 
     from compress.spec.weight_state import State, Weight
 
     path = "model.layers.0.self_attn.q_proj"
-    weight = Weight(f"{path}.weight", "BF16", (64, 128), "linear", path, module_class="Linear", stack="decoder", block=0)
+    weight = Weight(f"{path}.weight", "BF16", (64, 256), "linear", path, module_class="Linear", stack="decoder", block=0)
     # The model has a head of its own, because readers differ on tied ones.
-    head = Weight("lm_head.weight", "BF16", (256, 128), "head", "lm_head", module_class="Linear")
+    head = Weight("lm_head.weight", "BF16", (256, 256), "head", "lm_head", module_class="Linear")
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for scheme in schemes:
         state = State(Scheme.parse(scheme))

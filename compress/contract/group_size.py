@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from compress.errors import Refusal
-from compress.spec.scheme import Scheme
+from compress.spec.scheme import SUPER, Scheme
 from compress.spec.weight_state import Weight
 
 Ragged = Annotated[
@@ -16,11 +16,15 @@ Ragged = Annotated[
     Field(description="if the group does not divide the columns: refuse, use the largest one that does, or one scale per row"),
 ]
 _SMALLEST_GROUP = 16
+_NARROWER = {2: "w4a16g32", 3: "w4a16g32", 4: "w5a16g32", 5: "w5a16g32-min", 6: "w8a16g32"}
+"""Bits of a K-quant -> the scheme of the type that llama.cpp takes in its place where 256 does not divide the columns."""
 
 
 def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
     """The scheme, with another group if its own does not divide a weight's columns. Raises Refusal."""
     group, columns = scheme.group, weight.columns
+    if scheme.scales == "k" and columns % SUPER:
+        return fitting(Scheme.parse(_NARROWER[scheme.bits]), weight, ragged)
     if group is None or columns % group == 0 or scheme.scales == "block":
         return scheme
     if scheme.scales != "row":

@@ -1,9 +1,9 @@
-"""GGUF files: codes of Q4_0, Q8_0 and MXFP4 kept, other types dequantized.
+"""GGUF files: codes of types that a scheme has are kept, other types dequantized.
 
 Names, the order of rows of queries and keys, and Gemma's norms are taken back to transformers' (gguf_names.py); the bytes of
-blocks are in numerics/gguf_blocks.py. A type whose values no scheme has (Q4_1, the K-quants, IQ) becomes a dense weight by the
+blocks are in numerics/gguf_blocks.py. A type whose values no scheme has (IQ, TQ) becomes a dense weight by the
 package `gguf`, with a counted note. In an artifact of ours the manifest tells the group of codes, a multiple of a block, and the
-dtype of scales; another tool's scales are fp16.
+dtype of scales; another tool's scales are fp16. The number that NVFP4 multiplies a matrix by becomes its divisor, within 2^-23.
 """
 
 from __future__ import annotations
@@ -17,12 +17,23 @@ import torch
 
 from compress.checkpoint.reader import torch_dtype
 from compress.errors import InputError
-from compress.importers.gguf_names import ARCHITECTURES, Architecture, Piece, from_pairs, is_norm, owner_of, paired_heads, pieces
+from compress.importers.gguf_names import (
+    ARCHITECTURES,
+    Architecture,
+    Piece,
+    from_pairs,
+    is_norm,
+    owner_of,
+    paired_heads,
+    pieces,
+    scale_name,
+)
 from compress.importers.packed import Foreign, Packed, Reader, Stored, steps
+from compress.numerics import gguf_superblocks
 from compress.numerics.gguf_blocks import decode as blocks_of
 from compress.numerics.gguf_blocks import scheme_text, type_of
 from compress.numerics.qtensor import QTensor
-from compress.spec.gguf_types import BLOCK, TYPES
+from compress.spec.gguf_types import TYPES
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import FLOATS, State
 
@@ -42,11 +53,13 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
             f"a model_type among {', '.join(ARCHITECTURES)}", f"'{kind}'", "start from the model it was made from"
         )
     owners: dict[str, list[str]] = {}
+    scales = {scale_name(name) for name, ref in stored.refs.items() if ref.kind == "NVFP4"}
+    beside = {*_DERIVED, *scales, *(f"{name.partition('[')[0].removesuffix('scale')}input_scale" for name in scales)}
+    dropped = [name for name in stored.refs if name in beside]
     for name in stored.refs:
-        if name not in _DERIVED:
+        if name not in beside:
             # A tensor without a place is refused under its own name.
             owners.setdefault(owner_of(architecture, name) or name, []).append(name)
-    dropped = [name for name in stored.refs if name in _DERIVED]
     return stored.foreign(stored.gather(owners, lambda source: _weight(stored, architecture, source, owners[source])), dropped)
 
 
@@ -71,12 +84,21 @@ def _weight(stored: Stored, architecture: Architecture, source: str, names: list
     shape = (*ref.shape[:-1], ref.shape[-1] // kind.nbytes * kind.weights)
     scheme, dtype = _scheme(stored, source, kind.name, shape[-1])
     if scheme is not None:
-        return Packed(
-            source, dtype, shape, scheme, (name,), partial(_read_codes, name=name, heads=heads, scheme=scheme, dtype=dtype)
-        )
+        number = _number(stored, name) if kind.name == "NVFP4" else ""
+        read_codes = partial(_read_codes, name=name, heads=heads, scheme=scheme, dtype=dtype, number=number)
+        return Packed(source, dtype, shape, scheme, (name, number) if number else (name,), read_codes)
     note = _dense_note(stored, name, kind.name)
     read = partial(_read_dense, name=name, heads=heads, kind=kind.name, dtype=dtype)
     return Packed(source, dtype, shape, None, (name,), read, note)
+
+
+def _number(stored: Stored, name: str) -> str:
+    """The tensor of the number that a matrix is multiplied by; empty if it is not."""
+    number = scale_name(name)
+    if number in stored.refs or number.replace(number[number.find("[") :], "[0]") in stored.refs:
+        stored.ref(number, {"F32"}, (), (1,))
+        return number
+    return ""
 
 
 def _dense_note(stored: Stored, name: str, kind: str) -> str:
@@ -142,29 +164,41 @@ def _scheme(stored: Stored, source: str, kind: str, columns: int) -> tuple[Schem
         if type_of(own) != kind or columns % (own.group or columns):
             raise stored.bad(source, f"{own}, by the manifest", kind, "make the artifact anew")
         return own, record.dtype
-    text = scheme_text(kind)
-    dtype = "BF16" if kind == "MXFP4" else "F16"
-    return (
-        (Scheme.parse(text), stored.dense_dtype(dtype) if kind == "MXFP4" else dtype)
-        if text
-        else (None, stored.dense_dtype("F16"))
-    )
+    if not (text := scheme_text(kind)):
+        return None, stored.dense_dtype("F16")
+    scheme = Scheme.parse(text)
+    return scheme, "F16" if scheme.scales == "row" else stored.dense_dtype("BF16")
 
 
-def codes_of(scheme: Scheme, dtype: str, blocks: torch.Tensor) -> QTensor:
-    """The codes in blocks [rows, bytes of a row]. Raises InputError where the scales of a group differ from block to block."""
-    codes, scale = blocks_of(type_of(scheme), blocks)
-    times = (scheme.group or codes.shape[-1]) // BLOCK
-    groups = scale.unflatten(-1, (-1, times))
-    if not torch.equal(groups.view(torch.uint8), groups[..., :1].expand_as(groups).contiguous().view(torch.uint8)):
-        raise InputError(f"codes of {scheme}", f"the same scale in {times} blocks", "others", "make the artifact anew")
-    scale = groups[..., 0]
-    return QTensor(scheme, codes, (scale if scheme.scales == "e8m0" else scale.to(torch_dtype(dtype))).contiguous())
+def codes_of(scheme: Scheme, dtype: str, blocks: torch.Tensor, number: torch.Tensor | None = None) -> QTensor:
+    """The codes in blocks [rows, bytes of a row]. Raises InputError where the scales of a group differ from block to block.
+
+    `number` is what an NVFP4 matrix is multiplied by.
+    """
+    if scheme.scales == "k":
+        return gguf_superblocks.decode(scheme, blocks)
+    codes, scale, minimum = blocks_of(type_of(scheme), blocks)
+    if scheme.scales != "row":
+        if scheme.scales == "e4m3":
+            number = torch.ones((), dtype=torch.float32) if number is None else number.reshape(()).reciprocal()
+        return QTensor(scheme, codes, scale, tensor_scale=number)
+    times, found = scale.shape[-1] // scheme.groups(codes.shape[-1]), []
+    for part in (scale, minimum):
+        groups = None if part is None else part.unflatten(-1, (-1, times))
+        if groups is not None and not torch.equal(
+            groups.contiguous().view(torch.uint8), groups[..., :1].expand_as(groups).contiguous().view(torch.uint8)
+        ):
+            raise InputError(f"codes of {scheme}", f"the same scale in {times} blocks", "others", "make the artifact anew")
+        found.append(None if groups is None else groups[..., 0].to(torch_dtype(dtype)).contiguous())
+    assert found[0] is not None
+    return QTensor(scheme, codes, found[0], minimum=found[1])
 
 
-def _read_codes(reader: Reader, *, name: str, heads: int, scheme: Scheme, dtype: str) -> QTensor:
+def _read_codes(
+    reader: Reader, *, name: str, heads: int, scheme: Scheme, dtype: str, number: str
+) -> QTensor:  # fmt: skip
     blocks = reader(name)
-    return codes_of(scheme, dtype, from_pairs(blocks, heads) if heads else blocks)
+    return codes_of(scheme, dtype, from_pairs(blocks, heads) if heads else blocks, reader(number) if number else None)
 
 
 def _read_plain(reader: Reader, *, name: str, heads: int, added: bool, dtype: str) -> torch.Tensor:

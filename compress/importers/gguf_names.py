@@ -76,6 +76,8 @@ class Architecture:
     """Whether norms are stored with one added."""
     fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     """Tensors of a block that are stored in pieces: path -> (name, first row, step) of each."""
+    numbers: bool = False
+    """Whether llama.cpp multiplies its matrices by a number each, as NVFP4 asks: run without biases."""
     back: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,13 +95,13 @@ class Piece:
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", {**_ATTENTION, **_MLP}, pairs=True),
-    "mistral": Architecture("llama", {**_ATTENTION, **_MLP}, pairs=True),
-    "mixtral": Architecture("llama", {**_ATTENTION, **_MLP, **_MIXTRAL}, pairs=True),
+    "llama": Architecture("llama", {**_ATTENTION, **_MLP}, pairs=True, numbers=True),
+    "mistral": Architecture("llama", {**_ATTENTION, **_MLP}, pairs=True, numbers=True),
+    "mixtral": Architecture("llama", {**_ATTENTION, **_MLP, **_MIXTRAL}, pairs=True, numbers=True),
     "qwen2": Architecture("qwen2", {**_ATTENTION, **_MLP}),
-    "qwen3": Architecture("qwen3", {**_ATTENTION, **_MLP}),
+    "qwen3": Architecture("qwen3", {**_ATTENTION, **_MLP}, numbers=True),
     "qwen2_moe": Architecture("qwen2moe", {**_ATTENTION, **_MLP, **_EXPERTS, **_SHARED}),
-    "qwen3_moe": Architecture("qwen3moe", {**_ATTENTION, **_MLP, **_EXPERTS}),
+    "qwen3_moe": Architecture("qwen3moe", {**_ATTENTION, **_MLP, **_EXPERTS}, numbers=True),
     "gemma2": Architecture("gemma2", {**_ATTENTION, **_MLP, **_GEMMA}, one_added=True),
     "gemma3_text": Architecture("gemma3", {**_ATTENTION, **_MLP, **_GEMMA}, one_added=True),
     "phi3": Architecture("phi3", _PHI),
@@ -173,6 +175,11 @@ def from_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """The inverse of `to_pairs`."""
     found: torch.Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return found
+
+
+def scale_name(stored: str) -> str:
+    """The name of the number that all values of a tensor are multiplied by, if it has one."""
+    return re.sub(r"weight(?=(\[\d+\])?$)", "scale", stored)
 
 
 def is_norm(stored: str) -> bool:

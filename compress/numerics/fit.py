@@ -37,7 +37,7 @@ def fit(
     across = 2 - dim
     step = max(1, _CHUNK * x.shape[across] // max(1, x.numel()))
     h = None if weight is None else (weight / weight.mean().clamp(min=1e-30)).to(x.dtype).reshape(-1, 1, 1)
-    found = [_fit(part, h, dim, scheme, dtype, clip, signed, least_zero) for part in x.split(step, across)]
+    found = [search(part, h, dim, scheme, dtype, clip, signed, least_zero) for part in x.split(step, across)]
     s, z = (torch.cat(parts, across) for parts in zip(*found, strict=True))
     return s, z
 
@@ -57,10 +57,11 @@ def meant(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: Clip, signe
     return torch.cat(parts, dim=1)
 
 
-def _fit(
+def search(
     x: torch.Tensor, h: torch.Tensor | None, dim: int, scheme: Scheme, dtype: torch.dtype, clip: Clip, signed: bool,
-    least_zero: int,
+    least_zero: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`fit` of a part, with h that broadcasts to x, along any dimension."""
     if scheme.minimum:
         return minimum.fit(x, h, dim, scheme, dtype, clip)
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)

@@ -15,8 +15,10 @@ the first pass's form with other coefficients, so both share `_round`. A group's
 codes (rescale.py), which costs little because D H is already computed. Where a scheme has minima q = s c + m with c = code,
 and scale and minimum move together.
 
-On a grid of floats c is the grid value nearest to t / s. Scales are fitted to the weights before anything is rounded and
-never changed, because they may depend on each other. All else is the same, the identity above included.
+A K-quant's scales and minima are fitted in the same way, those of a super-block together, but sweeps leave them as they are,
+because one level cannot move without the other. On a grid of floats c is the grid value nearest to t / s. Scales are fitted to
+the weights before anything is rounded and never changed, because they may depend on each other. All else is the same, the
+identity included.
 
 Everything is computed on W^T, where a column is contiguous. The contribution of earlier blocks of columns to a block's
 targets is one matrix product; inside a block the same is done recursively by halves. Along the outputs, as a Conv1D is
@@ -26,20 +28,17 @@ grouped, each column has its own scales over groups of rows; nothing else change
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from compress.numerics import rescale
-from compress.numerics.fit import Clip, fit
+from compress.numerics import kquants, rescale
 from compress.numerics.floats import decode, encode
+from compress.numerics.gptq_task import Rows, Settings, Task
 from compress.numerics.hessian import Factor, energies
 from compress.numerics.rounding import fit_all, largest
 from compress.numerics.scales import divisor, steps
-from compress.spec.scheme import Scheme
-
-Along = Literal["inputs", "outputs"]
+from compress.spec.scheme import SUPER, Scheme
 
 _BLOCK = 128
 """Columns of a block, whose targets come from one matrix product."""
@@ -66,6 +65,8 @@ class Solved(NamedTuple):
     identity: float
     """sum_k R_kk^2 |t_k - q_k|^2 of the first pass, equal to its trace(D (H + lambda I) D^T)."""
     tensor_scale: torch.Tensor | None = None
+    levels: kquants.Levels | None = None
+    """The scales and minima of a K-quant, of which `scale` and `zero` are then the values."""
 
     @property
     def loss(self) -> float:
@@ -76,75 +77,6 @@ class Solved(NamedTuple):
     def norm(self) -> float:
         """trace(W H W^T)."""
         return float(self.norms.double().sum())
-
-
-@dataclass
-class _Rows:
-    """Rows that are processed together, transposed: [n, 1, rows], or along the outputs [n, groups, group], zero-padded."""
-
-    d: torch.Tensor
-    """W, replaced by W - Q in each column that has been rounded."""
-    codes: torch.Tensor
-    """uint8, d's shape."""
-    scale: torch.Tensor
-    """[groups, 1, rows], or along the outputs [n, groups, 1]."""
-    zero: torch.Tensor
-    """Like scale; the middle code if symmetric, the minimum where the scheme has one."""
-    keep: torch.Tensor | None
-    """uint8, 1 where a weight may differ from zero."""
-
-    @property
-    def flat(self) -> torch.Tensor:
-        return self.d.view(len(self.d), -1)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the solver works; plain GPTQ is clip="none", signed=False, sweeps=0."""
-
-    clip: Clip = "mse"
-    signed: bool = True
-    """Whether scales of integers may be negative; scales of floats never are."""
-    least_zero: int = 0
-    sweeps: int = 1
-    """Rounds of coordinate descent after the first pass, which also adjust scales of integers."""
-    refit: bool = True
-    """Whether scales are fitted to the targets of their group, if columns are rounded in stored order."""
-    along: Along = "inputs"
-
-
-@dataclass(frozen=True)
-class _Task:
-    """The parts of the problem that are the same for all rows."""
-
-    factor: Factor
-    h: torch.Tensor
-    scheme: Scheme
-    dtype: torch.dtype
-    settings: Settings
-    group: int
-    """Columns (along the outputs: rows) that share a scale."""
-    fixed: torch.Tensor | None
-    """Scales of a grid of floats, for every row: [rows, groups], or along the outputs [n, groups]."""
-
-    @property
-    def along(self) -> Along:
-        """The direction of groups."""
-        return self.settings.along
-
-    @property
-    def dim(self) -> int:
-        """The dimension of `_Rows.d` that a group runs along."""
-        return 0 if self.along == "inputs" else 2
-
-    def owners(self, columns: torch.Tensor) -> torch.Tensor:
-        """The index in `_Rows.scale` of each of `columns`."""
-        return columns // self.group if self.along == "inputs" else columns
-
-    def fit(self, x: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x if keep is None else x * keep
-        h, how = weight if self.along == "inputs" else None, self.settings
-        return fit(x, h, self.dim, self.scheme, self.dtype, how.clip, how.signed, how.least_zero)
 
 
 def solve(
@@ -168,7 +100,9 @@ def solve(
     inputs = settings.along == "inputs"
     length = n if inputs else rows
     fixed = scale = tensor_scale = None
-    if not scheme.integer:
+    # The values of a K-quant's scales are exact in fp32.
+    scale_dtype = torch.float32 if scheme.scales == "k" else scale_dtype
+    if not scheme.whole:
         # In stored order, with the columns that become zero set to zero.
         stored = w.masked_fill(factor.dead, 0) if inputs else w.masked_fill(factor.dead, 0).T
         peak = largest(stored) if peak is None else peak
@@ -176,10 +110,11 @@ def solve(
         tensor_scale = divisor(peak, scheme, w.device)
         each = steps(scale, tensor_scale).to(factor.feedback.dtype)
         fixed = each.repeat_interleave(scheme.rows_per_scale(len(stored)), dim=0)[: len(stored)]
-    task = _Task(factor, hessian, scheme, scale_dtype, settings, scheme.group or length, fixed)
+    task = Task(factor, hessian, scheme, scale_dtype, settings, scheme.group or length, fixed)
     codes = torch.empty((rows, n) if inputs else (n, rows), dtype=torch.uint8, device=w.device)
     scale = torch.empty(len(codes), -(-length // task.group), dtype=scale_dtype, device=w.device) if scale is None else scale
     kind = scale_dtype if scheme.minimum else torch.uint8
+    levels: list[kquants.Levels] = []
     zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=kind, device=w.device)
     losses, norms, errors = torch.empty(3, rows, dtype=factor.feedback.dtype, device=w.device)
     identity = 0.0
@@ -200,14 +135,17 @@ def solve(
             codes[rs] = found.T
         else:
             codes[:, rs] = found
+        if part.levels is not None:
+            levels.append(kquants.joined([part.levels[i] for i in range(n // SUPER)], 1))
         at = rs if inputs else (slice(None), slice(start // task.group, start // task.group + part.scale.shape[1]))
         for whole, own in ((None if task.fixed is not None else scale, part.scale), (zero, part.zero)):
             if whole is not None:
                 whole[at] = own.squeeze(1).T if inputs else own.squeeze(2)
-    return Solved(codes, scale, zero, losses, norms, errors, identity, tensor_scale)
+    both = kquants.joined(levels, 0) if levels else None
+    return Solved(codes, scale, zero, losses, norms, errors, identity, tensor_scale, both)
 
 
-def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -> _Rows:
+def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: Task, rs: slice) -> Rows:
     rows, n = w.shape
     inputs = task.along == "inputs"
     width = rows if inputs else -(-rows // task.group) * task.group
@@ -231,10 +169,10 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: _Task, rs: slice) -
         first = rs.start // task.group
         s = (task.fixed[rs].T if inputs else task.fixed[:, first : first + scales[1]]).contiguous().view(scales)
     codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
-    return _Rows(d.view(shape), codes, s, torch.full_like(s, task.scheme.middle), keep)
+    return Rows(d.view(shape), codes, s, torch.full_like(s, task.scheme.middle), keep, {} if task.scheme.scales == "k" else None)
 
 
-def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
+def _first_pass(part: Rows, task: Task) -> torch.Tensor:
     """Rounds every column once; the damped loss of each row."""
     n, order = len(part.d), task.factor.order
     columns = torch.arange(n, device=part.d.device) if order is None else order
@@ -244,7 +182,7 @@ def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
     if order is not None:
         _permute(part, order)
     # Scales that are refitted need the targets of all their columns at once.
-    size = task.group if task.along == "inputs" and not fixed else _BLOCK
+    size = task.unit if task.along == "inputs" and not fixed else _BLOCK
     f, pivots, flat = task.factor.feedback, task.factor.pivots, part.flat
     damped = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
     for start in range(0, n, size):
@@ -252,10 +190,7 @@ def _first_pass(part: _Rows, task: _Task) -> torch.Tensor:
         target = part.d[ks].clone()
         target.view(len(target), -1).addmm_(f[:start, ks].T, flat[:start])
         if not fixed:
-            own = slice(start // size, start // size + 1) if task.along == "inputs" else ks
-            keep = None if part.keep is None else part.keep[ks]
-            aims = target if start == 0 else _aims(target, part.d[ks], f[ks, ks])
-            part.scale[own], part.zero[own] = task.fit(aims, pivots[ks], keep)
+            task.fit(part, ks, target if start == 0 else _aims(target, part.d[ks], f[ks, ks]), pivots[ks])
         for inner in range(start, ks.stop, _BLOCK):
             here = slice(inner, min(ks.stop, inner + _BLOCK))
             t = target[inner - start : here.stop - start]
@@ -280,18 +215,16 @@ def _aims(target: torch.Tensor, w: torch.Tensor, f: torch.Tensor) -> torch.Tenso
     return steps.view(w.shape).add_(w)
 
 
-def _fit_all(part: _Rows, task: _Task) -> None:
+def _fit_all(part: Rows, task: Task) -> None:
     """Fits the scales of all groups to the weights."""
     n = len(part.d)
-    size = task.group if task.along == "inputs" else _BLOCK
+    size = task.unit if task.along == "inputs" else _BLOCK
     for start in range(0, n, size):
         ks = slice(start, min(n, start + size))
-        to = slice(start // size, start // size + 1) if task.along == "inputs" else ks
-        keep = None if part.keep is None else part.keep[ks]
-        part.scale[to], part.zero[to] = task.fit(part.d[ks], task.h.diagonal()[ks], keep)
+        task.fit(part, ks, part.d[ks], task.h.diagonal()[ks])
 
 
-def _permute(part: _Rows, order: torch.Tensor) -> None:
+def _permute(part: Rows, order: torch.Tensor) -> None:
     """Reorders columns in place, a few rows at a time, to avoid a second copy of W."""
     for tensor in (part.d, part.codes, part.keep):
         if tensor is not None:
@@ -299,10 +232,10 @@ def _permute(part: _Rows, order: torch.Tensor) -> None:
                 piece.copy_(piece[order])
 
 
-def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
+def _sweep(part: Rows, task: Task) -> torch.Tensor:
     """Optimises scales and codes of each block with all others fixed; returns the decrease of each row's damped loss."""
     n, h, ridge, flat = len(part.d), task.h, task.factor.ridge, part.flat
-    rescales = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None
+    rescales = task.along == "inputs" and task.group <= _WHOLE and task.fixed is None and part.levels is None
     size = task.group if rescales else _BLOCK
     fallen = torch.zeros(flat.shape[1], dtype=flat.dtype, device=flat.device)
     for start in range(0, n, size):
@@ -338,7 +271,7 @@ def _sweep(part: _Rows, task: _Task) -> torch.Tensor:
 
 
 def _round(
-    target: torch.Tensor, base: torch.Tensor, f: torch.Tensor, part: _Rows, ks: slice, owners: torch.Tensor, scheme: Scheme
+    target: torch.Tensor, base: torch.Tensor, f: torch.Tensor, part: Rows, ks: slice, owners: torch.Tensor, scheme: Scheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds columns `ks` in turn, each adding (base - q) f to the targets after it; stores the codes.
 
@@ -369,7 +302,7 @@ def _round(
                 bases[k].sub_(value if keeps is None else value.mul_(keeps[k]))
                 continue
             q = torch.div(targets[k], scales[k], out=cs[k])
-            if not scheme.integer:
+            if not scheme.whole:
                 q.copy_(decode(encode(q, scheme), scheme, q.dtype))
             elif scheme.symmetric:
                 q.round_().clamp_(-scheme.middle, top - scheme.middle)
@@ -382,7 +315,7 @@ def _round(
         part.codes[ks] = c.to(torch.int16).to(torch.uint8)
         return c, target.sub_(values)
     # Via int16, because torch converts floats to uint8 four times slower. Adding zero turns a masked -0 into +0.
-    part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.integer else encode(c if keeps is None else c + 0, scheme)
+    part.codes[ks] = (c + z).to(torch.int16).to(torch.uint8) if scheme.whole else encode(c if keeps is None else c + 0, scheme)
     return c, target.addcmul_(c, s, value=-1)
 
 

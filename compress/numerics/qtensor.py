@@ -5,7 +5,8 @@ FP8. `scale` [experts?, rows, groups] in the dense weight's dtype, `zero` uint8 
 symmetric: the zero of integers is then the middle code) or, for schemes with minima, `minimum` in the shape and dtype of
 `scale`: values are scale * (code - zero), or scale * code + minimum, in fp32. Scales of floats have other shapes and dtypes
 too: FP8 fp32, [experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
-`tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; its reciprocal would not be exact).
+`tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; its reciprocal would not be exact); K-quants int8,
+`minimum` too, to be multiplied by `super_scale` and, negated, `super_minimum`, fp16 [experts?, rows, columns / 256].
 Rows are outputs and columns inputs, also for fused experts stored [in, out]: y = x @ dequantize(q).T + b. Only a
 Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its readers group it that way.
 
@@ -13,9 +14,9 @@ A weight may have two corrections. Outliers replace the values of some codes: va
 rows. Then the product of low-rank factors is added: bf16, or int8 with an fp32 scale for each rank.
 
 On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.minimum`,
-`NAME.tensor_scale`, and with corrections `NAME.outlier_values` [experts?, n], `.outlier_columns` uint16, or int32 beyond
-65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.left` [experts?, rows, rank], `.right` [experts?, rank,
-columns], and `.rank_scale` [experts?, rank].
+`NAME.tensor_scale`, `NAME.super_scale`, `NAME.super_minimum`, and with corrections `NAME.outlier_values` [experts?, n],
+`.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.left` [experts?,
+rows, rank], `.right` [experts?, rank, columns], and `.rank_scale` [experts?, rank].
 `dequantize` defines its values; every quantizer returns a QTensor, every packer takes one.
 """
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.spec.corrections import SHORT
-from compress.spec.scheme import FP8
+from compress.spec.scheme import FP8, SUPER
 from compress.spec.weight_state import State, TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from compress.spec.scheme import Scheme
 
 
-_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale")
+_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale", "super_scale", "super_minimum")
 _OUTLIERS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_offsets": "offsets"}
 _LOWRANK = {"left": "left", "right": "right", "rank_scale": "scale"}
 """Parts on disk -> fields of Sparse and Factors."""
@@ -58,16 +59,32 @@ class QTensor:
     outliers: Sparse | None = None
     lowrank: Factors | None = None
     minimum: torch.Tensor | None = None
+    super_scale: torch.Tensor | None = None
+    super_minimum: torch.Tensor | None = None
 
     def steps(self) -> torch.Tensor:
         """The values of the scales, fp32 in the shape of `scale`."""
         from compress.numerics.scales import steps
 
+        if self.super_scale is not None:
+            return self._upper(self.super_scale) * self.scale.float()
         return steps(self.scale, self.tensor_scale)
 
+    def lows(self) -> torch.Tensor | None:
+        """The values of the minima, fp32 in the shape of `scale`; None if there are none."""
+        if self.minimum is None or self.super_minimum is None:
+            return None if self.minimum is None else self.minimum.float()
+        return -(self._upper(self.super_minimum) * self.minimum.float())
+
+    def _upper(self, supers: torch.Tensor) -> torch.Tensor:
+        """What belongs to 256 columns, in the shape of `scale`."""
+        return supers.float().repeat_interleave(self.scale.shape[-1] // supers.shape[-1], dim=-1)
+
     def plain(self) -> QTensor:
-        """The same weight with plain fp32 scales."""
-        return replace(self, scale=self.steps(), tensor_scale=None)
+        """The same weight with plain fp32 scales, and minima if it has some."""
+        if self.super_scale is None:
+            return replace(self, scale=self.steps(), tensor_scale=None)
+        return replace(self, scale=self.steps(), minimum=self.lows(), super_scale=None, super_minimum=None)
 
     def nonzero(self) -> torch.Tensor:
         """Which entries are not zero, bool [experts?, rows, columns]; with low-rank factors all may be."""
@@ -78,7 +95,7 @@ class QTensor:
 
     def _coded(self) -> torch.Tensor:
         """Which codes have a value other than zero."""
-        if not self.scheme.integer:
+        if not self.scheme.whole:
             from compress.numerics.floats import decode
 
             return decode(self.codes, self.scheme) != 0
@@ -102,10 +119,11 @@ class QTensor:
 
     def values(self) -> torch.Tensor:
         """The fp32 values of the codes alone."""
-        if self.scheme.integer:
+        if self.scheme.whole:
             from compress.numerics.grid import dequantize
 
-            return dequantize(self.codes, self.scale, self.zero if self.minimum is None else self.minimum, self.scheme)
+            scale = self.scale if self.super_scale is None else self.steps()
+            return dequantize(self.codes, scale, self.zero if self.minimum is None else self.lows(), self.scheme)
         from compress.numerics.floats import decode
         from compress.numerics.scales import spread
 
@@ -134,12 +152,15 @@ def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, 
     stream_bytes = math.ceil(weight.columns * scheme.bits / 32) * 4
     lead = () if weight.experts is None else (weight.experts,)
     scales = (*lead, *scheme.grid_shape(weight.rows, weight.columns))
-    stored = {"e8m0": "U8", "e4m3": "F8_E4M3"}.get(scheme.scales, "F32" if scheme.grid in FP8 else weight.dtype)
+    stored = {"e8m0": "U8", "e4m3": "F8_E4M3", "k": "I8"}.get(scheme.scales, "F32" if scheme.grid in FP8 else weight.dtype)
     found = {"codes": ("U8", (*lead, weight.rows, stream_bytes)), "scale": (stored, scales)}
     if scheme.zeros:
         found["zero"] = ("U8", scales)
     if scheme.minimum:
-        found["minimum"] = (weight.dtype, scales)
+        found["minimum"] = (stored, scales)
+    if scheme.scales == "k":
+        supers = ("F16", (*lead, weight.rows, weight.columns // SUPER))
+        found |= dict.fromkeys(("super_scale", "super_minimum")[: 1 + scheme.minimum], supers)
     if scheme.scales == "e4m3":
         found["tensor_scale"] = ("F32", lead)
     if state.outliers is not None:
@@ -188,7 +209,7 @@ def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QT
 
 def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
     """The parts besides codes, scale and zero, by their suffix on disk."""
-    parts: dict[str, torch.Tensor | None] = {"minimum": q.minimum, "tensor_scale": q.tensor_scale}
+    parts: dict[str, torch.Tensor | None] = {name: getattr(q, name) for name in _CODES[3:]}
     for whole, words in ((q.outliers, _OUTLIERS), (q.lowrank, _LOWRANK)):
         parts |= {part: getattr(whole, word) for part, word in words.items() if whole is not None}
     return parts
@@ -204,4 +225,6 @@ def with_beside(
     assert state.scheme is not None
     outliers = Sparse(**{word: parts[part] for part, word in _OUTLIERS.items()}) if state.outliers else None
     lowrank = Factors(**{word: parts.get(part) for part, word in _LOWRANK.items()}) if state.lowrank else None  # type: ignore[arg-type]
-    return QTensor(state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, parts.get("minimum"))
+    return QTensor(
+        state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, *map(parts.get, ("minimum", *_CODES[5:]))
+    )

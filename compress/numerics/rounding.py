@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compress.numerics import minimum
+from compress.numerics import kquants, minimum
 from compress.numerics.floats import decode, encode
 from compress.numerics.grid import round_to_nearest
 from compress.numerics.lowrank import Factors
@@ -61,20 +61,39 @@ def nearest(
         codes, scale, zero, *sums = round_to_nearest(w.reshape(-1, w.shape[-1]), scheme, dtype, clip, least_zero, least_code)
         zero = None if zero is None else zero.reshape(*w.shape[:-1], -1)
         return Rounded(integers(scheme, codes.reshape(w.shape), scale.reshape(*w.shape[:-1], -1), zero), *sums)
+    if scheme.scales == "k":
+        return _two_levels(w, scheme, clip)
     if w.dim() == 2:
         return _matrix(w, scheme, dtype, clip, peak)
     experts = [_matrix(expert, scheme, dtype, clip, None) for expert in w]
     return Rounded(stacked([e.q for e in experts]), sum(e.squared_error for e in experts), sum(e.squared_norm for e in experts))
 
 
+def _two_levels(w: torch.Tensor, scheme: Scheme, clip: str) -> Rounded:
+    """`w` [experts?, rows, columns] rounded to a K-quant."""
+    rows, columns = w.shape[:-1].numel(), w.shape[-1]
+    codes, levels, sums = torch.empty(rows, columns, dtype=torch.uint8, device=w.device), [], [0.0, 0.0]
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        x = kquants.blocked(w.reshape(rows, columns)[start : start + step].float(), scheme)
+        found = kquants.fit(x, None, scheme, clip)
+        q, lows = kquants.codes(x, found, scheme), found.lows()
+        codes[start : start + step] = q.flatten(1).to(torch.int16).to(torch.uint8)
+        levels.append(found)
+        lost = kquants.values(q, found.steps()[..., None], None if lows is None else lows[..., None], scheme).sub_(x)
+        for i, values in enumerate((lost.reshape(-1), x.reshape(-1))):
+            sums[i] += float(torch.dot(values, values))
+    return Rounded(kquants.joined(levels, 0).of(scheme, codes.reshape(w.shape)), sums[0], sums[1])
+
+
 def on_grid(w: torch.Tensor, q: QTensor) -> QTensor:
     """`w` [experts?, rows, columns] rounded to nearest with the scales and zero points or minima of `q`."""
     s = spread(q.steps(), q.scheme, *w.shape[-2:])
-    if q.minimum is not None:
-        m = spread(q.minimum.float(), q.scheme, *w.shape[-2:])
+    if (lows := q.lows()) is not None:
+        m = spread(lows, q.scheme, *w.shape[-2:])
         return replace(q, codes=minimum.codes(w.float(), s, m, q.scheme).to(torch.uint8))
     x = w.float() / s
-    if not q.scheme.integer:
+    if not q.scheme.whole:
         return replace(q, codes=encode(x, q.scheme))
     zero = q.scheme.middle if q.zero is None else spread(q.zero, q.scheme, *w.shape[-2:])
     return replace(q, codes=x.round_().add_(zero).clamp_(0, q.scheme.levels - 1).to(torch.uint8))

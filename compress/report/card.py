@@ -78,7 +78,7 @@ def metadata(facts: Facts) -> Any:
     relation = "adapter" if facts.manifest.format == "peft" else "quantized" if schemes else "finetune"
     licence = {key: text for key, text in source.licence_fields().items() if key != "license" or _LICENCE.fullmatch(text)}
     tags = ["compress", *([] if facts.manifest.format == "canonical" else [facts.manifest.format])]
-    tags += sorted({f"{scheme.bits}-bit" for scheme in schemes if scheme is not None and scheme.integer})
+    tags += sorted({f"{scheme.bits}-bit" for scheme in schemes if scheme is not None and scheme.whole})
     tags += ["sparse"] if any(layer.zeros is not None for layer in facts.layers) else []
     task = next((task for ending, task in _TASKS.items() if facts.architecture.endswith(ending)), None)
     results = _results(facts)

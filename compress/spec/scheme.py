@@ -2,7 +2,7 @@
 
 Grammar (parses and prints back to the same text; names of other tools, such as W4A16, are in presets.py):
 
-    scheme  = integer | float [ "-afp8" ]
+    scheme  = integer | float [ "-afp8" ] | "q" (2 | 3 | 4 | 5 | 6) "_k"
     integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" | "-min" ] [ "-afp8" ]
     float   = "fp8" [ "-e5m2" ] [ "-tensor" | "-block" ]     E4M3 or E5M2, one scale per output channel, for the
                                                              whole matrix, or per block of 128 rows and columns
@@ -19,6 +19,10 @@ per group, `w4a16g32-min` a minimum in the weight's dtype, scale * code + minimu
 -scale * zero could be only up to rounding; no code of it need mean zero. `w8a16` is per channel. Activations stay in 16 bits,
 unless they are rounded to int8 (`w8a8`, `w4a8g128`) or, with `-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a dynamic
 scale per token; `fp8-block-afp8` has one per token and 128 inputs, as readers of such blocks expect.
+
+The K-quants of GGUF, `q2_k` to `q6_k`, are whole codes with scales of two levels: small whole numbers for 16 or 32 columns, times
+one in fp16 for 256; all but q3_k and q6_k have minima. What they mean: compress/numerics/kquants.py. Where 256 does not divide
+the columns, another scheme takes their place, as in llama.cpp.
 
 Scales that are powers of two: `-m1` makes all of them so, `-m2` divides the row's largest scale by powers of two, so that
 E2M1 times the power is an E4M3 number. Both take the nearest power or, with `-ceil` as in the paper, the next one: then
@@ -41,6 +45,8 @@ from compress.spec.text_form import TextForm
 BITS = (2, 3, 4, 5, 6, 8)
 FP8 = ("e4m3", "e5m2")
 """Grids whose codes are the bytes of FP8."""
+SUPER = 256
+"""Columns that share the upper level of a K-quant's scales."""
 BLOCK = 128
 """Rows and columns of a block of `fp8-block`."""
 _GROUP = r"(?:g(?P<group>\d{1,7}))?"
@@ -56,6 +62,7 @@ _FLOATS = tuple(
         r"(?P<grid>nvfp4)(?P<rule>-4over6)?",
     )
 )
+_K = re.compile(r"q(?P<bits>[2-6])_k", re.ASCII)
 _FIXED = {"mxfp4": (32, "e8m0"), "nvfp4": (16, "e4m3")}
 """(group, kind of scales) of the grids for which they are fixed."""
 
@@ -69,9 +76,10 @@ class Scheme(TextForm):
     symmetric: bool = True
     """Whether codes are balanced about zero: no zero point and no minimum; floats have neither."""
     grid: str = "int"
-    """The values of codes before scaling: int, nf, e2m1, e3m0, e4m3 or e5m2."""
+    """The values of codes before scaling: int, k (whole numbers too), nf, e2m1, e3m0, e4m3 or e5m2."""
     scales: str = "row"
-    """row: in the weight's dtype, per row and group; tensor, block: one for each; e8m0; e4m3: with one more for the matrix."""
+    """row: in the weight's dtype, per row and group; tensor, block: one for each; e8m0; e4m3: with one more for the matrix;
+    k: int8 per row and group, with one in fp16 for each 256 columns."""
     rule: str = ""
     """The rule by which scales are chosen, for grids with several: m1, m2-ceil, floor, even, mse, 4over6."""
     inputs: str = ""
@@ -86,6 +94,9 @@ class Scheme(TextForm):
             return text
         known = isinstance(text, str)
         found = _integer(text, match) if known and (match := _INTEGER.fullmatch(text)) else None
+        if known and (match := _K.fullmatch(text)):
+            bits = int(match["bits"])
+            found = Scheme(bits, 32 if bits in (4, 5) else 16, bits in (3, 6), "k", "k", minimum=bits not in (3, 6))
         for pattern in _FLOATS if known and found is None else ():
             found = found or (_float(match) if (match := pattern.fullmatch(text)) else None)
         if found is None and known and (named := preset(text)):
@@ -108,6 +119,8 @@ class Scheme(TextForm):
         if self.integer:
             kind = "" if self.symmetric else "-min" if self.minimum else "-asym"
             return f"w{self.bits}a{8 if self.inputs else 16}{group}{kind}{fp8}"
+        if self.grid == "k":
+            return f"q{self.bits}_k"
         if self.grid == "nf":
             return f"nf{self.bits}{group}{fp8}"
         if self.bits == 8:
@@ -118,6 +131,11 @@ class Scheme(TextForm):
     @property
     def integer(self) -> bool:
         return self.grid == "int"
+
+    @property
+    def whole(self) -> bool:
+        """Whether codes are whole numbers, with scales of one level or two."""
+        return self.grid in ("int", "k")
 
     @property
     def zeros(self) -> bool:
@@ -137,7 +155,7 @@ class Scheme(TextForm):
     @property
     def powers(self) -> bool:
         """Whether scales depend on each other or are powers of two, so that a single one cannot be trained."""
-        return bool(self.rule) or self.scales in ("e8m0", "e4m3")
+        return bool(self.rule) or self.scales in ("e8m0", "e4m3", "k")
 
     def groups(self, columns: int) -> int:
         """Scales per output row for a weight with `columns` inputs (a ragged last group counts)."""
@@ -154,7 +172,7 @@ class Scheme(TextForm):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
         exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|5|6|8)a(16|8)")
-        patterns = (re.sub(r"\?P<\w+>", "", text) for text in (exact, *(pattern.pattern for pattern in _FLOATS)))
+        patterns = (re.sub(r"\?P<\w+>", "", text) for text in (exact, *(pattern.pattern for pattern in (*_FLOATS, _K))))
         return {
             "type": "string",
             "pattern": f"^({'|'.join([*patterns, *PRESETS])})$",
@@ -170,9 +188,9 @@ def _guess(text: str) -> str:
         kind = f"-{match[4]}" if match[4] in ("asym", "min") else ""
         plain = f"w{match[1]}a{match[2] or 16}{f'g{match[3]}' if match[3] else ''}{kind}"
     # Bits alone seldom mean one scale per output channel; presets are the better suggestion.
-    guesses = {text.lower().replace("_", "-"), plain} if not match or match[3] else {text.lower()}
+    guesses = {text.lower(), text.lower().replace("_", "-"), plain} if not match or match[3] else {text.lower()}
     for guess in sorted(guesses - {text}):
-        if any(pattern.fullmatch(guess) for pattern in (_INTEGER, *_FLOATS)):
+        if any(pattern.fullmatch(guess) for pattern in (_INTEGER, *_FLOATS, _K)):
             with suppress(UsageError):
                 return str(Scheme.parse(guess))
     return ""

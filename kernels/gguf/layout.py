@@ -1,19 +1,23 @@
 """gguf: one file for llama.cpp, with the model's sizes and its tokenizer in it.
 
 Codes keep their values. A weight [out, in] becomes rows of blocks of 32 inputs (numerics/gguf_blocks.py has the bytes):
-    Q4_0   w4a16, symmetric     d * (code - 8), d in fp16
-    Q8_0   w8a16, symmetric     d * (code - 128)
-    MXFP4  mxfp4                2^(byte - 127) * E2M1
+    Q4_0, Q5_0, Q8_0   w4a16, w5a16, w8a16, symmetric   d * (code - middle), d in fp16
+    Q4_1, Q5_1         w4a16-min, w5a16-min             d * code + m, m in fp16 too
+    MXFP4              mxfp4                            2^(byte - 127) * E2M1
+    NVFP4              nvfp4, blocks of 64              E4M3 * E2M1, times one number for the matrix
+    Q2_K to Q6_K       q2_k to q6_k, blocks of 256      numerics/kquants.py says what they mean
 Groups of 64, of 128 or of a whole row are stored as groups of 32 with the same scale, exactly, for some bytes more. Scales are
-rounded to fp16 as in `gptq`, and refused where that loses more than 2^-11 of one. What is not in codes stays in its dtype; norms,
-biases and routers become F32, exactly, and Gemma's norms have 1 added, as llama.cpp has them.
+rounded to fp16 as in `gptq`, and refused where that loses more than 2^-11 of one; minima too, where it loses more than 2^-11 of
+a scale. nvfp4's divisor of a matrix is stored as its reciprocal, within 2^-23 of it. What is not in codes stays in its dtype;
+norms, biases and routers become F32, exactly, and Gemma's norms have 1 added, as llama.cpp has them.
 
 Rows of queries and keys change places for Llama and its kin (importers/gguf_names.py), and codes with them. The experts of a
 block are one tensor, written matrix by matrix. It is one file, whatever its size: llama.cpp also reads split ones, which are not
 written. It rounds activations to 8 bits for its products, by blocks of 32: by that it differs from what the weights mean.
 
-Refused: zero points (Q4_1 and the K-quants hold a floating minimum), 2, 3, 5 and 6 bits, nf4 (whose values IQ4_NL does not have),
-nvfp4 (whose scale of a matrix llama.cpp stores as the reciprocal), and architectures that were not run by llama.cpp.
+Refused: zero points (the types of two numbers a block hold a minimum), 2, 3 and 6 bits, nf4 (whose values IQ4_NL does not have),
+nvfp4 where llama.cpp multiplies nothing by its number (embeddings, fused experts, matrices with a bias, architectures other than
+llama, qwen3 and qwen3moe), and architectures that were not run by it.
 """
 
 from __future__ import annotations
@@ -30,11 +34,20 @@ from compress.checkpoint.reader import GGUF_FILE
 from compress.checkpoint.safetensors_header import Shard
 from compress.contract.format import Format, Verdict
 from compress.errors import Refusal
-from compress.importers.gguf_names import ARCHITECTURES, Architecture, Piece, is_norm, paired_heads, pieces, to_pairs
+from compress.importers.gguf_names import (
+    ARCHITECTURES,
+    Architecture,
+    Piece,
+    is_norm,
+    paired_heads,
+    pieces,
+    scale_name,
+    to_pairs,
+)
 from compress.kernels.gguf.hyperparameters import entries, full_config, notes, rope_factors
 from compress.kernels.gguf.tokenizer import tokenizer_entries
 from compress.kernels.gptq.layout import in_half, rounded_scales
-from compress.spec.gguf_types import BLOCK, TYPES
+from compress.spec.gguf_types import TYPES
 from compress.spec.weight_state import FLOATS, Note, State, TensorSpec, Weight, counted
 
 if TYPE_CHECKING:
@@ -48,7 +61,10 @@ _SCALE_BYTES = 2
 VERSION = "2026.10"
 """The version of xllamacpp whose llama.cpp was run on every architecture."""
 _ELSEWHERE = "pack as compressed-tensors"
+_NUMBERLESS = "skip it, or use mxfp4 or w4a16g32 for it"
 _FACTORS = "rope_freqs.weight"
+_TINY = "bf16 minima below 2^-14 rounded to fp16, by at most 2^-25"
+_INVERSE = "the divisor of a matrix as its reciprocal, within 2^-23 of it"
 _UNREAD = "a tensor that llama.cpp does not take, left out"
 
 
@@ -71,7 +87,7 @@ class _Target:
 
 
 class Gguf(Format):
-    """Codes in blocks of 32, and all that llama.cpp needs besides."""
+    """Codes in blocks, and all that llama.cpp needs besides."""
 
     name = "gguf"
     renames = True
@@ -98,15 +114,20 @@ class Gguf(Format):
             raise Refusal(f"llama.cpp rounds activations in its own way, not as {scheme} does", "use a scheme with a16")
         from compress.numerics.gguf_blocks import type_of
 
-        if not scheme.symmetric:
-            raise Refusal("the types for zero points hold a floating minimum, which is not written yet", "use a symmetric scheme")
-        if not type_of(scheme):
-            raise Refusal(f"no type of it holds {scheme}", "quantize to w4a16, w8a16 or mxfp4")
+        if scheme.zeros:
+            do = "use -min for -asym, or a symmetric scheme"
+            raise Refusal("its types hold a floating minimum, which a zero point is only up to rounding", do)
+        if not (kind := type_of(scheme)):
+            raise Refusal(f"no type of it holds {scheme}", "quantize to w4a16, w5a16, w8a16, q2_k to q6_k, mxfp4 or nvfp4")
         if weight.transposed and weight.experts is None:
             raise Refusal("its groups run along what llama.cpp has as outputs", "skip it, or " + _ELSEWHERE)
-        if weight.columns % BLOCK or (scheme.group or BLOCK) % BLOCK:
+        block = TYPES[kind].weights
+        if weight.columns % block or (scheme.scales == "row" and (scheme.group or block) % block):
             size = f"{weight.columns} columns in groups of {scheme.group or weight.columns}"
-            raise Refusal(f"it has blocks of {BLOCK}, which {size} do not fill", "use groups of 32, 64 or 128, or skip it")
+            raise Refusal(f"it has blocks of {block}, which {size} do not fill", "use groups of 32, 64 or 128, or skip it")
+        if kind == "NVFP4" and (weight.kind == "embedding" or weight.experts is not None):
+            what = "fused experts" if weight.experts is not None else "an embedding"
+            raise Refusal(f"llama.cpp does not multiply {what} by a number, as {scheme} asks", _NUMBERLESS)
         if weight.columns % (scheme.group or weight.columns):
             raise Refusal(f"groups of {scheme.group} do not divide {weight.columns} columns", "quantize with ragged=divide")
 
@@ -119,9 +140,18 @@ class Gguf(Format):
             self.target.tokenizer  # noqa: B018 (raises for one that llama.cpp does not have)
         except Refusal as refusal:
             return [("*", refusal.reason, refusal.do)]
-        unknown = [w.name for w in model.weights if not self._pieces(w) and w.name not in self.target.unused]
-        name = self.target.architecture.name
-        return [(n, f"llama.cpp's {name} has no tensor for it", _ELSEWHERE) for n in unknown]
+        name, there = self.target.architecture.name, {w.name for w in model.weights}
+        refused = []
+        for w in model.weights:
+            scheme = states[w.name].scheme
+            if not self._pieces(w) and w.name not in self.target.unused:
+                refused.append((w.name, f"llama.cpp's {name} has no tensor for it", _ELSEWHERE))
+            elif scheme is not None and scheme.scales == "e4m3":
+                biased = f"{w.module}.bias" in there
+                if biased or not self.target.architecture.numbers:
+                    where = f"matrices of {name}{' with a bias' if biased else ''}"
+                    refused.append((w.name, f"llama.cpp does not multiply {where} by a number, as {scheme} asks", _NUMBERLESS))
+        return refused
 
     def _pieces(self, weight: Weight) -> list[Piece]:
         """What it is stored as; nothing for a tensor that is left out."""
@@ -143,6 +173,9 @@ class Gguf(Format):
                 if state.scheme is not None:
                     shape = (weight.rows, weight.columns // kind.weights * kind.nbytes)
                 found.append(TensorSpec(piece.name, kind.dtype, shape))
+                if kind.name == "NVFP4":
+                    # Of a stack of experts it is a row of numbers.
+                    found.append(TensorSpec(scale_name(piece.name), "F32", () if "[" in piece.name else (1,)))
                 continue
             shape = (weight.rows // piece.step, weight.columns // kind.weights * (kind.nbytes if kind.dtype == "U8" else 1))
             found += [TensorSpec(f"{piece.name}[{expert}]", kind.dtype, shape) for expert in range(weight.experts)]
@@ -155,6 +188,8 @@ class Gguf(Format):
         for piece in self._pieces(weight):
             if weight.experts is None:
                 made[piece.name] = stored[..., piece.first :: piece.step] if piece.step > 1 else stored
+                if state.scheme is not None and value.tensor_scale is not None:
+                    made[scale_name(piece.name)] = value.tensor_scale.reciprocal().reshape(() if "[" in piece.name else (1,))
             else:
                 own = stored[:, piece.first :: piece.step]
                 made |= {f"{piece.name}[{expert}]": own[expert] for expert in range(weight.experts)}
@@ -165,6 +200,7 @@ class Gguf(Format):
     def _stored(self, weight: Weight, state: State, value: Any) -> torch.Tensor:
         """Blocks [experts?, rows, bytes of a row], or values, with rows where llama.cpp has them."""
         from compress.checkpoint.reader import torch_dtype
+        from compress.numerics import gguf_superblocks
         from compress.numerics.gguf_blocks import encode
 
         kind, name = self._kind(weight, state), next((piece.name for piece in self._pieces(weight)), "")
@@ -173,8 +209,12 @@ class Gguf(Format):
             rows: torch.Tensor = value.to(torch_dtype(kind))
             if self.target is not None and self.target.architecture.one_added and is_norm(name):
                 rows = rows + 1
+        elif value.super_scale is not None:
+            rows = gguf_superblocks.encode(value)
         else:
-            rows = encode(kind, value.codes, value.scale if kind == "MXFP4" else in_half(weight, value.scale))
+            scale = value.scale if state.scheme.scales != "row" else in_half(weight, value.scale)
+            lows = None if value.minimum is None else in_half(weight, value.minimum, value.scale)
+            rows = encode(kind, value.codes, scale, lows)
         return to_pairs(rows, heads) if heads else rows
 
     def encode(self, weight: Weight, value: QTensor) -> dict[str, torch.Tensor]:
@@ -185,7 +225,7 @@ class Gguf(Format):
         from compress.importers.gguf import codes_of
 
         assert state.scheme is not None
-        return codes_of(state.scheme, weight.dtype, tensors[weight.name])
+        return codes_of(state.scheme, weight.dtype, tensors[weight.name], tensors.get(scale_name(weight.name)))
 
     def shards(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Shard]:
         """The file: its header, and where each tensor lies."""
@@ -194,7 +234,7 @@ class Gguf(Format):
         for weight in weights:
             for spec in self.specs(weight, states[weight.name]):
                 whole, _, index = spec.name.partition("[")
-                kind = TYPES["F32"] if spec.name == _FACTORS else TYPES[self._kind(weight, states[weight.name])]
+                kind = TYPES[spec.dtype if spec.dtype != "U8" else self._kind(weight, states[weight.name])]
                 shape = spec.shape if kind.dtype != "U8" else (spec.shape[0], weight.columns)
                 found.setdefault(whole, []).append((int(index.rstrip("]") or 0), spec, Info(whole, kind, shape)))
         infos, specs = [], []
@@ -223,15 +263,25 @@ class Gguf(Format):
                 left[weight.name] = _UNREAD
             elif scheme is not None:
                 stored[weight.name] = reason = f"{scheme} as {kind}"
-                extra = weight.columns // BLOCK - scheme.groups(weight.columns)
-                more[reason] += weight.rows * (weight.experts or 1) * extra * _SCALE_BYTES
+                if scheme.scales == "row":
+                    extra = weight.columns // TYPES[kind].weights - scheme.groups(weight.columns)
+                    more[reason] += weight.rows * (weight.experts or 1) * extra * _SCALE_BYTES * (1 + scheme.minimum)
             else:
                 stored[weight.name] = f"{weight.kind} in {kind}"
         own = [] if self.target is None else [*notes(self.target.architecture, self.target.config), *self.target.tokenizer[1]]
         coded = [weight for weight in weights if states[weight.name].scheme is not None]
         repeated = {reason: f"{reason}, scales repeated: {nbytes:,} bytes more" for reason, nbytes in more.items() if nbytes}
         stored = {name: repeated.get(reason, reason) for name, reason in stored.items()}
-        return [*counted("stored", stored), *counted("left out", left), *rounded_scales(coded), *own]
+        return [*counted("stored", stored), *counted("left out", left), *_rounded(coded, states), *own]
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
         return [Verdict("llama.cpp", "yes", f"xllamacpp {VERSION}, run on every architecture that is written")]
+
+
+def _rounded(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
+    """The counted lines of numbers beside codes that are not stored exactly."""
+    schemes = {weight.name: scheme for weight in weights if (scheme := states[weight.name].scheme) is not None}
+    halves = [weight for weight in weights if schemes[weight.name].scales == "row"]
+    tiny = {w.name: _TINY for w in halves if schemes[w.name].minimum and w.dtype == "BF16"}
+    inverse = {name: _INVERSE for name, scheme in schemes.items() if scheme.scales == "e4m3"}
+    return [*rounded_scales(halves), *counted("scales", {**tiny, **inverse})]

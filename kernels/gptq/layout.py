@@ -206,14 +206,15 @@ def refuse_size(weight: Weight, scheme: Scheme) -> None:
         raise Refusal(f"groups of {scheme.group} do not divide {weight.columns} columns", "quantize with ragged=divide")
 
 
-def in_half(weight: Weight, scale: torch.Tensor) -> torch.Tensor:
-    """Scales in fp16. Raises FormatError if one loses more than 2^-11 of its size."""
+def in_half(weight: Weight, scale: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
+    """Scales in fp16. Raises FormatError if one loses more than 2^-11 of its size, or of that of `least`."""
     import torch
 
     half = scale.to(torch.float16)
     lost = (half.float() - scale.float()).abs()
+    size = scale.float().abs() if least is None else torch.maximum(scale.float().abs(), least.float().abs())
     # Not "greater than", so that overflows and NaN count as well.
-    bad = ~(lost <= scale.float().abs() * 2.0**-11)
+    bad = ~(lost <= size * 2.0**-11)
     if bool(bad.any()):
         worst = float(scale[bad].float().abs().max()), float(scale[bad].float().abs().min())
         raise FormatError(

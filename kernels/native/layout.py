@@ -83,6 +83,10 @@ class Native(Format):
         scheme = state.scheme
         if scheme is None:
             return
+        if scheme.scales == "k":
+            raise Refusal(
+                f"kernels read scales of one level, and {scheme} has two", "keep the canonical form, or unpack(to=dense)"
+            )
         if scheme.group is not None and (scheme.group < _LEAST_GROUP or scheme.group & (scheme.group - 1)):
             reason = f"kernels read groups of {_LEAST_GROUP}, 32, 64, 128, ... columns or whole rows, not of {scheme.group}"
             raise Refusal(reason, "quantize with such a group, or with ragged=channel where it does not divide the columns")

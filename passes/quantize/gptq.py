@@ -57,6 +57,9 @@ class Gptq(QuantizingPass, LinearPass):
 
     def becomes(self, weight: Weight, state: State) -> State:
         after = super().becomes(weight, state)
+        if after.scheme is not None and after.scheme.scales == "k" and weight.transposed and weight.experts is None:
+            reason = f"groups of a Conv1D run along its outputs, where this pass fits no super-blocks of {after.scheme}"
+            raise Refusal(reason, "use quantize.rtn for it")
         if self.sparsity is None:
             return after
         refuse_zeros(self.scheme)
@@ -99,7 +102,8 @@ class Gptq(QuantizingPass, LinearPass):
         """Solutions of tasks with one scheme and dtype, whose rows are rounded together."""
         import torch
 
-        from compress.numerics.gptq import Settings, solve
+        from compress.numerics.gptq import solve
+        from compress.numerics.gptq_task import Settings
         from compress.numerics.hessian import errors
         from compress.numerics.outliers import split
         from compress.numerics.qtensor import along_inputs, integers
@@ -128,10 +132,12 @@ class Gptq(QuantizingPass, LinearPass):
         start = 0
         for number, task in enumerate(tasks):
             rows = slice(start, start + len(task.value))
-            q = replace(integers(scheme, found.codes, found.scale, found.zero), tensor_scale=found.tensor_scale)
-            if len(tasks) > 1:
-                zero = None if found.zero is None else found.zero[rows]
-                q = integers(scheme, found.codes[rows], found.scale[rows], zero)
+            zero, own = found.zero, rows if len(tasks) > 1 else slice(None)
+            if found.levels is not None:
+                q = found.levels.of(scheme, found.codes[own], own)
+            else:
+                q = integers(scheme, found.codes[own], found.scale[own], None if zero is None else zero[own])
+                q = replace(q, tensor_scale=found.tensor_scale)
             q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
             outputs = float(found.losses[rows].sum()), float(norms[rows].sum())

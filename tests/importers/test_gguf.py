@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from compress.errors import InputError
 from compress.layerwise import model
 from compress.layerwise.dense_view import DenseView
 from compress.spec.gguf_types import TYPES
-from support import logits, run, step_of
+from families import build_gguf
+from support import logits, run, step_of, tiny_llama
 
 gguf = pytest.importorskip("gguf")
 
@@ -45,8 +47,13 @@ def alone(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copyfile(packed / GGUF_FILE, tmp_path / "theirs" / "any name.gguf"))
 
 
-def rewritten(file: Path, out: Path, kinds: dict[str, str], keys: dict[str, Any] | None = None) -> Path:
-    """The same model with the tensors whose names end so quantized anew to other types, by the package gguf; `keys` None to leave out."""
+def rewritten(
+    file: Path, out: Path, kinds: dict[str, str], keys: dict[str, Any] | None = None, numbers: dict[str, int] | None = None
+) -> Path:  # fmt: skip
+    """The same model with the tensors whose names end so quantized anew to other types, by the package gguf; `keys` None to leave out.
+
+    `numbers` says how many a row of numbers then has.
+    """
     reader = gguf.GGUFReader(file)
     writer = gguf.GGUFWriter(out, "llama")
     given = keys or {}
@@ -60,7 +67,8 @@ def rewritten(file: Path, out: Path, kinds: dict[str, str], keys: dict[str, Any]
     for tensor in reader.tensors:
         kind = next((kind for ending, kind in kinds.items() if tensor.name.endswith(ending)), None)
         if kind is None:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            data = tensor.data[: (numbers or {}).get(tensor.name, len(tensor.data))]
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
             continue
         number = gguf.GGMLQuantizationType[kind]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
@@ -110,20 +118,66 @@ KINDS = {
 }
 
 
-def test_types_without_a_scheme_are_dense_and_counted(alone: Path, tmp_path: Path) -> None:
-    file = rewritten(alone, tmp_path / "mixed.gguf", KINDS)
+def test_types_without_a_scheme_are_dense_and_counted(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=256)
+    run(source, tmp_path / "out", "quantize.rtn(scheme=w8a16g32) | pack(format=gguf)")
+    file = rewritten(
+        tmp_path / "out" / GGUF_FILE, tmp_path / "ternary.gguf", {"ffn_up.weight": "TQ1_0", "attn_v.weight": "TQ2_0"}
+    )
     dense_view = DenseView(open_checkpoint(file))
-    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert {note.reason: note.count for note in dense_view.foreign.notes} == {  # type: ignore[union-attr]
-        f"no scheme here has the values of {kind}, so it is dense": 4 for kind in ("Q4_1", "Q5_0", "Q5_1")
+        f"no scheme here has the values of {kind}, so it is dense": 2 for kind in ("TQ1_0", "TQ2_0")
     }
+    same_values(dense_view, file)
+
+
+def same_values(dense_view: DenseView, file: Path) -> None:
+    """Every weight is what the package gguf makes of its tensor, with rows of heads of 16 taken apart."""
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for name, packed in dense_view.foreign.weights.items():  # type: ignore[union-attr]
         tensor = reader[packed.parts[0]]
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).copy())
-        if packed.parts[0].split(".")[-2] in ("attn_q", "attn_k"):
-            values = values.unflatten(0, (8 if "q" in packed.parts[0][-9:] else 4, -1, 2)).transpose(1, 2).flatten(0, 2)
+        if (kind := packed.parts[0].split(".")[-2]) in ("attn_q", "attn_k"):
+            config = dense_view.checkpoint.config
+            heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+            values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         assert torch.equal(dense_view.dense(name).float(), values.to(dense_view.dense(name).dtype).float()), name
+
+
+def test_codes_of_other_tools_are_kept(alone: Path, tmp_path: Path) -> None:
+    file = rewritten(alone, tmp_path / "mixed.gguf", KINDS)
+    dense_view = DenseView(open_checkpoint(file))
+    assert not dense_view.foreign.notes  # type: ignore[union-attr]
+    held = Counter(str(packed.scheme) for packed in dense_view.foreign.weights.values() if packed.scheme)  # type: ignore[union-attr]
+    assert {"w4a16g32-min", "w5a16g32", "w5a16g32-min", "w8a16g32"} <= held.keys()
+    same_values(dense_view, file)
     run(open_checkpoint(file), tmp_path / "out", "unpack(to=dense) | quantize.rtn(scheme=w8a16g32) | pack")
+    run(open_checkpoint(file), tmp_path / "again", "unpack | pack(format=gguf)")
+    ours, theirs = ({t.name: t for t in gguf.GGUFReader(place).tensors} for place in (tmp_path / "again" / GGUF_FILE, file))
+    for name, tensor in ours.items():
+        if tensor.tensor_type.name.startswith(("Q4", "Q5", "Q8")):
+            assert np.array_equal(tensor.data, theirs[name].data), name
+
+
+def test_nvfp4_of_a_stack_and_its_numbers(tmp_path: Path) -> None:
+    """Experts of a block share a row of numbers, which must be as many as they are."""
+    source = build_gguf("mixtral", tmp_path)
+    skip = "skip=['re:.*(down_proj|w2).*']"
+    run(source, tmp_path / "out", f"quantize.rtn(scheme=nvfp4, targets=[linear, experts], {skip}) | pack(format=gguf)")
+    ours = DenseView(open_checkpoint(step_of(tmp_path / "out", "quantize.rtn")))
+    file = Path(shutil.move(tmp_path / "out" / GGUF_FILE, tmp_path / "a.gguf"))
+    theirs = DenseView(open_checkpoint(file))
+    held = {name for name, packed in theirs.foreign.weights.items() if packed.scheme is not None}  # type: ignore[union-attr]
+    assert held == {name for name, (_, state) in ours.weights.items() if state.scheme is not None}
+    for name in held:
+        a, b = ours.qtensor(name), theirs.qtensor(name)
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.codes, b.codes)
+        torch.testing.assert_close(a.dequantize(), b.dequantize(), rtol=2**-22, atol=0)
+    wrong = rewritten(file, tmp_path / "wrong.gguf", {}, numbers={"blk.0.ffn_up_exps.scale": 1})
+    with pytest.raises(InputError, match=r"ffn_up_exps\.scale\[1\]"):
+        DenseView(open_checkpoint(wrong))
 
 
 def test_the_tokenizer_is_the_same(alone: Path, packed: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from compress.kernels.dispatch import load_format
 from compress.layerwise import model
 from compress.layerwise.dense_view import DenseView
 from compress.numerics.gguf_blocks import decode, encode, type_of
+from compress.numerics.rounding import nearest
 from compress.pipeline.plan import make_plan
 from compress.spec.recipe import parse_one_liner
 from compress.spec.scheme import Scheme
@@ -39,6 +41,10 @@ def same_tensors(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype, name
+        if name.endswith(".tensor_scale"):
+            # Its reciprocal is what is stored.
+            torch.testing.assert_close(a[name], b[name], rtol=2**-23, atol=0)
+            continue
         assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
 
 
@@ -58,14 +64,18 @@ def test_pack_and_unpack_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "again" / GGUF_FILE).read_bytes() == (result.out / GGUF_FILE).read_bytes()
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g64", "w4a16", "w8a16g32", "w8a16", "mxfp4", "mxfp4-even"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16g64", "w4a16", "w5a16g32", "w8a16g32", "w8a16", "mxfp4", "mxfp4-even", "nvfp4", "w4a16g64-min", "w5a16-min"],
+)
 def test_groups_of_any_multiple_and_masks(tiny: Path, tmp_path: Path, scheme: str) -> None:
-    skip = ", skip=['re:.*down_proj.*']" if scheme == "w4a16g64" else ""
-    recipe = f"prune.magnitude(sparsity=2:4) | quantize.rtn(scheme={scheme}{skip}) | pack(format=gguf)"
-    result = run(tiny, tmp_path / "out", recipe)
+    skip = ", skip=['re:.*down_proj.*']" if scheme.startswith(("w4a16g64", "nvfp4")) else ""
+    # Codes with a minimum would not keep zeros.
+    prune, masked = ("", "") if scheme.endswith("-min") else ("prune.magnitude(sparsity=2:4) | ", "+masked(2:4)")
+    result = run(tiny, tmp_path / "out", f"{prune}quantize.rtn(scheme={scheme}{skip}) | pack(format=gguf)")
     assert any(note.what == "stored" and scheme in note.reason for note in result.manifest.notes)
     dense_view = DenseView(open_checkpoint(result.out))
-    assert {str(state) for _, state in dense_view.weights.values()} == {f"codes({scheme})+masked(2:4)"}
+    assert {str(state) for _, state in dense_view.weights.values()} == {f"codes({scheme}){masked}"}
     run(result.out, tmp_path / "back", "unpack")
     same_tensors(tmp_path / "back", step_of(result.out, "quantize.rtn"))
 
@@ -76,9 +86,10 @@ def test_a_dense_model_is_packed_too(tiny: Path, tmp_path: Path) -> None:
     same_tensors(tmp_path / "back", tiny)
 
 
-def test_scales_that_are_repeated_are_told_in_bytes(tiny: Path) -> None:
+@pytest.mark.parametrize(("scheme", "kind", "nbytes"), [("w8a16", "Q8_0", 2), ("w4a16-min", "Q4_1", 4)])
+def test_scales_that_are_repeated_are_told_in_bytes(scheme: str, kind: str, nbytes: int, tiny: Path) -> None:
     """14 matrices of 64 columns, and 2 of 96: a scale a row instead of two or three."""
-    plan = planned(tiny, "quantize.rtn(scheme=w8a16) | pack(format=gguf)")
+    plan = planned(tiny, f"quantize.rtn(scheme={scheme}) | pack(format=gguf)")
     rows = sum(
         weight.rows * (weight.columns // 32 - 1)
         for weight in plan.weights
@@ -86,8 +97,29 @@ def test_scales_that_are_repeated_are_told_in_bytes(tiny: Path) -> None:
     )
     said = {note.reason for note in plan.steps[-1].notes if note.what == "stored"}
     assert said == {
-        "embedding in BF16", "head in BF16", "norm in F32", f"w8a16 as Q8_0, scales repeated: {2 * rows:,} bytes more",
+        "embedding in BF16", "head in BF16", "norm in F32",
+        f"{scheme} as {kind}, scales repeated: {nbytes * rows:,} bytes more",
     }  # fmt: skip
+
+
+def test_numbers_that_are_not_stored_exactly_are_counted(tiny: Path) -> None:
+    for scheme, said in (
+        ("nvfp4, skip=['re:.*down_proj.*']", "the divisor of a matrix as its reciprocal, within 2^-23 of it"),
+        ("w4a16g32-min", "bf16 minima below 2^-14 rounded to fp16, by at most 2^-25"),
+    ):
+        notes = planned(tiny, f"quantize.rtn(scheme={scheme}) | pack(format=gguf)").steps[-1].notes
+        assert {note.reason for note in notes if note.what == "scales"} == {said}
+
+
+def test_a_minimum_that_fp16_has_only_in_part() -> None:
+    """Far below a scale it is rounded, and beyond fp16 refused."""
+    weight, q = linear((1, 32)), nearest(torch.rand(1, 32), Scheme.parse("w4a16g32-min"), torch.bfloat16).q
+    fmt = load_format("gguf")()
+    small = replace(q, minimum=torch.full_like(q.minimum, 1e-6))
+    back = fmt.decode(weight, State(q.scheme), fmt.encode(weight, small))
+    assert 0 < float((back.minimum.float() - 1e-6).abs()) <= 2**-25
+    with pytest.raises(FormatError, match="scales that fp16 can hold"):
+        fmt.encode(weight, replace(q, minimum=torch.full_like(q.minimum, 1e6)))
 
 
 def planned(source: Path, recipe: str) -> Any:
@@ -97,23 +129,22 @@ def planned(source: Path, recipe: str) -> Any:
     return make_plan(parse_one_liner(recipe), checkpoint, resolve(checkpoint))
 
 
-@pytest.mark.parametrize("text", ["w4a16g32", "w8a16g64", "w4a16", "mxfp4"])
+@pytest.mark.parametrize(
+    "text", ["w4a16g32", "w5a16g32", "w8a16g64", "w4a16", "mxfp4", "nvfp4", "w4a16g32-min", "w5a16g64-min", "w5a16-min"]
+)
 def test_the_package_gguf_dequantizes_the_same_values(text: str) -> None:
     quants, constants = pytest.importorskip("gguf.quants"), pytest.importorskip("gguf.constants")
     weight, scheme = linear((5, 192)), Scheme.parse(text)
-    q = random_codes(weight, scheme) if scheme.integer else random_floats(weight.shape, scheme)
+    plain = scheme.integer and not scheme.minimum
+    q = random_codes(weight, scheme) if plain else nearest(torch.randn(weight.shape), scheme, torch.float16).q
+    q = q if q.tensor_scale is None else replace(q, tensor_scale=torch.tensor(256.0))
     kind = type_of(scheme)
-    blocks = encode(kind, q.codes, q.scale if scheme.scales == "e8m0" else q.scale.half())
-    theirs = quants.dequantize(blocks.numpy(), constants.GGMLQuantizationType[kind])
-    assert torch.equal(torch.from_numpy(theirs), q.dequantize())
-    codes, _ = decode(kind, blocks)
+    blocks = encode(kind, q.codes, q.scale.half() if scheme.scales == "row" else q.scale, q.minimum)
+    theirs = torch.from_numpy(quants.dequantize(blocks.numpy(), constants.GGMLQuantizationType[kind]))
+    assert torch.equal(theirs if q.tensor_scale is None else theirs / q.tensor_scale, q.dequantize())
+    codes, _, minimum = decode(kind, blocks)
     assert torch.equal(codes, q.codes)
-
-
-def random_floats(shape: tuple[int, ...], scheme: Scheme) -> Any:
-    from compress.numerics.rounding import nearest
-
-    return nearest(torch.randn(shape), scheme, torch.bfloat16).q
+    assert (minimum is None) == (q.minimum is None)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -156,7 +187,8 @@ def test_rows_of_heads_lie_as_written_by_hand(tiny: Path, tmp_path: Path) -> Non
     ("scheme", "shape", "said"),
     [
         ("w4a16g32-asym", (64, 96), "floating minimum"), ("w3a16g32", (64, 96), "no type of it holds w3a16g32"),
-        ("nf4g32", (64, 96), "no type of it holds nf4g32"), ("nvfp4", (64, 96), "no type of it holds nvfp4"),
+        ("nf4g32", (64, 96), "no type of it holds nf4g32"), ("nvfp4", (64, 96), "blocks of 64"),
+        ("w8a16g32-min", (64, 96), "no type of it holds w8a16g32-min"),
         ("fp8", (64, 96), "no type of it holds fp8"), ("w8a8", (64, 96), "activations in its own way"),
         ("w4a16g16", (64, 96), "blocks of 32"), ("w4a16g32", (64, 72), "blocks of 32"), ("w4a16g64", (64, 96), "do not divide"),
     ],
@@ -165,6 +197,23 @@ def test_what_it_cannot_hold_is_refused(scheme: str, shape: tuple[int, int], sai
     with pytest.raises(Refusal, match=said) as caught:
         load_format("gguf")().refuse(linear(shape), State(Scheme.parse(scheme)))
     assert caught.value.do
+
+
+def test_nvfp4_of_what_llama_cpp_does_not_scale_is_refused() -> None:
+    fmt, state = load_format("gguf")(), State(Scheme.parse("nvfp4"))
+    for weight, said in (
+        (linear((64, 64), kind="embedding"), "an embedding"),
+        (linear((4, 64, 64), kind="expert"), "fused experts"),
+    ):
+        with pytest.raises(Refusal, match=f"does not multiply {said} by a number"):
+            fmt.refuse(weight, state)
+
+
+@pytest.mark.parametrize(("name", "said"), [("qwen2", "matrices of qwen2"), ("biased", "matrices of llama with a bias")])
+def test_nvfp4_of_what_llama_cpp_runs_without_its_number_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    source = build_gguf(name, tmp_path)
+    with pytest.raises(FormatError, match=f"does not multiply {said}"):
+        run(source, tmp_path / "out", "quantize.rtn(scheme=nvfp4, skip=['re:.*down_proj.*']) | pack(format=gguf)")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.numerics import gptq
-from compress.numerics.gptq import Settings, Solved, solve
+from compress.numerics.gptq import Solved, solve
+from compress.numerics.gptq_task import Settings
 from compress.numerics.grid import dequantize, round_to_nearest
 from compress.numerics.hessian import factor
 from compress.spec.scheme import Scheme

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.numerics.gptq import Along, Settings, Solved, solve
+from compress.numerics.gptq import Solved, solve
+from compress.numerics.gptq_task import Along, Settings
 from compress.numerics.hessian import factor
 from compress.numerics.qtensor import QTensor
 from compress.numerics.rounding import nearest

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.numerics.gptq import Settings, solve
+from compress.numerics.gptq import solve
+from compress.numerics.gptq_task import Settings
 from compress.numerics.hessian import Hessian, factor
 from compress.numerics.outliers import gather, split
 from compress.numerics.rounding import nearest

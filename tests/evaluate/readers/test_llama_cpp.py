@@ -36,7 +36,9 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / "codes").equal
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g64", "w8a16g32", "w8a16", "mxfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16g64", "w5a16g32", "w8a16g32", "w8a16", "w4a16g32-min", "w5a16g64-min", "mxfp4", "nvfp4"]
+)
 def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
     targets = ", targets=[linear, embeddings]" if scheme.startswith("w8") else ""
     run(demo_model, tmp_path / "out", f"quantize.rtn(scheme={scheme}{targets}) | pack(format=gguf)")
@@ -44,6 +46,18 @@ def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
     assert found.equal
     assert found.top1 > 0.95
     assert any("that tokenizer.json has" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen3", "qwen3_moe"])
+def test_a_matrix_is_multiplied_by_its_number(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every architecture that is said to do so; elsewhere llama.cpp reads other weights, without a word."""
+    base, more = GGUF[name]
+    sizes = dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 128)
+    monkeypatch.setitem(GGUF, name, (base, {**more, **sizes}))
+    targets = "[linear, experts]" if "mix" in name or "moe" in name else "[linear]"
+    source = build_gguf(name, tmp_path)
+    run(source, tmp_path / "out", f"quantize.rtn(scheme=nvfp4, targets={targets}) | pack(format=gguf)")
+    assert read(tmp_path / "out").equal
 
 
 def swapped(blocks: torch.Tensor) -> torch.Tensor:
