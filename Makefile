@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: install demo check quick test fuzz faults slow kill readers readers-table formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean
+.PHONY: install demo check quick test fuzz faults slow kill readers readers-table formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean kquants
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -85,6 +85,11 @@ prune-results: $(VENV)/real
 # Every recipe of recipes/ on the real model, into its header; an hour on 2 cores. What was measured is kept.
 gallery: $(VENV)/real
 	$(BIN)/python tests/benchmarks/gallery.py $(if $(ROWS),--rows "$(ROWS)") $(ARGS)
+
+# GGUF files beside llama-quantize's, which is built once (long): to recipes/kquants.md. What was measured is kept; ARGS=--anew
+# measures it again. ROWS="wide-* smol-source" takes some.
+kquants: $(VENV)/real
+	$(BIN)/python tests/benchmarks/kquants.py $(if $(ROWS),--rows "$(ROWS)") $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

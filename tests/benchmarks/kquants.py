@@ -1,0 +1,339 @@
+"""K-quants: our GGUF files beside llama-quantize's with an importance matrix, at equal bytes and measured by the same code.
+
+    python tests/benchmarks/kquants.py [--rows "wide-* smol-llama.cpp-*"] [--anew] [--page-only]
+
+The peer's importance matrix is computed from the text that our rows are calibrated on. Its file says which type each matrix has; ours
+give each the same type, so both have the same bytes. Both are GGUF files that `compress eval` reads and measures. What was made and
+measured is kept in the cache by its inputs; a row that failed, or that cannot be had yet, has its reason in the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.llama_tools import llama_tools
+from benchmarks.real import ours
+from benchmarks.real.model import real_model
+from benchmarks.real.page import END, REMARKS, estimate, gigabytes, remarks_of, seconds
+from benchmarks.real.page import table as markdown
+from benchmarks.real.rows import Protocol
+from benchmarks.real.table import DATA, ROOT, commit, inputs_of, machine, tell
+from benchmarks.wide_llama import wide_llama
+
+from compress.checkpoint.cache import folder_of
+from compress.checkpoint.gguf_header import read_gguf
+from compress.checkpoint.safetensors_header import TensorRef
+from compress.errors import CompressError, InputError, MachineError
+from compress.importers.gguf_names import ARCHITECTURES, source_name
+from compress.numerics.gguf_blocks import scheme_text
+from compress.spec.gguf_types import TYPES
+
+COMPRESS = str(Path(sys.executable).with_name("compress"))
+PEER, METHODS = "llama.cpp", {"rtn": "clip=mse", "gptq": ""}
+KINDS = ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+"""What the peer is asked for, as its command line has it."""
+HEAD = ("row", "bits/weight", "bytes", "KL to source", "perplexity", "same top-1", "s", "peak")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the texts it is calibrated and measured on, and what is asked for."""
+
+    name: str
+    protocol: Protocol
+    kinds: tuple[str, ...]
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        return inputs_of(self.protocol)
+
+    @cached_property
+    def tools(self) -> Path:
+        return llama_tools(tell)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where everything of it is kept."""
+        key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:12]
+        return folder_of("kquants") / f"{self.name}-{key}"
+
+    def names(self) -> list[str]:
+        """Its rows, in the order of the table."""
+        return [f"{self.name}-source"] + [f"{self.name}-{tool}-{kind}" for kind in self.kinds for tool in (PEER, *METHODS)]
+
+    def file(self, name: str) -> Path:
+        return self.folder / "rows" / f"{name}.json"
+
+    def known(self, name: str) -> dict[str, Any]:
+        """A row as it was measured; its name alone if it was not."""
+        file = self.file(name)
+        return json.loads(file.read_text()) if file.is_file() else {"name": name}
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Makes and measures a row, and keeps it; one that fails has its message for numbers."""
+        row: dict[str, Any] = {"name": name, "commit": commit()}
+        tool, _, kind = name.removeprefix(f"{self.name}-").partition("-")
+        (ROOT / "build").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="kquants-") as scratch:
+            try:
+                row |= self.row(tool, kind, Path(scratch))
+            except CompressError as error:
+                row["error"] = " ".join(str(error).split())
+        row["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.file(name).parent.mkdir(parents=True, exist_ok=True)
+        self.file(name).write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+        return row
+
+    def row(self, tool: str, kind: str, scratch: Path) -> dict[str, Any]:
+        """The numbers of a row. Raises CompressError."""
+        if tool == "source":
+            nbytes = ours.tensor_bytes(self.protocol.model)
+            return {"tensor_bytes": nbytes, **ours.evaluated(self.protocol.model, self.protocol, COMPRESS, scratch)}
+        peer = self.peer(kind)
+        if tool == PEER:
+            found = {"asked": kind, "built": json.loads((self.tools / "built.json").read_text())["package"]}
+            return {**found, **sizes(peer), **ours.evaluated(peer, self.protocol, COMPRESS, scratch)}
+        recipe, out = scratch / "recipe.yaml", scratch / "out"
+        passes = list(self.passes(tool, peer))
+        recipe.write_text(json.dumps({"version": 1, "passes": passes}))
+        command = [COMPRESS, "run", str(self.protocol.model), str(out), str(recipe), "--json"]
+        done, usage = ours.said(command, scratch / "run.log")
+        found = {"passes": passes, "run": usage.facts(), "notes": done["notes"], **sizes(out / "model.gguf")}
+        return {**found, **ours.evaluated(out, self.protocol, COMPRESS, scratch)}
+
+    def passes(self, method: str, peer: Path) -> Iterator[dict[str, Any]]:
+        """A recipe that gives each matrix the type that it has in the peer's file; the coarsest last, for it sees what was lost.
+
+        Raises InputError for types that no scheme has.
+        """
+        if method == "gptq":
+            p = self.protocol
+            yield {"calibrate": {"data": [str(p.calibrate)], "samples": p.samples, "length": p.length}}
+        names: dict[str, list[str]] = {}
+        for name, kind in types_of(peer, self.config["model_type"]).items():
+            if TYPES[kind].dtype == "U8":
+                names.setdefault(kind, []).append(name)
+        if missing := [kind for kind in names if not scheme_text(kind)]:
+            raise InputError(peer.name, "types that a scheme has", ", ".join(missing))
+        for kind in sorted(names, key=lambda kind: -TYPES[kind].nbytes / TYPES[kind].weights):
+            outside = [name for name in names[kind] if not name.startswith("model.layers.")]
+            inside = [name for name in names[kind] if name.startswith("model.layers.")]
+            for by, targets in (("rtn", outside), (method, inside)):
+                options = dict(word.split("=") for word in METHODS[by].split())
+                if targets:
+                    yield {f"quantize.{by}": {"scheme": scheme_text(kind), "targets": targets, **options}}
+        yield {"pack": {"format": "gguf"}}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.protocol.model / "config.json").read_text())
+        return found
+
+    def peer(self, kind: str) -> Path:
+        """llama-quantize's file. Raises CompressError."""
+        file = self.folder / f"{kind}.gguf"
+        if not file.is_file():
+            made = file.with_name(f".{file.name}")
+            threads = str(os.cpu_count())
+            self.tool("llama-quantize", "--imatrix", self.importance, self.dense, made, kind, threads)
+            os.replace(made, file)
+        return file
+
+    @cached_property
+    def dense(self) -> Path:
+        """The model as GGUF, without codes: what the peer's tools take."""
+        file = self.folder / "dense.gguf"
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                out = Path(scratch) / "out"
+                ours.said(
+                    [COMPRESS, "run", str(self.protocol.model), str(out), "-p", "pack(format=gguf)", "--json"],
+                    self.folder / "dense.log",
+                )
+                os.replace(out / "model.gguf", file)
+        return file
+
+    @cached_property
+    def importance(self) -> Path:
+        """The importance matrix of the tokens that ours are calibrated on. Raises CompressError."""
+        file = self.folder / "imatrix.gguf"
+        if not file.is_file():
+            made, length = file.with_name(".imatrix.gguf"), str(self.protocol.length)
+            sizes = ("-c", length, "-b", length, "-ub", length)
+            self.tool("llama-imatrix", "-m", self.dense, "-f", self.text, "-o", made, *sizes, "--parse-special", "--no-ppl")
+            os.replace(made, file)
+        return file
+
+    @cached_property
+    def text(self) -> Path:
+        """Those tokens as a text."""
+        file = self.folder / "calibration.txt"
+        if not file.is_file():
+            from safetensors.torch import load_file
+            from transformers import AutoTokenizer
+
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                out = Path(scratch) / "out"
+                command = [COMPRESS, "run", str(self.protocol.model), str(out), "-p", self.protocol.calibration, "--json"]
+                ours.said(command, self.folder / "tokens.log")
+                ids = load_file(out / "calibration.safetensors")["input_ids"]
+            file.write_text(AutoTokenizer.from_pretrained(self.protocol.model).decode(ids.flatten().tolist()))
+        return file
+
+    def tool(self, name: str, *arguments: str | Path) -> None:
+        """Runs one of the peer's tools. Raises MachineError with what it said last."""
+        log = self.folder / f"{name}.log"
+        with open(log, "wb") as record:
+            command = [str(self.tools / name), *map(str, arguments)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=record, stderr=subprocess.STDOUT)
+        if done.returncode:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise MachineError(name, "status 0", f"status {done.returncode}: {lines[-1] if lines else ''}", f"see {log}")
+
+
+def refs_of(file: Path) -> list[TensorRef]:
+    """The tensors of a GGUF file."""
+    with open(file, "rb") as stream:
+
+        def read(offset: int, length: int) -> bytes:
+            stream.seek(offset)
+            return stream.read(length)
+
+        return read_gguf(read, file.stat().st_size, file.name).refs
+
+
+def types_of(file: Path, model_type: str) -> dict[str, str]:
+    """The type of each matrix by its name in transformers' model. Raises InputError for a tensor without one."""
+    found = {}
+    for ref in refs_of(file):
+        if len(ref.shape) > 1:
+            name = source_name(ARCHITECTURES[model_type], ref.name)
+            if not name:
+                raise InputError(file.name, "tensors of the model", ref.name)
+            found[name] = ref.kind
+    return found
+
+
+def sizes(file: Path) -> dict[str, Any]:
+    """Bytes of a file's tensors, and how many matrices have which type."""
+    refs = refs_of(file)
+    counts = Counter(ref.kind for ref in refs if len(ref.shape) > 1)
+    return {
+        "tensor_bytes": sum(ref.nbytes for ref in refs),
+        "file_bytes": file.stat().st_size,
+        "types": dict(sorted(counts.items())),
+    }
+
+
+def cases() -> Iterator[Case]:
+    """The models. Raises CompressError where one cannot be had."""
+    text, calibrate = DATA / "wiki.valid.jsonl", DATA / "wiki.train.jsonl"
+    yield Case("wide", Protocol(wide_llama(tell), text, calibrate, samples=128, length=256, tokens=16_384, window=256), KINDS)
+    yield Case("smol", Protocol(real_model(tell), text, calibrate, samples=16, length=512, tokens=2048, window=512), ("Q4_K_M",))
+
+
+def weights_of(model: Path) -> int:
+    """How many weights a checkpoint in 16 bits has."""
+    return ours.tensor_bytes(model) // 2
+
+
+def cells(row: dict[str, Any], weights: int) -> tuple[str, ...]:
+    """A row of the table."""
+    label = f"`{row['name'].partition('-')[2]}`"
+    if "quality" not in row:
+        return label, f"failed: {row['error']}".replace("|", "\\|") if "error" in row else "not measured", *[""] * (len(HEAD) - 2)
+    quality, run = row["quality"], row.get("run")
+    took = (seconds(run["seconds"], run), gigabytes(run["peak_bytes"])) if run else ("", "")
+    return (
+        label, f"{8 * row['tensor_bytes'] / weights:.3f}", f"{row['tensor_bytes']:,}", estimate(quality["kl"], ".4f"),
+        estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"), *took,
+    )  # fmt: skip
+
+
+def section(case: Case) -> list[str]:
+    """What the page says of one model."""
+    p, weights, rows = case.protocol, weights_of(case.protocol.model), [case.known(name) for name in case.names()]
+    inputs = case.inputs
+    peers = [row for row in rows if "asked" in row and "types" in row]
+    kinds = [f"* {row['asked']}: {', '.join(f'{count} {kind}' for kind, count in row['types'].items())}" for row in peers]
+    commits = sorted({row["commit"] for row in rows if row.get("commit")})
+    return [
+        f"## {inputs['model']['name']}", "", *markdown(HEAD, [cells(row, weights) for row in rows]), "",
+        *(["Types of the matrices, as the peer chooses them and ours take them:", "", *kinds, ""] if kinds else []),
+        f"Protocol: first {p.tokens:,} tokens of {p.text.name} (sha256 {inputs['text']['sha256'][:16]}), windows of {p.window} without overlap,",
+        f"fp32, no BOS, first token of a window not scored; {p.samples} x {p.length} tokens of {p.calibrate.name} (sha256 "
+        f"{inputs['calibrate']['sha256'][:16]}),",
+        f"seed 0, for GPTQ and for the importance matrix. Model: sha256 {inputs['model']['sha256'][:16]}. compress {', '.join(commits)}.",
+        "",
+    ]  # fmt: skip
+
+
+def page(found: list[Case], remarks: str) -> str:
+    """recipes/kquants.md."""
+    built = next((row["built"] for case in found for name in case.names() if "built" in (row := case.known(name))), "")
+    there = machine()
+    return "\n".join([
+        "# K-quants beside llama-quantize", "",
+        "What `make kquants` measured: GGUF files of `llama-quantize`, with an importance matrix by `llama-imatrix`, and ours with the",
+        "same type for each matrix, so with the same bytes. The importance matrix is of the text that GPTQ is calibrated on. All files are",
+        "read and measured by `compress eval`. Embeddings and heads are rounded to nearest in all rows of ours. KL(source || result) in",
+        "nats per token; errors are standard errors over windows.", "",
+        "```sh", 'make kquants [ROWS="wide-* smol-source"]', "```", "",
+        REMARKS, remarks.strip("\n"), END, "",
+        *(line for case in found for line in section(case)),
+        f"llama.cpp: {built}, built from its source package for a CPU with AVX2. `wide-llama` is made by tests/benchmarks/wide_llama.py.",
+        "Seconds in brackets were measured while other processes had more than a tenth of the machine.", "",
+        f"Machine: {there['cpu']}, {there['cores']} cores.",
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="kquants", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", default="*", help="names or patterns, between blanks")
+    parser.add_argument("--anew", action="store_true", help="measure these rows even if they are known")
+    parser.add_argument("--page", type=Path, default=ROOT / "recipes" / "kquants.md", help="where the page goes")
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is known; measure nothing")
+    args = parser.parse_args()
+    commit()
+    failed, found = 0, []
+    try:
+        for case in cases():
+            found.append(case)
+            tell(f"{case.name}: {case.protocol.model}, in {case.folder}")
+            for name in case.names():
+                wanted = any(fnmatch(name, word) for word in args.rows.split()) and not args.page_only
+                if not wanted or (not args.anew and "quality" in case.known(name)):
+                    continue
+                tell(name)
+                row = case.measure(name)
+                failed += "error" in row
+                tell(f"    {row.get('error') or cells(row, weights_of(case.protocol.model))}")
+                args.page.write_text(page(found, remarks_of(args.page)))
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    args.page.write_text(page(found, remarks_of(args.page)))
+    print(f"written: {args.page}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
