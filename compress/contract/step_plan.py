@@ -158,8 +158,9 @@ def layout_specs(
         if fmt is not None and not fmt.plain(weight, state):
             return fmt.specs(weight, state)
         if before is not None and before.format is None:
-            old = before.after[weight.name]
-            if old is state or (old.scheme is None and state.scheme is None):
+            # A pass may have added weights, such as scales of keys.
+            old = before.after.get(weight.name)
+            if old is not None and (old is state or (old.scheme is None and state.scheme is None)):
                 return before.stored[weight.name]
         return qtensor.specs(weight, state)
 

@@ -121,16 +121,17 @@ def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: 
     if statistic.tokens < max(1, least):
         alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
         few = ("fallback", f"fewer than {least} calibration tokens: {instead}")
-        note = few if statistic.tokens else ("unrouted", f"no calibration token: {instead}")
-        return Prepared(alone, factor(alone, damp, "none"), note)
-    cross, note = None, None
+        why = few if statistic.tokens else ("unrouted", f"no calibration token: {instead}")
+        return Prepared(alone, factor(alone, damp, "none"), why)
+    cross: torch.Tensor | None = None
+    note: tuple[str, str] | None = None
     if isinstance(statistic, PairedHessian):
         cross = (statistic.cross / statistic.paired).to(statistic.dtype) if statistic.paired else None
         note = None if statistic.paired else ("uncorrected", "a routed expert gets other tokens in the unchanged model")
     hessian = statistic.mean()
     found = factor(hessian, damp, order, together)
-    raised = ("damping", f"a Hessian that needed more damping than {damp:g}")
-    note = raised if found.damping > damp else note
+    if found.damping > damp:
+        note = "damping", f"a Hessian that needed more damping than {damp:g}"
     return Prepared(hessian, found, note, None if cross is None else corrected(cross, hessian, found.ridge))
 
 

@@ -67,9 +67,8 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
 
     def worker(self) -> Pass:
         grid = (self.grid or "paper") if self.method == "rtn" else None
-        given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid}
+        given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid, "route": "all" if self.route == "all" else None}
         options = {name: value for name, value in given.items() if value is not None}
-        options |= {"route": self.route} if self.route == "all" else {}
         return load_pass(f"quantize.{self.method}").model_validate({"scheme": self.scheme, **options})
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
