@@ -301,7 +301,7 @@ class _StepPlanner:
         if fmt is not None and (made := fmt.shards(planner.weights, self.after)):
             return made
         last = planner.last
-        if fmt is None and last is not None and last.shards and all(specs is last.stored.get(name) for name, specs in stored.items()):
+        if fmt is None and last is not None and last.shards and all(last.stored.get(name) is it for name, it in stored.items()):
             return last.shards
         canonical = fmt is None and any(self.after[w.name].scheme for w in planner.weights)
         specs = list(chain.from_iterable(stored.values()))

@@ -54,7 +54,7 @@ BY_NAME = {
     ("dispatch.py", "importlib.import_module(f\"compress.kernels.{name.replace('-', '_')}.layout\")"): "a format that lies there",
     ("dispatch.py", "importlib.import_module(f'compress.kernels.native.{name}')"): "a backend, from a table of ours",
     ("__init__.py", "import_module(f\"compress.importers.{method.replace('-', '_')}\")"): "one of METHODS",
-    ("reader.py", "getattr(torch, names[name])"): "a dtype, from a table of ours",
+    ("reader.py", "getattr(torch, _TORCH_NAMES[name])"): "a dtype, from a table of ours",
     ("model.py", "getattr(torch, dtype)"): "a dtype, checked where it is given",
     ("probe.py", "getattr(torch, request['dtype'])"): "the same, handed to a reader's process",
     ("probe.py", "runpy.run_path(script)"): "a script of ours, beside it",
