@@ -37,7 +37,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16g64", "w5a16g32", "w8a16g32", "w8a16", "w4a16g32-min", "w5a16g64-min", "mxfp4", "nvfp4"]
+    "scheme", ["w4a16g64", "w5a16g32", "w8a16g32", "w8a16", "w4a16g32-min", "w5a16g64-min", "iq4_nl", "mxfp4", "nvfp4"]
 )
 def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
     targets = ", targets=[linear, embeddings]" if scheme.startswith("w8") else ""
@@ -46,6 +46,13 @@ def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
     assert found.equal
     assert found.top1 > 0.95
     assert any("that tokenizer.json has" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_every_k_quant(scheme: str, tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    run(source, tmp_path / "out", f"quantize.rtn(scheme={scheme}, targets=[linear, embeddings]) | pack(format=gguf)")
+    assert read(tmp_path / "out").equal
 
 
 @pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen3", "qwen3_moe"])
@@ -103,6 +110,19 @@ def test_a_fault_in_one_matrix_is_caught(
 ) -> None:
     run(demo_model, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")
     wrong = planted(tmp_path / "out", tmp_path / "wrong", name, FAULTS[fault])
+    caught(tmp_path / "out", wrong, monkeypatch)
+
+
+def test_a_fault_in_a_k_quant_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swapped nibbles of Q4_K, whose blocks have 16 bytes of scales and 128 of codes."""
+
+    def fault(blocks: torch.Tensor) -> torch.Tensor:
+        supers = blocks.flatten(-2).unflatten(-1, (-1, 144))
+        return torch.cat([supers[..., :16], swapped(supers[..., 14:])[..., 2:]], dim=-1)
+
+    source = tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    run(source, tmp_path / "out", "quantize.rtn(scheme=q4_k) | pack(format=gguf)")
+    wrong = planted(tmp_path / "out", tmp_path / "wrong", "blk.1.ffn_down.weight", fault)
     caught(tmp_path / "out", wrong, monkeypatch)
 
 
