@@ -147,6 +147,11 @@ class Scheme(TextForm):
         return not self.symmetric and not self.minimum
 
     @property
+    def scale_bits(self) -> int:
+        """Bits of the small whole numbers among a K-quant's scales and minima; 0 for other schemes."""
+        return {2: 4, 6: 8}.get(self.bits, 6) if self.scales == "k" else 0
+
+    @property
     def fixed(self) -> bool:
         """Whether its name says how many columns share a scale."""
         return self.scales in ("e8m0", "e4m3", "k") or self.grid == "iq4"

@@ -15,8 +15,11 @@ from compress.errors import RecipeError, Refusal
 from compress.evaluate.verify import verify_bytes
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
+from compress.numerics.qtensor import specs
 from compress.pipeline.resolve import resolve
+from compress.spec.gguf_types import TYPES
 from compress.spec.recipe import parse_one_liner
+from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from support import dense_meaning, do, linear, load, logits, ready_inputs, run, tiny_llama
 
@@ -66,6 +69,13 @@ def test_a_plan_tells_what_takes_their_place_and_its_bytes(wide: Path, tmp_path:
     assert stored["iq4_nl as IQ4_NL"] == 2
 
 
+def test_the_canonical_form_takes_the_bytes_of_the_blocks() -> None:
+    for bits in range(2, 7):
+        scheme, weight = Scheme.parse(f"q{bits}_k"), linear((7, 1024))
+        own = sum(spec.nbytes for spec in specs(weight, State(scheme)))
+        assert own == 7 * 4 * TYPES[f"Q{bits}_K"].nbytes
+
+
 def test_columns_that_nothing_divides_are_refused(tmp_path: Path) -> None:
     odd = tiny_llama(tmp_path / "m", intermediate_size=88)
     with pytest.raises(compress.CompressError, match=r"groups of 32 .*do not divide 88 columns"):
@@ -83,7 +93,7 @@ def test_gptq_llm_mq_loftq_and_lorc_take_them(wide: Path, tmp_path: Path) -> Non
     }
     lost = {}
     for name, recipe in made.items():
-        done = do(wide, tmp_path / name, recipe)
+        done = do(wide, tmp_path / name, recipe, threads=1)
         assert any(f"({scheme})" in weight.state for weight in done.manifest.weights.values() for scheme in ("q2_k", "q6_k"))
         lost[name] = float((logits(build(open_checkpoint(tmp_path / name))) - truth).norm())
         verify_bytes(open_checkpoint(tmp_path / name), Context())
@@ -108,7 +118,7 @@ def test_experts_have_super_blocks_too(tmp_path: Path) -> None:
 
 def test_training_leaves_both_levels_and_says_so(wide: Path, tmp_path: Path) -> None:
     recipe = f"{DATA} | quantize.rtn(scheme=q4_k) | distill.logits(batch=6, micro_batch=3)"
-    notes = do(wide, tmp_path / "out", recipe).manifest.notes
+    notes = do(wide, tmp_path / "out", recipe, threads=1).manifest.notes
     assert any(note.what == "untrained" and note.reason.startswith("q4_k binds scales to") for note in notes)
 
 
