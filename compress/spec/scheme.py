@@ -173,7 +173,7 @@ class Scheme(TextForm):
 
     @property
     def powers(self) -> bool:
-        """Whether scales depend on each other or are powers of two, so that a single one cannot be trained."""
+        """Whether scales depend on each other, are powers of two or have few bits, so that a single one cannot be trained."""
         return bool(self.rule) or self.scales in ("e8m0", "e4m3", "k")
 
     def groups(self, columns: int) -> int:
