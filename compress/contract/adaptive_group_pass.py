@@ -49,7 +49,7 @@ class AdaptiveGroupPass(QuantizingPass):
             fields = type(self).model_fields
             if given := [name for name in ("alpha", "rule", "share") if getattr(self, name) != fields[name].default]:
                 raise ValueError(f"{', '.join(given)}: only with granularity=adaptive")
-        elif self.scheme.group is None or self.scheme.scales != "row":
+        elif self.scheme.group is None or self.scheme.scales != "row" or self.scheme.fixed:
             raise ValueError("adaptive: a scheme with the smallest group, and scales of its rows, e.g. w4a16g64")
         elif self.ragged != "refuse":
             raise ValueError("ragged: only with granularity=fixed, for adaptive groups divide the columns")

@@ -50,7 +50,7 @@ def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
 
 def refuse_zeros(scheme: Scheme) -> None:
     """Raises Refusal if zeros of a pruned weight need not stay zeros in this scheme."""
-    if scheme.minimum:
+    if scheme.zeroless:
         raise Refusal(
             f"no code of {scheme} need mean zero, so pruned weights would not stay zeros", "use a symmetric scheme or -asym"
         )

@@ -16,7 +16,7 @@ Ragged = Annotated[
     Field(description="if the group does not divide the columns: refuse, use the largest one that does, or one scale per row"),
 ]
 _SMALLEST_GROUP = 16
-_NARROWER = {2: "w4a16g32", 3: "w4a16g32", 4: "w5a16g32", 5: "w5a16g32-min", 6: "w8a16g32"}
+_NARROWER = {2: "iq4_nl", 3: "iq4_nl", 4: "w5a16g32", 5: "w5a16g32-min", 6: "w8a16g32"}
 """Bits of a K-quant -> the scheme of the type that llama.cpp takes in its place where 256 does not divide the columns."""
 
 
@@ -27,7 +27,7 @@ def fitting(scheme: Scheme, weight: Weight, ragged: str) -> Scheme:
         return fitting(Scheme.parse(_NARROWER[scheme.bits]), weight, ragged)
     if group is None or columns % group == 0 or scheme.scales == "block":
         return scheme
-    if scheme.scales != "row":
+    if scheme.scales != "row" or scheme.fixed:
         raise Refusal(f"the groups of {group} that {scheme} has do not divide {columns} columns", "skip it, or use fp4g")
     if ragged == "channel":
         return replace(scheme, group=None)

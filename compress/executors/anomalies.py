@@ -42,7 +42,9 @@ def watch(
         found.append(("zero rows", "an output whose every weight has become zero"))
     if coded and value.scheme.scales == "row":
         limits, size = torch.finfo(value.scale.dtype), value.scale.abs()
-        if bool(((size <= limits.tiny) | (size >= limits.max)).any()):
+        # A group of zeros has the scale 0 where no code means zero.
+        least = (size <= limits.tiny) & ~((size == 0) & value.scheme.zeroless)
+        if bool((least | (size >= limits.max)).any()):
             found.append(("clamped", f"a scale at the limit of {str(value.scale.dtype).removeprefix('torch.')}"))
     return found
 

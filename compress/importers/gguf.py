@@ -1,7 +1,7 @@
 """GGUF files: codes of types that a scheme has are kept, other types dequantized.
 
 Names, the order of rows of queries and keys, and Gemma's norms are taken back to transformers' (gguf_names.py); the bytes of
-blocks are in numerics/gguf_blocks.py. A type whose values no scheme has (IQ, TQ) becomes a dense weight by the
+blocks are in numerics/gguf_blocks.py. A type whose values no scheme has (other IQ, TQ) becomes a dense weight by the
 package `gguf`, with a counted note. In an artifact of ours the manifest tells the group of codes, a multiple of a block, and the
 dtype of scales; another tool's scales are fp16. The number that NVFP4 multiplies a matrix by becomes its divisor, within 2^-23.
 """

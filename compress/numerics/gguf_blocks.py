@@ -6,6 +6,7 @@ A row is a run of blocks of 32. With d the block's scale and m its minimum, in f
     Q5_0   d, 4 bytes: bit j is the fifth of code j; nibbles as in Q4_0 for the others; d * (code - 16)
     Q5_1   d, m, then as Q5_0; d * code + m
     Q8_0   d, 32 signed bytes; d * byte
+    IQ4_NL d, nibbles as in Q4_0; d * one of 16 values (floats.py)
     MXFP4  one byte E8M0, then nibbles as in Q4_0; E2M1 codes, 2^(byte - 127) * value
     NVFP4  of 64: four bytes E4M3 for 16 codes each; byte j of 8 holds codes j and j + 8 of 16; E2M1 codes, byte * value
 Groups of 64 or 128 become blocks with the same scale. K-quants are in gguf_superblocks.py. What is known of types that no scheme
@@ -28,7 +29,7 @@ _INTEGERS = {(4, False): "Q4_0", (5, False): "Q5_0", (8, False): "Q8_0", (4, Tru
 """(bits, whether there are minima) -> type."""
 _SCHEMES = {
     "Q4_0": "w4a16g32", "Q5_0": "w5a16g32", "Q8_0": "w8a16g32", "Q4_1": "w4a16g32-min", "Q5_1": "w5a16g32-min", "MXFP4": "mxfp4",
-    "NVFP4": "nvfp4", **{f"Q{bits}_K": f"q{bits}_k" for bits in range(2, 7)},
+    "NVFP4": "nvfp4", "IQ4_NL": "iq4_nl", **{f"Q{bits}_K": f"q{bits}_k" for bits in range(2, 7)},
 }  # fmt: skip
 _RUNS = {"NVFP4": 8}
 """Codes whose nibbles lie side by side, where they are not half a block."""
@@ -42,7 +43,7 @@ def type_of(scheme: Scheme) -> str:
         return str(scheme).upper()
     if scheme.integer and not scheme.zeros:
         return _INTEGERS.get((scheme.bits, scheme.minimum), "")
-    return {"e8m0": "MXFP4", "e4m3": "NVFP4"}.get(scheme.scales, "")
+    return "IQ4_NL" if scheme.grid == "iq4" else {"e8m0": "MXFP4", "e4m3": "NVFP4"}.get(scheme.scales, "")
 
 
 def scheme_text(kind: str) -> str:

@@ -154,12 +154,12 @@ def _begin(w: torch.Tensor, mask: torch.Tensor | None, task: Task, rs: slice) ->
     d[:, :rows] = w.T
     d[task.factor.dead] = 0
     keep = None
-    # With minima no code need mean the zero of padding and of columns without inputs; what it means there costs nothing.
-    if mask is not None or task.scheme.minimum:
+    # Where no code need mean zero, what padding and columns without inputs then have costs nothing.
+    if mask is not None or task.scheme.zeroless:
         keep = torch.ones(n, width, dtype=torch.uint8, device=w.device)
         if mask is not None:
             keep[:, :rows] = mask.T
-        if task.scheme.minimum:
+        if task.scheme.zeroless:
             keep[task.factor.dead] = 0
             keep[:, rows:] = 0
         keep = keep.view(shape)
@@ -260,7 +260,8 @@ def _sweep(part: Rows, task: Task) -> torch.Tensor:
         moved = c.mul_(part.scale[owners])
         if minimum:
             moved.add_(part.zero[owners])
-            moved = moved if keep is None else moved.mul_(keep)
+        if task.scheme.zeroless and keep is not None:
+            moved.mul_(keep)
         target = slope.div_(pivots[:, None]).view(c.shape).add_(moved)
         _, residual = _round(target, moved, square.div_(pivots), part, ks, owners, task.scheme)
         part.d[ks] += moved

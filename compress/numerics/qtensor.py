@@ -13,8 +13,9 @@ Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its reader
 A weight may have two corrections. Outliers replace the values of some codes: values in the weight's dtype, by
 rows. Then the product of low-rank factors is added: bf16, or int8 with an fp32 scale for each rank.
 
-On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.minimum`,
-`NAME.tensor_scale`, `NAME.super_scale`, `NAME.super_minimum`, and with corrections `NAME.outlier_values` [experts?, n],
+On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.minimum` (the first
+and the last of K-quants bit streams too, of what signed numbers are above the least), `NAME.tensor_scale`, `NAME.super_scale`,
+`NAME.super_minimum`, and with corrections `NAME.outlier_values` [experts?, n],
 `.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.left` [experts?,
 rows, rank], `.right` [experts?, rank, columns], and `.rank_scale` [experts?, rank].
 `dequantize` defines its values; every quantizer returns a QTensor, every packer takes one.
@@ -152,7 +153,9 @@ def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, 
     stream_bytes = math.ceil(weight.columns * scheme.bits / 32) * 4
     lead = () if weight.experts is None else (weight.experts,)
     scales = (*lead, *scheme.grid_shape(weight.rows, weight.columns))
-    stored = {"e8m0": "U8", "e4m3": "F8_E4M3", "k": "I8"}.get(scheme.scales, "F32" if scheme.grid in FP8 else weight.dtype)
+    stored = {"e8m0": "U8", "e4m3": "F8_E4M3", "k": "U8"}.get(scheme.scales, "F32" if scheme.grid in FP8 else weight.dtype)
+    if scheme.scales == "k":
+        scales = (*scales[:-1], math.ceil(scales[-1] * scheme.scale_bits / 32) * 4)
     found = {"codes": ("U8", (*lead, weight.rows, stream_bytes)), "scale": (stored, scales)}
     if scheme.zeros:
         found["zero"] = ("U8", scales)
@@ -186,9 +189,16 @@ def specs(weight: Weight, state: State) -> list[TensorSpec]:
 
 def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
     """Canonical tensors by name on disk, in the order of `specs`."""
+    import torch
+
     from compress.numerics import bitstream
 
     parts = {"codes": bitstream.pack(q.codes, q.scheme.bits), "scale": q.scale, "zero": q.zero, **parts_beside(q)}
+    if (bits := q.scheme.scale_bits) > 0:
+        least = -(1 << (bits - 1)) if q.scheme.symmetric else 0
+        for name in ("scale", "minimum"):
+            if (part := parts[name]) is not None:
+                parts[name] = bitstream.pack((part.to(torch.int16) - least).to(torch.uint8), bits)
     return {f"{weight.name}.{part}": tensor.contiguous() for part, tensor in parts.items() if tensor is not None}
 
 
@@ -199,11 +209,18 @@ def stored(weight: Weight, value: Any) -> dict[str, torch.Tensor]:
 
 def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QTensor:
     """The inverse of `encode`; `tensors` by name on disk."""
+    import torch
+
     from compress.numerics import bitstream
 
     assert state.scheme is not None
     parts = {part: tensors[f"{weight.name}.{part}"] for part in PARTS if f"{weight.name}.{part}" in tensors}
     codes = bitstream.unpack(parts["codes"], state.scheme.bits, weight.columns)
+    if (bits := state.scheme.scale_bits) > 0:
+        least = -(1 << (bits - 1)) if state.scheme.symmetric else 0
+        for name in {"scale", "minimum"} & parts.keys():
+            numbers = bitstream.unpack(parts[name], bits, state.scheme.groups(weight.columns))
+            parts[name] = (numbers.to(torch.int16) + least).to(torch.int8)
     return with_beside(state, codes, parts["scale"], parts.get("zero"), parts)
 
 

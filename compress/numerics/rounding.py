@@ -53,7 +53,7 @@ def nearest(
         sparse = replace(sparse, values=sparse.values.to(dtype))
         found = nearest(rest, scheme, dtype, clip, least_zero, peak, None, least_code)
         kept = float(sparse.values.double().square().sum())
-        if scheme.minimum:  # no code need mean the zero that the rest has in their places
+        if scheme.zeroless:  # no code need mean the zero that the rest has in their places
             under = found.q.values().view(-1, w.shape[-1])[sparse.places()]
             found = found._replace(squared_error=found.squared_error - float(under.double().square().sum()))
         return Rounded(replace(found.q, outliers=sparse), found.squared_error, found.squared_norm + kept)
@@ -162,7 +162,7 @@ def _matrix(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, clip: str, peak
         over = own[:, None, :, None]
         found = encode(x / over, scheme)
         codes[part] = flat(found, part.stop - part.start, columns)
-        error = decode(found, scheme).mul_(over).sub_(x)
+        error = flat(decode(found, scheme).mul_(over).sub_(x), part.stop - part.start, columns)
         for i, values in enumerate((error.reshape(-1), x.reshape(-1))):
             sums[i] += float(torch.dot(values, values))
     return Rounded(QTensor(scheme, codes, scale, None, d), sums[0], sums[1])

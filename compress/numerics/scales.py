@@ -10,7 +10,8 @@ computed: to the weight's dtype (FP8's too, though they are stored in fp32, as i
           exact. 4/6: D = 256 t / p, and each block takes p / 6 or p / 4, whichever errs less.
     m1, m2  per row, S 2^-k with k = 0 .. 8: S is a power of two, or the row's largest scale (ZeroQuant-FP, 2307.09782,
           whose groups of such scales are rows here); the power is the nearest in the logarithm, or the next one (`ceil`)
-Exponents are read from the bits, never from a logarithm. Groups of zeros have the scale 1 if nothing else fixes it.
+Exponents are read from the bits, never from a logarithm. Groups of zeros have the scale 1 if nothing else fixes it, or 0 if no
+value of the grid is zero. iq4's values reach farther below zero than above, so its scales may be negative.
 """
 
 from __future__ import annotations
@@ -110,9 +111,11 @@ def fit(
 
 def _factors(scheme: Scheme, clip: str) -> tuple[float, ...]:
     """Factors of the largest magnitude that are tried in turn; of equal errors the first is taken."""
-    own = {"mse": _NEIGHBOURS, "4over6": (1.0, 1.5)}.get(scheme.rule, (1.0,))
+    own = {"mse": _NEIGHBOURS, "4over6": (1.0, 1.5)}.get(scheme.rule, (1.0, -1.0) if scheme.grid == "iq4" else (1.0,))
     if clip == "none" or scheme.bits == 8:
         return own
+    if scheme.grid == "iq4":
+        return tuple(sign * shrink for shrink in _SHRINKS for sign in (1.0, -1.0))
     coarse = scheme.scales == "e8m0" or scheme.rule.startswith("m")
     return _NEIGHBOURS if coarse else (*own, *_SHRINKS[1:])
 
@@ -132,7 +135,8 @@ def _store(
 
     def plain(p: torch.Tensor) -> torch.Tensor:
         # Clamped to the smallest normal number, so that a tiny group gets no zero scale.
-        return torch.where(p == 0, 1, (p / t).clamp(info.tiny, info.max)).to(dtype)
+        size = (p.abs() / t).clamp(info.tiny, info.max)
+        return torch.where(p == 0, 0 if scheme.zeroless else 1, torch.copysign(size, p)).to(dtype)
 
     if not scheme.rule:
         return (lambda p: plain(p).float()) if scheme.bits == 8 else plain

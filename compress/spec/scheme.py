@@ -10,6 +10,7 @@ Grammar (parses and prints back to the same text; names of other tools, such as 
             | ("fp4" | "e3m0") [ "g" group ] [ rule ]        E2M1 (largest 6) or powers of two (largest 16)
             | "mxfp4" [ "-floor" | "-even" | "-mse" ]        E2M1, an E8M0 scale (a power of two) per 32
             | "nvfp4" [ "-4over6" ]                          E2M1, an E4M3 scale per 16 and an fp32 one per matrix
+            | "iq4_nl"                                       16 values of llama.cpp, none of them zero, a scale per 32
     rule    = ( "-m1" | "-m2" ) [ "-ceil" ]                  scales of a row a power of two apart (ZeroQuant-FP)
     bits    = 2 | 3 | 4 | 5 | 6 | 8                          integer codes
     group   = columns that share one scale; without it one scale per output channel
@@ -60,11 +61,12 @@ _FLOATS = tuple(
         rf"(?P<grid>fp4|e3m0){_GROUP}(?P<rule>-m[12](?:-ceil)?)?",
         r"(?P<grid>mxfp4)(?P<rule>-floor|-rceil|-even|-mse)?",
         r"(?P<grid>nvfp4)(?P<rule>-4over6)?",
+        r"(?P<grid>iq4_nl)",
     )
 )
 _K = re.compile(r"q(?P<bits>[2-6])_k", re.ASCII)
-_FIXED = {"mxfp4": (32, "e8m0"), "nvfp4": (16, "e4m3")}
-"""(group, kind of scales) of the grids for which they are fixed."""
+_FIXED = {"mxfp4": (32, "e2m1", "e8m0"), "nvfp4": (16, "e2m1", "e4m3"), "iq4_nl": (32, "iq4", "row")}
+"""(group, grid, kind of scales) of the names that fix them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Scheme(TextForm):
     symmetric: bool = True
     """Whether codes are balanced about zero: no zero point and no minimum; floats have neither."""
     grid: str = "int"
-    """The values of codes before scaling: int, k (whole numbers too), nf, e2m1, e3m0, e4m3 or e5m2."""
+    """The values of codes before scaling: int, k (whole numbers too), nf, iq4, e2m1, e3m0, e4m3 or e5m2."""
     scales: str = "row"
     """row: in the weight's dtype, per row and group; tensor, block: one for each; e8m0; e4m3: with one more for the matrix;
     k: int8 per row and group, with one in fp16 for each 256 columns."""
@@ -121,6 +123,8 @@ class Scheme(TextForm):
             return f"w{self.bits}a{8 if self.inputs else 16}{group}{kind}{fp8}"
         if self.grid == "k":
             return f"q{self.bits}_k"
+        if self.grid == "iq4":
+            return f"iq4_nl{fp8}"
         if self.grid == "nf":
             return f"nf{self.bits}{group}{fp8}"
         if self.bits == 8:
@@ -143,6 +147,21 @@ class Scheme(TextForm):
         return not self.symmetric and not self.minimum
 
     @property
+    def scale_bits(self) -> int:
+        """Bits of the small whole numbers among a K-quant's scales and minima; 0 for other schemes."""
+        return {2: 4, 6: 8}.get(self.bits, 6) if self.scales == "k" else 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its name says how many columns share a scale."""
+        return self.scales in ("e8m0", "e4m3", "k") or self.grid == "iq4"
+
+    @property
+    def zeroless(self) -> bool:
+        """Whether no code need mean zero."""
+        return self.minimum or self.grid == "iq4"
+
+    @property
     def levels(self) -> int:
         """The number of codes, which are stored unsigned, 0 .. levels - 1."""
         return 1 << self.bits
@@ -154,7 +173,7 @@ class Scheme(TextForm):
 
     @property
     def powers(self) -> bool:
-        """Whether scales depend on each other or are powers of two, so that a single one cannot be trained."""
+        """Whether scales depend on each other, are powers of two or have few bits, so that a single one cannot be trained."""
         return bool(self.rule) or self.scales in ("e8m0", "e4m3", "k")
 
     def groups(self, columns: int) -> int:
@@ -214,8 +233,8 @@ def _float(match: re.Match[str]) -> Scheme:
     group = int(parts["group"]) if parts.get("group") else None
     inputs = "fp8" if parts["afp8"] else ""
     if grid in _FIXED:
-        group, scales = _FIXED[grid]
-        return Scheme(4, group, True, "e2m1", scales, rule, inputs)
+        group, grid, scales = _FIXED[grid]
+        return Scheme(4, group, True, grid, scales, rule, inputs)
     if grid == "fp8":
         scales = parts["scales"] or "row"
         return Scheme(8, BLOCK if scales == "block" else None, True, rule or "e4m3", scales, "", inputs)

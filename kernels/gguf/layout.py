@@ -3,6 +3,7 @@
 Codes keep their values. A weight [out, in] becomes rows of blocks of 32 inputs (numerics/gguf_blocks.py has the bytes):
     Q4_0, Q5_0, Q8_0   w4a16, w5a16, w8a16, symmetric   d * (code - middle), d in fp16
     Q4_1, Q5_1         w4a16-min, w5a16-min             d * code + m, m in fp16 too
+    IQ4_NL             iq4_nl                           d * one of 16 values
     MXFP4              mxfp4                            2^(byte - 127) * E2M1
     NVFP4              nvfp4, blocks of 64              E4M3 * E2M1, times one number for the matrix
     Q2_K to Q6_K       q2_k to q6_k, blocks of 256      numerics/kquants.py says what they mean
@@ -118,7 +119,9 @@ class Gguf(Format):
             do = "use -min for -asym, or a symmetric scheme"
             raise Refusal("its types hold a floating minimum, which a zero point is only up to rounding", do)
         if not (kind := type_of(scheme)):
-            raise Refusal(f"no type of it holds {scheme}", "quantize to w4a16, w5a16, w8a16, q2_k to q6_k, mxfp4 or nvfp4")
+            raise Refusal(
+                f"no type of it holds {scheme}", "quantize to w4a16, w5a16, w8a16, q2_k to q6_k, iq4_nl, mxfp4 or nvfp4"
+            )
         if weight.transposed and weight.experts is None:
             raise Refusal("its groups run along what llama.cpp has as outputs", "skip it, or " + _ELSEWHERE)
         block = TYPES[kind].weights

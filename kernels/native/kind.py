@@ -16,7 +16,7 @@ from compress.kernels.native import tiles
 
 HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _SCALES = {**HALVES, torch.float32: "f32", torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
-TABLES = {"nf": 4, "e3m0": 4}
+TABLES = {"nf": 4, "e3m0": 4, "iq4": 4}
 """Grids that kernels look up in a table -> the number of bits that this supports."""
 WHOLE = 31
 """The shift for a group that is a whole row: larger than any column's number."""

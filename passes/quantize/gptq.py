@@ -2,8 +2,10 @@
 
 Frantar et al., 2210.17323, from the second moments of a weight's inputs, with three optional additions: a weighted search for
 ranges of groups (`clip`), scales of either sign (`signed`), and coordinate descent on the same loss afterwards (`sweeps`).
-Derivation and conventions: compress/numerics/gptq.py. With `sparsity` weights are pruned in the same solve: SparseGPT chooses the
-zeros (compress/numerics/sparsegpt.py), and what is kept is rounded towards the outputs of the unpruned matrix.
+Derivation and conventions: compress/numerics/gptq.py. The scales of K-quants (q4_k) are searched with the Hessian's diagonal as
+the importance of columns, and codes get error feedback inside them. With `sparsity` weights are pruned in the same solve:
+SparseGPT chooses the zeros (compress/numerics/sparsegpt.py), and what is kept is rounded towards the outputs of the unpruned
+matrix.
 
 With `correct=qronos` (2505.11695) a weight's outputs are compared with those that it had in the model before this pass, so that
 it makes up for the errors of the weights before it, too. It takes a second forward, and a second block in memory.

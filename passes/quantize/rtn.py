@@ -3,7 +3,7 @@
 Scales come from the largest magnitude of each group (`clip=none`) or from a search for the least squared error
 (`clip=mse`; FP8 has nothing to search). All rounding is in fp32, with scales already rounded to their stored dtype.
 With granularity=adaptive the group size of each matrix is chosen first (compress/contract/adaptive_group_pass.py).
-Derivation and conventions: compress/numerics/grid.py for integers, scales.py and floats.py for all others.
+Derivation and conventions: compress/numerics/grid.py for integers, kquants.py for K-quants, scales.py and floats.py for others.
 """
 
 from __future__ import annotations

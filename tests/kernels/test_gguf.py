@@ -66,12 +66,24 @@ def test_pack_and_unpack_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w4a16g64", "w4a16", "w5a16g32", "w8a16g32", "w8a16", "mxfp4", "mxfp4-even", "nvfp4", "w4a16g64-min", "w5a16-min"],
+    [
+        "w4a16g64",
+        "w4a16",
+        "w5a16g32",
+        "w8a16g32",
+        "w8a16",
+        "mxfp4",
+        "mxfp4-even",
+        "nvfp4",
+        "w4a16g64-min",
+        "w5a16-min",
+        "iq4_nl",
+    ],
 )
 def test_groups_of_any_multiple_and_masks(tiny: Path, tmp_path: Path, scheme: str) -> None:
     skip = ", skip=['re:.*down_proj.*']" if scheme.startswith(("w4a16g64", "nvfp4")) else ""
-    # Codes with a minimum would not keep zeros.
-    prune, masked = ("", "") if scheme.endswith("-min") else ("prune.magnitude(sparsity=2:4) | ", "+masked(2:4)")
+    # Codes of which none need mean zero would not keep zeros.
+    prune, masked = ("", "") if Scheme.parse(scheme).zeroless else ("prune.magnitude(sparsity=2:4) | ", "+masked(2:4)")
     result = run(tiny, tmp_path / "out", f"{prune}quantize.rtn(scheme={scheme}{skip}) | pack(format=gguf)")
     assert any(note.what == "stored" and scheme in note.reason for note in result.manifest.notes)
     dense_view = DenseView(open_checkpoint(result.out))
@@ -130,7 +142,7 @@ def planned(source: Path, recipe: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "text", ["w4a16g32", "w5a16g32", "w8a16g64", "w4a16", "mxfp4", "nvfp4", "w4a16g32-min", "w5a16g64-min", "w5a16-min"]
+    "text", ["w4a16g32", "w5a16g32", "w8a16g64", "w4a16", "mxfp4", "nvfp4", "w4a16g32-min", "w5a16g64-min", "w5a16-min", "iq4_nl"]
 )
 def test_the_package_gguf_dequantizes_the_same_values(text: str) -> None:
     quants, constants = pytest.importorskip("gguf.quants"), pytest.importorskip("gguf.constants")

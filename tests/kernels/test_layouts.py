@@ -36,11 +36,13 @@ SCHEMES = [
     "w5a16g32-min",
 ]
 FLOATS = [
-    "nf4g32", "nf3g32", "fp4g32-m2", "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "w8a8", "w4a8g32",
+    "nf4g32", "nf3g32", "iq4_nl", "fp4g32-m2", "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "w8a8", "w4a8g32",
 ]  # fmt: skip
 HELD = ["fp8", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "w8a8", "w4a8g32", "w4a8g32-afp8"]
 """Those that compressed-tensors holds."""
+SUPER = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 SHAPES = [(1, 32), (7, 64), (33, 96), (64, 172), (96, 86), (17, 544)]
+WIDE = [(1, 256), (7, 512), (33, 768)]
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -53,15 +55,17 @@ def equal(a: QTensor, b: QTensor) -> bool:
     def same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
         return x is y if x is None or y is None else x.dtype == y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
-    parts = (same(a.codes, b.codes), same(a.scale, b.scale), same(a.zero, b.zero), same(a.minimum, b.minimum))
+    parts = [
+        same(getattr(a, name), getattr(b, name)) for name in ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
+    ]
     wholes = [None if q.tensor_scale is None else q.tensor_scale.reshape(1) for q in (a, b)]
     return a.scheme == b.scheme and all(parts) and same(*wholes)
 
 
 @pytest.mark.parametrize("name", ["canonical", *formats()])
-@pytest.mark.parametrize("text", [*SCHEMES, *FLOATS])
+@pytest.mark.parametrize("text", [*SCHEMES, *FLOATS, *SUPER])
 def test_unpack_inverts_pack_and_shapes_are_declared(name: str, text: str) -> None:
-    for shape in SHAPES:
+    for shape in WIDE if text in SUPER else SHAPES:
         comes_back(name, text, shape)
 
 
@@ -89,7 +93,10 @@ def comes_back(name: str, text: str, shape: tuple[int, int]) -> None:
                 "up to rounding": name == "mlx" and scheme.zeros,
                 "32, 64 and 128": name == "mlx" and (scheme.group or shape[1]) not in (32, 64, 128),
                 "kernels read groups": name == "native" and "g43" in text,
-                "no type of it holds": name == "gguf" and (not scheme.integer or scheme.bits not in (4, 5, 8 - scheme.minimum)),
+                "scales of one level": name == "native" and text in SUPER,
+                "no type of it holds": name == "gguf"
+                and text != "iq4_nl"
+                and (not scheme.integer or scheme.bits not in (4, 5, 8 - scheme.minimum)),
                 "floating minimum": name == "gguf" and scheme.zeros,
                 "blocks of 32": name == "gguf" and (shape[1] % 32 or (scheme.group or 32) % 32),
                 "blocks of 64": name == "gguf" and text == "nvfp4" and shape[1] % 64,

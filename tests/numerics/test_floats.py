@@ -10,8 +10,8 @@ import torch
 from compress.numerics.floats import NF4, decode, encode, normal_map, top
 from compress.spec.scheme import Scheme
 
-TEXTS = ["nf4g64", "nf3g64", "nf2g64", "fp4g32", "e3m0g32", "fp8", "fp8-e5m2"]
-SIGNED = [text for text in TEXTS if not text.startswith("nf")]
+TEXTS = ["nf4g64", "nf3g64", "nf2g64", "iq4_nl", "fp4g32", "e3m0g32", "fp8", "fp8-e5m2"]
+SIGNED = [text for text in TEXTS if not text.startswith(("nf", "iq"))]
 
 
 def values(scheme: Scheme) -> torch.Tensor:
@@ -32,8 +32,8 @@ def test_the_nearest_value_is_found(text: str, dtype: torch.dtype) -> None:
     scheme = Scheme.parse(text)
     table = values(scheme)
     table = table[table.isfinite()].sort().values
-    # In nf there are ties in real numbers alone.
-    ties = (table[1:] + table[:-1]) / 2 if scheme.grid != "nf" else table
+    # In nf there are ties in real numbers alone, and in iq4 the lower one is taken.
+    ties = (table[1:] + table[:-1]) / 2 if scheme.grid not in ("nf", "iq4") else table
     spread = torch.randn(200, generator=torch.Generator().manual_seed(0)) * top(scheme) / 3
     x = torch.cat([table, ties, spread, torch.tensor([1e6, -1e6])]).to(dtype)
     found = decode(encode(x, scheme), scheme)

@@ -15,14 +15,14 @@ from compress.numerics.scales import spread, steps
 from compress.spec.scheme import Scheme
 
 TEXTS = [
-    "nf4g64", "nf2g32", "nf3", "fp4g32", "fp4g32-m1", "fp4g32-m2", "fp4g32-m2-ceil", "e3m0g64", "fp8", "fp8-e5m2", "fp8-tensor",
+    "nf4g64", "nf2g32", "nf3", "iq4_nl", "fp4g32", "fp4g32-m1", "fp4g32-m2", "fp4g32-m2-ceil", "e3m0g64", "fp8", "fp8-e5m2", "fp8-tensor",
     "fp8-block", "mxfp4", "mxfp4-floor", "mxfp4-even", "mxfp4-mse", "nvfp4", "nvfp4-4over6",
 ]  # fmt: skip
 SQNR = {
     "mxfp4-floor": (18.79, 17.96, 17.64), "mxfp4": (18.75, 17.59, 17.13), "mxfp4-even": (19.03, 18.16, 17.79),
     "mxfp4-mse": (19.05, 18.24, 17.90), "nvfp4": (20.43, 20.66, 20.74), "nvfp4-4over6": (21.20, 21.20, 21.21),
     "fp4g32": (19.90, 19.79, 19.71), "fp4g128": (19.26, 18.35, 17.55), "fp4g256": (19.07, 17.78, 16.39),
-    "nf4g64": (20.73, 19.70, 19.06), "e3m0g256": (14.22, 14.44, 14.71),
+    "nf4g64": (20.73, 19.70, 19.06), "iq4_nl": (22.01, 20.89, 20.42), "e3m0g256": (14.22, 14.44, 14.71),
 }  # fmt: skip
 
 

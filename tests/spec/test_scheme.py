@@ -24,7 +24,7 @@ KNOWN = [
     "w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym", "w8a8", "w4a8g128", "w4a8g128-asym", "w4a8g128-afp8", "w4a16g32-min", "w5a16g64", "w6a16-asym", "w5a8g32-min-afp8", "fp8", "fp8-tensor",
     "fp8-block", "fp8-e5m2", "fp8-e5m2-tensor", "fp8-e5m2-block", "fp8-afp8", "fp8-block-afp8", "nf4g64", "nf3g64", "nf2g64", "nf4",
     "fp4g128", "fp4g256-m1", "fp4g256-m1-ceil", "fp4g320-m2", "e3m0g256", "e3m0g256-m2", "mxfp4", "mxfp4-floor", "mxfp4-even",
-    "mxfp4-mse", "mxfp4-afp8", "nvfp4", "nvfp4-4over6", "nvfp4-4over6-afp8",
+    "mxfp4-mse", "mxfp4-afp8", "nvfp4", "nvfp4-4over6", "nvfp4-4over6-afp8", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
 
 
@@ -52,6 +52,9 @@ def test_known_spellings_print_back(text: str) -> None:
         ("W4A16G64", "did you mean 'w4a16g64'"),
         ("w4a16g-128", "did you mean 'w4a16g128'"),
         ("w4g128", "did you mean 'w4a16g128'"),
+        ("Q4_K", "did you mean 'q4_k'"),
+        ("IQ4_NL", "did you mean 'iq4_nl'"),
+        ("q7_k", "w4a16g32-min"),
         ("w3a16g64asym", "did you mean 'w3a16g64-asym'"),
         ("int4", r"W4A16 \(w4a16g128\), W4A16_ASYM \(w4a16g128-asym\).*NVFP4 \(nvfp4\)"),
         ("int3", r"preset such as W3A16 \(w3a16g128\)"),
@@ -81,7 +84,15 @@ def test_the_schema_takes_what_parses_and_states_print_it(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [("fp8", (300, 1)), ("fp8-tensor", (1, 1)), ("fp8-block", (3, 2)), ("nf4g64", (300, 3)), ("nvfp4", (300, 11))],
+    [
+        ("fp8", (300, 1)),
+        ("fp8-tensor", (1, 1)),
+        ("fp8-block", (3, 2)),
+        ("nf4g64", (300, 3)),
+        ("nvfp4", (300, 11)),
+        ("iq4_nl", (300, 6)),
+        ("q2_k", (300, 11)),
+    ],
 )
 def test_shapes_of_scales(text: str, shape: tuple[int, int]) -> None:
     assert Scheme.parse(text).grid_shape(300, 172) == shape

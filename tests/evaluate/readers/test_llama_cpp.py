@@ -34,7 +34,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16g64", "w5a16g32", "w8a16g32", "w8a16", "w4a16g32-min", "w5a16g64-min", "mxfp4", "nvfp4"]
+    "scheme", ["w4a16g64", "w5a16g32", "w8a16g32", "w8a16", "w4a16g32-min", "w5a16g64-min", "iq4_nl", "mxfp4", "nvfp4"]
 )
 def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
     targets = ", targets=[linear, embeddings]" if scheme.startswith("w8") else ""
@@ -43,6 +43,13 @@ def test_every_type(scheme: str, demo_model: Path, tmp_path: Path) -> None:
     assert found.equal
     assert found.top1 > 0.95
     assert any("that tokenizer.json has" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_every_k_quant(scheme: str, tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    run(source, tmp_path / "out", f"quantize.rtn(scheme={scheme}, targets=[linear, embeddings]) | pack(format=gguf)")
+    assert read(tmp_path / "out").equal
 
 
 @pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen3", "qwen3_moe"])

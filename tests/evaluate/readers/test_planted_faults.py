@@ -21,7 +21,7 @@ from compress.errors import FormatError
 from compress.evaluate import readers
 from compress.evaluate.verify import read_with, token_ids
 from families import build_served
-from support import run
+from support import run, tiny_llama
 
 pytestmark = pytest.mark.slow
 Tensors = dict[str, torch.Tensor]
@@ -63,6 +63,14 @@ def block(name: str, how: Callable[[torch.Tensor], None]) -> Fault:
     return fault
 
 
+def super_blocks(tensors: Tensors) -> Tensors:
+    """Swapped nibbles of Q4_K: super-blocks of 16 bytes of scales, and 128 of codes."""
+    found = tensors["blk.1.ffn_down.weight"].clone()
+    blocks = found.flatten(-2).unflatten(-1, (-1, 144)) if found.dim() > 2 else found.unflatten(-1, (-1, 144))
+    blocks[..., 16:] = nibbles(blocks[..., 16:])
+    return {"blk.1.ffn_down.weight": blocks.reshape(found.shape)}
+
+
 def exchanged(one: str, other: str) -> Fault:
     """Two experts' matrices in each other's place, in both blocks; names with {} for the number of the block."""
 
@@ -79,7 +87,7 @@ def exchanged(one: str, other: str) -> Fault:
 
 EXPERTS = exchanged("model.layers.{}.block_sparse_moe.experts.0.w2.", "model.layers.{}.block_sparse_moe.experts.1.w2.")
 Case = tuple[str, str, str]
-# engine, model, recipe -> what is changed in its artifact; `trained` is the embedded model
+# engine, model, recipe -> what is changed in its artifact; `trained` is the embedded model, `wide` has wide matrices
 CASES: dict[Case, dict[str, Fault]] = {
     ("vllm", "llama", "quantize.rtn(scheme=w4a16g32) | pack"): {
         "swapped nibbles": change(f"{DOWN}.weight_packed", nibbles),
@@ -104,6 +112,7 @@ CASES: dict[Case, dict[str, Fault]] = {
     ("llama.cpp", "mixtral", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)"): {
         "an expert exchanged": exchanged("blk.{}.ffn_down_exps.weight[0]", "blk.{}.ffn_down_exps.weight[1]"),
     },
+    ("llama.cpp", "wide", "quantize.rtn(scheme=q4_k) | pack(format=gguf)"): {"swapped nibbles": super_blocks},
     ("mlx", "llama", "quantize.rtn(scheme=w4a16g32-min) | pack(format=mlx)"): {
         "swapped nibbles": change(f"{DOWN}.weight", nibbles),
         "a wrong minimum": lambda t: {f"{DOWN}.biases": t[f"{DOWN}.biases"] + t[f"{DOWN}.scales"]},
@@ -136,6 +145,13 @@ def planted(artifact: Path, out: Path, fault: Fault) -> Path:
     return out
 
 
+def made_of(family: str, folder: Path) -> Path:
+    """A model of random weights; `wide` is a Llama whose columns hold super-blocks."""
+    if family == "wide":
+        return tiny_llama(folder / "wide", hidden_size=256, intermediate_size=512)
+    return build_served(family, folder)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forks() -> Iterator[None]:
     with warm():
@@ -151,7 +167,7 @@ def sound(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if case not in made:
             engine, family, recipe = case
             folder = tmp_path_factory.mktemp("sound")
-            run(demo_model if family == "trained" else build_served(family, folder), folder / "out", recipe)
+            run(demo_model if family == "trained" else made_of(family, folder), folder / "out", recipe)
             found = read_with(engine, folder / "out", token_ids(open_checkpoint(folder / "out")), print)
             print(f"sound: {engine}, {recipe}: {found.typical:.2%}, {found.difference:.3g} of {found.largest:.3g}")
             made[case] = folder / "out"
