@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 _ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 1e-2}
 """Allowed difference of logits, as a share of the largest: readers sum in another order, and some in half precision."""
 _MARGIN = 3.0
-"""How many times what a compute dtype does to our own reading it may do to a reader, which rounds in other places."""
+"""How many times what a compute dtype does to our own reading it may do to a reader. vLLM's engine was seen at 0.9 times where
+nothing is quantized, at 2.3 where its kernels round the inputs of 4-bit linears to 8 bits; with a fault in one matrix at 7."""
 _TOKENS, _WINDOW = 256, 64
 
 

@@ -85,7 +85,7 @@ def cells() -> list[Cell]:
 
 def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     """What is seen of a cell: `seen` is equal, differs, refused, not packed or machine."""
-    source, artifact = scratch / "sources" / cell.family, scratch / "artifacts" / f"{cell.family} {cell.recipe}".replace("/", "-")
+    source, artifact = scratch / "sources" / cell.family, scratch / "artifacts" / f"{cell.form}-{cell.scheme}-{cell.family}"
     if not source.is_dir():
         source.parent.mkdir(exist_ok=True)
         build_served(cell.family, source.parent).rename(source)

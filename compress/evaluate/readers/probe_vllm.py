@@ -34,11 +34,14 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
     # Imported by name, because it is not installed where types are checked.
     vllm = importlib.import_module("vllm")
     config = json.loads((artifact / "config.json").read_text())
+    # It looks for files by patterns, in which brackets of a path would mean something.
+    place = scratch / "artifact"
+    place.symlink_to(artifact.absolute())
     positions = {**config, **(config.get("text_config") or {})}.get("max_position_embeddings") or _LONGEST
     # One more than there are positions, for the token that is drawn after a whole window; nothing is computed for it.
     engine = _told(
         lambda: vllm.LLM(
-            str(artifact), dtype=str(dtype).removeprefix("torch."), enforce_eager=True, trust_remote_code=trusted,
+            str(place), dtype=str(dtype).removeprefix("torch."), enforce_eager=True, trust_remote_code=trusted,
             max_model_len=min(_LONGEST, positions) + 1, max_num_seqs=1, skip_tokenizer_init=True, disable_log_stats=True,
         )
     )  # fmt: skip

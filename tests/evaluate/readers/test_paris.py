@@ -59,7 +59,7 @@ def test_the_capital_of_france(case: str, tmp_path: Path) -> None:
     run(source, tmp_path / "out", recipe)
     code = f"{_HEAD}{SCRIPTS[case.partition(',')[0]]}print('answer:', json.dumps(text))"
     command = [str(ensure(environment(), print)), "-P", "-c", code, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean_variables(**VARIABLES), timeout=1200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean_variables(**VARIABLES), timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     (answer,) = (json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("answer: "))
     print(f"{case}: {recipe}: {PROMPT}{answer}")

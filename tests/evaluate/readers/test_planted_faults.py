@@ -102,7 +102,7 @@ CASES: dict[Case, dict[str, Fault]] = {
         "a wrong zero point": change(f"{DOWN}.qzeros", a_step_more),
         "a scale row off by one": change(f"{DOWN}.scales", lambda t: t.roll(1, 1)),
     },
-    ("vllm", "mixtral", "quantize.rtn(scheme=w4a16g32) | pack"): {"an expert exchanged": EXPERTS},
+    ("vllm", "mixtral", "quantize.rtn(scheme=w4a16g64) | pack"): {"an expert exchanged": EXPERTS},
     ("llama.cpp", "trained", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)"): {
         "swapped nibbles": block("blk.1.attn_q.weight", swapped),
         "swapped nibbles of an MLP": block("blk.2.ffn_down.weight", swapped),
@@ -176,7 +176,10 @@ def sound(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return of
 
 
-@pytest.mark.parametrize(("case", "fault"), [(case, fault) for case, faults in CASES.items() for fault in faults])
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [pytest.param(case, fault, id=f"{case[0]}: {case[2]}: {fault}") for case, faults in CASES.items() for fault in faults],
+)
 def test_a_planted_fault_is_caught(
     case: Case, fault: str, sound: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
