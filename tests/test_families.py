@@ -310,13 +310,27 @@ MTP = {
 """Tensors of layers that predict further tokens, as they lie in published checkpoints."""
 
 
+def with_mtp(name: str, source: Source, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A copy of a family's model that has these tensors as well."""
+    more = {key: torch.randn((64, 128)[: 1 + ("norm" not in key)]).bfloat16() for key in MTP.get(name, ["mtp.fc.weight"])}
+    shutil.copytree(source(name), folder)
+    save_file({**load_file(folder / "model.safetensors"), **more}, folder / "model.safetensors", {"format": "pt"})
+    return folder, more
+
+
+def test_layers_for_further_tokens_are_refused_where_a_reader_stops_at_them(source: Source, tmp_path: Path) -> None:
+    """mlx-lm leaves those of Qwen3-Next out, and loads no other tensor that its model does not have."""
+    recipe = "quantize.rtn(scheme=w4a16g32, targets=attention, ragged=divide) | pack(format=mlx)"
+    text = refused(with_mtp("llama", source, tmp_path / "llama")[0], recipe, tmp_path, "layers that predict further tokens")
+    assert "'mtp.fc.weight'" in text
+    assert run(with_mtp("qwen3_next", source, tmp_path / "qwen3_next")[0], tmp_path / "out", recipe).out.exists()
+
+
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 @pytest.mark.parametrize("name", MTP)
 def test_layers_for_further_tokens_are_kept_and_counted(name: str, form: str, source: Source, tmp_path: Path) -> None:
     """Readers that do take them learn from the config that they are not in codes; all others load the model as it is."""
-    folder = shutil.copytree(source(name), tmp_path / "source")
-    more = {key: torch.randn((64, 128)[: 1 + ("norm" not in key)]).bfloat16() for key in MTP[name]}
-    save_file({**load_file(folder / "model.safetensors"), **more}, folder / "model.safetensors", {"format": "pt"})
+    folder, more = with_mtp(name, source, tmp_path / "source")
     result = run(folder, tmp_path / "out", f"quantize.rtn(scheme=w4a16g32, ragged=channel) | pack(format={form})")
     (kept,) = [note for note in result.manifest.notes if note.what == "unused"]
     assert set(kept.names) == set(more)

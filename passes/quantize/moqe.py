@@ -66,10 +66,9 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
         return self
 
     def worker(self) -> Pass:
-        grid = (self.grid or "paper") if self.method == "rtn" else None
-        given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid}
+        own = {"grid": self.grid or "paper"} if self.method == "rtn" else {"route": self.route}
+        given = {"clip": self.clip, "min_tokens": self.min_tokens, **own}
         options = {name: value for name, value in given.items() if value is not None}
-        options |= {"route": self.route} if self.route == "all" else {}
         return load_pass(f"quantize.{self.method}").model_validate({"scheme": self.scheme, **options})
 
     def chosen(self, weights: Sequence[Weight]) -> list[Weight]:
