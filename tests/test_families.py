@@ -17,6 +17,7 @@ from compress.architecture import left_alone
 from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import open_checkpoint
 from compress.errors import CompressError, CoverageError, FormatError
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build as model_of_codes
 from compress.pipeline.output_paths import steps_folder
 from compress.pipeline.run import Result
@@ -237,8 +238,14 @@ def test_recent_families_end_to_end(name: str, source: Source, tmp_path: Path) -
     if name in NATIVE:
         refused(source(name), f"{recipe} | pack", tmp_path, NATIVE[name])
         result = run(source(name), tmp_path / "out", f"{recipe} | pack(format=native)")
-        meant = logits(model_of_codes(open_checkpoint(result.out), rounded=False))
-        torch.testing.assert_close(logits(load_native(result.out, "float32")), meant, rtol=1e-4, atol=1e-4)
+        packed = open_checkpoint(result.out)
+        if name == "llama4_vl":
+            # transformers 5.24 cannot run the whole model on a text, packed or not, so its weights are compared.
+            held, meant = DenseView(packed), load_file(dense_view(result, tmp_path / "dense_view") / "model.safetensors")
+            assert all(torch.equal(held.dense(weight), meant[weight]) for weight in result.manifest.weights)
+        else:
+            found, meant = logits(load_native(result.out, "float32")), logits(model_of_codes(packed, rounded=False))
+            torch.testing.assert_close(found, meant, rtol=1e-4, atol=1e-4)
     else:
         result = check_reader(source(name), f"{recipe} | pack", tmp_path)
     family = RECENT[name]
@@ -295,12 +302,13 @@ def test_a_matrix_of_no_known_kind_stops_a_pass(source: Source, tmp_path: Path, 
         with pytest.raises(CoverageError, match="is a matrix of no kind that is known here") as error:
             run(source("deepseek_v4"), tmp_path / "refused", recipe)
         assert "DeepseekV4HyperConnection.fn [8, 128]" in str(error.value)
+        assert "DeepseekV4GroupedLinear multiplies in a way of its own" in str(error.value)
         assert "skip it by name, which leaves it as it is" in str(error.value)
         assert not (tmp_path / "refused").exists()
-    named = run(source("deepseek_v4"), tmp_path / "named", "quantize.rtn(scheme=w4a16g32, skip=['re:.*hc_(attn|ffn)_fn'])")
-    allowed = run(source("deepseek_v4"), tmp_path / "allowed", "quantize.rtn(scheme=w4a16g32)", allow_skips=["hc_(attn|ffn)_fn"])
+    named = run(source("deepseek_v4"), tmp_path / "named", "quantize.rtn(scheme=w4a16g32, skip=['re:.*(_fn|wo_a.weight)'])")
+    allowed = run(source("deepseek_v4"), tmp_path / "allowed", "quantize.rtn(scheme=w4a16g32)", allow_skips=["_fn|wo_a"])
     assert named.manifest.weights == allowed.manifest.weights
-    assert allowed.manifest.coverage["skipped"] == 3 * 2
+    assert allowed.manifest.coverage["skipped"] == 3 * (2 + 1)
 
 
 MTP = {

@@ -1,4 +1,4 @@
-"""Left alone: what quantizing and pruning leave dense unless told otherwise, by family.
+"""Left alone: what quantizing and pruning leave dense by default, by family.
 
 Some small weights decide much: they set how fast a recurrent state decays, or which tokens attention sees. They are less than a
 hundredth of a model, and their errors are not averaged away but carried along the text or turned into another choice. The table
