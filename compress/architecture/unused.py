@@ -1,4 +1,4 @@
-"""Unused: tensors on disk that transformers' model does not take, such as heads that predict further tokens.
+"""Unused: tensors on disk that the model does not take, e.g. for further tokens.
 
 They are carried along as they are. Some readers do take them, with the model's own quantization_config: what that says of linears
 must not be said of these.

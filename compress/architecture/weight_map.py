@@ -29,6 +29,8 @@ _MOST_BLOCKS = 2000
 _BLOCKS = re.compile(r"(layers?|blocks|depth)$")
 """Keys of config.json that say how many blocks there are."""
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
+_SAME_PRODUCT = {"FalconLinear"}
+"""Classes of linears with a forward of their own that computes x @ w.T + bias all the same."""
 _TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
 _JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
 """Modules between a tower (vision, audio) and the text model."""
@@ -348,7 +350,7 @@ def _own_product(module: nn.Module) -> str:
     """Why codes cannot take the place of a linear's weight: its class multiplies in a way of its own. Else empty."""
     from torch import nn
 
-    own = type(module).forward is not nn.Linear.forward
+    own = type(module).forward is not nn.Linear.forward and type(module).__name__ not in _SAME_PRODUCT
     return f"{type(module).__name__} multiplies in a way of its own, which no reader does with codes" if own else ""
 
 

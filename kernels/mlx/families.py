@@ -14,6 +14,12 @@ STACKING = frozenset({
     "glm4_moe_lite", "kimi_k2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
 })  # fmt: skip
 """Types whose loader stacks the codes of experts as it does plain weights."""
+LEAVING_OUT = {
+    "deepseek_v3": r"model\.layers\.61",
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm4_moe", "glm4_moe_lite"), r"model\.layers\."),
+    **dict.fromkeys(("exaone_moe", "nemotron_h", "qwen3_5", "qwen3_5_moe", "qwen3_next"), r"mtp\."),
+}
+"""Types whose loader leaves layers that predict further tokens out, by the start of their names; others stop at them."""
 KNOWN = frozenset({
     "Klear", "afm7", "afmoe", "apertus", "baichuan_m1", "bailing_hybrid", "bailing_moe", "bailing_moe_linear", "bitnet",
     "cohere", "cohere2", "dbrx", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5", "ernie4_5_moe",

@@ -25,9 +25,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from compress.architecture.unused import further_tokens
 from compress.contract.format import Format, Verdict
 from compress.errors import FormatError, Refusal
-from compress.kernels.mlx.families import KNOWN, RUN, STACKING, VERSION
+from compress.kernels.mlx.families import KNOWN, LEAVING_OUT, RUN, STACKING, VERSION
 from compress.spec.scheme import BITS, Scheme
 from compress.spec.weight_state import State, TensorSpec, Weight
 
@@ -90,6 +91,9 @@ class Mlx(Format):
         if family not in KNOWN:
             reason = f"mlx-lm {VERSION} has no model of the type {family}"
             return [("*", reason, "pack in another format; `compress formats ls` lists them")]
+        known = re.compile(LEAVING_OUT.get(family, r"\Z"))
+        reason = f"mlx-lm {VERSION} has no place for layers that predict further tokens in {family}, and stops at them"
+        refused += [(n, reason, "take these tensors out of MODEL") for n in further_tokens(model) if not known.match(n)]
         stacks: dict[str, list[Weight]] = defaultdict(list)
         for weight in model.weights:
             if weight.kind == "expert" and weight.experts is None:

@@ -66,8 +66,8 @@ class Moqe(AdaptiveGroupPass, DelegatingPass):
         return self
 
     def worker(self) -> Pass:
-        grid = (self.grid or "paper") if self.method == "rtn" else None
-        given = {"clip": self.clip, "min_tokens": self.min_tokens, "grid": grid, "route": "all" if self.route == "all" else None}
+        own = {"grid": self.grid or "paper"} if self.method == "rtn" else {"route": self.route}
+        given = {"clip": self.clip, "min_tokens": self.min_tokens, **own}
         options = {name: value for name, value in given.items() if value is not None}
         return load_pass(f"quantize.{self.method}").model_validate({"scheme": self.scheme, **options})
 
