@@ -149,7 +149,7 @@ def show(plan: Plan, name: str, layers: bool, details: bool, lacking: list[Probl
     console.table(head, [row(plan, step)[: len(head)] for step in plan.steps], columns)
     for step in plan.steps:
         for note in step.notes:
-            if details or step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided"):
+            if details or step is plan.steps[-1] or note.what in ("skipped", "ragged", "undecided", "kv cache", "no kv cache"):
                 console.text(f"{f'step {step.number}: ' if details else ''}{note.what}: {note.count} ({note.reason})")
     if layers:
         last = plan.steps[-1]

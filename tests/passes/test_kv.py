@@ -20,7 +20,7 @@ from compress.layerwise.model import build as runnable
 from compress.numerics.inputs import cache_scale, in_cache
 from families import build
 from forked import compress
-from support import do, load, ready_inputs, tree
+from support import do, load, ready_inputs, tiny_llama, tree
 
 TOKENS = f"calibrate(data='{ready_inputs()}', samples=6)"
 HEAD = "quantize.kv(granularity=head)"
@@ -110,16 +110,27 @@ def test_a_head_without_magnitudes_divides_by_nothing() -> None:
     assert cache_scale(torch.tensor([1e-9]), torch.float16).tolist() == [1.0]
 
 
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose attention decides: a random one spreads it evenly, and rounding costs it next to nothing."""
+    folder = tiny_llama(tmp_path_factory.mktemp("sharp") / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    times = {"q_proj": 8, "k_proj": 8, "v_proj": 4, "o_proj": 4, "lm_head": 8}
+    made = {name: tensor * next((n for word, n in times.items() if word in name), 1) for name, tensor in tensors.items()}
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("recipe", ["quantize.kv", f"quantize.rtn(scheme=w4a16g32) | {HEAD} | pack"])
-def test_what_eval_measures_is_what_a_rounding_cache_costs(recipe: str, tiny: Path, tmp_path: Path) -> None:
+def test_what_eval_measures_is_what_a_rounding_cache_costs(recipe: str, sharp: Path, tmp_path: Path) -> None:
     """KL of logits in fp32 that transformers computes with a cache of our values; for a kept step as for an artifact."""
-    out = do(tiny, tmp_path / "out", f"{TOKENS} | {recipe}").out
+    out = do(sharp, tmp_path / "out", f"{TOKENS} | {recipe}").out
     ids = torch.randint(3, 128, (3, 32), generator=torch.Generator().manual_seed(1))
-    found = compare(open_checkpoint(tiny), open_checkpoint(out), ids)
+    found = compare(open_checkpoint(sharp), open_checkpoint(out), ids)
     weights = runnable(open_checkpoint(out), cache=False)
     k, v = ([scale for name, scale in scales(out).items() if name.endswith(which)] for which in ("k_scale", "v_scale"))
     with torch.no_grad():
-        p = load(tiny, dtype=torch.float32)(ids).logits.double().log_softmax(-1)
+        p = load(sharp, dtype=torch.float32)(ids).logits.double().log_softmax(-1)
         rounded = weights(ids, past_key_values=Rounding(k, v), use_cache=True).logits.double().log_softmax(-1)
         plain = weights(ids).logits.double().log_softmax(-1)
         ours = runnable(open_checkpoint(out))(ids).logits.double().log_softmax(-1)
@@ -277,9 +288,10 @@ def test_scales_that_cannot_be_used_are_told(
     save_file(tensors if tensor is None else {**tensors, name: tensor}, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=wrong):
         runnable(open_checkpoint(out))
-    if wrong == "positive":
-        found = compress("verify", out)
-        assert (found.returncode, "expected: positive scales" in found.stderr) == (4, True), found.stderr
+    found = compress("verify", out)
+    if tensor is not None and not bool((tensor > 0).all()):
+        assert found.returncode in (3, 5)
+        assert "expected: " + ("positive scales" if bool(tensor.isfinite()) else "finite numbers") in found.stderr
 
 
 @pytest.mark.slow
