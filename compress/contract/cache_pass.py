@@ -1,4 +1,4 @@
-"""Cache pass: the shape of passes that add scales of the keys and values that attention keeps.
+"""Cache pass: the shape of passes that add scales of keys and values.
 
 It changes no weight. Scales are tensors of their own, beside the weights of their attention; executors/cache.py measures them.
 """

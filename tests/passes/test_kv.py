@@ -18,9 +18,10 @@ from compress.errors import CoverageError, FormatError, InputError, RecipeError
 from compress.evaluate.perplexity_kl import compare
 from compress.layerwise.model import build as runnable
 from compress.numerics.inputs import cache_scale, in_cache
+from compress.runtime.artifact import load as packed_model
 from families import build
 from forked import compress
-from support import do, load, ready_inputs, tiny_llama, tree
+from support import do, load, ready_inputs, step_of, tiny_llama, tree
 
 TOKENS = f"calibrate(data='{ready_inputs()}', samples=6)"
 HEAD = "quantize.kv(granularity=head)"
@@ -173,9 +174,15 @@ def test_it_goes_with_codes_into_one_artifact(tiny: Path, tmp_path: Path) -> Non
     verdicts = {verdict.reader: verdict.reason for verdict in result.plan.verdicts}
     assert "5.24 leaves their scales unread" in verdicts["transformers"]
     assert "keeps keys and values in FP8 with FlashAttention" in verdicts["vllm"]
-    # What a step has kept can be packed later, to the same bytes.
-    step = next(path for path in (tmp_path / "out.steps").iterdir() if "quantize.kv" in path.name)
-    assert load_file(do(step, tmp_path / "later", "pack").out / "model.safetensors").keys() == tensors.keys()
+    # A kept step can be packed later; what was packed goes back, and is run packed, with its scales.
+    later = do(step_of(result.out, "quantize.kv"), tmp_path / "later", "pack").out
+    assert (later / "model.safetensors").read_bytes() == (result.out / "model.safetensors").read_bytes()
+    back = do(result.out, tmp_path / "back", "unpack(to=dense)").out
+    assert all(torch.equal(scale, scales(back)[name]) for name, scale in scales(result.out).items())
+    ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        packed, ours = packed_model(result.out, "float32", repack=True)(ids).logits, runnable(open_checkpoint(back))(ids).logits
+    assert torch.allclose(packed, ours, atol=2e-3 * float(ours.abs().max()))
 
 
 def test_it_goes_alone_into_an_artifact(tiny: Path, tmp_path: Path) -> None:
