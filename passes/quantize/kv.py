@@ -26,6 +26,7 @@ class Kv(CachePass):
     """Calibrates scales for keys and values in FP8."""
 
     example: ClassVar[str] = "calibrate | quantize.kv"
+    rule: ClassVar[str] = "scale = largest magnitude on the calibration tokens / 448"
 
     granularity: Literal["tensor", "head"] = Field(
         "tensor", description="one scale for the keys of a layer and one for its values, or one for each head of them"

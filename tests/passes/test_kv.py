@@ -269,8 +269,8 @@ def test_it_is_the_last_pass_before_pack(tiny: Path, tmp_path: Path) -> None:
 def test_a_plan_tells_layers_and_sizes(tiny: Path) -> None:
     found = compress("plan", tiny, "-p", f"{TOKENS} | {HEAD} | pack", "--layers")
     assert found.returncode == 0, found.stderr
-    told = "kv cache: 4 (scales of keys and values in FP8; a token takes 128 bytes of cache instead of 256)"
-    assert told in found.stdout
+    rule = "scale = largest magnitude on the calibration tokens / 448"
+    assert f"kv cache: 4 (keys and values in FP8, {rule}; a token takes 128 bytes of cache instead of 256)" in found.stdout
     assert "no kv cache" not in found.stdout
     assert f"{ATTENTION}.k_scale" in found.stdout
     assert "5.24 leaves their scales unread" in found.stdout
