@@ -1,4 +1,4 @@
-"""Cache scales: those of a checkpoint's keys and values, and a model that keeps them so."""
+"""Cache scales: those of a checkpoint, and a model that keeps keys and values so."""
 
 from __future__ import annotations
 
