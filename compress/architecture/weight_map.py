@@ -134,7 +134,8 @@ class _Resolver:
         self.head = outputs
 
     def run(self, allow_dtype_mismatch: bool) -> Model:
-        places, self.attentions = self.places(), attentions(self.model)
+        places = self.places()
+        self.attentions = tuple(one for one in attentions(self.model) if not self.block(one.path)[0].startswith("tower:"))
         self.reached = {parameter for parameter, _ in places.values()}
         weights, unused = [], []
         for name, entry in self.logical.items():

@@ -1,4 +1,4 @@
-"""Cache pass: the shape of passes that add scales of the keys and values that attention keeps.
+"""Cache pass: the shape of passes that add scales of keys and values.
 
 It changes no weight. Scales are tensors of their own, beside the weights of their attention; executors/cache.py measures them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.architecture.attention import SCALES, Attention
 from compress.architecture.weight_map import Model
@@ -24,6 +24,9 @@ _LEAVE_OUT = "leave quantize.kv out: its reader keeps them in 16 bits"
 
 class CachePass(WeightPass):
     """Adds the scales with which a reader rounds keys and values to FP8 as it keeps them."""
+
+    rule: ClassVar[str] = ""
+    """How a scale follows from the calibration tokens, for the manifest."""
 
     def executor(self) -> Executor:
         return "cache"
@@ -69,7 +72,7 @@ class CachePass(WeightPass):
         places = {(w.stack, w.block): None for w in model.weights if w.block is not None}
         names = tuple(weight.name for scales in self.added(model).values() for weight in scales)
         values = sum(2 * one.heads * one.width for one in model.attentions)
-        told = f"scales of keys and values in FP8; a token takes {values:,} bytes of cache instead of {2 * values:,}"
+        told = f"keys and values in FP8, {self.rule}; a token takes {values:,} bytes of cache instead of {2 * values:,}"
         stacks = {stack for stack, _ in kept}
         without = tuple(f"{stack} block {block}" for stack, block in places if stack in stacks and (stack, block) not in kept)
         lacking = "nothing to round: linear attention, a state space, or the keys and values of another layer"

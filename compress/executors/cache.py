@@ -1,7 +1,7 @@
-"""Cache: runs a CachePass: measures keys and values, one block in memory at a time, and writes their scales.
+"""Cache: runs a CachePass: measures keys and values, and writes their scales.
 
-All weights are copied. Nothing is rounded while it measures, so a scale does not depend on those of earlier layers. The scales of
-a block are written and journaled at once; after a crash they are kept, and the block is only run on.
+One block is in memory at a time; all weights are copied. Nothing is rounded while it measures, so no scale depends on those of
+earlier layers. The scales of a block are written and journaled at once; after a crash they are kept, and the block only runs on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cache scales: those of a checkpoint's keys and values, and a model that keeps them so."""
+"""Cache scales: those of a checkpoint, and a model that keeps keys and values so."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def cache_scales(dense_view: DenseView, model: Model) -> list[tuple[str, torch.T
         found[weight.module][weight.attribute] = scale
     if found and (lacking := [f"{path}.{name}" for path in heads for name in SCALES if name not in found[path]]):
         raise InputError(f"'{lacking[0]}'", "a scale of keys and one of values in every layer", "no such tensor", "make it anew")
-    keys, values = SCALES
-    return [(path, pair[keys], pair[values]) for path, pair in found.items()]
+    return [(path, pair["k_scale"], pair["v_scale"]) for path, pair in found.items()]
 
 
 def keep_as_told(meta_model: MetaModel) -> bool:

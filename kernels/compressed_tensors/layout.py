@@ -12,7 +12,7 @@ experts; vLLM reads them since 0.8.5 if its Marlin kernel does: 4 bits in groups
 refused if no reader loads them, else counted as not read by the one that does not. vLLM ignores `dequantize`.
 
 Scales of keys and values (quantize.kv) are tensors of their attention, `k_scale` and `v_scale`: [1], or [heads, 1, 1] with the
-strategy attn_head, and kv_cache_scheme in config.json says so. vLLM then keeps FP8 by itself; each head needs its FlashAttention.
+strategy attn_head, and kv_cache_scheme in config.json says so. vLLM then keeps FP8 by itself; by head only with FlashAttention.
 transformers up to 5.23 rounds keys and values on their way into the cache. In 5.24 the argument that takes a cache has another
 name, and compressed-tensors 0.20 looks for the old one: weights load, keys and values stay unrounded. Counted as not read.
 """
@@ -247,8 +247,10 @@ def _vllm_keeps(weights: Sequence[Weight], loads: Verdict) -> Verdict:
     shapes = {weight.shape for weight in weights if weight.kind == "cache"}
     if not shapes:
         return loads
-    by_head = "" if shapes == {(1,)} else " with FlashAttention, the one backend that has them by head"
-    return replace(loads, reason=f"{loads.reason}; keeps keys and values in FP8{by_head}, by its source (0.32)")
+    told = " (0.32, run on a CPU, where it cuts digits off instead of rounding them)"
+    if shapes != {(1,)}:
+        told = " with FlashAttention, the one backend that has them by head, by its source (0.32)"
+    return replace(loads, reason=f"{loads.reason}; keeps keys and values in FP8{told}")
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,9 @@
-"""KV: scales with which readers keep keys and values in FP8, half the memory of a cache in 16 bits.
+"""KV: scales with which readers keep keys and values in FP8.
 
-A scale is the largest magnitude of keys, after their rotary positions, or of values, over the calibration tokens, divided by 448,
-the largest number of E4M3. E4M3 has the same relative precision over 15 powers of two, so a smaller scale would gain nothing for
-small numbers and cut off large ones: there is nothing to search. Magnitudes beyond the calibrated ones are cut off at 448.
+A cache then takes half the memory of one in 16 bits. A scale is the largest magnitude of keys, after their rotary positions, or
+of values, over the calibration tokens, divided by 448, the largest number of E4M3. E4M3 has the same relative precision over 15
+powers of two, so a smaller scale would gain nothing for small numbers and cut off large ones: there is nothing to search. What is
+larger than anything that was calibrated on is cut off there.
 
 The weights stay as they are, and the model is observed without rounded keys and values. Put it last, before pack: scales fit the
 weights that they were measured with. `compress eval` and all else that runs the model here round as the reader does, key by key
@@ -26,6 +27,7 @@ class Kv(CachePass):
     """Calibrates scales for keys and values in FP8."""
 
     example: ClassVar[str] = "calibrate | quantize.kv"
+    rule: ClassVar[str] = "scale = largest magnitude on the calibration tokens / 448"
 
     granularity: Literal["tensor", "head"] = Field(
         "tensor", description="one scale for the keys of a layer and one for its values, or one for each head of them"
