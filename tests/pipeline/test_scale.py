@@ -79,6 +79,16 @@ def test_a_plan_grows_with_its_tensors_and_no_faster(recipe: str, tmp_path: Path
     assert other < 8 * one
 
 
+def test_a_run_grows_with_its_tensors_and_no_faster(tmp_path: Path) -> None:
+    """What its main thread calls: reading, journals, manifests, the check of steps that are there, the card."""
+    recipe, counts = "quantize.rtn(scheme=w2a16g32) | pack(format=native)", []
+    for experts in (4, 8, 64):
+        model, out = deepseek(tmp_path / str(experts), experts), tmp_path / f"out{experts}"
+        counts.append(calls(lambda model=model, out=out: [run(model, out, recipe), run(model, out, recipe)]))
+    # The first run imports what the others have already.
+    assert counts[2] < 8 * counts[1]
+
+
 def test_holes_take_no_disk_and_have_the_released_shapes(tmp_path: Path) -> None:
     """671 billion parameters and 14 of the block that predicts one more token; a trillion."""
     model = deepseek(tmp_path / "model", 16)
