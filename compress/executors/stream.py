@@ -93,6 +93,8 @@ def _move(run: StepRun, weight: Weight, touched: bool) -> tuple[dict[str, str], 
     error = facts.get("error")
     if step.format is None and (odd := watch(weight, result, error, lambda: value)):
         facts["notes"] = odd
+    # What it was made from is not kept while it is packed.
+    value = None
     if after.sparsity is not None:
         check_mask(weight, after.sparsity, result)
     packs = step.format is not None and not step.format.plain(weight, after)

@@ -8,8 +8,12 @@ so codes move between formats as bytes. The oracle in the tests is Python's own 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+
+_CHUNK = 1 << 22
+"""Bytes that are packed or unpacked at a time."""
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -19,6 +23,29 @@ def row_bytes(columns: int, bits: int) -> int:
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes `[..., columns]` in 0 .. 2^bits - 1 -> uint8 stream `[..., row_bytes]`."""
+    if codes.numel() <= _CHUNK or bits == 8:
+        return _pack(codes, bits)
+    return _by_rows(codes, row_bytes(codes.shape[-1], bits), lambda rows: _pack(rows, bits))
+
+
+def unpack(stream: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """uint8 stream `[..., row_bytes]` -> uint8 codes `[..., columns]`."""
+    if stream.numel() <= _CHUNK or bits == 8:
+        return _unpack(stream, bits, columns)
+    return _by_rows(stream, columns, lambda rows: _unpack(rows, bits, columns))
+
+
+def _by_rows(x: torch.Tensor, width: int, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """uint8 `[..., n]` -> uint8 `[..., width]`, some rows at a time: what lies between takes several times the bytes of both."""
+    rows = x.reshape(-1, x.shape[-1])
+    made = torch.empty(len(rows), width, dtype=torch.uint8, device=x.device)
+    step = max(1, _CHUNK // max(1, x.shape[-1]))
+    for start in range(0, len(rows), step):
+        made[start : start + step] = work(rows[start : start + step])
+    return made.view(*x.shape[:-1], width)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     columns = codes.shape[-1]
     padded = row_bytes(columns, bits) * 8 // bits if bits in (2, 4, 8) else math.ceil(columns / 32) * 32
     if padded != columns:
@@ -45,8 +72,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return stream[..., : row_bytes(columns, bits)].contiguous()
 
 
-def unpack(stream: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """uint8 stream `[..., row_bytes]` -> uint8 codes `[..., columns]`."""
+def _unpack(stream: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     if bits == 8:
         return stream[..., :columns].contiguous()
     if bits in (2, 4):

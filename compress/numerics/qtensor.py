@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from compress.spec.corrections import SHORT
@@ -184,7 +185,16 @@ def specs(weight: Weight, state: State) -> list[TensorSpec]:
     """The tensors that hold `weight` in a canonical checkpoint."""
     if state.scheme is None:
         return [TensorSpec(weight.name, weight.dtype, weight.shape)]
-    return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in part_specs(weight, state).items()]
+    parts = _parts_of(weight.dtype, weight.shape, weight.transposed, state)
+    return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in parts]
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(
+    dtype: str, shape: tuple[int, ...], transposed: bool, state: State
+) -> tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]:
+    """`part_specs` of the many weights that are alike but for their names."""
+    return tuple(part_specs(Weight("", dtype, shape, transposed=transposed), state).items())
 
 
 def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:

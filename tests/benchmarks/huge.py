@@ -1,10 +1,10 @@
 """Benchmark: `compress plan` of every installed recipe on checkpoints of DeepSeek-V3 and Kimi-K2 in bf16, by their headers.
 
-    python tests/benchmarks/huge.py [--models deepseek-v3,kimi-k2] [--recipes rtn_w4,gptq_w4] [--seconds 10] [--gigabytes 1]
+    python tests/benchmarks/huge.py [--models deepseek-v3,kimi-k2] [--recipes rtn_w4,gptq_w4] [--fp8]
 
 Names, shapes, number of shards and config.json are those of the released models (671 billion and 1 trillion parameters; Kimi-K2
 under the model_type that its authors name for programs without its own). The files are sparse: headers are real, data are holes,
-so that they take no disk. Each plan is a process of its own; the status is 1 if one is over the bounds.
+so that they take no disk. Each plan is a process of its own; the status is 1 if one takes over 10 s of the CPU or 1 GB.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -44,6 +45,8 @@ _KIMI = {
 MODELS: dict[str, tuple[dict[str, Any], int]] = {"deepseek-v3": (_DEEPSEEK, 163), "kimi-k2": (_KIMI, 61)}
 """config.json and the number of shards, by name."""
 
+_LINEAR = re.compile(r"layers\..*(?<!eh)_proj(_with_mqa)?\.weight$")
+"""The tensors that are released in FP8."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -84,18 +87,27 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (vocabulary, hidden)
 
 
-def sparse(folder: Path, config: dict[str, Any], shapes: Shapes, shards: int) -> int:
+def sparse(folder: Path, config: dict[str, Any], shapes: Shapes, shards: int, fp8: bool = False) -> int:
     """A checkpoint in bf16 whose data are holes, in so many shards of about the same size; returns the bytes that it seems to have.
 
-    What corrects the scores of a router is in float32, as released.
+    What corrects the scores of a router is in float32, as released. With `fp8` the linears of blocks are in FP8 with a scale for
+    each block of 128 by 128, as DeepSeek-V3 and Kimi-K2 are released.
     """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    kinds = {name: ("F32", 4) if name.endswith("e_score_correction_bias") else ("BF16", 2) for name in shapes}
-    sizes = {name: math.prod(shape) * kinds[name][1] for name, shape in shapes.items()}
-    total, before = sum(sizes.values()), 0
+    packed = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": packed} if fp8 else config))
+    stored: dict[str, tuple[str, int, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if fp8 and _LINEAR.search(name):
+            stored[name] = ("F8_E4M3", math.prod(shape), shape)
+            grid = tuple(-(-size // 128) for size in shape)
+            stored[f"{name}_scale_inv"] = ("F32", 4 * math.prod(grid), grid)
+        else:
+            dtype, size = ("F32", 4) if name.endswith("e_score_correction_bias") else ("BF16", 2)
+            stored[name] = (dtype, size * math.prod(shape), shape)
+    total, before = sum(nbytes for _, nbytes, _ in stored.values()), 0
     parts: list[list[str]] = [[] for _ in range(shards)]
-    for name, nbytes in sizes.items():
+    for name, (_, nbytes, _) in stored.items():
         parts[before * shards // total].append(name)
         before += nbytes
     places = {}
@@ -103,8 +115,9 @@ def sparse(folder: Path, config: dict[str, Any], shapes: Shapes, shards: int) ->
         file = f"model-{number:05d}-of-{shards:06d}.safetensors"
         header, at = {}, 0
         for name in names:
-            header[name] = {"dtype": kinds[name][0], "shape": shapes[name], "data_offsets": [at, at + sizes[name]]}
-            at += sizes[name]
+            dtype, nbytes, shape = stored[name]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
+            at += nbytes
         text = json.dumps(header).encode()
         with open(folder / file, "wb") as stream:
             stream.write(struct.pack("<Q", len(text)) + text)
@@ -115,11 +128,11 @@ def sparse(folder: Path, config: dict[str, Any], shapes: Shapes, shards: int) ->
     return total
 
 
-def plan(model: Path, recipe: str) -> tuple[float, float, int, str]:
+def plan(model: Path, *recipe: str) -> tuple[float, float, int, str]:
     """(wall seconds, CPU seconds, peak resident bytes, last line or first line of the refusal) of `compress plan` in its own process."""
     with tempfile.TemporaryFile("w+") as said:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "compress", "plan", str(model), recipe]
+        command = [sys.executable, "-m", "compress", "plan", str(model), *recipe]
         child = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         # Not Popen.wait: only wait4 tells what this one child has used.
         _, status, used = os.wait4(child.pid, 0)
@@ -136,26 +149,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--recipes", help="names of installed recipes; all of them without")
+    parser.add_argument("--fp8", action="store_true", help="as released, in FP8, which is unpacked first")
     parser.add_argument("--seconds", type=float, default=10, help="what a plan may take")
     parser.add_argument("--gigabytes", type=float, default=1, help="what it may hold")
     args = parser.parse_args()
     installed = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    recipes = [(name, [name]) for name in (args.recipes.split(",") if args.recipes else installed)]
+    if args.fp8:
+        recipes = [("unpack, rtn, pack", ["-p", "unpack(to=dense) | quantize.rtn(scheme=w4a16g64) | pack"])]
     over = 0
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models.split(","):
             config, shards = MODELS[name]
             model, shapes = Path(scratch) / name, dict(tensors(config))
-            total = sparse(model, config, shapes, shards)
+            total = sparse(model, config, shapes, shards, args.fp8)
             taken = sum(file.stat().st_blocks * 512 for file in model.iterdir())
             count = sum(map(math.prod, shapes.values()))
-            print(f"{name}: {count / 1e9:.1f} billion parameters in {len(shapes):,} tensors and {shards} shards, "
-                  f"{total / 1e12:.2f} TB of which the disk holds {taken / 1e6:.0f} MB")  # fmt: skip
-            for recipe in args.recipes.split(",") if args.recipes else installed:
-                seconds, used, peak, said = plan(model, recipe)
+            print(f"{name}: {count / 1e9:.1f} billion parameters, {shards} shards, {total / 1e12:.2f} TB of which the disk holds "
+                  f"{taken / 1e6:.0f} MB", flush=True)  # fmt: skip
+            for label, words in recipes:
+                seconds, used, peak, said = plan(model, *words)
                 wrong = used > args.seconds or peak > args.gigabytes * 1e9
                 over += wrong
-                print(f"  {recipe:16} {seconds:6.1f} s wall  {used:6.1f} s CPU  {peak / 1e9:.2f} GB  {'OVER  ' if wrong else ''}{said[:110]}",
-                      flush=True)  # fmt: skip
+                print(f"  {label:17} {seconds:6.1f} s wall  {used:6.1f} s CPU  {peak / 1e9:.2f} GB  "
+                      f"{'OVER  ' if wrong else ''}{said[:110]}", flush=True)  # fmt: skip
     sys.exit(1 if over else 0)
 
 

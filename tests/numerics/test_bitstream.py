@@ -13,7 +13,11 @@ def oracle(row: list[int], bits: int) -> bytes:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("columns", [1, 7, 31, 32, 33, 43, 172, 256])
-def test_pack_is_the_little_endian_stream_and_unpack_its_inverse(bits: int, columns: int) -> None:
+@pytest.mark.parametrize("chunk", [bitstream._CHUNK, 100], ids=["whole", "by rows"])
+def test_pack_is_the_little_endian_stream_and_unpack_its_inverse(
+    bits: int, columns: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bitstream, "_CHUNK", chunk)
     codes = torch.randint(0, 2**bits, (3, 5, columns), dtype=torch.uint8)
     packed = bitstream.pack(codes, bits)
     assert packed.dtype == torch.uint8

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from compress.architecture.weight_map import resolve
 from compress.checkpoint.reader import open_checkpoint
 from compress.cli.plan import facts, show
 from compress.errors import CompressError
+from compress.pipeline.entry import enter
 from compress.pipeline.plan import make_plan
 from compress.spec.recipe import parse_one_liner
 from support import run
@@ -31,14 +31,15 @@ RECIPES = (
     f"{MIXED} | pack", f"{MIXED} | pack(format=gptq)", f"{MIXED} | pack(format=native)",
     "quantize.rtn(scheme=w4a16g32-asym) | pack(format=awq)", "quantize.rtn(scheme=w4a16g32) | pack(format=mlx)",
     "quantize.rtn(scheme=nvfp4) | pack", "quantize.rtn(scheme=w4a16g32-asym) | pack",
+    "unpack(to=dense) | quantize.rtn(scheme=w4a16g32) | pack",
 )  # fmt: skip
 """Schemes that differ by kind of weight, and formats that take them or refuse each expert by reason."""
 
 
-def deepseek(folder: Path, experts: int) -> Path:
+def deepseek(folder: Path, experts: int, fp8: bool = False) -> Path:
     """A small DeepSeek-V3 without data."""
     config = {**huge.MODELS["deepseek-v3"][0], **SMALL, "n_routed_experts": experts}
-    huge.sparse(folder, config, dict(huge.tensors(config)), 4)
+    huge.sparse(folder, config, dict(huge.tensors(config)), 4, fp8)
     return folder
 
 
@@ -60,9 +61,10 @@ def calls(work: Callable[[], Any]) -> int:
 
 def planned(model: Path, recipe: str) -> None:
     """Everything of `compress plan` but what it prints first."""
-    source = open_checkpoint(model)
+    source, parsed = open_checkpoint(model), parse_one_liner(recipe)
     try:
-        plan = make_plan(parse_one_liner(recipe), source, resolve(source))
+        found, dense_view = enter(parsed, source)
+        plan = make_plan(parsed, source, found, dense_view=dense_view)
     except CompressError as error:
         str(error)
         return
@@ -72,11 +74,21 @@ def planned(model: Path, recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_plan_grows_with_its_tensors_and_no_faster(recipe: str, tmp_path: Path) -> None:
-    few, many = (deepseek(tmp_path / str(experts), experts) for experts in (16, 128))
+    few, many = (deepseek(tmp_path / str(experts), experts, "unpack" in recipe) for experts in (16, 128))
     # What is imported or cached for good is not counted.
     planned(few, recipe)
     one, other = (calls(lambda model=model: planned(model, recipe)) for model in (few, many))
     assert other < 8 * one
+
+
+def test_a_run_grows_with_its_tensors_and_no_faster(tmp_path: Path) -> None:
+    """What its main thread calls: reading, journals, manifests, the check of steps that are there, the card."""
+    recipe, counts = "quantize.rtn(scheme=w2a16g32) | pack(format=native)", []
+    for experts in (4, 8, 64):
+        model, out = deepseek(tmp_path / str(experts), experts), tmp_path / f"out{experts}"
+        counts.append(calls(lambda model=model, out=out: [run(model, out, recipe), run(model, out, recipe)]))
+    # The first run imports what the others have already.
+    assert counts[2] < 8 * counts[1]
 
 
 def test_holes_take_no_disk_and_have_the_released_shapes(tmp_path: Path) -> None:
