@@ -55,7 +55,7 @@ from compress.spec.recipe import parse_one_liner
 from compress.spec.recipe_file import parse_yaml
 
 PEER, METHODS = "llama.cpp", {"rtn": "clip=mse", "gptq": ""}
-KINDS = ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+KINDS = ("Q4_K_M", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0")
 """What the peer is asked for, as its command line has it."""
 HEAD = ("row", "bits/weight", "bytes", "KL to source", "perplexity", "same top-1")
 
@@ -270,7 +270,7 @@ def sizes(file: Path) -> dict[str, Any]:
 def cases() -> Iterator[Case]:
     """The models. Raises CompressError where one cannot be had."""
     text, calibrate = DATA / "wiki.valid.jsonl", DATA / "wiki.train.jsonl"
-    yield Case("wide", Protocol(wide_llama(tell), text, calibrate, samples=128, length=256, tokens=16_384, window=256), KINDS)
+    yield Case("wide", Protocol(wide_llama(tell), text, calibrate, samples=64, length=256, tokens=8192, window=256), KINDS)
     yield Case("smol", Protocol(real_model(tell), text, calibrate, samples=16, length=512, tokens=2048, window=512), ("Q4_K_M",))
 
 
