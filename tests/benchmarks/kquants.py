@@ -2,9 +2,10 @@
 
     python tests/benchmarks/kquants.py [--rows "wide-* smol-llama.cpp-*"] [--anew] [--page-only]
 
-The peer's importance matrix is computed from the text that our rows are calibrated on. Its file says which type each matrix has; ours
-give each the same type, so both have the same bytes. Both are GGUF files that `compress eval` reads and measures. What was made and
-measured is kept in the cache by its inputs; a row that failed, or that cannot be had yet, has its reason in the page.
+The peer's importance matrix is what llama-imatrix computes, the mean square of each input of a matrix, here over the very tokens that
+ours are calibrated on (llama-imatrix takes text alone, and cuts it otherwise). The peer's file says which type each matrix has; ours
+give each the same type, so both have the same bytes. Both are GGUF files that are opened and compared with the source as `compress
+eval` does. What was made and measured is kept in the cache by its inputs; a row that failed has its reason in the page.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.llama_tools import llama_tools
-from benchmarks.real import ours
+import torch
+from benchmarks.llama_tools import TOOL, llama_quantize
 from benchmarks.real.model import real_model
-from benchmarks.real.page import END, REMARKS, estimate, gigabytes, remarks_of, seconds
+from benchmarks.real.page import END, REMARKS, estimate, remarks_of
 from benchmarks.real.page import table as markdown
 from benchmarks.real.rows import Protocol
 from benchmarks.real.table import DATA, ROOT, commit, inputs_of, machine, tell
@@ -38,17 +39,25 @@ from benchmarks.wide_llama import wide_llama
 
 from compress.checkpoint.cache import folder_of
 from compress.checkpoint.gguf_header import read_gguf
+from compress.checkpoint.reader import Checkpoint, open_checkpoint
 from compress.checkpoint.safetensors_header import TensorRef
+from compress.checkpoint.source import open_source
+from compress.cli.eval import facts
+from compress.context import Context
 from compress.errors import CompressError, InputError, MachineError
-from compress.importers.gguf_names import ARCHITECTURES, source_name
+from compress.evaluate.perplexity_kl import compare
+from compress.importers.gguf_names import ARCHITECTURES, source_name, stored_name
+from compress.layerwise.eval_windows import token_windows
 from compress.numerics.gguf_blocks import scheme_text
+from compress.pipeline.run import run_recipe
 from compress.spec.gguf_types import TYPES
+from compress.spec.recipe import parse_one_liner
+from compress.spec.recipe_file import parse_yaml
 
-COMPRESS = str(Path(sys.executable).with_name("compress"))
 PEER, METHODS = "llama.cpp", {"rtn": "clip=mse", "gptq": ""}
-KINDS = ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+KINDS = ("Q4_K_M", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0")
 """What the peer is asked for, as its command line has it."""
-HEAD = ("row", "bits/weight", "bytes", "KL to source", "perplexity", "same top-1", "s", "peak")
+HEAD = ("row", "bits/weight", "bytes", "KL to source", "perplexity", "same top-1")
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,24 @@ class Case:
         return inputs_of(self.protocol)
 
     @cached_property
-    def tools(self) -> Path:
-        return llama_tools(tell)
+    def source(self) -> Checkpoint:
+        return open_checkpoint(self.protocol.model)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        p = self.protocol
+        return token_windows(p.model, p.text, p.window, p.tokens)
 
     @cached_property
     def folder(self) -> Path:
         """Where everything of it is kept."""
         key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:12]
         return folder_of("kquants") / f"{self.name}-{key}"
+
+    @property
+    def weights(self) -> int:
+        """How many weights the model has."""
+        return self.source.nbytes // 2
 
     def names(self) -> list[str]:
         """Its rows, in the order of the table."""
@@ -103,19 +122,18 @@ class Case:
     def row(self, tool: str, kind: str, scratch: Path) -> dict[str, Any]:
         """The numbers of a row. Raises CompressError."""
         if tool == "source":
-            nbytes = ours.tensor_bytes(self.protocol.model)
-            return {"tensor_bytes": nbytes, **ours.evaluated(self.protocol.model, self.protocol, COMPRESS, scratch)}
-        peer = self.peer(kind)
+            return {"tensor_bytes": self.source.nbytes, "quality": facts(compare(None, self.source, self.windows))}
+        peer, found = self.peer(kind), {}
         if tool == PEER:
-            found = {"asked": kind, "built": json.loads((self.tools / "built.json").read_text())["package"]}
-            return {**found, **sizes(peer), **ours.evaluated(peer, self.protocol, COMPRESS, scratch)}
-        recipe, out = scratch / "recipe.yaml", scratch / "out"
-        passes = list(self.passes(tool, peer))
-        recipe.write_text(json.dumps({"version": 1, "passes": passes}))
-        command = [COMPRESS, "run", str(self.protocol.model), str(out), str(recipe), "--json"]
-        done, usage = ours.said(command, scratch / "run.log")
-        found = {"passes": passes, "run": usage.facts(), "notes": done["notes"], **sizes(out / "model.gguf")}
-        return {**found, **ours.evaluated(out, self.protocol, COMPRESS, scratch)}
+            file = peer
+            found = {"asked": kind, "built": json.loads((llama_quantize(tell).parent / "built.json").read_text())["package"]}
+        else:
+            passes = list(self.passes(tool, peer))
+            result = run_recipe(parse_yaml(json.dumps({"version": 1, "passes": passes})), self.source, scratch / "out", Context())
+            file = result.out / "model.gguf"
+            found = {"passes": passes, "seconds": result.seconds}
+        artifact = open_source(str(file if tool == PEER else file.parent))
+        return {**found, **sizes(file), "quality": facts(compare(self.source, artifact, self.windows))}
 
     def passes(self, method: str, peer: Path) -> Iterator[dict[str, Any]]:
         """A recipe that gives each matrix the type that it has in the peer's file; the coarsest last, for it sees what was lost.
@@ -126,7 +144,7 @@ class Case:
             p = self.protocol
             yield {"calibrate": {"data": [str(p.calibrate)], "samples": p.samples, "length": p.length}}
         names: dict[str, list[str]] = {}
-        for name, kind in types_of(peer, self.config["model_type"]).items():
+        for name, kind in types_of(peer, self.source.config["model_type"]).items():
             if TYPES[kind].dtype == "U8":
                 names.setdefault(kind, []).append(name)
         if missing := [kind for kind in names if not scheme_text(kind)]:
@@ -140,72 +158,79 @@ class Case:
                     yield {f"quantize.{by}": {"scheme": scheme_text(kind), "targets": targets, **options}}
         yield {"pack": {"format": "gguf"}}
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.protocol.model / "config.json").read_text())
-        return found
-
     def peer(self, kind: str) -> Path:
         """llama-quantize's file. Raises CompressError."""
-        file = self.folder / f"{kind}.gguf"
+        file, log = self.folder / f"{kind}.gguf", self.folder / f"{kind}.log"
         if not file.is_file():
             made = file.with_name(f".{file.name}")
-            threads = str(os.cpu_count())
-            self.tool("llama-quantize", "--imatrix", self.importance, self.dense, made, kind, threads)
+            command = [llama_quantize(tell), "--imatrix", self.importance, self.dense, made, kind, str(os.cpu_count())]
+            with open(log, "wb") as record:
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=record, stderr=subprocess.STDOUT)
+            if done.returncode:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                raise MachineError(TOOL, "status 0", f"status {done.returncode}: {lines[-1] if lines else ''}", f"see {log}")
             os.replace(made, file)
         return file
 
     @cached_property
     def dense(self) -> Path:
-        """The model as GGUF, without codes: what the peer's tools take."""
-        file = self.folder / "dense.gguf"
-        if not file.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-                out = Path(scratch) / "out"
-                ours.said(
-                    [COMPRESS, "run", str(self.protocol.model), str(out), "-p", "pack(format=gguf)", "--json"],
-                    self.folder / "dense.log",
-                )
-                os.replace(out / "model.gguf", file)
-        return file
+        """The model as GGUF, without codes: what the peer takes."""
+        return self.made("pack(format=gguf)", "model.gguf")
 
     @cached_property
     def importance(self) -> Path:
-        """The importance matrix of the tokens that ours are calibrated on. Raises CompressError."""
+        """The importance matrix in the peer's own format. Raises CompressError."""
         file = self.folder / "imatrix.gguf"
         if not file.is_file():
-            made, length = file.with_name(".imatrix.gguf"), str(self.protocol.length)
-            sizes = ("-c", length, "-b", length, "-ub", length)
-            self.tool("llama-imatrix", "-m", self.dense, "-f", self.text, "-o", made, *sizes, "--parse-special", "--no-ppl")
+            from safetensors.torch import load_file
+
+            ids = load_file(self.made(self.protocol.calibration, "calibration.safetensors"))["input_ids"]
+            made = file.with_name(f".{file.name}")
+            write_importance(self.protocol.model, ids, self.protocol.calibrate.name, made)
             os.replace(made, file)
         return file
 
-    @cached_property
-    def text(self) -> Path:
-        """Those tokens as a text."""
-        file = self.folder / "calibration.txt"
+    def made(self, passes: str, name: str) -> Path:
+        """A file of what passes make of the model."""
+        file = self.folder / name
         if not file.is_file():
-            from safetensors.torch import load_file
-            from transformers import AutoTokenizer
-
+            self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-                out = Path(scratch) / "out"
-                command = [COMPRESS, "run", str(self.protocol.model), str(out), "-p", self.protocol.calibration, "--json"]
-                ours.said(command, self.folder / "tokens.log")
-                ids = load_file(out / "calibration.safetensors")["input_ids"]
-            file.write_text(AutoTokenizer.from_pretrained(self.protocol.model).decode(ids.flatten().tolist()))
+                out = run_recipe(parse_one_liner(passes), self.source, Path(scratch) / "out", Context()).out
+                os.replace(out / name, file)
         return file
 
-    def tool(self, name: str, *arguments: str | Path) -> None:
-        """Runs one of the peer's tools. Raises MachineError with what it said last."""
-        log = self.folder / f"{name}.log"
-        with open(log, "wb") as record:
-            command = [str(self.tools / name), *map(str, arguments)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=record, stderr=subprocess.STDOUT)
-        if done.returncode:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise MachineError(name, "status 0", f"status {done.returncode}: {lines[-1] if lines else ''}", f"see {log}")
+
+def write_importance(model: Path, ids: torch.Tensor, data: str, file: Path) -> None:
+    """Sums of squares of the inputs of every matrix but the head, over ids [samples, length], as llama-imatrix writes them."""
+    from gguf import GGUFWriter
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    sums: dict[str, torch.Tensor] = {}
+    for name, module in network.named_modules():
+        stored = stored_name(ARCHITECTURES[network.config.model_type], f"{name}.weight")
+        if isinstance(module, torch.nn.Linear) and stored.startswith("blk."):
+
+            def add(_: Any, inputs: tuple[torch.Tensor], stored: str = stored) -> None:
+                sums[stored] = sums.get(stored, 0) + inputs[0].flatten(0, -2).double().square().sum(0)
+
+            module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for batch in ids.split(8):
+            network.model(input_ids=batch, use_cache=False)
+    writer = GGUFWriter(file, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [data])
+    writer.add_uint32("imatrix.chunk_count", ids.shape[0])
+    writer.add_uint32("imatrix.chunk_size", ids.shape[1])
+    for stored, total in sums.items():
+        writer.add_tensor(f"{stored}.in_sum2", total.float()[None].numpy())
+        writer.add_tensor(f"{stored}.counts", torch.tensor([[float(ids.numel())]]).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def refs_of(file: Path) -> list[TensorRef]:
@@ -245,31 +270,25 @@ def sizes(file: Path) -> dict[str, Any]:
 def cases() -> Iterator[Case]:
     """The models. Raises CompressError where one cannot be had."""
     text, calibrate = DATA / "wiki.valid.jsonl", DATA / "wiki.train.jsonl"
-    yield Case("wide", Protocol(wide_llama(tell), text, calibrate, samples=128, length=256, tokens=16_384, window=256), KINDS)
+    yield Case("wide", Protocol(wide_llama(tell), text, calibrate, samples=64, length=256, tokens=8192, window=256), KINDS)
     yield Case("smol", Protocol(real_model(tell), text, calibrate, samples=16, length=512, tokens=2048, window=512), ("Q4_K_M",))
 
 
-def weights_of(model: Path) -> int:
-    """How many weights a checkpoint in 16 bits has."""
-    return ours.tensor_bytes(model) // 2
-
-
 def cells(row: dict[str, Any], weights: int) -> tuple[str, ...]:
-    """A row of the table."""
+    """A row of the table, of a model with so many weights."""
     label = f"`{row['name'].partition('-')[2]}`"
     if "quality" not in row:
         return label, f"failed: {row['error']}".replace("|", "\\|") if "error" in row else "not measured", *[""] * (len(HEAD) - 2)
-    quality, run = row["quality"], row.get("run")
-    took = (seconds(run["seconds"], run), gigabytes(run["peak_bytes"])) if run else ("", "")
+    quality = row["quality"]
     return (
         label, f"{8 * row['tensor_bytes'] / weights:.3f}", f"{row['tensor_bytes']:,}", estimate(quality["kl"], ".4f"),
-        estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"), *took,
+        estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"),
     )  # fmt: skip
 
 
 def section(case: Case) -> list[str]:
     """What the page says of one model."""
-    p, weights, rows = case.protocol, weights_of(case.protocol.model), [case.known(name) for name in case.names()]
+    p, weights, rows = case.protocol, case.weights, [case.known(name) for name in case.names()]
     inputs = case.inputs
     peers = [row for row in rows if "asked" in row and "types" in row]
     kinds = [f"* {row['asked']}: {', '.join(f'{count} {kind}' for kind, count in row['types'].items())}" for row in peers]
@@ -291,16 +310,16 @@ def page(found: list[Case], remarks: str) -> str:
     there = machine()
     return "\n".join([
         "# K-quants beside llama-quantize", "",
-        "What `make kquants` measured: GGUF files of `llama-quantize`, with an importance matrix by `llama-imatrix`, and ours with the",
-        "same type for each matrix, so with the same bytes. The importance matrix is of the text that GPTQ is calibrated on. All files are",
-        "read and measured by `compress eval`. Embeddings and heads are rounded to nearest in all rows of ours. KL(source || result) in",
-        "nats per token; errors are standard errors over windows.", "",
+        "What `make kquants` measured: GGUF files of `llama-quantize` with an importance matrix, and ours with the same type for each",
+        "matrix, so with the same bytes. The importance matrix (what `llama-imatrix` computes: mean squares of inputs, none for the head) is",
+        "of the very tokens that GPTQ is calibrated on. All files are read and measured as `compress eval` does. `rtn` rounds to nearest;",
+        "embeddings and heads are so rounded in all rows of ours. KL(source || result) in nats per token; errors are standard errors over",
+        "windows.", "",
         "```sh", 'make kquants [ROWS="wide-* smol-source"]', "```", "",
         REMARKS, remarks.strip("\n"), END, "",
         *(line for case in found for line in section(case)),
         f"llama.cpp: {built}, built from its source package for a CPU with AVX2. `wide-llama` is made by tests/benchmarks/wide_llama.py.",
-        "Seconds in brackets were measured while other processes had more than a tenth of the machine.", "",
-        f"Machine: {there['cpu']}, {there['cores']} cores.",
+        f"Machine: {there['cpu']}, {there['isa']}, {there['cores']} cores.",
     ]) + "\n"  # fmt: skip
 
 
@@ -325,7 +344,7 @@ def main() -> int:
                 tell(name)
                 row = case.measure(name)
                 failed += "error" in row
-                tell(f"    {row.get('error') or cells(row, weights_of(case.protocol.model))}")
+                tell(f"    {row.get('error') or cells(row, case.weights)}")
                 args.page.write_text(page(found, remarks_of(args.page)))
     except CompressError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import kquants, llama_tools
 from benchmarks.kquants import Case, cells, page, sizes, types_of
 from benchmarks.real.rows import Protocol
 from benchmarks.wide_llama import widen
+from safetensors.torch import load_file
 
 import compress
 from compress import demo
@@ -64,7 +66,7 @@ def test_the_page_has_every_row_and_keeps_remarks(case: Case) -> None:
     case.file(row["name"]).write_text(json.dumps(row))
     text = page([case], "A remark.")
     assert "<!-- remarks -->\nA remark.\n<!-- end -->" in text
-    bits = f"{8_000_000 / kquants.weights_of(case.protocol.model):.3f}"
+    bits = f"{8_000_000 / case.weights:.3f}"
     assert f"| `llama.cpp-Q4_K_M` | {bits} | 1,000,000 | 0.2500 ± 0.0100 | 0.25 ± 0.01 | 25.0% ± 1.0% |" in text
     assert "* Q4_K_M: 3 Q4_K, 2 Q6_K" in text
     assert text.count("not measured") == 3
@@ -73,19 +75,30 @@ def test_the_page_has_every_row_and_keeps_remarks(case: Case) -> None:
 
 def test_a_tool_that_fails_is_told_by_its_last_line(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "llama-quantize"
-    script.write_text("#!/bin/sh\necho first\necho no such type\nexit 3\n")
+    script.write_text('#!/bin/sh\necho "$1"\ntest -f "$2" && test -f "$3" && echo no type $5\nexit 3\n')
     script.chmod(0o755)
-    monkeypatch.setattr(kquants, "llama_tools", lambda tell: tmp_path)
-    case.folder.mkdir(parents=True)
-    with pytest.raises(MachineError, match="status 3: no such type"):
-        case.tool("llama-quantize", "a")
+    monkeypatch.setattr(kquants, "llama_quantize", lambda tell: script)
+    with pytest.raises(MachineError, match="status 3: no type Q4_K_M"):
+        case.peer("Q4_K_M")
+
+
+def test_importance_is_the_sum_of_squares_of_a_matrix_inputs(case: Case, tmp_path: Path) -> None:
+    reader = pytest.importorskip("gguf").GGUFReader(case.importance)
+    found = {tensor.name: torch.tensor(tensor.data).flatten() for tensor in reader.tensors}
+    assert len(found) == 2 * 7 * 4
+    ids = load_file(case.made(case.protocol.calibration, "calibration.safetensors"))["input_ids"]
+    model = load(case.protocol.model, dtype=torch.float32).model
+    inputs = model.layers[0].input_layernorm(model.embed_tokens(ids)).detach()
+    assert torch.allclose(found["blk.0.attn_q.weight.in_sum2"], inputs.square().sum((0, 1)), rtol=1e-5)
+    assert found["blk.3.ffn_down.weight.in_sum2"].shape == (384,)
+    assert {float(found[name]) for name in found if name.endswith(".counts")} == {4 * 32.0}
 
 
 def test_without_a_compiler_the_tools_are_refused_in_words(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     told: list[str] = []
     with pytest.raises(MachineError, match="no cmake"):
-        llama_tools.llama_tools(told.append)
+        llama_tools.llama_quantize(told.append)
     assert not told
     assert not (tmp_path / "cache").exists()
 
