@@ -68,6 +68,18 @@ OPTIONS = {
 """Options of GPTQ, each other than its default; `paper` is what Frantar et al. have, with activation order."""
 
 
+def further() -> Iterator[Row]:
+    """What comes after plain GPTQ, alone and together: outputs of the unchanged model, and codes chosen by gradients."""
+    for scheme in ("w3a16g64", "w2a16g32"):
+        name = scheme.replace("a16", "")
+        for more, passes in {
+            "qronos": f"quantize.gptq(scheme={scheme}, correct=qronos)",
+            "learned": f"quantize.gptq(scheme={scheme}) | quantize.learned",
+            "qronos-learned": f"quantize.gptq(scheme={scheme}, correct=qronos) | quantize.learned",
+        }.items():
+            yield Row(f"gptq-{name}-{more}", passes)
+
+
 def masks() -> Iterator[Row]:
     """Masks of half of the weights, of 70 % and of 2:4, by each method; what stands in the table before is left out."""
     for name, sparsity in {"50": "0.5", "70": "0.7", "2-4": "2:4"}.items():
@@ -108,6 +120,7 @@ ROWS = (
     Row("sparsegpt-2-4-then-w4g64", "prune.sparsegpt(sparsity=2:4) | quantize.gptq(scheme=w4a16g64)"),
     Row("wanda-2:4-blocks", f"prune.wanda(sparsity=2:4) | {HEAL}", form=""),
     Row("gptq-w2g32-blocks", f"quantize.gptq(scheme=w2a16g32) | {HEAL}"),
+    *further(),
     Row("llm_mq-3.0-fisher", f"quantize.llm_mq(bits=3.0, schemes={MIX}, mode=fisher)"),
     Row("five-stages", f"prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w3a16g32) | {TRAIN}"),
     *(Row(f"w3g64-{name}", f"quantize.gptq(scheme=w3a16g64, {option})", option=option) for name, option in OPTIONS.items()),
