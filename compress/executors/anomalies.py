@@ -31,7 +31,8 @@ def watch(
     """
     coded = isinstance(value, QTensor)
     factors = [value.lowrank.left, value.lowrank.right] if coded and value.lowrank is not None else []
-    if not all(bool(part.float().isfinite().all()) for part in (value.steps() if coded else value, *factors)):
+    numbers = [part for part in (value.steps(), value.lows()) if part is not None] if coded else [value]
+    if not all(bool(part.float().isfinite().all()) for part in (*numbers, *factors)):
         got = "NaN or Inf" + (" among its scales" if coded else "")
         raise InputError(f"'{weight.name}'", "finite numbers in what the pass has made", got, do)
     found = []

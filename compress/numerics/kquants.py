@@ -7,9 +7,10 @@ q2_k, q4_k and q5_k, a minimum v, both small whole numbers; a super-block has d 
     q3_k, q6_k         w' = (d u) (q - 2^(b-1))       u in -32 .. 31 (q3_k) or -128 .. 127
 
 A sub-block's scale and minimum are searched as if they were floats, minima at or below zero. d takes the largest scale to
-the end of the range of u, e the largest minimum to that of v; then u and v are the best, for rounding to nearest, among their
-nearest whole numbers and the neighbours of these. h >= 0 weights the errors of columns. u is never 0: its codes could mean no
-less with 1, and one divides by it.
+the end of the range of u, e the largest minimum to that of v; then u and v are the best, for rounding to nearest, among the
+whole numbers near them, two to each side, or four where there are no minima. Where there are, numbers near the scale and minimum
+of the whole range are tried too, because a search for floats leaves no room for the rounding of u and v. h >= 0 weights the
+errors of columns. u is never 0: its codes could mean no less with 1, and one divides by it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from compress.spec.scheme import SUPER, Scheme
 
 _ENDS = {2: (0, 15), 3: (-32, 31), 4: (0, 63), 5: (0, 63), 6: (-128, 127)}
 """The range of u by bits of codes."""
+_NEAR = (0, -1, 1, -2, 2)
+_FAR = (*_NEAR, -3, 3, -4, 4)
 _LEAST = 2.0**-24
 """The smallest number of fp16."""
 
@@ -91,25 +94,19 @@ def fit(x: torch.Tensor, h: torch.Tensor | None, scheme: Scheme, clip: str = "ms
     s, m = _free(x, h, scheme, clip)
     largest = s.gather(-1, s.abs().argmax(-1, keepdim=True))
     d = _half(largest / (high if scheme.minimum else low))
-    u = _whole(s / d, low, high)
-    e = v = None
-    if scheme.minimum:
-        e = _half(m.neg().amax(-1, keepdim=True) / high)
-        v = (m.neg() / e).round_().clamp_(0, high)
-    best = torch.full_like(u, float("inf"))
-    u_best, v_best = u, v
-    for du, dv in product((0, -1, 1), (0, -1, 1) if scheme.minimum else (0,)):
-        tried = _whole(u + du, low, high)
-        lifted = None if v is None else (v + dv).clamp_(0, high)
-        lows = None if lifted is None or e is None else -(e * lifted)[..., None]
-        steps = (d * tried)[..., None]
+    e = _half(m.neg().amax(-1, keepdim=True) / high)
+    starts = [(s, m), _free(x, h, scheme, "none")] if scheme.minimum and clip != "none" else [(s, m)]
+    u_best = v_best = torch.ones_like(s)
+    best = torch.full_like(s, float("inf"))
+    for (s, m), (du, dv) in product(starts, product(_NEAR, _NEAR) if scheme.minimum else product(_FAR, (0,))):
+        u, v = _whole(_whole(s / d, low, high) + du, low, high), ((m.neg() / e).round_().clamp_(0, high) + dv).clamp_(0, high)
+        steps, lows = (d * u)[..., None], -(e * v)[..., None] if scheme.minimum else None
         lost = values(_codes(x, steps, lows, scheme), steps, lows, scheme).sub_(x).square_()
         error = (lost if h is None else lost.mul_(h)).sum(-1)
         better = error < best
-        best, u_best = torch.where(better, error, best), torch.where(better, tried, u_best)
-        v_best = None if v_best is None or lifted is None else torch.where(better, lifted, v_best)
-    small = None if v_best is None else v_best.to(torch.int8)
-    return Levels(u_best.to(torch.int8), small, d.squeeze(-1).half(), None if e is None else e.squeeze(-1).half())
+        best, u_best, v_best = (torch.where(better, new, old) for new, old in ((error, best), (u, u_best), (v, v_best)))
+    u, d = u_best.to(torch.int8), d.squeeze(-1).half()
+    return Levels(u, v_best.to(torch.int8), d, e.squeeze(-1).half()) if scheme.minimum else Levels(u, None, d, None)
 
 
 def _free(x: torch.Tensor, h: torch.Tensor | None, scheme: Scheme, clip: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -115,7 +115,7 @@ def _factors(scheme: Scheme, clip: str) -> tuple[float, ...]:
     if clip == "none" or scheme.bits == 8:
         return own
     if scheme.grid == "iq4":
-        return tuple(sign * shrink for shrink in _SHRINKS for sign in (1.0, -1.0))
+        return tuple(sign * shrink for shrink in _SHRINKS[:16:2] for sign in (1.0, -1.0))
     coarse = scheme.scales == "e8m0" or scheme.rule.startswith("m")
     return _NEIGHBOURS if coarse else (*own, *_SHRINKS[1:])
 

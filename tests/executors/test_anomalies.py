@@ -13,6 +13,7 @@ from compress.errors import InputError
 from compress.executors.anomalies import watch
 from compress.numerics.grid import round_to_nearest
 from compress.numerics.qtensor import QTensor
+from compress.numerics.rounding import nearest
 from compress.spec.scheme import Scheme
 from support import linear, run
 
@@ -46,6 +47,14 @@ def test_a_scale_that_is_not_finite_is_an_error_with_its_name(value: float) -> N
     with pytest.raises(InputError, match=r"'m\.layers\.0\.q\.weight'") as caught:
         watch(linear(), q, 0.1, lambda: q)
     assert "among its scales" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["scale", "minimum", "super_scale", "super_minimum"])
+def test_so_is_a_minimum_and_what_scales_are_multiplied_by(name: str) -> None:
+    q = nearest(torch.randn(4, 256), Scheme.parse("q4_k" if "super" in name else "w4a16g32-min"), torch.bfloat16).q
+    getattr(q, name)[2, 0] = float("nan")
+    with pytest.raises(InputError, match="among its scales"):
+        watch(linear((4, 256)), q, 0.1, lambda: q)
 
 
 def test_a_run_counts_it(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,21 +48,25 @@ def test_what_codes_mean(text: str) -> None:
 
 
 def by_hand(x: torch.Tensor, scheme: Scheme) -> tuple[list[int], list[int]]:
-    """u and v of a super-block [subs, group]: the free scales, then for each sub-block the best of up to nine."""
+    """u and v of a super-block [subs, group]: the free scales, then for each sub-block the best of their neighbours."""
     low, high = kquants._ENDS[scheme.bits]
     s, m = kquants._free(x[None, None], None, scheme, "mse")
     s, m = s[0, 0], m[0, 0]
     d = (max(s.tolist(), key=abs) / (high if scheme.minimum else low)) or 2.0**-24
     d = float(torch.tensor(d).half())
     e = float((-m).max().div(high).half()) or 2.0**-24
+    whole = [part[0, 0] for part in kquants._free(x[None, None], None, scheme, "none")]
+    starts = [(s, m), whole] if scheme.minimum else [(s, m)]
     us, vs = [], []
-    for row, u0, v0 in zip(x, (s / d).tolist(), (-m / e).tolist(), strict=True):
-        near = [u for du in (0, -1, 1) if (u := min(max((min(max(round(u0), low), high) or 1) + du, low), high) or 1)]
-        tried = [
-            (u, v)
-            for u in near
-            for v in ([min(max(min(max(round(v0), 0), high) + dv, 0), high) for dv in (0, -1, 1)] if scheme.minimum else [0])
-        ]
+    for i, row in enumerate(x):
+        tried = []
+        for steps, lows in starts:
+            u0, v0 = float(steps[i] / d), float(-lows[i] / e)
+            offsets = (0, -1, 1, -2, 2) if scheme.minimum else (0, -1, 1, -2, 2, -3, 3, -4, 4)
+            first, base = min(max(round(u0), low), high) or 1, min(max(round(v0), 0), high)
+            us_near = [min(max(first + du, low), high) or 1 for du in offsets]
+            vs_near = [min(max(base + dv, 0), high) for dv in offsets] if scheme.minimum else [0]
+            tried += [(u, v) for u in us_near for v in vs_near]
         found = []
         for u, v in tried:
             step, shift = torch.tensor(d * u), torch.tensor(-e * v)
