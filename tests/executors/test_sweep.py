@@ -21,6 +21,7 @@ from compress.context import Context
 from compress.contract.discover import load_pass
 from compress.errors import CoverageError, RecipeError, UsageError
 from compress.executors import sweep
+from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.dense_view import DenseView
 from compress.numerics.masks import keep_best
 from compress.pipeline.run import run_recipe
@@ -129,17 +130,28 @@ def test_experts_see_their_own_tokens_or_all(route: str, made: Any, tmp_path: Pa
 def test_with_route_all_every_expert_has_all_tokens_and_outputs_stay(
     name: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where statistics do not matter, for all is rounded to nearest, the two routes make the same bytes."""
-    gptq, seen = load_pass("quantize.gptq"), list[int]()
+    """Where statistics do not matter, for all is rounded to nearest, blocks hand the same bits on with both routes."""
+    gptq, seen, outputs = load_pass("quantize.gptq"), list[int](), list[torch.Tensor]()
     source, prepare, calibrate = made(name), gptq.prepare, CALIBRATE.format(ready_inputs(5), 5)
     monkeypatch.setattr(gptq, "prepare", lambda s, statistic: [seen.append(statistic.tokens), prepare(s, statistic)][1])
-    written = []
+    hand_on = BatchWalk.hand_on
+
+    def spy(self: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).clone())
+        hand_on(self, output)
+
+    monkeypatch.setattr(BatchWalk, "hand_on", spy)
+    written, handed = [], []
     for route in ("router", "all"):
         seen.clear()
+        outputs.clear()
         options = f"scheme=w4a16g32, targets=[linear, experts], min_tokens=1000000, route={route}"
         do(source, tmp_path / route, f"{calibrate} | quantize.gptq({options})")
         written.append(load_file(tmp_path / route / "canonical.safetensors"))
+        handed.append(tuple(outputs))
     assert set(seen) == {5 * 24}, "linears as ever, and each of the experts"
+    assert len(handed[0]) == len(handed[1]) >= 2
+    assert all(map(torch.equal, *handed))
     assert not [key for key, part in written[0].items() if not torch.equal(part, written[1][key])]
 
 
