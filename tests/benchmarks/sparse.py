@@ -86,7 +86,7 @@ def main() -> None:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         blocks = max(1, round((args.gigabytes * 1e9 - 0.525e9) / 2.903e9))
         total = sparse(model, {**CONFIG, "num_hidden_layers": blocks}, dict(tensors(blocks)), max(1, blocks // 2))
-        command = (sys.executable, "-m", "compress")
+        command = (sys.executable, "-P", "-m", "compress")
         planned = json.loads(measured(*command, "plan", str(model), "-p", args.recipe, "--json")[3].splitlines()[-1])
         free, need = shutil.disk_usage(scratch).free, planned["added_disk_bytes"]
         if free - need < args.spare * 1e9:
