@@ -52,5 +52,8 @@ def watch(
 
 def _filled(weight: Weight, value: Any) -> torch.Tensor:
     """Which outputs have a non-zero weight, bool [experts?, outputs]."""
-    nonzero = value.nonzero() if isinstance(value, QTensor) else value != 0
-    return along_inputs(weight, nonzero).any(-1)
+    if isinstance(value, QTensor):
+        return along_inputs(weight, value.nonzero()).any(-1)
+    # By its extremes, which take no booleans for every entry.
+    matrix = along_inputs(weight, value)
+    return (matrix.amax(-1) != 0) | (matrix.amin(-1) != 0)

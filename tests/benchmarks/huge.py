@@ -132,7 +132,7 @@ def plan(model: Path, *recipe: str) -> tuple[float, float, int, str]:
     """(wall seconds, CPU seconds, peak resident bytes, last line or first line of the refusal) of `compress plan` in its own process."""
     with tempfile.TemporaryFile("w+") as said:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "compress", "plan", str(model), *recipe]
+        command = [sys.executable, "-P", "-m", "compress", "plan", str(model), *recipe]
         child = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         # Not Popen.wait: only wait4 tells what this one child has used.
         _, status, used = os.wait4(child.pid, 0)

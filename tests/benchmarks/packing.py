@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     over = False
     with tempfile.TemporaryDirectory() as scratch:
-        codes, command = args.keep or Path(scratch) / "codes", (sys.executable, "-m", "compress", "run")
+        codes, command = args.keep or Path(scratch) / "codes", (sys.executable, "-P", "-m", "compress", "run")
         if not codes.exists():
             model = synthetic(Path(scratch) / "model", 22)
             measured(*command, str(model), str(codes), "-p", f"quantize.rtn(scheme={args.scheme})", "--quiet", "--no-report")

@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=100)
     parser.add_argument("--recipe", default="quantize.rtn(scheme=w2a16g64) | pack(format=native)")
+    parser.add_argument("--threads", type=int, default=1, help="tensors in memory at a time")
     parser.add_argument("--spare", type=float, default=12, help="gigabytes of disk that stay free")
     parser.add_argument("--scratch", type=Path, help="where input and output lie; they are removed")
     args = parser.parse_args()
@@ -86,13 +87,14 @@ def main() -> None:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         blocks = max(1, round((args.gigabytes * 1e9 - 0.525e9) / 2.903e9))
         total = sparse(model, {**CONFIG, "num_hidden_layers": blocks}, dict(tensors(blocks)), max(1, blocks // 2))
-        command = (sys.executable, "-m", "compress")
-        planned = json.loads(measured(*command, "plan", str(model), "-p", args.recipe, "--json")[3].splitlines()[-1])
+        command = (sys.executable, "-P", "-m", "compress")
+        how = ("--threads", str(args.threads))
+        planned = json.loads(measured(*command, "plan", str(model), "-p", args.recipe, "--json", *how)[3].splitlines()[-1])
         free, need = shutil.disk_usage(scratch).free, planned["added_disk_bytes"]
         if free - need < args.spare * 1e9:
             sys.exit(f"{need / 1e9:.1f} GB would be written and {free / 1e9:.1f} GB are free: fewer --gigabytes")
         read = measured(sys.executable, "-c", READ, str(model))
-        ours = measured(*command, "run", str(model), str(out), "-p", args.recipe, "--quiet", "--no-report")
+        ours = measured(*command, "run", str(model), str(out), "-p", args.recipe, "--quiet", "--no-report", *how)
         written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"{blocks} blocks of Mixtral-8x7B, {total / 1e9:.1f} GB in bf16, holes; {args.recipe}: {written / 1e9:.2f} GB")
     for name, (seconds, used, peak, _) in {"read": read, "compress run": ours}.items():
