@@ -281,7 +281,7 @@ def cells(row: dict[str, Any], weights: int) -> tuple[str, ...]:
         return label, f"failed: {row['error']}".replace("|", "\\|") if "error" in row else "not measured", *[""] * (len(HEAD) - 2)
     quality = row["quality"]
     return (
-        label, f"{8 * row['tensor_bytes'] / weights:.3f}", f"{row['tensor_bytes']:,}", estimate(quality["kl"], ".4f"),
+        label, f"{8 * row['tensor_bytes'] / weights:.3f}", f"{row['tensor_bytes']:,}", estimate(quality["kl"], ".5f"),
         estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"),
     )  # fmt: skip
 
@@ -317,7 +317,7 @@ def page(found: list[Case], remarks: str) -> str:
         "windows.", "",
         "```sh", 'make kquants [ROWS="wide-* smol-source"]', "```", "",
         REMARKS, remarks.strip("\n"), END, "",
-        *(line for case in found for line in section(case)),
+        *(line for case in found if any("commit" in case.known(name) for name in case.names()) for line in section(case)),
         f"llama.cpp: {built}, built from its source package for a CPU with AVX2. `wide-llama` is made by tests/benchmarks/wide_llama.py.",
         f"Machine: {there['cpu']}, {there['isa']}, {there['cores']} cores.",
     ]) + "\n"  # fmt: skip

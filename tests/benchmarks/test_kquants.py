@@ -67,7 +67,7 @@ def test_the_page_has_every_row_and_keeps_remarks(case: Case) -> None:
     text = page([case], "A remark.")
     assert "<!-- remarks -->\nA remark.\n<!-- end -->" in text
     bits = f"{8_000_000 / case.weights:.3f}"
-    assert f"| `llama.cpp-Q4_K_M` | {bits} | 1,000,000 | 0.2500 ± 0.0100 | 0.25 ± 0.01 | 25.0% ± 1.0% |" in text
+    assert f"| `llama.cpp-Q4_K_M` | {bits} | 1,000,000 | 0.25000 ± 0.01000 | 0.25 ± 0.01 | 25.0% ± 1.0% |" in text
     assert "* Q4_K_M: 3 Q4_K, 2 Q6_K" in text
     assert text.count("not measured") == 3
     assert "llama.cpp: a package 1.0" in text
