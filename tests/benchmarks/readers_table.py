@@ -1,4 +1,4 @@
-"""Readers table: what each reader's own code computes from every format and scheme of four kinds of model, to docs/readers.md.
+"""Readers table: what each reader computes from every format and scheme.
 
     python tests/benchmarks/readers_table.py [--cells "vllm awq*"] [--page-only]
 
