@@ -1,4 +1,6 @@
-"""Readers' processes, each forked from one that has their libraries behind it: only the seconds that imports take are left out.
+"""Readers' processes, each forked from one that has their libraries behind it.
+
+They do what `verify` has them do; only the seconds that imports take are left out.
 
 `with warm():` around calls of `verify`. Run by a reader's own interpreter, this file is the process that forks.
 """

@@ -1,4 +1,4 @@
-"""Listed: log-probabilities that a reader gives of some tokens only, beside the logits that an artifact means.
+"""Listed: a reader's log-probabilities of some tokens, beside our logits.
 
 A reader that serves text tells the token that follows and the k likeliest. Legend: l what our logits say of these, l' what the
 reader says, s the standard deviation of our logits over the vocabulary; all at one token of the text.

@@ -133,7 +133,7 @@ class Awq(Format):
         groups = {state.scheme.group for state in states.values() if state.scheme}
         open_ = unsure(weights, states)
         transformers = Verdict("transformers", "yes", "by its source, not run; needs gptqmodel and accelerate")
-        vllm = Verdict("vllm", "yes", "by its source, not run; compute capability 7.5 and up")
+        vllm = Verdict("vllm", "yes", "0.32 was run on a CPU; by its source, compute capability 7.5 and up")
         model = Verdict("gptqmodel", "yes", "7.5.0, for the families that it lists; run on Llama")
         if experts:
             model = Verdict("gptqmodel", "no", "it does not find the experts by their names on disk, and computes NaN")

@@ -238,7 +238,7 @@ def _vllm(weights: Sequence[Weight], states: dict[str, State], schemes: set[Sche
         reason = f"its Marlin kernel takes zero points at multiples of 128 inputs and 64 outputs, here {size}; not run"
         return Verdict("vllm", "unknown", reason)
     if zeros:
-        return Verdict("vllm", "yes", "0.8.5 and later read packed zero points of 4 bits, by its source; not run")
+        return Verdict("vllm", "yes", "0.8.5 and later read packed zero points of 4 bits, by its source; 0.32 was run on a CPU")
     return Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme")
 
 

@@ -1,4 +1,4 @@
-"""Readers table: what each reader's own code computes from every format and scheme of four kinds of model, to docs/readers.md.
+"""Readers table: what each reader computes from every format and scheme.
 
     python tests/benchmarks/readers_table.py [--cells "vllm awq*"] [--page-only]
 
@@ -133,18 +133,22 @@ def shown(record: dict[str, Any] | None, notes: dict[str, int]) -> str:
 def page(kept: dict[str, Any]) -> str:
     """The part of the page that the cells make."""
     notes: dict[str, int] = {}
-    rows = []
+    rows, left = [], 0
     for form, names in READERS.items():
         for reader in names:
             for scheme in SCHEMES[form]:
                 cut = [shown(kept.get(Cell(reader, form, scheme, family).name), notes) for family in NAMES]
+                if set(cut) == {"not run"}:
+                    left += 1
+                    continue
                 rows.append((reader, form, f"`{scheme}`" if scheme else "not quantized", *cut))
     versions: dict[str, str] = {}
     for record in kept.values():
         versions |= {name: number for name, number in record.get("versions", {}).items() if name != "numpy"}
     ran = sum(1 for cell in cells() if kept.get(cell.name, {"seen": "machine"})["seen"] != "machine")
     return "\n".join([
-        f"{ran} of {len(cells())} cells were run. Versions, the last seen: {', '.join(f'{n} {v}' for n, v in sorted(versions.items()))}.",
+        f"{ran} of {len(cells())} cells were run; {left} rows of which none was are left out.",
+        f"Versions, the last seen: {', '.join(f'{n} {v}' for n, v in sorted(versions.items()))}.",
         "", *table(("reader", "format", "scheme", *NAMES.values()), rows), "",
         *(f"{number}. {text.replace('<', '&lt;')}" for text, number in notes.items()), "",
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What vLLM for CPUs is installed with: exact versions of everything, without what clashes with this build of torch.
+"""Pins of vLLM: what it is installed with for CPUs, in exact versions.
 
 torchvision, torchaudio and torchcodec are made for other builds of torch and end its import; triton has no backend for a CPU.
 """

@@ -1,4 +1,4 @@
-"""vLLM as a reader: its engine for CPUs, asked for the log-probabilities of prompts."""
+"""vLLM as a reader: its engine for CPUs, asked for log-probabilities."""
 
 from __future__ import annotations
 
