@@ -261,8 +261,9 @@ class _RecipeRun:
                 self.plan, self.scan, self.corpora.get(step.number), self.second_models.get(step.number), self.gates
             )
             made = run_step(step, state, line, place, inputs, ctx)
-            # The plan's peak is that of the largest step: what one leaves is not to lie below the next.
-            gc.collect()
+            # What a step leaves is not to lie below the next one's peak. A model that was trained is held by cycles.
+            if step.pass_.worker().executor() == "train" and step is not self.plan.steps[-1]:
+                gc.collect()
             trim_memory()
             self.measured[step.name] = made
             ctx.tell("step", name=step.name, where=str(place), **made)
