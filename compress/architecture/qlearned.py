@@ -1,4 +1,7 @@
-"""QLearned: a module in codes whose codes and scales a gradient moves; see numerics/learned_rounding.py."""
+"""QLearned: a module whose codes and scales a gradient moves.
+
+What moves them: numerics/learned_rounding.py.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from compress.architecture.attention import SCALES, Attention, attentions
 from compress.architecture.hf_mapping import Mapping
 from compress.architecture.left_alone import why_left_alone
 from compress.architecture.model_class import model_class
+from compress.architecture.stacks import TOWERS, stacks
 from compress.checkpoint.reader import CANONICAL, Checkpoint, Logical, torch_dtype
 from compress.errors import InputError, Problem
 from compress.spec.weight_state import FLOATS, UNREACHED, Kind, Weight
@@ -31,7 +32,6 @@ _BLOCKS = re.compile(r"(layers?|blocks|depth)$")
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _SAME_PRODUCT = {"FalconLinear"}
 """Classes of linears with a forward of their own that computes x @ w.T + bias all the same."""
-_TOWERS = (("vision", re.compile(r"vision|visual|image")), ("audio", re.compile(r"audio")))
 _JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
 """Modules between a tower (vision, audio) and the text model."""
 
@@ -303,7 +303,7 @@ class _Resolver:
         """Why training on texts does not change a tensor; empty if it does."""
         if attribute in module._buffers:
             return "a buffer"
-        towers = (regex for _, regex in _TOWERS)
+        towers = (regex for _, regex in TOWERS)
         has_towers = any(stack.startswith("tower:") for _, stack, _ in self.stacks)
         return UNREACHED if has_towers and any(regex.search(path) for regex in (*towers, _JOINTS)) else ""
 
@@ -384,31 +384,3 @@ def _initialised(model: nn.Module, linears: Iterable[str]) -> frozenset[str]:
                 continue
         parameters["weight"] = weight
     return frozenset(found)
-
-
-def stacks(model: nn.Module) -> list[tuple[str, str, int]]:
-    """(path, name, blocks) of every outermost list of blocks."""
-    from torch import nn
-
-    found: list[tuple[str, str, int]] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer, _, _ in found):
-            continue
-        has_matrix = any(p.dim() >= 2 for child in module for p in child.parameters())
-        if len(module) and has_matrix and all(list(child.children()) for child in module):
-            found.append((path, "", len(module)))
-    named: list[tuple[str, str, int]] = []
-    towers = {path: next((word for word, regex in _TOWERS if regex.search(path)), "") for path, _, _ in found}
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    for path, _, length in found:
-        if towers[path]:
-            name = f"tower:{towers[path]}"
-        elif "encoder" in path:
-            name = "encoder"
-        elif "decoder" in path or encoder_decoder:
-            name = "decoder"
-        else:
-            name = "text" if any(towers.values()) else "decoder"
-        taken = sum(other == name or other.startswith(f"{name}:") for _, other, _ in named)
-        named.append((path, name if not taken else f"{name}:{taken + 1}", length))
-    return named

@@ -1,4 +1,4 @@
-"""Block trainer: gradient steps on what is trained of one block, and its best iterate.
+"""Block trainer: gradient steps on what is trained of a block; its best iterate.
 
 A step's loss is the sum over its tokens divided by their number, over all processes, so the way a step is divided affects
 only rounding. The order of micro-batches is a function of the seed and the block, so that a block that is trained again

@@ -16,7 +16,8 @@ from compress.architecture.experts import experts_of
 from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.contract.allocator import InputAllocator, Observed
-from compress.executors.sweep import Part, Sweep
+from compress.executors.solved import Part
+from compress.executors.sweep import Sweep
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch
 from compress.layerwise.meta_model import MetaModel

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 
 from compress.architecture.experts import INPUT, MIDDLE, Routed, experts_of
-from compress.checkpoint.reader import torch_dtype
 from compress.checkpoint.writer import trim_memory
 from compress.contract.fused_groups import Peaks
 from compress.contract.shapes import LinearPass, ObservingPass
@@ -27,6 +26,7 @@ from compress.contract.tasks import MatrixTask, Observer, Solution
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
 from compress.executors.anomalies import watch
+from compress.executors.solved import Part, dense_of, facts_of, joined, stacks_of
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.layerwise.batch_walk import BatchWalk
@@ -38,13 +38,8 @@ from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, Key
 from compress.numerics import qtensor
 from compress.numerics.inputs import rounded_inputs
-from compress.numerics.rounding import stacked, unstacked
-from compress.spec.weight_state import State, Weight, blocks
-
-_STACKED_ROWS = 4096
-
-Part = tuple[Weight, int | None]
-"""One matrix: its weight, and the number of the expert if the weight holds all experts."""
+from compress.numerics.rounding import unstacked
+from compress.spec.weight_state import Weight, blocks
 
 
 def sweep(run: StepRun) -> dict[str, float]:
@@ -294,7 +289,7 @@ class Sweep:
         loads = [0] * self.ctx.world_size
         mine: dict[tuple[str, int | None], Solution] = {}
         ready: dict[int | None, Any] = {}
-        for stack in sorted(_stacks(parts), key=lambda stack: -sum(weight.out_features for weight, _ in stack)):
+        for stack in sorted(stacks_of(parts), key=lambda stack: -sum(weight.out_features for weight, _ in stack)):
             lightest = loads.index(min(loads))
             loads[lightest] += sum(weight.out_features for weight, _ in stack)
             if lightest != self.ctx.rank:
@@ -344,11 +339,11 @@ class Sweep:
     def keep(self, weight: Weight, solutions: dict[int | None, Solution]) -> torch.Tensor:
         """Writes a solved weight and journals it; returns its dense value, which is to take its place in the block."""
         ordered = [solutions[expert] for expert in sorted(solutions, key=lambda e: e or 0)]
-        value = _joined(weight, [solution.value for solution in ordered])
+        value = joined(weight, [solution.value for solution in ordered])
         after = self.step.after[weight.name]
         if after.sparsity is not None:
             check_mask(weight, after.sparsity, value)
-        facts = _facts(ordered)
+        facts = facts_of(ordered)
         notes = [s.note for s in ordered if s.note is not None]
         notes += watch(weight, value, facts["error"], lambda: qtensor.as_matrix(weight, self.meta_model.stored(weight.name)))
         with self.spent("write"):
@@ -356,7 +351,7 @@ class Sweep:
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
                 digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, moved(value, CPU)).items()}
                 self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
-        return _dense(weight, after, value)
+        return dense_of(weight, after, value)
 
     def round_inputs(self, weight: Weight) -> None:
         """From now on rounds the inputs of a solved weight, as they will be when the model runs."""
@@ -377,19 +372,7 @@ class Sweep:
         after = self.step.after[weight.name]
         parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
         value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
-        return _dense(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
-
-
-def _stacks(parts: list[Part]) -> list[list[Part]]:
-    """Groups small matrices with the same inputs, to solve them at once: many rows cost little more than few."""
-    stacks: list[list[Part]] = []
-    for part in sorted(parts, key=lambda part: (part[1] or 0, part[0].name)):
-        last = stacks[-1] if stacks and stacks[-1][0][1] == part[1] else []
-        if last and sum(weight.out_features for weight, _ in last) + part[0].out_features <= _STACKED_ROWS:
-            last.append(part)
-        else:
-            stacks.append([part])
-    return stacks
+        return dense_of(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
 
 
 def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:
@@ -404,28 +387,3 @@ def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list
         same = (x.data_ptr(), x.numel(), x.shape[-1], x._version) if isinstance(x, torch.Tensor) else key
         spaces.setdefault(same, []).append(key)
     return list(spaces.values())
-
-
-def _joined(weight: Weight, values: list[Any]) -> Any:
-    """The value of a weight [experts?, rows, columns] from those of its matrices."""
-    if not isinstance(values[0], qtensor.QTensor):
-        return qtensor.along_inputs(weight, values[0]) if weight.experts is None else torch.stack(values)
-    if weight.experts is None:
-        return values[0]
-    return stacked(values)
-
-
-def _dense(weight: Weight, after: State, value: Any) -> torch.Tensor:
-    """A new value, dequantized, in the stored shape and dtype."""
-    if isinstance(value, qtensor.QTensor):
-        value = value.dequantize().to(torch_dtype(weight.dtype))
-    return qtensor.as_matrix(weight, value)
-
-
-def _facts(solutions: list[Solution]) -> dict[str, float]:
-    """A weight's facts for the journal: relative errors over all of its matrices."""
-    sums = {
-        "error": (sum(s.lost for s in solutions), sum(s.norm for s in solutions)),
-        "output_error": (sum(s.output_lost for s in solutions), sum(s.output_norm for s in solutions)),
-    }
-    return {name: (max(lost, 0.0) / norm) ** 0.5 if norm else 0.0 for name, (lost, norm) in sums.items()}

@@ -1,4 +1,4 @@
-"""Two streams: a sweep that also runs the model as it was, beside the one whose weights are solved.
+"""Two streams: a sweep that runs the unchanged model beside the solved one.
 
 Both go from block to block, and inside a block from reader to reader, side by side: a weight is solved from what it will read and
 from what it would read if nothing before it had changed. So it takes two blocks in memory, and the hidden states of both.

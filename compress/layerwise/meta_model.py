@@ -21,6 +21,7 @@ from torch import nn
 from compress.architecture import weight_map
 from compress.architecture.experts import IMPLEMENTATION, register
 from compress.architecture.hf_mapping import Group, Mapping
+from compress.architecture.stacks import stacks
 from compress.device import CPU
 from compress.layerwise.dense_view import DenseView
 
@@ -52,7 +53,7 @@ class MetaModel:
         self._overrides: dict[str, torch.Tensor] = {}
         self.blocks = [
             Block(stack, index, f"{path}.{index}")
-            for path, stack, length in weight_map.stacks(self.module)
+            for path, stack, length in stacks(self.module)
             for index in range(length)
         ]  # fmt: skip
         for part in self.module.modules():

@@ -73,7 +73,7 @@ def same_codes(one: Path, other: Path) -> None:
             assert torch.equal(mine, theirs), name
 
 
-CASES = [(form, scheme) for form in CODED for scheme in ("w4a16g32", "w4a16-asym")]
+CASES = [(form, scheme) for form in CODED for scheme in ("w4a16g32", "w4a16g32-min" if form == "mlx" else "w4a16-asym")]
 CASES += [
     ("gptq", "w2a16g32-asym"),
     ("gptq", "w3a16g32"),
@@ -127,7 +127,7 @@ def test_masks_come_back(tiny: Path, tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("form", CODED)
 def test_dense_is_what_codes_mean_and_can_be_quantized_again(tiny: Path, tmp_path: Path, form: str) -> None:
-    scheme = "w4a16g32-asym"
+    scheme = "w4a16g32-min" if form == "mlx" else "w4a16g32-asym"
     run(tiny, tmp_path / "artifact", f"{quantize(scheme, form)} | {pack(scheme, form)}")
     run(tmp_path / "artifact", tmp_path / "dense", "unpack(to=dense)")
     meant = dense_meaning(step_of(tmp_path / "artifact", "quantize.rtn"), tmp_path / "meant")

@@ -48,6 +48,7 @@ PASSES = {
     "smooth": ("quantize.smooth", f"{CALIBRATE} | quantize.smooth(scheme=w4a16g32) | quantize.rtn(scheme=w4a16g32)"),
     "train": ("distill.logits", f"{CALIBRATE} | distill.logits({TEACH}) | quantize.rtn(scheme=w4a16g32)"),
     "blocks": ("distill.blocks", f"{CALIBRATE} | prune.wanda(sparsity=2:4) | distill.blocks({TEACH})"),
+    "cache": ("quantize.kv", f"{CALIBRATE} | quantize.kv"),
     "slice": ("prune.width", f"{CALIBRATE} | prune.width(ffn=64)"),
 }
 """What runs a pass -> the step in which the first process waits, and the recipe."""

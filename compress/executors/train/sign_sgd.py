@@ -1,4 +1,7 @@
-"""SignSGD: each number moves by its learning rate against the sign of its gradient (signSGD, 1802.04434)."""
+"""SignSGD: each number moves by its rate against the sign of its gradient.
+
+Bernstein et al., 1802.04434.
+"""
 
 from __future__ import annotations
 
