@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: install demo check quick test fuzz faults slow kill readers readers-table formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean kquants
+.PHONY: install demo check quick test fuzz faults slow kill readers engines readers-table formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean kquants
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -45,9 +45,16 @@ slow: $(VENV)/test $(VENV)/eval
 kill: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kill $(ARGS)
 
-# Readers of their own environments, which are built first: what they and we have packed, and faults that each has to catch.
+# A reader in an environment of its own, which is built first: AutoGPTQ reads what it and what we have packed.
 readers: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow tests/evaluate/readers $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow tests/evaluate/readers/test_environment.py \
+		tests/evaluate/readers/test_interchange.py tests/evaluate/readers/test_readers.py $(ARGS)
+
+# Engines, each in an environment of its own, which is built first (vLLM's has 3 GB): llama.cpp, mlx-lm and vLLM read what we have
+# packed, and catch planted faults; an hour on 2 cores.
+engines: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -rP tests/evaluate/readers/test_llama_cpp.py tests/evaluate/readers/test_mlx.py \
+		tests/evaluate/readers/test_paris.py tests/evaluate/readers/test_planted_faults.py $(ARGS)
 
 # Schemes x formats x readers x four kinds of model, into docs/readers.md; an hour on 2 cores. What was seen is kept in
 # build/readers.json, so that it can be stopped and run again. CELLS="vllm awq*,mlx *" takes some.
