@@ -212,11 +212,11 @@ def example_message() -> str:
     from compress.spec.recipe import parse_one_liner
 
     try:
-        resolve(parse_one_liner("quantize.rtn(scheme=w5a16)"))
+        resolve(parse_one_liner("quantize.rtn(scheme=w7a16)"))
     except CompressError as error:
         problem: Problem = error.problems[0]
         return f"```text\nerror: {problem}\n```\n"
-    raise AssertionError("a scheme of five bits was taken")
+    raise AssertionError("a scheme of seven bits was taken")
 
 
 def push_options() -> str:
