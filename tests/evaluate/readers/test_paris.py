@@ -38,13 +38,14 @@ model, tokenizer = load(place)
 text = generate(model, tokenizer, prompt=prompt, max_tokens=2)
 """,
 }
+_GPTQ = "calibrate(samples=32, length=256) | quantize.gptq"
+"""Rounded to nearest in 4 bits, the model says " Paris,"."""
 CASES: dict[str, tuple[Callable[[], Environment], str]] = {
-    "vllm, compressed-tensors": (readers.vllm, "quantize.rtn(scheme=w4a16g64) | pack"),
-    "vllm, gptq": (readers.vllm, "quantize.rtn(scheme=w4a16g64) | pack(format=gptq)"),
-    "vllm, awq": (readers.vllm, "quantize.rtn(scheme=w4a16g64-asym) | pack(format=awq)"),
-    # Rounded to the nearest of Q4_0, it says " Paris,".
+    "vllm, compressed-tensors": (readers.vllm, f"{_GPTQ}(scheme=w4a16g64) | pack"),
+    "vllm, gptq": (readers.vllm, f"{_GPTQ}(scheme=w4a16g64) | pack(format=gptq)"),
+    "vllm, awq": (readers.vllm, f"{_GPTQ}(scheme=w4a16g64-asym) | pack(format=awq)"),
     "llama.cpp, gguf": (readers.llama_cpp, "quantize.rtn(scheme=w8a16g32) | pack(format=gguf)"),
-    "mlx, mlx": (readers.mlx, "quantize.rtn(scheme=w4a16g64-min, targets=[linear, embeddings]) | pack(format=mlx)"),
+    "mlx, mlx": (readers.mlx, f"{_GPTQ}(scheme=w4a16g64-min) | pack(format=mlx)"),
 }
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -66,4 +67,5 @@ def test_the_capital_of_france(case: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (answer,) = (json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("answer: "))
     print(f"{case}: {recipe}: {PROMPT}{answer}")
-    assert answer == ANSWER
+    # mlx-lm's detokenizer drops the blank in front.
+    assert answer.strip() == ANSWER.strip()
