@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from compress import demo
 from compress.architecture.weight_map import resolve
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
+from compress.checkpoint.writer import Writer
 from compress.context import Context
-from compress.errors import InputError
+from compress.errors import CompressError, InputError
 from compress.evaluate.perplexity_kl import compare
 from compress.kernels.dispatch import load_backend
 from compress.kernels.native.packed import Packed, pack
@@ -55,10 +57,25 @@ def run(source: Path | Checkpoint, out: Path, recipe: str, **options: Any) -> Re
     return run_recipe(parse_one_liner(recipe), checkpoint, out, Context(threads=2), Options(**options))
 
 
+def refused(source: Path, out: Path, recipe: str, said: Sequence[str]) -> None:
+    """A recipe is refused in words that have these parts, before a byte moves."""
+    with pytest.raises(CompressError) as caught:
+        run(source, out, recipe)
+    for part in said:
+        assert part in str(caught.value)
+    assert not out.exists()
+
+
 def do(source: Path, out: Path, recipe: str, **context: Any) -> Result:
     """Runs a one-liner over a directory, in fp32 and on two threads or as the context says."""
     settings = {"threads": 2, "dtype": "float32", **context}
     return run_recipe(parse_one_liner(recipe), open_checkpoint(source), out, Context(**settings))
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, without its calibration tokens."""
+    files = [file for file in out.glob("*.safetensors") if file.name != "calibration.safetensors"]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -154,6 +171,20 @@ def ready_inputs(samples: int = 6, length: int = 24, vocabulary: int = 128) -> P
     path = Path(tempfile.mkdtemp()) / "ready.safetensors"
     save_file({"input_ids": torch.randint(3, vocabulary, (samples, length), generator=generator)}, path)
     return path
+
+
+def stop_at_record(monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
+    """Interrupts the first run whose step of this name comes to journal its n-th weight; later runs go on."""
+    real, calls = Writer.record, [0]
+
+    def record(self: Writer, weight: str, *args: Any) -> None:
+        if step in self.path.name:
+            calls[0] += 1
+            if calls[0] == number:
+                raise KeyboardInterrupt
+        real(self, weight, *args)
+
+    monkeypatch.setattr(Writer, "record", record)
 
 
 def tree(directory: Path) -> dict[str, bytes]:

@@ -27,10 +27,7 @@ class QLearned(QLinear):
         )
         if (outliers := self.outliers()) is not None:
             dense = outliers.put(dense)
-        if factors is not None:
-            dense = dense + factors.product()
-            dense = dense + (dense.detach().to(self.stored_dtype).float() - dense.detach())
-        dense = dense.to(self.compute_dtype)
+        dense = dense.to(self.compute_dtype) if factors is None else self.with_factors(dense, factors)
         return dense if rows is None else dense[rows]
 
 
@@ -38,9 +35,7 @@ def with_offsets(module: QLinear, position: torch.Tensor) -> dict[str, nn.Parame
     """Makes codes trainable from these positions; returns parameters by name: offset, and gain where scales can move."""
     cls = type(module)
     module.__class__ = type(f"Learned{cls.__name__}", (QLearned, cls), {})
-    found = {"offset": nn.Parameter(torch.zeros_like(position))}
-    if not module.scheme.powers:
-        found["gain"] = nn.Parameter(torch.ones_like(module.scale, dtype=torch.float32))
+    found = {"offset": nn.Parameter(torch.zeros_like(position)), **module.gains()}
     module.register_buffer("position", position)
     for name, parameter in found.items():
         module.register_parameter(name, parameter)

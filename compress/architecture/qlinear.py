@@ -63,10 +63,13 @@ class QLinear(nn.Module):
         # Rounded once, after the factors are added.
         dtypes = (self.stored_dtype, self.compute_dtype) if factors is None else (torch.float32, torch.float32)
         dense: torch.Tensor = _Expanded.apply(*parts, self.scheme, outliers, *dtypes)  # type: ignore[no-untyped-call]
-        if factors is not None:
-            with torch.autocast(dense.device.type, enabled=False):
-                dense = _Rounded.apply(dense + factors.product(), self.stored_dtype).to(self.compute_dtype)  # type: ignore[no-untyped-call]
-        return dense
+        return dense if factors is None else self.with_factors(dense, factors)
+
+    def with_factors(self, dense: torch.Tensor, factors: Factors) -> torch.Tensor:
+        """The expanded codes, fp32 and not yet rounded, with the product of low-rank factors, rounded."""
+        with torch.autocast(dense.device.type, enabled=False):
+            rounded: torch.Tensor = _Rounded.apply(dense + factors.product(), self.stored_dtype)  # type: ignore[no-untyped-call]
+            return rounded.to(self.compute_dtype)
 
     def outliers(self) -> Sparse | None:
         """The values that replace some of the codes."""
@@ -96,15 +99,17 @@ class QLinear(nn.Module):
 
     def learn(self) -> dict[str, nn.Parameter]:
         """Makes the scale and the factors trainable; returns parameters by name: a gain of the scale's shape, left, right."""
-        found = {}
-        if not self.scheme.powers:
-            found["gain"] = nn.Parameter(torch.ones_like(self.scale, dtype=torch.float32))
+        found = self.gains()
         if self.left is not None and self.rank_scale is None:
             found |= {name: nn.Parameter(self.get_buffer(name)) for name in ("left", "right")}
         for name, parameter in found.items():
             self._buffers.pop(name, None)
             self.register_parameter(name, parameter)
         return found
+
+    def gains(self) -> dict[str, nn.Parameter]:
+        """A gain of 1 for each scale, by its name; none where scales cannot be moved."""
+        return {} if self.scheme.powers else {"gain": nn.Parameter(torch.ones_like(self.scale, dtype=torch.float32))}
 
     @property
     def weight(self) -> torch.Tensor:

@@ -101,6 +101,10 @@ class InputAllocator(Allocator):
         """The tokens that a routed expert is observed on."""
         return "router"
 
+    def two_streams(self) -> bool:
+        """Whether it is shown the inputs of another model, too: the one as it is before the step is all that it sees."""
+        return False
+
     @abstractmethod
     def statistic(self, width: int) -> Statistic:
         """An empty statistic of inputs of that width."""

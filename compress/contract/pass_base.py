@@ -82,10 +82,6 @@ class Pass(BaseModel):
         """Whether it reads the calibration tokens that are stored with the checkpoint."""
         return False
 
-    def two_streams(self) -> bool:
-        """Whether a sweep shows it the inputs of the unchanged model beside those of the one that it changes."""
-        return False
-
     def own_tokens(self, model: Checkpoint, seed: int) -> Corpus | None:
         """Tokens of the texts that its options name, by the tokenizer of `model`. Raises InputError for unusable texts."""
         return None

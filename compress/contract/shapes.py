@@ -97,6 +97,10 @@ class ObservingPass(TargetedPass):
         """Computes, once, from the statistic what all weights with the same inputs share."""
         return statistic
 
+    def two_streams(self) -> bool:
+        """Whether a sweep shows it the inputs of the unchanged model beside those of the one that it changes."""
+        return False
+
     def observes(self) -> bool:
         """Whether it needs statistics with these options; if not, the pass is streamed."""
         return True

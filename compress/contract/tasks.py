@@ -32,6 +32,9 @@ class Observer(Protocol):
     def route(self) -> Literal["router", "all"]:
         """The tokens that a routed expert is observed on."""
 
+    def two_streams(self) -> bool:
+        """Whether it is shown the inputs of the unchanged model, too."""
+
     def statistic(self, width: int) -> Statistic:
         """An empty statistic of inputs of that width."""
 

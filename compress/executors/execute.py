@@ -9,8 +9,10 @@ def execute(run: StepRun) -> dict[str, float]:
     """Writes every weight of a step that is not journaled yet. Returns the seconds of each kind of work."""
     executor = run.pass_.executor()
     if executor == "sweep":
+        from compress.contract.shapes import ObservingPass
         from compress.executors.sweep import sweep, sweep_by
 
+        assert isinstance(run.pass_, ObservingPass)
         if run.pass_.two_streams():
             from compress.executors.two_streams import TwoStreamSweep
 

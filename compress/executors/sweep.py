@@ -80,8 +80,10 @@ class Sweep:
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        self.seconds[on] += time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.seconds[on] += time.perf_counter() - started
 
     def all_blocks(self, weights: list[Weight]) -> None:
         """Goes through the blocks until all weights are solved."""
@@ -253,13 +255,10 @@ class Sweep:
         """
         held = 0
         for walk in self.walks:
-            started = time.perf_counter()
             try:
                 x = self.until(walk, key)
             except LookupError:
                 continue
-            finally:
-                self.seconds["forward"] += time.perf_counter() - started
             assert walk.call is not None
             read = x if isinstance(x, torch.Tensor) else x.rows
             held += walk.batch.held_bytes(read)
@@ -270,7 +269,8 @@ class Sweep:
 
     def until(self, walk: BatchWalk, key: Key) -> torch.Tensor | Routed:
         """Runs a batch up to a reader; returns its input. Raises LookupError if the batch never reaches it."""
-        return walk.until(key)
+        with self.spent("forward"):
+            return walk.until(key)
 
     def step_back(self, walk: BatchWalk) -> None:
         """Drops a batch's activations inside the block."""

@@ -20,6 +20,7 @@ from compress.layerwise.batches import Batch
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, Key
+from compress.spec.weight_state import Weight
 
 
 class TwoStreamSweep(Sweep):
@@ -32,9 +33,12 @@ class TwoStreamSweep(Sweep):
         self.twins: dict[BatchWalk, BatchWalk] = {}
         self.read: dict[BatchWalk, Any] = {}
 
+    def all_blocks(self, weights: list[Weight]) -> None:
+        with self.unchanged_hooks:
+            super().all_blocks(weights)
+
     def set_out(self, probe: BatchWalk, offload: HiddenStateOffload) -> None:
         super().set_out(probe, offload)
-        self.unchanged_hooks.__enter__()
         self.twins = {walk: BatchWalk(walk.batch, self.unchanged_hooks, offload) for walk in self.walks}
         with self.spent("unchanged forward"):
             for twin in self.twins.values():
@@ -46,7 +50,7 @@ class TwoStreamSweep(Sweep):
         with self.spent("load"):
             self.unchanged.load(path)
 
-    def linears(self, key: Key, weights: list[Any]) -> None:
+    def linears(self, key: Key, weights: list[Weight]) -> None:
         forget = self.unchanged_hooks.watch({key[0]: False})
         super().linears(key, weights)
         forget()
@@ -78,4 +82,3 @@ class TwoStreamSweep(Sweep):
         super().leave(probe)
         for twin in self.twins.values():
             twin.leave()
-        self.unchanged_hooks.__exit__()

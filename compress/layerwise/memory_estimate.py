@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
 from compress.contract.block_training import BlockTrainPass
-from compress.contract.pass_base import Pass
 from compress.contract.tasks import Observer
 from compress.contract.train_pass import TrainPass
 from compress.errors import UsageError
@@ -74,7 +73,7 @@ def sweep_bytes(
     within = min(HELD_BYTES, 3 * tokens * widest * element_bytes) + 8 * 4096 * widest * 4
     statistic = max((pass_.statistic_bytes(w.in_features) * _at_once(w, pass_) for w in touched), default=0)
     work = max((pass_.workspace_bytes(w) for w in touched), default=0)
-    if isinstance(pass_, Pass) and pass_.two_streams():
+    if pass_.two_streams():
         head, block, within, between, outside = (2 * part for part in (head, block, within, between, outside))
     return max(head, block + within + statistic + work) + between + outside
 

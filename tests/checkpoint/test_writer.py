@@ -14,6 +14,17 @@ from compress.errors import MachineError
 from compress.spec.weight_state import TensorSpec
 
 
+def written(folder: Path, specs: list[TensorSpec], shard_bytes: int) -> Writer:
+    """A writer that has written and journaled ones, [8] each, and holds no file open."""
+    writer = Writer(folder, arrange(specs, shard_bytes))
+    writer.open("step")
+    writer.attach()
+    for spec in specs:
+        writer.record(spec.name, {spec.name: writer.put(spec.name, torch.ones(8))}, {})
+    writer.detach()
+    return writer
+
+
 def test_every_file_is_synced_before_the_rename_and_the_rename_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     sync, rename = os.fsync, os.rename
@@ -28,12 +39,7 @@ def test_every_file_is_synced_before_the_rename_and_the_rename_after_it(tmp_path
     specs = [TensorSpec(name, "F32", (8,)) for name in "abc"]
     side = tmp_path / "tokenizer.json"
     side.write_text("{}")
-    writer = Writer(tmp_path / "out.tmp", arrange(specs, 40))
-    writer.open("step")
-    writer.attach()
-    for spec in specs:
-        writer.record(spec.name, {spec.name: writer.put(spec.name, torch.ones(8))}, {})
-    writer.detach()
+    writer = written(tmp_path / "out.tmp", specs, 40)
     writer.seal({"config.json": "{}"}, {"tokenizer.json": side})
     writer.publish(tmp_path / "out")
     assert tmp_path.stat().st_ino in synced
@@ -45,12 +51,7 @@ def test_every_file_is_synced_before_the_rename_and_the_rename_after_it(tmp_path
 def test_what_another_host_has_written_back_over_is_found(tmp_path: Path) -> None:
     """The last bytes of one tensor lie in the page of the next one, which another host has read too early and writes back."""
     specs = [TensorSpec(name, "F32", (8,)) for name in "abc"]
-    writer = Writer(tmp_path / "out.tmp", arrange(specs, 1000))
-    writer.open("step")
-    writer.attach()
-    for spec in specs:
-        writer.record(spec.name, {spec.name: writer.put(spec.name, torch.ones(8))}, {})
-    writer.detach()
+    writer = written(tmp_path / "out.tmp", specs, 1000)
     writer.check(writer.read_journals())
     with open(tmp_path / "out.tmp" / "model.safetensors", "r+b") as stream:
         stream.seek({spec.name: at for spec, at in writer.shards[0].places}["b"] + 30)

@@ -15,32 +15,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.manifest import Manifest
-from compress.checkpoint.writer import Writer
 from compress.cli.app import build as command_line
 from compress.errors import CompressError, CoverageError, InputError
 from compress.executors.block_trainer import BlockTrainer, Micros, divided, steps_of
 from compress.executors.blocks import BlockTraining
 from compress.layerwise import hidden_state_offload
 from compress.pipeline import output_paths
-from families import build
 from forked import compress
-from support import do, load, ready_inputs, rows, step_of, tiny_llama, tree
+from support import do, load, ready_inputs, rows, step_of, stop_at_record, tensors, tiny_llama, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 HEAL = "distill.blocks(epochs=2, batch=2, micro_batch=1, lr=1e-3, scale_lr=1e-2"
 PRUNE, ROUND = "prune.magnitude(sparsity=0.5)", "quantize.rtn(scheme=w3a16g32, ragged=divide)"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("families")
-    return lambda name: folder / name if (folder / name).exists() else build(name, folder)
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, without its calibration tokens."""
-    files = [file for file in out.glob("*.safetensors") if file.name != "calibration.safetensors"]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def notes(manifest: Manifest, what: str) -> dict[str, list[str]]:
@@ -241,21 +227,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     """At any record of a weight; a finished block is not trained again."""
     recipe = f"{CALIBRATE} | {PRUNE} | {HEAL})"
     do(tiny, tmp_path / "whole", recipe)
-    real, calls, trained = Writer.record, [0], []
-    train = BlockTraining.train
-
-    def record(self: Writer, weight: str, *args: Any) -> None:
-        if "distill" in self.path.name:
-            calls[0] += 1
-            if calls[0] == at + 3:
-                raise KeyboardInterrupt
-        real(self, weight, *args)
+    trained, train = [], BlockTraining.train
 
     def counted(self: BlockTraining, block: Any, weights: Any) -> Any:
         trained.append(block.index)
         return train(self, block, weights)
 
-    monkeypatch.setattr(Writer, "record", record)
+    stop_at_record(monkeypatch, "distill", at + 3)
     monkeypatch.setattr(BlockTraining, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         do(tiny, tmp_path / "out", recipe)

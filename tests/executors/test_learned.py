@@ -11,29 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from compress.checkpoint.reader import open_checkpoint
-from compress.checkpoint.writer import Writer
 from compress.errors import CompressError, CoverageError
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build as model_of
-from families import build
 from forked import compress
-from support import do, ready_inputs, rows, step_of, tiny_llama, tree
+from support import do, ready_inputs, rows, step_of, stop_at_record, tensors, tiny_llama, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 LEARN = "quantize.learned(epochs=6, batch=4, micro_batch=4, held_out=0"
 ROUND = "quantize.rtn(scheme=w3a16g32, ragged=divide)"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("families")
-    return lambda name: folder / name if (folder / name).exists() else build(name, folder)
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, without its calibration tokens."""
-    files = [file for file in out.glob("*.safetensors") if file.name != "calibration.safetensors"]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("scheme", [
@@ -124,16 +110,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     recipe = f"{CALIBRATE} | {ROUND} | {LEARN})"
     do(tiny, tmp_path / "whole", recipe)
-    real, calls = Writer.record, [0]
-
-    def record(self: Writer, weight: str, *args: Any) -> None:
-        if "learned" in self.path.name:
-            calls[0] += 1
-            if calls[0] == at:
-                raise KeyboardInterrupt
-        real(self, weight, *args)
-
-    monkeypatch.setattr(Writer, "record", record)
+    stop_at_record(monkeypatch, "learned", at)
     with pytest.raises(KeyboardInterrupt):
         do(tiny, tmp_path / "out", recipe)
     do(tiny, tmp_path / "out", recipe)

@@ -38,12 +38,6 @@ SMOOTH = ("quantize.smooth(scheme=w3a16g16)", "quantize.smooth(method=smoothquan
 WATCHED = [name for name in FAMILIES if name != "llama4"]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder, found = tmp_path_factory.mktemp("families"), {}
-    return lambda name: found.setdefault(name, build(name, folder))
-
-
 def watch(model: torch.nn.Module, found: dict[str, torch.Tensor]) -> None:
     """Keeps the first input of every module."""
     for path, module in model.named_modules():
@@ -62,7 +56,7 @@ def do(source: Path, out: Path, recipe: str, **context: Any) -> Any:
 
 @pytest.mark.parametrize("name", WATCHED)
 def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
-    name: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever stands before a weight is solved before it, so its statistic is that of the model that comes out.
 
@@ -77,7 +71,7 @@ def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
 
     monkeypatch.setattr(wanda, "solve", spy)
     data = inputs_for(name, tmp_path)
-    result = do(made(name), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5)")
+    result = do(source(name), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5)")
     calibrated = FAMILIES[name].linears - FAMILIES[name].left
     assert result.manifest.coverage["transformed"] == calibrated
     wanted = {weight.name for weight, _ in seen.values()}
@@ -103,13 +97,13 @@ def test_every_weight_is_calibrated_on_what_it_reads_in_the_finished_model(
 
 
 @pytest.mark.parametrize("route", ["router", "all"])
-def test_experts_see_their_own_tokens_or_all(route: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_see_their_own_tokens_or_all(route: str, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixtral's first block against its router, run by hand."""
     wanda, seen = load_pass("prune.wanda"), {}
     solve = wanda.solve
     monkeypatch.setattr(wanda, "solve", lambda s, jobs, p: [seen.update({j.weight.name: p for j in jobs}), solve(s, jobs, p)][1])
     data = ready_inputs(5)
-    do(made("mixtral"), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5, route={route})")
+    do(source("mixtral"), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5, route={route})")
     model, found = load(tmp_path / "out", dtype=torch.float32, experts_implementation="eager"), {}
     layer = model.model.layers[0].mlp
     watch(model, found)
@@ -128,11 +122,11 @@ def test_experts_see_their_own_tokens_or_all(route: str, made: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_with_route_all_every_expert_has_all_tokens_and_outputs_stay(
-    name: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where statistics do not matter, for all is rounded to nearest, blocks hand the same bits on with both routes."""
     gptq, seen, outputs = load_pass("quantize.gptq"), list[int](), list[torch.Tensor]()
-    source, prepare, calibrate = made(name), gptq.prepare, CALIBRATE.format(ready_inputs(5), 5)
+    model, prepare, calibrate = source(name), gptq.prepare, CALIBRATE.format(ready_inputs(5), 5)
     monkeypatch.setattr(gptq, "prepare", lambda s, statistic: [seen.append(statistic.tokens), prepare(s, statistic)][1])
     hand_on = BatchWalk.hand_on
 
@@ -146,7 +140,7 @@ def test_with_route_all_every_expert_has_all_tokens_and_outputs_stay(
         seen.clear()
         outputs.clear()
         options = f"scheme=w4a16g32, targets=[linear, experts], min_tokens=1000000, route={route}"
-        do(source, tmp_path / route, f"{calibrate} | quantize.gptq({options})")
+        do(model, tmp_path / route, f"{calibrate} | quantize.gptq({options})")
         written.append(load_file(tmp_path / route / "canonical.safetensors"))
         handed.append(tuple(outputs))
     assert set(seen) == {5 * 24}, "linears as ever, and each of the experts"
@@ -155,21 +149,21 @@ def test_with_route_all_every_expert_has_all_tokens_and_outputs_stay(
     assert not [key for key, part in written[0].items() if not torch.equal(part, written[1][key])]
 
 
-def test_a_route_that_nothing_takes_is_refused(made: Any, tmp_path: Path) -> None:
+def test_a_route_that_nothing_takes_is_refused(source: Any, tmp_path: Path) -> None:
     for options in ("targets=attention", "skip=experts"):
         with pytest.raises(UsageError, match=r"prune\.wanda\.route.*\n.*all where routed experts are calibrated"):
             do(
-                made("mixtral"),
+                source("mixtral"),
                 tmp_path / "out",
                 f"{CALIBRATE.format(ready_inputs(5), 5)} | prune.wanda(sparsity=0.5, route=all, {options})",
             )
 
 
-def test_wanda_is_what_its_paper_says(made: Any, tmp_path: Path) -> None:
+def test_wanda_is_what_its_paper_says(source: Any, tmp_path: Path) -> None:
     """The first weight of a model against the formula, by hand: nothing before it has changed."""
     data = ready_inputs(5)
-    do(made("llama"), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5)")
-    model = load(made("llama"), dtype=torch.float32)
+    do(source("llama"), tmp_path / "out", f"{CALIBRATE.format(data, 5)} | prune.wanda(sparsity=0.5)")
+    model = load(source("llama"), dtype=torch.float32)
     with torch.no_grad():
         x = model.model.layers[0].input_layernorm(model.model.embed_tokens(load_file(data)["input_ids"]))
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
@@ -181,9 +175,9 @@ def test_wanda_is_what_its_paper_says(made: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4", "4:8"])
-def test_patterns_hold_and_stay_through_gptq(sparsity: str, made: Any, tmp_path: Path) -> None:
+def test_patterns_hold_and_stay_through_gptq(sparsity: str, source: Any, tmp_path: Path) -> None:
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | prune.wanda(sparsity={sparsity}) | quantize.gptq(scheme=w4a16g32)"
-    result = do(made("llama"), tmp_path / "out", recipe)
+    result = do(source("llama"), tmp_path / "out", recipe)
     assert {r.state for r in result.manifest.weights.values()} == {f"codes(w4a16g32)+masked({Sparsity.parse(sparsity)})"}
     dense_view, pruned = (
         DenseView(open_checkpoint(tmp_path / "out")),
@@ -207,11 +201,11 @@ def test_all_columns_alike_make_wanda_magnitude_by_row() -> None:
     assert torch.equal(keep_best(w.abs() * norms.rms(), half, per_row=True), keep_best(w.abs(), half, per_row=True))
 
 
-def test_weights_that_read_the_same_share_a_statistic(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_read_the_same_share_a_statistic(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gptq, widths = load_pass("quantize.gptq"), []
     statistic = gptq.statistic
     monkeypatch.setattr(gptq, "statistic", lambda self, width: [widths.append(width), statistic(self, width)][1])
-    do(made("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
+    do(source("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
     assert widths == 2 * [64, 64, 64, 96]  # q k v; o; gate up; down
 
 
@@ -219,21 +213,21 @@ def test_weights_that_read_the_same_share_a_statistic(made: Any, tmp_path: Path,
     ("name", "recipe"), [("llama", GPTQ), ("mixtral", GPTQ), ("t5", GPTQ), *(("mixtral", smooth) for smooth in SMOOTH)]
 )
 def test_budgets_cost_time_and_nothing_else(
-    name: str, recipe: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, recipe: str, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches that are dropped and run again, states that wait in files, and experts in rounds give the same bytes."""
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {recipe}"
     monkeypatch.setattr("compress.layerwise.batches.BATCH_TOKENS", 48)
-    do(made(name), tmp_path / "a", recipe)
+    do(source(name), tmp_path / "a", recipe)
     monkeypatch.setattr(sweep, "HELD_BYTES", 1)
     monkeypatch.setattr(sweep, "STATISTICS_BYTES", 1)
     monkeypatch.setattr(sweep, "BETWEEN_BYTES", 1)
     monkeypatch.setattr("compress.layerwise.hidden_state_offload._SMALLEST", 1)
-    do(made(name), tmp_path / "b", recipe)
+    do(source(name), tmp_path / "b", recipe)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_padding_does_not_count(made: Any, tmp_path: Path) -> None:
+def test_padding_does_not_count(source: Any, tmp_path: Path) -> None:
     """Samples with padding calibrate like the same samples without it."""
     ids = torch.randint(3, 128, (40, 16), generator=torch.Generator().manual_seed(3))
     padded = {
@@ -246,17 +240,19 @@ def test_padding_does_not_count(made: Any, tmp_path: Path) -> None:
     errors = []
     for kind in ("plain", "padded"):
         recipe = f"{CALIBRATE.format(tmp_path / f'{kind}.safetensors', 40)} | {GPTQ}"
-        errors.append({n: r.output_error for n, r in do(made("llama"), tmp_path / kind / "out", recipe).manifest.weights.items()})
+        errors.append(
+            {n: r.output_error for n, r in do(source("llama"), tmp_path / kind / "out", recipe).manifest.weights.items()}
+        )
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_bytes(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compress.checkpoint.writer import Writer
 
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ} | pack(format=compressed-tensors)"
-    do(made("mixtral"), tmp_path / "whole", recipe)
+    do(source("mixtral"), tmp_path / "whole", recipe)
     record, solved = Writer.record, []
 
     def stop(self: Writer, weight: str, *rest: Any) -> None:
@@ -266,16 +262,16 @@ def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_bytes(
         record(self, weight, *rest)
 
     monkeypatch.setattr(Writer, "record", stop)
-    untouched = len(open_checkpoint(made("mixtral")).refs) - FAMILIES["mixtral"].linears
+    untouched = len(open_checkpoint(source("mixtral")).refs) - FAMILIES["mixtral"].linears
     solved += [""] * -untouched
     with pytest.raises(KeyboardInterrupt):
-        do(made("mixtral"), tmp_path / "out", recipe)
+        do(source("mixtral"), tmp_path / "out", recipe)
     monkeypatch.setattr(Writer, "record", record)
     again: list[str] = []
     gptq = load_pass("quantize.gptq")
     solve = gptq.solve
     monkeypatch.setattr(gptq, "solve", lambda s, jobs, p: [again.extend(j.weight.name for j in jobs), solve(s, jobs, p)][1])
-    do(made("mixtral"), tmp_path / "out", recipe)
+    do(source("mixtral"), tmp_path / "out", recipe)
     assert not set(again) & set(solved)
     assert tree(tmp_path / "whole") == tree(tmp_path / "out")
 
@@ -308,14 +304,14 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_two_processes_equal_one(made: Any, tmp_path: Path) -> None:
+def test_two_processes_equal_one(source: Any, tmp_path: Path) -> None:
     """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""
     cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, QRONOS, *SMOOTH)]
     for ranks in (1, 2):
         for number, (name, recipe) in enumerate(cases):
             passes = f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}"
             how = ("--dtype", "float32", "--threads", 1, "--quiet")
-            done = compress("run", made(name), tmp_path / f"{ranks}-{number}", "-p", passes, *how, ranks=ranks)
+            done = compress("run", source(name), tmp_path / f"{ranks}-{number}", "-p", passes, *how, ranks=ranks)
             assert done.returncode == 0, done.stderr
     for number, case in enumerate(cases):
         manifest = open_checkpoint(tmp_path / f"2-{number}").manifest
@@ -324,14 +320,14 @@ def test_two_processes_equal_one(made: Any, tmp_path: Path) -> None:
         assert tree(tmp_path / f"1-{number}") == tree(tmp_path / f"2-{number}"), case
 
 
-def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> None:
+def test_calibration_travels_until_it_is_packed(source: Any, tmp_path: Path) -> None:
     calibrate = CALIBRATE.format(ready_inputs(), 6)
-    do(made("llama"), tmp_path / "c", calibrate)
+    do(source("llama"), tmp_path / "c", calibrate)
     do(tmp_path / "c", tmp_path / "q", GPTQ)
     do(tmp_path / "q", tmp_path / "p", "pack")
     assert (tmp_path / "q/calibration.safetensors").is_file()
     assert not (tmp_path / "p/calibration.safetensors").exists()
-    do(made("llama"), tmp_path / "at once", f"{calibrate} | {GPTQ} | pack")
+    do(source("llama"), tmp_path / "at once", f"{calibrate} | {GPTQ} | pack")
     a, b = (tree(tmp_path / out) for out in ("p", "at once"))
     assert {n: v for n, v in a.items() if n != "manifest.json"} == {n: v for n, v in b.items() if n != "manifest.json"}
     # Between steps only the tokens are kept: the weights lie where they were.
@@ -341,31 +337,31 @@ def test_calibration_travels_until_it_is_packed(made: Any, tmp_path: Path) -> No
     ]
 
 
-def test_what_cannot_be_swept_is_refused_before_any_work(made: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_swept_is_refused_before_any_work(source: Any, tmp_path: Path) -> None:
     calibrate = CALIBRATE.format(ready_inputs(), 6)
     with pytest.raises(RecipeError, match=re.escape("MODEL OUT -p 'calibrate | quantize.gptq(")):
-        do(made("llama"), tmp_path / "out", GPTQ)
+        do(source("llama"), tmp_path / "out", GPTQ)
     with pytest.raises(CoverageError, match="cannot be watched"):
-        do(made("llama4"), tmp_path / "out", f"{calibrate} | {GPTQ}")
+        do(source("llama4"), tmp_path / "out", f"{calibrate} | {GPTQ}")
     with pytest.raises(CoverageError, match="outside of them"):
-        do(made("llama"), tmp_path / "out", f"{calibrate} | quantize.gptq(scheme=w4a16g32, targets=[head])")
+        do(source("llama"), tmp_path / "out", f"{calibrate} | quantize.gptq(scheme=w4a16g32, targets=[head])")
     assert not (tmp_path / "out").exists()
 
 
-def test_towers_are_not_fed(made: Any, tmp_path: Path) -> None:
+def test_towers_are_not_fed(source: Any, tmp_path: Path) -> None:
     recipe = f"{CALIBRATE.format(ready_inputs(), 6)} | quantize.gptq(scheme=w4a16g32, targets=['re:.*vision.*fc1.weight'])"
     with pytest.raises(CoverageError, match="not tower:vision"):
-        do(made("llava"), tmp_path / "out", recipe)
+        do(source("llava"), tmp_path / "out", recipe)
 
 
-def test_a_weight_that_no_batch_reaches_is_an_error(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_no_batch_reaches_is_an_error(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.layerwise.stepwise.ForwardHooks.watch", lambda self, readers: lambda: None)
     with pytest.raises(CoverageError, match="nothing observed"):
-        do(made("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
+        do(source("llama"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
 
 
-def test_the_dense_view_of_a_sweep_runs(made: Any, tmp_path: Path) -> None:
-    do(made("qwen3_moe"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
+def test_the_dense_view_of_a_sweep_runs(source: Any, tmp_path: Path) -> None:
+    do(source("qwen3_moe"), tmp_path / "out", f"{CALIBRATE.format(ready_inputs(), 6)} | {GPTQ}")
     model = load(dense_meaning(tmp_path / "out", tmp_path / "dense"))
     assert sum(p.numel() for p in model.parameters())
 

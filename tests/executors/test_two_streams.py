@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from compress.checkpoint.reader import open_checkpoint
-from compress.checkpoint.writer import Writer
 from compress.contract.discover import load_pass
 from compress.errors import CompressError
 from compress.layerwise.model import build as model_of
@@ -19,7 +18,7 @@ from compress.numerics.hessian import Hessian, PairedHessian, corrected, factor,
 from compress.numerics.qtensor import integers
 from compress.spec.scheme import Scheme
 from families import build
-from support import do, ready_inputs, step_of, tree
+from support import do, ready_inputs, step_of, stop_at_record, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 QRONOS = "quantize.gptq(scheme=w3a16g32, ragged=divide, correct=qronos)"
@@ -189,16 +188,7 @@ def test_pruned_weights_stay_zeros(tiny: Path, tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = f"{CALIBRATE} | {QRONOS}"
     do(tiny, tmp_path / "whole", recipe)
-    real, calls = Writer.record, [0]
-
-    def record(self: Writer, weight: str, *args: Any) -> None:
-        if "gptq" in self.path.name:
-            calls[0] += 1
-            if calls[0] == 10:
-                raise KeyboardInterrupt
-        real(self, weight, *args)
-
-    monkeypatch.setattr(Writer, "record", record)
+    stop_at_record(monkeypatch, "gptq", 10)
     with pytest.raises(KeyboardInterrupt):
         do(tiny, tmp_path / "out", recipe)
     do(tiny, tmp_path / "out", recipe)

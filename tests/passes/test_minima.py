@@ -18,7 +18,7 @@ from compress.pipeline.resolve import resolve
 from compress.runtime import artifact
 from compress.spec.recipe import parse_one_liner
 from families import build as build_family
-from support import dense_meaning, do, load, logits, ready_inputs, run, tiny_llama
+from support import dense_meaning, do, load, logits, ready_inputs, refused, run, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,7 @@ def test_training_moves_scales_and_says_that_minima_stay(tiny: Path, tmp_path: P
 def test_what_cannot_hold_them_says_so_before_a_byte_moves(
     recipe: str, said: tuple[str, ...], tiny: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(compress.CompressError) as caught:
-        run(tiny, tmp_path / "out", recipe)
-    for part in said:
-        assert part in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    refused(tiny, tmp_path / "out", recipe, said)
 
 
 def test_moqe_takes_symmetric_codes_alone() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from compress.architecture.qlearned import codes_of, with_offsets
-from compress.checkpoint.reader import torch_dtype
 from compress.contract.block_training import BlockOptions
 from compress.executors.train.block_student import BlockStudent
+from compress.executors.train.student import key_of
 from compress.layerwise.model import Loader
 from compress.numerics import qtensor
 from compress.numerics.learned_rounding import positions
@@ -23,6 +23,8 @@ Dense = Callable[[Weight], torch.Tensor | None]
 
 class CodeStudent(BlockStudent):
     """A TrainedBlock: offsets of codes, and gains of scales."""
+
+    learned_parts: ClassVar[tuple[str, ...]] = ("offset", "gain")
 
     def __init__(self, loader: Loader, path: str, weights: Sequence[Weight], states: Mapping[str, State], dense: Dense) -> None:
         self._dense, self._kept = dense, dict[str, torch.Tensor]()
@@ -38,16 +40,8 @@ class CodeStudent(BlockStudent):
             found = with_offsets(module, positions(q, dense))
             if self._states[weight.name].sparsity is not None:
                 # A pruned weight stays at the code of zero; without the dense weight, so does one that was rounded to zero.
-                self._kept[f"{weight.name}.offset"] = q.nonzero() if dense is None else dense != 0
-            self._learning |= {self._key(weight.name, part): parameter for part, parameter in found.items()}
-
-    @staticmethod
-    def _key(name: str, part: str) -> str:
-        """The name in `trainable`: gains have the weight's own name, as in every student."""
-        return name if part == "gain" else f"{name}.{part}"
-
-    def learned(self, name: str) -> list[str]:
-        return [key for part in ("offset", "gain") if (key := self._key(name, part)) in self._learning]
+                self._kept[key_of(weight.name, "offset")] = q.nonzero() if dense is None else dense != 0
+            self._learning |= {key_of(weight.name, part): parameter for part, parameter in found.items()}
 
     def masks(self, states: dict[str, Any]) -> dict[str, torch.Tensor]:
         return self._kept
@@ -62,11 +56,6 @@ class CodeStudent(BlockStudent):
                 parameter.clamp_(-options.reach, options.reach)
 
     def parts(self, weight: Weight, learned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        q = self.dense_view.qtensor(weight.name)
-        assert q is not None
         module: Any = self.module.get_submodule(self.leaves[weight.name].path)
-        q = replace(q, codes=codes_of(module, learned[f"{weight.name}.offset"]))
-        if (gain := learned.get(weight.name)) is not None:
-            # Scales are rounded to the weight's dtype, whatever dtype they are stored in.
-            q = replace(q, scale=(q.steps() * gain).to(torch_dtype(weight.dtype)).to(q.scale.dtype), tensor_scale=None)
-        return qtensor.encode(weight, q)
+        codes = codes_of(module, learned[key_of(weight.name, "offset")])
+        return qtensor.encode(weight, replace(self.scaled(weight, learned), codes=codes))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ class Leaf:
 
 class Student:
     """`module` is transformers' model in fp32, in eval mode: without dropout. Raises InputError."""
+
+    learned_parts: ClassVar[tuple[str, ...]] = ("gain", "left", "right")
+    """What may be trained of a weight in codes."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         meta_model = filled(checkpoint, "float32")
@@ -109,8 +112,8 @@ class Student:
             if leaf.codes:
                 module = self.module.get_submodule(leaf.path)
                 learned[id(module.scale)] = found = module.learn()
-                self._paths.update({_key(weight.name, part): f"{leaf.path}.{part}" for part in found})
-                self._learning.update({_key(weight.name, part): parameter for part, parameter in found.items()})
+                self._paths.update({key_of(weight.name, part): f"{leaf.path}.{part}" for part in found})
+                self._learning.update({key_of(weight.name, part): parameter for part, parameter in found.items()})
             else:
                 self._paths[weight.name] = leaf.path
                 self._learning[weight.name] = self.module.get_parameter(leaf.path).requires_grad_(True)
@@ -136,7 +139,7 @@ class Student:
 
     def learned(self, name: str) -> list[str]:
         """The trained parameters of a weight, by their names in `trainable`."""
-        return [key for part in ("gain", "left", "right") if (key := _key(name, part)) in self._learning]
+        return [key for part in self.learned_parts if (key := key_of(name, part)) in self._learning]
 
     def is_gain(self, name: str) -> bool:
         """Whether a trained parameter is the gain of scales."""
@@ -155,17 +158,22 @@ class Student:
             # Adding zero turns -0 into +0: some sparse kernels take -0 for a value.
             return {weight.name: (learned[weight.name].to(stored) + 0).reshape(weight.shape)}
         # The other parts of the quantized weight, as they are stored.
-        q = self.dense_view.qtensor(weight.name)
-        assert q is not None
-        if (gain := learned.get(weight.name)) is not None:
-            # Scales are rounded to the weight's dtype, whatever dtype they are stored in.
-            q = replace(q, scale=(q.steps() * gain).to(stored).to(q.scale.dtype), tensor_scale=None)
-        if (left := learned.get(_key(weight.name, "left"))) is not None:
-            q = replace(q, lowrank=Factors(left.bfloat16(), learned[_key(weight.name, "right")].bfloat16()))
+        q = self.scaled(weight, learned)
+        if (left := learned.get(key_of(weight.name, "left"))) is not None:
+            q = replace(q, lowrank=Factors(left.bfloat16(), learned[key_of(weight.name, "right")].bfloat16()))
         return qtensor.encode(weight, q)
 
+    def scaled(self, weight: Weight, learned: dict[str, torch.Tensor]) -> qtensor.QTensor:
+        """A weight in codes as it is stored, with the gains of its scales if they were trained."""
+        q = self.dense_view.qtensor(weight.name)
+        assert q is not None
+        if (gain := learned.get(weight.name)) is None:
+            return q
+        # Scales are rounded to the weight's dtype, whatever dtype they are stored in.
+        return replace(q, scale=(q.steps() * gain).to(torch_dtype(weight.dtype)).to(q.scale.dtype), tensor_scale=None)
 
-def _key(name: str, part: str) -> str:
+
+def key_of(name: str, part: str) -> str:
     """The name in `trainable` of a part of a weight in codes; gains have the weight's own name."""
     return name if part == "gain" else f"{name}.{part}"
 
