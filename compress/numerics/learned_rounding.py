@@ -42,26 +42,26 @@ def _grid(scheme: Scheme, device: torch.device) -> tuple[torch.Tensor, torch.Ten
 
 def places(q: QTensor) -> torch.Tensor:
     """The number i of each code among its values, fp32 [experts?, rows, columns]: for integers the code."""
-    if q.scheme.integer:
+    if q.scheme.whole:
         return q.codes.float()
     return _grid(q.scheme, q.codes.device)[2].index_select(0, q.codes.flatten().int()).view(q.codes.shape).float()
 
 
 def codes_at(i: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """uint8 codes at the places `i`, the inverse of `places`."""
-    if scheme.integer:
+    if scheme.whole:
         return i.to(torch.int16).to(torch.uint8)
     return _grid(scheme, i.device)[1].index_select(0, i.flatten().int()).view(i.shape)
 
 
 def last_place(scheme: Scheme, device: torch.device) -> int:
     """The number of the largest value."""
-    return scheme.levels - 1 if scheme.integer else len(_grid(scheme, device)[0]) - 1
+    return scheme.levels - 1 if scheme.whole else len(_grid(scheme, device)[0]) - 1
 
 
 def values_at(i: torch.Tensor, scheme: Scheme, zero: torch.Tensor | None) -> torch.Tensor:
     """The values at the places `i`, before they are scaled."""
-    if not scheme.integer:
+    if not scheme.whole:
         return _grid(scheme, i.device)[0].index_select(0, i.flatten().int()).view(i.shape)
     if scheme.minimum:
         return i.clone()
@@ -82,7 +82,7 @@ def positions(q: QTensor, dense: torch.Tensor | None) -> torch.Tensor:
         x = x - spread(q.minimum.float(), q.scheme, rows, columns)
     x = x / spread(q.steps(), q.scheme, rows, columns)
     inside = x - values_at(i, q.scheme, q.zero)
-    if not q.scheme.integer:
+    if not q.scheme.whole:
         ascending = _grid(q.scheme, i.device)[0]
         gaps = torch.cat([ascending.diff(), ascending.new_ones(1)])
         above = gaps.index_select(0, i.flatten().int()).view(i.shape)
@@ -125,7 +125,7 @@ class LearnedRounding(torch.autograd.Function):
             # Beyond the last value an offset changes nothing, but may lead back.
             outside = ((moved > last + 0.5) & (grad < 0)) | ((moved < -0.5) & (grad > 0))
             to_offset = grad * spread(scale.float(), scheme, rows, columns)
-            if not scheme.integer:
+            if not scheme.whole:
                 ascending = _grid(scheme, moved.device)[0]
                 gaps = torch.cat([ascending.diff(), ascending[-1:] - ascending[-2:-1]])
                 at = moved.floor().clamp_(0, last).flatten().int()

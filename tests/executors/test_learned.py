@@ -37,6 +37,16 @@ def test_every_scheme_comes_closer(scheme: str, tiny: Path, tmp_path: Path) -> N
     assert float((after - dense).square().mean()) < float((before - dense).square().mean())
 
 
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k"])
+def test_k_quants_come_closer_and_keep_their_scales(scheme: str, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    do(model, tmp_path / "out", f"{CALIBRATE} | quantize.rtn(scheme={scheme}) | {LEARN})")
+    assert all(row["loss"] < row["start"] for row in rows(tmp_path / "out")), rows(tmp_path / "out")
+    old, new = tensors(step_of(tmp_path / "out", "quantize.rtn")), tensors(tmp_path / "out")
+    moved = {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
+    assert moved == {"codes"}
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "gpt_oss", "phi3"])
 def test_every_family_comes_closer(name: str, source: Callable[[str], Path], tmp_path: Path) -> None:
     """Also where experts or projections are fused on load, and with a Conv1D."""

@@ -16,11 +16,11 @@ from compress.spec.scheme import Scheme
 
 SCHEMES = [
     "w2a16g32", "w3a16g32-asym", "w4a16g64", "w5a16", "w8a8", "w4a16g32-min", "nf4g64", "nf2g32", "fp4g32", "fp4g32-m2", "mxfp4",
-    "nvfp4", "fp8", "fp8-block", "e3m0g32",
+    "nvfp4", "fp8", "fp8-block", "e3m0g32", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k",
 ]  # fmt: skip
 
 
-def made(text: str, rows: int = 8, columns: int = 128) -> tuple[torch.Tensor, QTensor]:
+def made(text: str, rows: int = 8, columns: int = 256) -> tuple[torch.Tensor, QTensor]:
     """A weight in fp32, and its codes."""
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
     return w, nearest(w, Scheme.parse(text), torch.float32).q.plain()
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_straight_through_rounding(text: str) -> None:
     i = moved.detach().round().clamp(0, last)
     low = moved.detach().floor().clamp(0, last - 1)
     a, b = (values_at(at, scheme, q.zero) for at in (low, low + 1))
-    if scheme.integer:
+    if scheme.whole:
         a, b = torch.zeros_like(a), torch.ones_like(b)
     line = a + (b - a) * (moved - low)
     line = line + (values_at(i, scheme, q.zero) - line).detach()
