@@ -279,6 +279,11 @@ def learned_of(state: State) -> list[str]:
     return [kind] * scales + ["low-rank factors"] * factors
 
 
+def codes_of(scheme: Scheme) -> list[str]:
+    """What is trained where codes are chosen anew, in words."""
+    return ["codes", *([] if scheme.powers else ["scales"])]
+
+
 def unlearnable(state: State) -> str:
     """Why nothing of a weight in codes can be trained."""
     return f"{state.scheme} binds scales to powers of two or to few bits: none can be moved"
@@ -320,6 +325,6 @@ class TrainingPass(LearningPass, TrainingTexts):
         from compress.contract.training_options import TrainingOptions
 
         return TrainingOptions(
-            self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, self.schedule, self.warmup, self.final,
+            self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, None, self.schedule, self.warmup, self.final,
             self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
         )  # fmt: skip

@@ -38,8 +38,6 @@ class BlockOptions(TrainingOptions):
     """Whether the block ends at its best iterate, the one before training included, or at the last one."""
     target: Stream = "dense"
     optimizer: Literal["adamw", "sign"] = "adamw"
-    code_lr: float | None = None
-    """Peak learning rate of the offsets of codes, in steps; None for one over the number of steps."""
     reach: float = 0.5
     """How far an offset may move a code, in steps."""
 
@@ -47,8 +45,6 @@ class BlockOptions(TrainingOptions):
 class BlockTrainPass(LearningPass):
     """Training of one block after the other towards the outputs of its dense twin."""
 
-    learns_codes: ClassVar[bool] = False
-    """Whether codes are chosen anew, instead of training what their state leaves to train."""
     second_model: ClassVar[Literal["", "teacher", "dense"]] = "teacher"
 
     def executor(self) -> Executor:

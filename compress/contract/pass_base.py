@@ -78,6 +78,10 @@ class Pass(BaseModel):
         """What decides the state of each weight before shards are laid out; None if the options alone decide."""
         return None
 
+    def learns_codes(self) -> bool:
+        """Whether it trains codes, for which it reads the dense weights that they were made from, where they are known."""
+        return False
+
     def reads_tokens(self) -> bool:
         """Whether it reads the calibration tokens that are stored with the checkpoint."""
         return False

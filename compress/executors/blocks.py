@@ -31,7 +31,7 @@ from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.executors.teacher import check_twin
 from compress.executors.train.block_student import BlockStudent, copied
-from compress.executors.train.code_student import CodeStudent
+from compress.executors.train.code_student import BlockCodeStudent
 from compress.executors.train.record import Record
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
@@ -210,11 +210,11 @@ class BlockTraining:
 
     def made(self, path: str, weights: list[Weight]) -> BlockStudent:
         """A block with what is trained of it."""
-        if not self.pass_.learns_codes:
+        if not self.pass_.learns_codes():
             return BlockStudent(self.loader, path, weights, self.states)
         parent = self.run.dense_parent
         assert parent is not None
-        return CodeStudent(self.loader, path, weights, self.states, parent.find)
+        return BlockCodeStudent(self.loader, path, weights, self.states, parent.find)
 
     @contextmanager
     def pair(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -32,9 +32,10 @@ class DenseParent:
 
     def __init__(self, step: StepPlan, plan: Plan, past: Sequence[Checkpoint], outside: Teacher | None) -> None:
         self._homes: dict[str, Checkpoint] = {}
+        shapes = {weight.name: weight.shape for weight in step.weights}
         for name in step.transformed:
             made = _last_dense(name, step, plan)
-            if made is None and outside is None:
+            if made is None and (outside is None or not _has(outside.checkpoint, name, shapes[name])):
                 continue
             self._homes[name] = past[made] if made is not None else outside.checkpoint  # type: ignore[union-attr]
             # Opens the file before threads share it.
@@ -47,6 +48,12 @@ class DenseParent:
     def read(self, weight: Weight) -> torch.Tensor:
         """A weight as [experts?, rows, columns], in its dtype."""
         return as_matrix(weight, self._homes[weight.name].read(weight.name))
+
+
+def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a checkpoint has a weight of this shape without codes; a teacher may be another model."""
+    entry = checkpoint.logical.get(name)
+    return entry is not None and entry.state.scheme is None and entry.shape == shape
 
 
 def _last_dense(name: str, step: StepPlan, plan: Plan) -> int | None:

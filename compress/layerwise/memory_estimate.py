@@ -183,6 +183,10 @@ def train_bytes(
     if how.recompute:
         expanded, activations = 2 * expanded // blocks, 2 * activations // blocks
     trained = sum(learned(weight, states[weight.name]) for weight in touched)
+    if pass_.learns_codes():
+        chosen = sum(weight.numel for weight in touched if states[weight.name].scheme is not None)
+        # Positions; the values and moved positions kept for the backward pass, unless blocks are computed again.
+        trained, model = trained + chosen, model + 4 * chosen + 8 * chosen // (blocks if how.recompute else 1)
     masks = sum(weight.numel for weight in touched if states[weight.name].sparsity is not None)
     vocabulary = size_of(config, "vocab_size") or 0
     # The logits of both models, with gradients; and ten fp32 arrays of the size of a chunk of the loss.
@@ -214,7 +218,7 @@ def blocks_bytes(
         asked = 4 + element_bytes + (16 if weight.converted else 0) + (5 if state.scheme is not None else 0)
         blocks[place] += asked * weight.numel
         if weight.name in trained:
-            chosen = weight.numel if pass_.learns_codes and state.scheme is not None else 0
+            chosen = weight.numel if pass_.learns_codes() and state.scheme is not None else 0
             blocks[place] += (20 + element_bytes) * (learned(weight, state) + chosen) + weight.numel * (
                 state.sparsity is not None
             )

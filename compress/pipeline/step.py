@@ -16,7 +16,6 @@ from compress.checkpoint.reader import ABOUT, ALLOCATION, CALIBRATION, TRAINING,
 from compress.checkpoint.scan import SourceScan, file_digest, text_digest
 from compress.checkpoint.writer import Writer
 from compress.context import Context
-from compress.contract.block_training import BlockTrainPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import MachineError
 from compress.executors.allocate import record
@@ -104,16 +103,15 @@ def _step_run(step: StepPlan, state: RunState, inputs: StepInputs, writer: Write
         step, state.source, weights, state.digests, writer, ctx,
         tokens=_tokens_for(step, state, inputs.corpus, writer, ctx),
         teacher=None if model is None or compensates else model.checkpoint,
-        dense_parent=_dense_parent(step, state, inputs, model if compensates else None),
+        dense_parent=_dense_parent(step, state, inputs),
         dense_view=DenseView(state.source) if step.pass_.unpacks else None,
     )  # fmt: skip
 
 
-def _dense_parent(step: StepPlan, state: RunState, inputs: StepInputs, outside: Teacher | None) -> DenseParent | None:
+def _dense_parent(step: StepPlan, state: RunState, inputs: StepInputs) -> DenseParent | None:
     """Reads the dense weights of codes, for a pass that corrects codes or chooses them anew."""
-    worker = step.pass_.worker()
-    asks = step.pass_.second_model == "dense" or (isinstance(worker, BlockTrainPass) and worker.learns_codes)
-    return DenseParent(step, inputs.plan, state.past, outside) if asks else None
+    asks = step.pass_.second_model == "dense" or step.pass_.worker().learns_codes()
+    return DenseParent(step, inputs.plan, state.past, inputs.second_model) if asks else None
 
 
 def _tokens_for(step: StepPlan, state: RunState, corpus: Corpus | None, writer: Writer, ctx: Context) -> Path | None:

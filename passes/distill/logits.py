@@ -2,18 +2,25 @@
 
 Logit distillation (Hinton et al., 1503.02531): for every scored token the divergence of the student's distribution from the
 teacher's, over the whole vocabulary in fp32. Forward KL alone is the usual choice for recovering the quality that pruning or
-quantizing a base model has cost (Muralidharan et al., Minitron, 2407.14679). Codes and zeros do not change.
+quantizing a base model has cost (Muralidharan et al., Minitron, 2407.14679). Zeros do not change.
+
+Codes do not change either, and scales are trained, unless latent=true: then each weight in codes has a latent weight, which is
+rounded to its code in every forward, and gradients go straight through the rounding (Bengio et al., 1308.3432), with learned
+scales (LSQ, 1902.08153). This is quantization-aware distillation (QAD, LLM-QAT 2305.17888); its result is codes as before.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import TrainingPass
+from compress.contract.base_passes import TrainingPass, codes_of
 from compress.contract.tasks import TrainingBatch
 from compress.contract.train_pass import LossPass
+from compress.contract.training_options import TrainingOptions
+from compress.spec.weight_state import State
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +41,13 @@ class Logits(TrainingPass, LossPass):
     mix: float | None = Field(None, ge=0, le=1, description="mixing weight of a skew or of Jensen-Shannon; by default 0.1 or 0.5")
     top_k: int = Field(0, ge=0, description="the teacher's likeliest tokens, compared one by one, all others as one; 0 for all")
     kl: float = Field(1.0, ge=0, description="weight of the divergence")
+    latent: bool = Field(
+        False, description="choose the codes anew, too: those of latent weights that are rounded in every forward and trained"
+    )
+    code_lr: float | None = Field(
+        None, ge=0, le=1e30,
+        description="latent: peak learning rate of latent weights, in steps of codes; without it one over the optimizer's steps",
+    )  # fmt: skip
     ce: float = Field(0.0, ge=0, description="weight of the cross entropy with the text's own tokens")
 
     @model_validator(mode="after")
@@ -46,7 +60,18 @@ class Logits(TrainingPass, LossPass):
             raise ValueError(f"divergence={self.divergence} reads no mix")
         if self.mix == 1 and self.divergence.startswith("skew"):
             raise ValueError("a skew with mix=1 is 0 whatever the student does")
+        if self.code_lr is not None and not self.latent:
+            raise ValueError("code_lr: only with latent=true")
         return self
+
+    def learns_codes(self) -> bool:
+        return self.latent
+
+    def learns(self, state: State) -> list[str]:
+        return codes_of(state.scheme) if self.latent and state.scheme is not None else super().learns(state)
+
+    def training_options(self) -> TrainingOptions:
+        return replace(super().training_options(), code_lr=self.code_lr)
 
     def teacher_model(self) -> str | None:
         return self.teacher if self.kl else None

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from compress.contract.base_passes import codes_of
 from compress.contract.block_training import BlockOptions, BlockReconstruction
 from compress.contract.training_options import Curve
 from compress.errors import Refusal
@@ -29,7 +30,6 @@ class Learned(BlockReconstruction):
     example: ClassVar[str] = (
         "calibrate | quantize.rtn(scheme=w3a16g32, ragged=divide) | quantize.learned(epochs=2, batch=2, micro_batch=1)"
     )
-    learns_codes: ClassVar[bool] = True
 
     optimizer: Literal["sign", "adamw"] = Field("sign", description="signed gradients, or AdamW")
     lr: float | None = Field(
@@ -53,8 +53,11 @@ class Learned(BlockReconstruction):
             target=self.target, optimizer=self.optimizer, reach=self.reach,
         )  # fmt: skip
 
+    def learns_codes(self) -> bool:
+        return True
+
     def learns(self, state: State) -> list[str]:
-        return [] if state.scheme is None else ["codes", *([] if state.scheme.powers else ["scales"])]
+        return [] if state.scheme is None else codes_of(state.scheme)
 
     def unlearnable(self, state: State) -> str:
         return f"it is {state}, and codes alone are chosen here"

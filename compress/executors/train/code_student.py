@@ -1,17 +1,19 @@
-"""Code student: one block whose codes and scales are trained, weight by weight."""
+"""Code student: trains codes and scales, of one block or of a whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
-from compress.architecture.qlearned import codes_of, with_offsets
+from compress.architecture.qlearned import QLearned, codes_of, with_offsets
+from compress.checkpoint.reader import Checkpoint
 from compress.contract.block_training import BlockOptions
 from compress.executors.train.block_student import BlockStudent
-from compress.executors.train.student import key_of
+from compress.executors.train.student import Student, key_of
 from compress.layerwise.model import Loader
 from compress.numerics import qtensor
 from compress.numerics.learned_rounding import positions
@@ -21,30 +23,47 @@ Dense = Callable[[Weight], torch.Tensor | None]
 """The dense weight [experts?, rows, columns] that codes were made from; None if it is not known."""
 
 
-class CodeStudent(BlockStudent):
-    """A TrainedBlock: offsets of codes, and gains of scales."""
+class CodeStudent(Student):
+    """Of a weight in codes, offsets of the codes and gains of the scales are trained. `_dense` and `_states` are given first."""
 
     learned_parts: ClassVar[tuple[str, ...]] = ("offset", "gain")
+    _dense: Dense
+    _states: Mapping[str, State]
 
-    def __init__(self, loader: Loader, path: str, weights: Sequence[Weight], states: Mapping[str, State], dense: Dense) -> None:
-        self._dense, self._kept = dense, dict[str, torch.Tensor]()
-        self._states = states
-        super().__init__(loader, path, weights, states)
+    def open_codes(self, weight: Weight, module: Any) -> dict[str, nn.Parameter]:
+        q, dense = module.quantized(), self._dense(weight)
+        return with_offsets(module, positions(q, None if dense is None else dense.to(q.codes.device)))
 
-    def learn(self, weights: Iterable[Weight]) -> None:
-        for weight in weights:
-            module: Any = self.module.get_submodule(self.leaves[weight.name].path)
-            q, dense = module.quantized(), self._dense(weight)
-            if dense is not None:
-                dense = dense.to(q.codes.device)
-            found = with_offsets(module, positions(q, dense))
-            if self._states[weight.name].sparsity is not None:
-                # A pruned weight stays at the code of zero; without the dense weight, so does one that was rounded to zero.
-                self._kept[key_of(weight.name, "offset")] = q.nonzero() if dense is None else dense != 0
-            self._learning |= {key_of(weight.name, part): parameter for part, parameter in found.items()}
+    def share(self, module: Any, found: dict[str, nn.Parameter]) -> None:
+        if not isinstance(module, QLearned):
+            twin = next(m for m in self.module.modules() if isinstance(m, QLearned) and m.offset is found["offset"])
+            with_offsets(module, twin.position)
+        super().share(module, found)
 
     def masks(self, states: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return self._kept
+        found = super().masks(states)
+        for name, leaf in self.leaves.items():
+            if leaf.codes and (key := key_of(name, "offset")) in self._learning and self._states[name].sparsity is not None:
+                # A pruned weight stays at the code of zero; without the dense weight, so does one that was rounded to zero.
+                dense = self._dense(self.dense_view.weights[name][0])
+                module: Any = self.module.get_submodule(leaf.path)
+                found[key] = module.quantized().nonzero() if dense is None else dense != 0
+        return found
+
+    def parts(self, weight: Weight, learned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self.leaves[weight.name].codes:
+            return super().parts(weight, learned)
+        module: Any = self.module.get_submodule(self.leaves[weight.name].path)
+        codes = codes_of(module, learned[key_of(weight.name, "offset")])
+        return qtensor.encode(weight, replace(self.scaled(weight, learned), codes=codes))
+
+
+class BlockCodeStudent(CodeStudent, BlockStudent):
+    """A TrainedBlock whose codes are chosen anew."""
+
+    def __init__(self, loader: Loader, path: str, weights: Sequence[Weight], states: Mapping[str, State], dense: Dense) -> None:
+        self._dense, self._states = dense, states
+        super().__init__(loader, path, weights, states)
 
     def rate(self, name: str, options: BlockOptions) -> float | None:
         return options.scale_lr if self.is_gain(name) else options.code_lr
@@ -55,7 +74,10 @@ class CodeStudent(BlockStudent):
             if not self.is_gain(name):
                 parameter.clamp_(-options.reach, options.reach)
 
-    def parts(self, weight: Weight, learned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        module: Any = self.module.get_submodule(self.leaves[weight.name].path)
-        codes = codes_of(module, learned[key_of(weight.name, "offset")])
-        return qtensor.encode(weight, replace(self.scaled(weight, learned), codes=codes))
+
+class LatentStudent(CodeStudent):
+    """A Student whose codes are those of latent weights, rounded whenever they are used."""
+
+    def __init__(self, checkpoint: Checkpoint, states: Mapping[str, State], dense: Dense) -> None:
+        self._dense, self._states = dense, states
+        super().__init__(checkpoint)

@@ -32,6 +32,7 @@ from compress.executors.anomalies import watch
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
 from compress.executors.train import state
+from compress.executors.train.code_student import LatentStudent
 from compress.executors.train.domain_order import order_for
 from compress.executors.train.domains import domains_for
 from compress.executors.train.record import Record
@@ -79,7 +80,7 @@ class Training:
         self.accelerator = Accelerator(cpu=device_of(ctx) == CPU, kwargs_handlers=[unused])
         assert self.accelerator.num_processes == ctx.world_size, (self.accelerator.num_processes, ctx.world_size)
         _check_launch(self.accelerator)
-        self.student = Student(source)
+        self.student = self._student(run)
         self.student.learn(self.weights)
         masks = self.student.masks(step.before)
         self.order = order_for(run, step.pass_, causal=_causal(self.student.module, source))
@@ -100,15 +101,21 @@ class Training:
         self.record = Record(writer.path, step.pass_.pass_name())
         self.seconds = {"load": time.perf_counter() - started, "steps": 0.0, "save": 0.0}
 
+    def _student(self, run: StepRun) -> Student:
+        if not self.pass_.learns_codes():
+            return Student(run.source)
+        assert run.dense_parent is not None
+        return LatentStudent(run.source, run.step.after, run.dense_parent.find)
+
     def _prepared(self) -> tuple[Any, torch.optim.Optimizer]:
         """The student and its optimizer as accelerate wraps them."""
-        kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "other": [], "scale": []}
+        kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "other": [], "scale": [], "code": []}
         for name, parameter in {id(p): (n, p) for n, p in self.student.trainable.items()}.values():
-            gain = self.student.is_gain(name)
-            kinds["scale" if gain else "matrix" if parameter.dim() > 1 else "other"].append(parameter)
+            kinds[self.student.kind(name)].append(parameter)
         s = self.training_options
+        rates = {"scale": s.scale_lr, "code": 1 / max(1, self.order.steps) if s.code_lr is None else s.code_lr}
         groups = [
-            {"params": parameters, "peak": s.scale_lr if kind == "scale" else s.lr, "lr": 0.0,
+            {"params": parameters, "peak": rates.get(kind, s.lr), "lr": 0.0,
              "weight_decay": s.weight_decay if kind == "matrix" else 0.0}
             for kind, parameters in kinds.items() if parameters
         ]  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -111,7 +111,7 @@ class Student:
             leaf = self.leaves[weight.name]
             if leaf.codes:
                 module = self.module.get_submodule(leaf.path)
-                learned[id(module.scale)] = found = module.learn()
+                learned[id(module.scale)] = found = self.open_codes(weight, module)
                 self._paths.update({key_of(weight.name, part): f"{leaf.path}.{part}" for part in found})
                 self._learning.update({key_of(weight.name, part): parameter for part, parameter in found.items()})
             else:
@@ -120,13 +120,22 @@ class Student:
         # Tied weights share their scale, and so its gain and their factors.
         for module in self.module.modules():
             if isinstance(module, QLinear) and id(module.scale) in learned:
-                for part, parameter in learned[id(module.scale)].items():
-                    module._buffers.pop(part, None)
-                    module.register_parameter(part, parameter)
+                self.share(module, learned[id(module.scale)])
                 # FSDP does not shard buffers, so every process has all of it.
                 frozen = module.scale.detach()
                 del module._parameters["scale"]
                 module.register_buffer("scale", frozen)
+
+    def open_codes(self, weight: Weight, module: Any) -> dict[str, nn.Parameter]:
+        """Makes a weight in codes trainable; returns its parameters by name."""
+        found: dict[str, nn.Parameter] = module.learn()
+        return found
+
+    def share(self, module: Any, found: dict[str, nn.Parameter]) -> None:
+        """Gives a module, whose codes are those of a trainable one, the same parameters."""
+        for part, parameter in found.items():
+            module._buffers.pop(part, None)
+            module.register_parameter(part, parameter)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -140,6 +149,12 @@ class Student:
     def learned(self, name: str) -> list[str]:
         """The trained parameters of a weight, by their names in `trainable`."""
         return [key for part in self.learned_parts if (key := key_of(name, part)) in self._learning]
+
+    def kind(self, name: str) -> Literal["matrix", "other", "scale", "code"]:
+        """What a trained parameter is: its learning rate and decay depend on it."""
+        if name.endswith(".offset"):
+            return "code"
+        return "scale" if self.is_gain(name) else "matrix" if self._learning[name].dim() > 1 else "other"
 
     def is_gain(self, name: str) -> bool:
         """Whether a trained parameter is the gain of scales."""
