@@ -101,6 +101,10 @@ class ObservingPass(TargetedPass):
         """Whether a sweep shows it the inputs of the unchanged model beside those of the one that it changes."""
         return False
 
+    def corrects_residual(self) -> bool:
+        """With two streams: whether it is also shown how far the residual streams are apart where outputs are added to them."""
+        return False
+
     def observes(self) -> bool:
         """Whether it needs statistics with these options; if not, the pass is streamed."""
         return True

@@ -200,7 +200,7 @@ class Sweep:
 
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of a weight's inputs over all batches."""
-        statistic = made_on(self.meta_model.device, self.pass_.statistic, weight.in_features)
+        statistic = self.statistic(weight)
         for walk, x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
@@ -210,6 +210,9 @@ class Sweep:
         if not statistic.tokens:
             raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
         return statistic
+
+    def statistic(self, weight: Weight) -> Any:
+        return made_on(self.meta_model.device, self.pass_.statistic, weight.in_features)
 
     def add(self, statistic: Any, walk: BatchWalk, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Adds the inputs of a batch, [tokens, width], to a statistic."""

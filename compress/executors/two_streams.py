@@ -3,6 +3,9 @@
 Both go from block to block, and inside a block from reader to reader, side by side: a weight is solved from what it will read and
 from what it would read if nothing before it had changed. So it takes two blocks in memory, and the hidden states of both.
 
+A pass may also ask for the residual stream: for a linear whose output is added to it, how far the two streams are apart where it
+is added (executors/residual_stream.py).
+
 A routed expert has no pairs of inputs: the routers of the two models may send a token to different experts.
 """
 
@@ -13,6 +16,8 @@ from typing import Any
 import torch
 
 from compress.architecture.experts import Routed
+from compress.contract.shapes import LinearPass
+from compress.executors.residual_stream import adders
 from compress.executors.step_run import StepRun
 from compress.executors.sweep import Sweep, model_of
 from compress.layerwise.batch_walk import BatchWalk
@@ -32,6 +37,9 @@ class TwoStreamSweep(Sweep):
         self.unchanged_hooks = ForwardHooks(self.unchanged)
         self.twins: dict[BatchWalk, BatchWalk] = {}
         self.read: dict[BatchWalk, Any] = {}
+        self.corrects_residual = isinstance(run.pass_, LinearPass) and run.pass_.corrects_residual()
+        self.adders: dict[str, str] = {}
+        self.stream: str | None = None
 
     def all_blocks(self, weights: list[Weight]) -> None:
         with self.unchanged_hooks:
@@ -50,10 +58,32 @@ class TwoStreamSweep(Sweep):
         with self.spent("load"):
             self.unchanged.load(path)
 
+    def block(self, path: str, weights: list[Weight], probe: BatchWalk) -> int:
+        if not self.corrects_residual:
+            return super().block(path, weights, probe)
+        with self.spent("forward"):
+            self.adders = adders(
+                self.hooks, probe.arguments(), {key[0] for w in weights for key in self.readers(w) if not key[1]}
+            )
+        probe.step_back()
+        undo = [hooks.keep(set(self.adders.values())) for hooks in (self.hooks, self.unchanged_hooks)]
+        kept = super().block(path, weights, probe)
+        for forget in undo:
+            forget()
+        return kept
+
     def linears(self, key: Key, weights: list[Weight]) -> None:
+        # What is added to the stream is read by one weight alone.
+        self.stream = self.adders.get(key[0]) if len(weights) == 1 else None
         forget = self.unchanged_hooks.watch({key[0]: False})
         super().linears(key, weights)
         forget()
+
+    def statistic(self, weight: Weight) -> Any:
+        made = super().statistic(weight)
+        if self.stream is not None:
+            made.expect_residual(weight.out_features)
+        return made
 
     def until(self, walk: BatchWalk, key: Key) -> torch.Tensor | Routed:
         found = super().until(walk, key)
@@ -67,9 +97,12 @@ class TwoStreamSweep(Sweep):
         self.twins[walk].step_back()
 
     def add(self, statistic: Any, walk: BatchWalk, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
+        counted = slice(None) if valid is None else valid
         was = self.read.pop(walk)
-        was = was.reshape(-1, was.shape[-1])
-        statistic.add_pair(rows, was if valid is None else was[valid])
+        statistic.add_pair(rows, was.reshape(-1, was.shape[-1])[counted])
+        if self.stream is not None:
+            there, here = (each.kept(self.stream).flatten(0, -2)[counted] for each in (self.twins[walk], walk))
+            statistic.add_residual(rows, there - here)
 
     def go_on(self, probe: BatchWalk, path: str) -> None:
         super().go_on(probe, path)

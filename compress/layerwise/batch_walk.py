@@ -50,6 +50,10 @@ class BatchWalk:
         """Runs up to the reader `key`; returns its input. Raises LookupError if this batch never reaches it."""
         return self._inside().until(key)
 
+    def kept(self, path: str) -> torch.Tensor:
+        """What a module of the block read before the pause; its input is kept."""
+        return self._inside().kept(path)
+
     def survey(self) -> list[tuple[Key, torch.Tensor | Routed]]:
         """All readers of this block with their inputs, in order."""
         return self._inside().survey()

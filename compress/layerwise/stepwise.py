@@ -91,6 +91,16 @@ class ForwardHooks:
 
         return forget
 
+    def keep(self, paths: set[str]) -> Callable[[], None]:
+        """Makes Visits keep what these modules have read, for `Visit.kept`. Returns a function to undo it."""
+        hooks = [self.meta_model.module_at(path).register_forward_pre_hook(_keeper(path)) for path in sorted(paths)]
+
+        def forget() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return forget
+
 
 def _paused(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
     def pause(*args: Any, **kwargs: Any) -> Any:
@@ -109,6 +119,15 @@ def _listener(path: str) -> Callable[[str, Routed], None]:
 def _teller(path: str) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _tell((path, ""), args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+def _keeper(path: str) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Any, ...]) -> None:
+        current = getcurrent()
+        if isinstance(current, _Run):
+            current.kept[path] = args[0]
 
     return hook
 
@@ -136,6 +155,11 @@ class Visit:
             self._run = None
             raise LookupError(key)
         return run.inputs
+
+    def kept(self, path: str) -> torch.Tensor:
+        """What a module read before the place where the run has paused; its input is kept."""
+        assert self._run is not None
+        return self._run.kept[path]
 
     def finish(self) -> Any:
         """The block's output."""
@@ -167,6 +191,7 @@ class _Run(greenlet):  # type: ignore[misc]
         self.at: Key | None = None
         self.inputs: torch.Tensor | Routed | None = None
         self.seen: list[tuple[Key, Any]] | None = None
+        self.kept: dict[str, torch.Tensor] = {}
 
     def reached(self, key: Key, inputs: torch.Tensor | Routed) -> None:
         """Called by the watched modules that this run reaches."""

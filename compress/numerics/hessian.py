@@ -70,10 +70,14 @@ class Hessian:
 
 
 class PairedHessian(Hessian):
-    """Also accumulates x u^T of the inputs x of the model as it was, and the inputs u of the one that is changed."""
+    """Also accumulates x u^T of the inputs x of the model as it was, and the inputs u of the one that is changed.
+
+    And r u^T, if it is expected, of what the output is to make up for besides, r [tokens, rows].
+    """
 
     def __init__(self, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(width, dtype)
+        self.residual: torch.Tensor | None = None
         self.cross = torch.zeros(width, width, dtype=torch.float64)
         self.paired = torch.zeros((), dtype=torch.float64)
 
@@ -84,8 +88,17 @@ class PairedHessian(Hessian):
             self.cross += x.to(self.dtype).T @ u.to(self.dtype)
         self.paired += len(u)
 
+    def expect_residual(self, rows: int) -> None:
+        self.residual = torch.zeros(rows, len(self.matrix), dtype=torch.float64, device=self.matrix.device)
+
+    def add_residual(self, u: torch.Tensor, r: torch.Tensor) -> None:
+        """Adds what is missing in the sum of which the output is a part, [tokens, rows]."""
+        assert self.residual is not None
+        with in_bfloat16(u.dtype == torch.bfloat16):
+            self.residual += r.to(self.dtype).T @ u.to(self.dtype)
+
     def parts(self) -> list[torch.Tensor]:
-        return [*super().parts(), self.cross, self.paired]
+        return [*super().parts(), self.cross, self.paired, *([] if self.residual is None else [self.residual])]
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,13 @@ class Prepared(NamedTuple):
     note: tuple[str, str] | None
     correction: torch.Tensor | None = None
     """M [n, n]: the outputs of W M for the changed inputs are closest to those of W for the inputs as they were."""
+    addition: torch.Tensor | None = None
+    """A [rows, n]: the outputs of A for the changed inputs are closest to what is missing besides."""
+
+    def target(self, w: torch.Tensor) -> torch.Tensor:
+        """The weight whose outputs for the inputs as they now are come closest to those that are meant, for W [rows, n]."""
+        moved = w if self.correction is None else w @ self.correction
+        return moved if self.addition is None else moved + self.addition
 
 
 def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: str, together: int = 1) -> Prepared:
@@ -132,15 +152,25 @@ def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: 
     found = factor(hessian, damp, order, together)
     if found.damping > damp:
         note = "damping", f"a Hessian that needed more damping than {damp:g}"
-    return Prepared(hessian, found, note, None if cross is None else corrected(cross, hessian, found.ridge))
+    if cross is None:
+        return Prepared(hessian, found, note)
+    assert isinstance(statistic, PairedHessian)
+    residual = None if statistic.residual is None else statistic.residual / statistic.paired
+    return Prepared(hessian, found, note, *corrected(cross, residual, hessian, found.ridge))
 
 
-def corrected(cross: torch.Tensor, h: torch.Tensor, ridge: float) -> torch.Tensor:
-    """(C + lambda I) (H + lambda I)^-1 [n, n]; the identity if the inputs have not changed."""
+def corrected(
+    cross: torch.Tensor, residual: torch.Tensor | None, h: torch.Tensor, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """((C + lambda I) (H + lambda I)^-1 [n, n], the identity if the inputs have not changed; R (H + lambda I)^-1 [rows, n])."""
     eye = torch.eye(len(h), dtype=torch.float64, device=h.device)
     lower = torch.linalg.cholesky(h.double() + ridge * eye)
-    found: torch.Tensor = torch.cholesky_solve((cross.double() + ridge * eye).T, lower).T
-    return found.to(h.dtype)
+
+    def solved(b: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.cholesky_solve(b.T, lower).T
+        return found.to(h.dtype)
+
+    return solved(cross.double() + ridge * eye), None if residual is None else solved(residual)
 
 
 def finite(h: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,9 @@ matrix.
 
 With `correct=qronos` (2505.11695) a weight's outputs are compared with those that it had in the model before this pass, so that
 it makes up for the errors of the weights before it, too. It takes a second forward, and a second block in memory.
+`correct=residual` does so, and has linears whose outputs are added to the residual stream (o_proj, down_proj) also make up for
+what the stream has lost before they are added, as far as it is a linear function of what they read: |h + W x - h' - V u|^2 is
+least for V = [W E(x u^T) + E((h - h') u^T)] E(u u^T)^-1, which is then rounded as ever.
 """
 
 from __future__ import annotations
@@ -50,9 +53,10 @@ class Gptq(QuantizingPass, LinearPass):
     min_tokens: int = Field(
         32, ge=0, description="matrices with fewer calibration tokens, such as rare experts, are rounded to nearest, and counted"
     )
-    correct: Literal["none", "qronos"] = Field(
+    correct: Literal["none", "qronos", "residual"] = Field(
         "none",
-        description="what outputs are compared with: those for the inputs as they now are, or of the unchanged model (qronos)",
+        description="what outputs are compared with: those for the inputs as they now are, or of the unchanged model (qronos), "
+        "where they are added to the residual stream with what it has lost before (residual)",
     )
     sparsity: Sparsity | None = Field(
         None, description="prune by the same Hessian, as prune.sparsegpt does: a share of zeros, e.g. 0.5, or n:m, e.g. 2:4"
@@ -86,10 +90,14 @@ class Gptq(QuantizingPass, LinearPass):
 
     def statistic_bytes(self, width: int) -> int:
         # fp64 sums and the fp32 mean; then the mean and while it is factored two more. For pairs their sums, and the correction.
-        return (12 + (36 if self.two_streams() else 0)) * width * width
+        # Where outputs are added to the residual stream they have no more rows than columns, almost everywhere.
+        return (12 + (36 if self.two_streams() else 0) + (24 if self.corrects_residual() else 0)) * width * width
 
     def two_streams(self) -> bool:
         return self.correct != "none"
+
+    def corrects_residual(self) -> bool:
+        return self.correct == "residual"
 
     def prepare(self, statistic: Hessian) -> Prepared:
         from compress.numerics.hessian import prepare
@@ -128,8 +136,7 @@ class Gptq(QuantizingPass, LinearPass):
         scheme, dtype = tasks[0].after.scheme, tasks[0].value.dtype
         assert scheme is not None
         w = torch.cat([task.value for task in tasks]).float()
-        if prepared.correction is not None:
-            w = w @ prepared.correction
+        w = prepared.target(w)
         mask = torch.cat([task.value for task in tasks]) != 0 if tasks[0].after.sparsity is not None else None
         rest, kept = w, []
         if self.sparsity is not None:

@@ -33,7 +33,7 @@ from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
-QRONOS = "quantize.gptq(scheme=w4a16g32, ragged=divide, correct=qronos)"
+RESIDUAL = "quantize.gptq(scheme=w4a16g32, ragged=divide, correct=residual)"
 SMOOTH = ("quantize.smooth(scheme=w3a16g16)", "quantize.smooth(method=smoothquant)")
 WATCHED = [name for name in FAMILIES if name != "llama4"]
 
@@ -306,7 +306,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
 
 def test_two_processes_equal_one(source: Any, tmp_path: Path) -> None:
     """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""
-    cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, QRONOS, *SMOOTH)]
+    cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, RESIDUAL, *SMOOTH)]
     for ranks in (1, 2):
         for number, (name, recipe) in enumerate(cases):
             passes = f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}"

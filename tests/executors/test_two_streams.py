@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from safetensors.torch import load_file
 from compress.checkpoint.reader import open_checkpoint
 from compress.contract.discover import load_pass
 from compress.errors import CompressError
+from compress.executors.residual_stream import adders
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.model import build as model_of
+from compress.layerwise.stepwise import ForwardHooks, StepwiseForward
 from compress.numerics.gptq import Settings, solve
 from compress.numerics.hessian import Hessian, PairedHessian, corrected, factor, prepare
 from compress.numerics.qtensor import integers
@@ -21,7 +26,7 @@ from families import build
 from support import do, ready_inputs, step_of, stop_at_record, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
-QRONOS = "quantize.gptq(scheme=w3a16g32, ragged=divide, correct=qronos)"
+RESIDUAL = "quantize.gptq(scheme=w3a16g32, ragged=divide, correct=residual)"
 
 
 def pairs(tokens: int = 400, width: int = 48, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,6 +55,43 @@ def test_the_correction_is_the_ridge_solution() -> None:
     right = torch.cat([x.double(), eye]) @ w.double().T
     expected = torch.linalg.lstsq(left, right).solution.T
     torch.testing.assert_close((w @ found.correction).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_missing_besides_is_a_part_of_the_ridge_solution() -> None:
+    """Of |r + x W^T - u V^T|^2 per token + lambda |V - W|^2."""
+    x, u, w = pairs()
+    r = u @ torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
+    statistic = PairedHessian(48)
+    statistic.expect_residual(16)
+    for part in range(0, len(x), 100):
+        statistic.add_pair(u[part : part + 100], x[part : part + 100])
+        statistic.add_residual(u[part : part + 100], r[part : part + 100])
+    found = prepare(statistic, 0.01, "none", 1, "")
+    eye = (found.factor.ridge * len(x)) ** 0.5 * torch.eye(48, dtype=torch.float64)
+    right = torch.cat([(r + x @ w.T).double(), eye @ w.double().T])
+    expected = torch.linalg.lstsq(torch.cat([u.double(), eye]), right).solution.T
+    torch.testing.assert_close(found.target(w).double(), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama", 2), ("qwen3", 2), ("gpt2", 2), ("mixtral", 1), ("gemma2", 0), ("falcon", 0)]
+)
+def test_linears_that_add_to_the_residual_stream_are_found(name: str, count: int, source: Callable[[str], Path]) -> None:
+    """Not where outputs are normed before they are added (Gemma 2), or added together (Falcon's parallel blocks)."""
+    meta_model = MetaModel(DenseView(open_checkpoint(source(name))), torch.bfloat16, torch.device("cpu"))
+    ids = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), ForwardHooks(meta_model) as hooks:
+        call = StepwiseForward(meta_model, {"input_ids": ids}).advance()
+        assert call is not None
+        meta_model.load(call.block.path)
+        linears = {
+            w.module for w in meta_model.model.weights if w.kind == "linear" and w.module.startswith(f"{call.block.path}.")
+        }
+        found = adders(hooks, call, linears)
+    assert len(found) == count, found
+    if name == "llama":
+        names = {path.rpartition(".")[2]: reader.rpartition(".")[2] for path, reader in found.items()}
+        assert names == {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}
 
 
 def test_unchanged_inputs_need_no_correction() -> None:
@@ -165,18 +207,39 @@ def inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_a_model_comes_closer_on_its_calibration_tokens(tiny: Path, tmp_path: Path) -> None:
     apart = []
-    for correct in ("none", "qronos"):
+    for correct in ("none", "qronos", "residual"):
         out = tmp_path / correct
         do(tiny, out, f"{CALIBRATE} | quantize.gptq(scheme=w2a16g32, ragged=divide, correct={correct})")
         ids = load_file(out / "calibration.safetensors")["input_ids"].long()
         with torch.no_grad():
             dense, made = (model_of(open_checkpoint(folder))(ids).logits for folder in (tiny, out))
         apart.append(float((dense - made).square().mean()))
-    assert apart[1] < apart[0]
+    assert apart[2] < apart[1] < apart[0]
+
+
+def test_what_the_stream_has_lost_is_that_of_two_forwards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each linear that adds to it, between the unchanged and the finished model, both run by transformers."""
+    seen: list[torch.Tensor] = []
+    real = PairedHessian.add_residual
+
+    def add(self: PairedHessian, u: torch.Tensor, r: torch.Tensor) -> None:
+        if self.residual is not None and not self.residual.any():
+            seen.append(torch.zeros(0, r.shape[1]))
+        seen[-1] = torch.cat([seen[-1], r])
+        real(self, u, r)
+
+    monkeypatch.setattr(PairedHessian, "add_residual", add)
+    do(tiny, tmp_path / "out", f"{CALIBRATE} | {RESIDUAL}")
+    ids = load_file(tmp_path / "out/calibration.safetensors")["input_ids"].long()
+    there, here = (inputs(model_of(open_checkpoint(folder)), ids) for folder in (tiny, tmp_path / "out"))
+    norms = [f"model.layers.{n}.{norm}" for n in range(2) for norm in ("input_layernorm", "post_attention_layernorm")]
+    assert len(seen) == len(norms)
+    for r, norm in zip(seen[1:], norms[1:], strict=True):
+        torch.testing.assert_close(r, there[norm] - here[norm], rtol=1e-3, atol=1e-4)
 
 
 def test_pruned_weights_stay_zeros(tiny: Path, tmp_path: Path) -> None:
-    do(tiny, tmp_path / "out", f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | {QRONOS}")
+    do(tiny, tmp_path / "out", f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | {RESIDUAL}")
     pruned = load_file(next(step_of(tmp_path / "out", "prune.magnitude").glob("model*.safetensors")))
     model = model_of(open_checkpoint(tmp_path / "out"))
     path = "model.layers.1.mlp.down_proj.weight"
@@ -186,7 +249,7 @@ def test_pruned_weights_stay_zeros(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = f"{CALIBRATE} | {QRONOS}"
+    recipe = f"{CALIBRATE} | {RESIDUAL}"
     do(tiny, tmp_path / "whole", recipe)
     stop_at_record(monkeypatch, "gptq", 10)
     with pytest.raises(KeyboardInterrupt):
@@ -205,5 +268,5 @@ def test_a_correction_of_inputs_that_are_always_zero_is_none() -> None:
     x, u = x.clone(), u.clone()
     x[:, 5] = u[:, 5] = 0
     h, c = u.T @ u / len(u), x.T @ u / len(u)
-    found = corrected(c, h, factor(h.clone()).ridge)
+    found, _ = corrected(c, None, h, factor(h.clone()).ridge)
     torch.testing.assert_close(found[5], torch.eye(len(h))[5])
