@@ -8,8 +8,9 @@ with an offset o for each weight, and a gain g for each scale, which are 0 and 1
 and beta) moves both against the signs of their gradients, Block-AP (2407.11062) by AdamW. Rounding passes gradients on unchanged:
 dL/do is dL/dw' times the step that w' takes to its neighbour, dL/dg the sum of dL/dw' s t_i over what shares the scale.
 
-Codes need not be those nearest to W: GPTQ's make up for errors of other columns. So the position is moved into the cell of the
-code that is there, [i - 1/2, i + 1/2]: without a step nothing changes, and half a step leads to the neighbour on W's side.
+Codes need not be those nearest to W: GPTQ's make up for errors of other columns. Where W lies outside of the cell of the code that
+is there, [i - 1/2, i + 1/2], the position is the middle of the cell: at its edge the first step, whatever its gradient, would undo
+what GPTQ has chosen. Without a step nothing changes.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def positions(q: QTensor, dense: torch.Tensor | None) -> torch.Tensor:
         below = gaps.index_select(0, (i - 1).clamp(min=0).flatten().int()).view(i.shape)
         inside = inside / torch.where(inside > 0, above, below)
     # Weights of a group of zeros, whose scale means nothing, stay at their codes.
-    return i + inside.nan_to_num(0.0).clamp(-_INSIDE, _INSIDE)
+    inside = inside.nan_to_num(0.0)
+    return i + inside.masked_fill(inside.abs() > 0.5, 0.0).clamp(-_INSIDE, _INSIDE)
 
 
 class LearnedRounding(torch.autograd.Function):
