@@ -13,6 +13,7 @@ from compress.contract.block_training import BlockTrainPass
 from compress.contract.cache_pass import CachePass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
+from compress.contract.rotating_pass import RotatingPass
 from compress.contract.shapes import ObservingPass
 from compress.contract.slicing_pass import SlicingPass
 from compress.contract.train_pass import TrainPass
@@ -82,6 +83,8 @@ def needs_of(
         return Needs(max(there, min(around.threads, MAX_WORKERS) << 25), 0, there + DEVICE_BYTES)
     work = max((_workspace(worker, weight, stored[weight.name], fmt) for weight in touched), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
+    if isinstance(worker, RotatingPass):
+        resident += worker.rotation_bytes(config)
     scratch = there = 0
     if isinstance(worker, ObservingPass) and worker.observes():
         there = sweep_bytes(worker, around.weights, touched, config, around.tokens, size)
