@@ -15,10 +15,10 @@ from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.reader import size_of
 from compress.contract.pass_base import Executor, WeightPass
 from compress.errors import InputError, Refusal
-from compress.numerics.rotation import Kind
+from compress.numerics.rotation import Kind, factors
 from compress.spec.weight_state import FLOATS, State, Weight
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 """Bytes of a tensor, in float64, that are rotated at a time."""
 
 
@@ -55,8 +55,9 @@ class RotatingPass(WeightPass):
         return 5 * PIECE_BYTES
 
     def rotation_bytes(self, config: dict[str, Any]) -> int:
-        """Memory of the rotations, which all workers share: without a known Hadamard matrix, a dense one and its making."""
-        return 4 * 8 * (size_of(config, "hidden_size") or 0) ** 2 if self.kind != "block" else 0
+        """Memory of R1, which all workers share: where it is no Hadamard matrix, a dense one and its making."""
+        n = size_of(config, "hidden_size") or 0
+        return 4 * 8 * n**2 if self.r1 and n and factors(n, self.kind) is None else 0
 
 
 _DO = "quantize without rotating"

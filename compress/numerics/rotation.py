@@ -18,9 +18,10 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt, prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["hadamard", "block", "orthogonal"]
 _MOST = 64
@@ -49,9 +50,11 @@ class Rotation:
 
 def rotation(n: int, kind: Kind, seed: str) -> Rotation:
     """A rotation of n channels; `hadamard` where no matrix is known is `orthogonal`. The same for the same `seed`."""
+    import torch
+
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(number)
-    orders = _orders(n, kind)
+    orders = factors(n, kind)
     if orders is None:
         q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
         return Rotation(torch.ones(n, dtype=torch.float64), (q * r.diagonal().sign(),))
@@ -61,7 +64,7 @@ def rotation(n: int, kind: Kind, seed: str) -> Rotation:
 
 def said(n: int, kind: Kind) -> str:
     """The kind of rotation that n channels get, in words."""
-    orders = _orders(n, kind)
+    orders = factors(n, kind)
     if orders is None:
         return f"random orthogonal {n}" + (", for no Hadamard matrix of that order is known here" if kind == "hadamard" else "")
     size, blocks = prod(orders), n // prod(orders)
@@ -69,7 +72,7 @@ def said(n: int, kind: Kind) -> str:
     return f"Hadamard {size}{f' = {parts}' if len(orders) > 1 else ''}{f' in {blocks} blocks' if blocks > 1 else ''}"
 
 
-def _orders(n: int, kind: Kind) -> tuple[int, ...] | None:
+def factors(n: int, kind: Kind) -> tuple[int, ...] | None:
     """The orders of the factors of a rotation of n channels; None if it is no Hadamard matrix."""
     return None if kind == "orthogonal" else _sylvester(n & -n) if kind == "block" else orders(n)
 
@@ -105,6 +108,8 @@ def _is_prime(q: int) -> bool:
 
 def hadamard(n: int) -> torch.Tensor:
     """H [n, n] of +-1 in float64, for n a power of two or of Paley's kind."""
+    import torch
+
     if n & (n - 1) == 0:
         h = torch.ones(1, 1, dtype=torch.float64)
         while len(h) < n:

@@ -54,10 +54,13 @@ def rotated(
 def _untied(checkpoint: Checkpoint, model: Model, whole: str) -> Model:
     """The model with another tensor for whichever of embeddings and head `whole` is not."""
     meta: Any = meta_model(checkpoint)
-    names = {f"{path}.weight" for path, module in meta.named_modules()
-             if module in (meta.get_input_embeddings(), meta.get_output_embeddings())}  # fmt: skip
+    both = (meta.get_input_embeddings(), meta.get_output_embeddings())
     old = next(weight for weight in model.weights if weight.name == whole)
-    (new,) = names - {f"{old.module}.{old.attribute}"}
+    found = {f"{path}.weight" for path, module in meta.named_modules() if module in both} - {f"{old.module}.{old.attribute}"}
+    if not found:
+        got = f"{type(meta).__name__}, whose output is that of the last norm"
+        raise InputError("quantize.rotate", "a model with a head, for R1", got, "give r1=false")
+    (new,) = found
     logical = {weight.name: Logical(weight.dtype, weight.shape, DENSE, False) for weight in model.weights}
     logical[new] = Logical(old.dtype, old.shape, DENSE, False)
     return place(checkpoint, logical, meta, allow_dtype_mismatch=True)
