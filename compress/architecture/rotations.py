@@ -96,38 +96,40 @@ class Rotations:
         return self
 
 
-def rotations(
-    weights: Sequence[Weight], family: str, config: dict[str, Any], sizes: Sizes, r1: bool, r2: bool, kind: Kind
-) -> Rotations:
-    """What R1 and R2 do to the tensors of a model whose head is a tensor of its own, or has the embeddings' name.
-
-    Raises InputError for a family whose function they would not keep.
-    """
+def spaces_of(weights: Sequence[Weight], family: str, config: dict[str, Any], r1: bool, r2: bool) -> tuple[Space, ...]:
+    """The activations of a family whose function R1 and R2 keep. Raises InputError for another."""
     try:
         spaces = layout(weights, family, config, frozenset(weight.name for weight in weights)).spaces
     except InputError as error:
         if r1:
             _refuse(weights, family, _DO)
         raise InputError(f"model_type '{family}'", "a family whose values are known here", error.problems[0].got, _DO) from None
+    values = any(map(_of_values, spaces))
     if r1:
-        _refuse(weights, family, f"{_DO}, or only values with r1=false" if any(map(_of_values, spaces)) else _DO)
+        _refuse(weights, family, f"{_DO}, or only values with r1=false" if values else _DO)
+    if r2 and not values:
+        got = "values that are written between queries and keys"
+        raise InputError(f"model_type '{family}'", "values that are rows of a linear, for R2", got, _DO)
+    if r2 and config.get("clip_qkv") is not None:
+        raise InputError("config.json", "values that nothing clips, for R2", f"clip_qkv {config['clip_qkv']}", "give r2=false")
+    return spaces
+
+
+def rotations(
+    weights: Sequence[Weight], family: str, spaces: Sequence[Space], sizes: Sizes, r1: bool, r2: bool, kind: Kind
+) -> Rotations:
+    """What R1 and R2 do to the tensors of a model. Raises InputError for a tensor that does not fit its family."""
     found = {weight.name: list[Axis]() for weight in weights if weight.module}
     norms = _gains(weights, family, spaces, found, sizes) if r1 else {}
-    for name, axis in _values(spaces, config, sizes) if r2 else ():
+    for name, axis in _values(spaces, sizes) if r2 else ():
         found[name].append(axis)
     alone = {norm.name for norm in norms.values()}
-    whole = next((weight.name for weight in weights if weight.kind == "embedding"), "")
     turns = {
         weight.name: Turn(weight, tuple(axes), weight.name, norms.get(weight.name), weight.name in alone)
         for weight in weights
         if (axes := found.get(weight.name)) or weight.name in alone
     }
-    if not turns:
-        got = "values that are written between queries and keys"
-        raise InputError(f"model_type '{family}'", "values that are rows of a linear, for R2", got, _DO)
-    plus = float(any(space.how == "norm+1" for space in spaces))
-    assert not r1 or whole in turns, family
-    return Rotations(turns, kind, sizes.hidden, sizes.head, plus)
+    return Rotations(turns, kind, sizes.hidden, sizes.head, float(any(space.how == "norm+1" for space in spaces)))
 
 
 def _of_values(space: Space) -> bool:
@@ -182,10 +184,8 @@ def _gains(
     return norms
 
 
-def _values(spaces: Sequence[Space], config: dict[str, Any], sizes: Sizes) -> Iterator[tuple[str, Axis]]:
+def _values(spaces: Sequence[Space], sizes: Sizes) -> Iterator[tuple[str, Axis]]:
     """The axes of R2: rows of what writes values, and columns of what reads them. Raises InputError."""
-    if config.get("clip_qkv") is not None:
-        raise InputError("config.json", "values that nothing clips, for R2", f"clip_qkv {config['clip_qkv']}", "give r2=false")
     for space in filter(_of_values, spaces):
         if space.width % sizes.head:
             got = f"{space.width} rows of values in heads of {sizes.head}"

@@ -7,7 +7,6 @@ by construction. What cannot be done is refused here, with every weight named, b
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,7 +15,7 @@ from typing import Any
 from compress.architecture.families import Layout
 from compress.architecture.rotations import Rotations
 from compress.architecture.weight_map import Model
-from compress.checkpoint.reader import CALIBRATION, CANONICAL, Checkpoint, local_header
+from compress.checkpoint.reader import CANONICAL, Checkpoint
 from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, Shard, arrange, single
 from compress.contract.allocator import InputAllocator, offers_of
 from compress.contract.cache_pass import CachePass, refused, scales_of
@@ -30,7 +29,7 @@ from compress.contract.step_plan import Plan, StepPlan, layout_specs
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.layerwise.dense_view import DenseView
 from compress.pipeline.plan_checks import calibrated, refuse_after_cache, refuse_cache, refuse_unread, refuse_zeros
-from compress.pipeline.plan_memory import Surroundings, needs_of
+from compress.pipeline.plan_memory import Surroundings, needs_of, tokens_of
 from compress.pipeline.plan_rotating import rotated
 from compress.pipeline.plan_slicing import smaller_model
 from compress.pipeline.resolve import resolve
@@ -94,7 +93,7 @@ class _Planner:
         self.shared = shared_notes(checkpoint, model, dropped)
         self.changed = changed_by(checkpoint.manifest.notes if checkpoint.manifest else ())
         """Weights that an earlier step has trained or smoothed."""
-        self.tokens, self.length = _tokens_of(checkpoint)
+        self.tokens, self.length = tokens_of(checkpoint)
         self.last: StepPlan | None = None
         """The last step so far."""
         self.skips = [compiled(text, f"--allow-skips '{text}'") for text in options.allow_skips]
@@ -207,6 +206,9 @@ class _StepPlanner:
             planner.written, planner.config, self.layout = rotated(pass_, planner.checkpoint, planner.written, planner.config)
             planner.weights = list(planner.written.weights)
             planner.states = {weight.name: planner.states.get(weight.name, DENSE) for weight in planner.weights}
+            planner.shared = [
+                note for note in planner.shared if note.what != "tied" or planner.states.keys().isdisjoint(note.names)
+            ]
         else:
             self.layout = pass_.layout(planner.weights, planner.written.family, planner.config)
         self.before, self.after = planner.states, dict(planner.states)
@@ -367,13 +369,6 @@ class _SlicePlanner:
         )  # fmt: skip
         planner.weights, planner.written, planner.config = list(weights), made.model, made.config
         return step, []
-
-
-def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
-    """(calibration tokens stored with a checkpoint, tokens in a sample)."""
-    if CALIBRATION not in checkpoint.side_files:
-        return 0, 0
-    return max((math.prod(ref.shape), math.prod(ref.shape[1:])) for ref in local_header(checkpoint.path / CALIBRATION))
 
 
 def _inputs(state: State) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.reader import CALIBRATION, Checkpoint, local_header
 from compress.contract.allocator import InputAllocator
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.cache_pass import CachePass
@@ -44,6 +44,13 @@ class Surroundings:
     tokens: int
     length: int
     """Tokens of a calibration sample."""
+
+
+def tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(calibration tokens stored with a checkpoint, tokens in a sample)."""
+    if CALIBRATION not in checkpoint.side_files:
+        return 0, 0
+    return max((math.prod(ref.shape), math.prod(ref.shape[1:])) for ref in local_header(checkpoint.path / CALIBRATION))
 
 
 class Needs(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from compress.architecture.rotations import Rotations, rotations
+from compress.architecture.rotations import Rotations, rotations, spaces_of
 from compress.architecture.sizes import sizes_of
 from compress.architecture.unused import further_tokens
 from compress.architecture.weight_map import Model, meta_model, place
@@ -25,8 +25,9 @@ def rotated(
     Raises InputError for a model whose function it would not keep.
     """
     tied = not any(weight.kind == "head" for weight in model.weights)
+    spaces = spaces_of(model.weights, model.family, config, pass_.r1, pass_.r2)
     sizes = sizes_of(replace(checkpoint, config=config))
-    first = rotations(model.weights, model.family, config, sizes, pass_.r1, pass_.r2, pass_.kind)
+    first = rotations(model.weights, model.family, spaces, sizes, pass_.r1, pass_.r2, pass_.kind)
     if not pass_.r1:
         return model, config, first
     if lost := further_tokens(model):
@@ -45,7 +46,7 @@ def rotated(
         raise InputError("quantize.rotate", "a head that takes the last norm's gain, for R1", got, do)
     config = {**config, _TIE: False}
     untied = _untied(replace(checkpoint, config=config), model, whole.name)
-    found = rotations(untied.weights, model.family, config, sizes, pass_.r1, pass_.r2, pass_.kind)
+    found = rotations(untied.weights, model.family, spaces, sizes, pass_.r1, pass_.r2, pass_.kind)
     new = next(weight.name for weight in untied.weights if weight.name not in there)
     turns = {name: replace(turn, source=whole.name if name == new else turn.source) for name, turn in found.turns.items()}
     return untied, config, replace(found, turns=turns)
