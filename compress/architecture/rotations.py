@@ -1,4 +1,4 @@
-"""Rotations: which tensors change when the residual stream and values are rotated, and how, by model family.
+"""Rotations: which tensors rotate with the residual stream and with values.
 
 R1 rotates the residual stream x to x R: embeddings and what writes into the stream are multiplied by R along their hidden
 channels, and so is what reads it. A norm stands between the stream and its readers. Without its gain an RMSNorm commutes with a

@@ -1,4 +1,4 @@
-"""Rotating pass: the shape of passes that rotate channels and keep the function of the model.
+"""Rotating pass: rotates channels and keeps the function of the model.
 
 Which tensors change, and how, follows from the family alone (architecture/rotations.py); no data is needed. Its executor is
 executors/rotate.py.

@@ -1,4 +1,4 @@
-"""Rotate: runs a rotating pass: multiplies gains and rotations into each tensor, piece by piece.
+"""Rotate: multiplies gains and rotations into each tensor, piece by piece.
 
 A tensor is read once, computed in float64, rounded once to its dtype, and written and journaled by itself, so that a crash costs
 one tensor. What needs no rotation is copied.

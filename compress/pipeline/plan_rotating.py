@@ -1,4 +1,7 @@
-"""Plan rotating: what a rotating pass will do, from headers only; a tied head becomes a tensor first, if it may."""
+"""Plan rotating: what a rotating pass will do, from headers only.
+
+A head that is tied to the embeddings becomes a tensor first, if the pass may.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rotate: rotates the residual stream and values so that no channel stands out; outputs do not change.
+"""Rotate: spreads outliers over all channels; outputs do not change.
 
-An outlier is spread over all channels that a Hadamard matrix mixes: weights lose the heavy tails that stretch the steps of a row,
-and so do activations, which 4-bit ones need. QuaRot (Ashkboos et al., 2404.00456) and SpinQuant (Liu et al., 2405.16406), with
-what folds into weights, so that the result is an ordinary checkpoint that every reader takes:
+The residual stream and values are rotated by matrices that mix all channels, so that none stands out: weights lose the heavy
+tails that stretch the steps of a row, and activations the outliers that 4 bits have no room for. It is what folds into weights
+of QuaRot (Ashkboos et al., 2404.00456) and SpinQuant (Liu et al., 2405.16406), so that the result is an ordinary checkpoint:
 
     R1  the residual stream. Gains of norms go into what reads them first, and ones are left in the norms
     R2  the values of each head, undone in the output projection

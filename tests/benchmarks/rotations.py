@@ -35,7 +35,7 @@ SCHEMES, METHODS = ("w4a16", "w4a16g64", "w3a16g64", "mxfp4"), ("rtn", "gptq")
 
 
 def rows(args: argparse.Namespace) -> list[tuple[str, str, str, int]]:
-    """(recipe, scheme or none, rotation, seed) of every run: dense rotations first."""
+    """(recipe, method and scheme or none, rotation, seed) of every run, seed by seed."""
     calibrate = f"calibrate(data={args.calibrate}, samples={args.samples}, length={args.length})"
     found = []
     for rotation in args.rotations:
@@ -45,7 +45,7 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str, str, int]]:
             lines = [calibrate if method == "gptq" else "", turn, f"quantize.{method}(scheme={scheme})" if scheme else ""]
             seeds = args.seeds if turn or method == "gptq" else 1
             found += [(" | ".join(line for line in lines if line), name, rotation, seed) for seed in range(seeds)]
-    return found
+    return sorted(found, key=lambda row: row[3])
 
 
 def main() -> None:
