@@ -36,7 +36,7 @@ class Axis(NamedTuple):
     key: str
     """R1, or the block whose values are rotated."""
     first: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def rotations(
         found[name].append(axis)
     alone = {norm.name for norm in norms.values()}
     turns = {
-        weight.name: Turn(weight, tuple(axes), weight.name, norms.get(weight.name), weight.name in alone)
+        weight.name: Turn(weight, tuple(found[weight.name]), weight.name, norms.get(weight.name), weight.name in alone)
         for weight in weights
-        if (axes := found.get(weight.name)) or weight.name in alone
+        if weight.name in found and (found[weight.name] or weight.name in alone)
     }
     return Rotations(turns, kind, sizes.hidden, sizes.head, float(any(space.how == "norm+1" for space in spaces)))
 

@@ -92,7 +92,7 @@ class Turning:
                 if gain is not None and axis.key == R1:
                     x *= gain[:, None] if axis.place == 0 else gain
                 begin, end = (at, at + size) if axis.place == cut else (0, value.shape[axis.place])
-                first, last = max(axis.first, begin) - begin, min(axis.first + axis.count, end) - begin
+                first, last = max(axis.first, begin) - begin, min(axis.first + axis.size, end) - begin
                 if first < last:
                     part = x.narrow(axis.place, first, last - first)
                     part.copy_(self._rotation(axis).rotate(part, axis.place))

@@ -82,7 +82,7 @@ def orders(n: int) -> tuple[int, ...] | None:
     """Orders of known Hadamard matrices whose product is n, those with the least sum; None if there are none."""
     if n & (n - 1) == 0:
         return _sylvester(n)
-    found = []
+    found: list[tuple[int, ...]] = []
     for order in (d for d in range(12, n + 1, 4) if n % d == 0 and d & (d - 1) and _prime_of(d)):
         if (rest := orders(n // order)) is not None:
             found.append((order, *(one for one in rest if one > 1)))
