@@ -12,8 +12,8 @@ MLP, of queries and keys). Of tied embeddings only the head takes the last norm'
 in float64 and rounded once to their dtype: in bf16 the function changes by that. Families with LayerNorm, or with norms of what
 is added to the stream, are refused by name; compress/architecture/rotations.py has the table.
 
-Put it first. It helps where a scale covers many weights (per channel) and where activations are rounded; groups have scales
-enough of their own, and it can hurt there: recipes/rotations.md has what was measured.
+Put it first, and try it: it helps a model whose channels differ, where a scale covers many of them (per channel, or of
+activations); one without outliers only loses a little. recipes/rotations.md has what was measured.
 """
 
 from __future__ import annotations
