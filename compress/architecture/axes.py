@@ -158,21 +158,16 @@ def slices(weights: Sequence[Weight], family: str, layers: Sequence[int], expert
 
     Raises Refusal for a family, or a tensor of it, that is not in the table.
     """
-    table = _FAMILIES.get(family)
-    if table is None:
-        known = ", ".join(sorted(_FAMILIES))
-        raise Refusal(f"no table says what the tensors of model_type '{family}' count; there is one for {known}",
-                      "prune entries instead, as prune.wanda does")  # fmt: skip
     found: list[Slice] = []
     for weight in weights:
         if not weight.module:
             # A tensor that the model does not take.
             continue
+        dims = dims_of(weight, family)
         if weight.block is None:
-            found.append(Slice(weight.name, weight, _stored(weight, _outside(weight)), None, None))
+            found.append(Slice(weight.name, weight, dims, None, None))
             continue
         expert = int(match[2]) if weight.kind == "expert" and (match := _EXPERT.search(weight.name)) else None
-        dims = _stored(weight, _dims(weight, table))
         for number, layer in enumerate(layers):
             if weight.block != layer or (expert is not None and expert not in experts[number]):
                 continue
@@ -181,6 +176,16 @@ def slices(weights: Sequence[Weight], family: str, layers: Sequence[int], expert
                 name = _EXPERT.sub(rf"\g<1>{list(experts[number]).index(expert)}", name, count=1)
             found.append(Slice(name, weight, dims, number, expert))
     return found
+
+
+def dims_of(weight: Weight, family: str) -> Dims:
+    """What the stored dimensions of a tensor of the model count. Raises Refusal for a family, or a tensor, not in the table."""
+    table = _FAMILIES.get(family)
+    if table is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise Refusal(f"no table says what the tensors of model_type '{family}' count; there is one for {known}",
+                      "prune entries instead, as prune.wanda does")  # fmt: skip
+    return _stored(weight, _outside(weight) if weight.block is None else _dims(weight, table))
 
 
 def rescaled(value: torch.Tensor, part: Slice, family: str, before: Sizes, after: Sizes, tied: bool) -> torch.Tensor:

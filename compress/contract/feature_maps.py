@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from compress.contract.rotating_pass import same_basis
 from compress.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
 
 
 def maps_of(student: Manifest | None, teacher: Manifest | None) -> Maps:
-    """The maps that two manifests tell. Raises InputError for a teacher that lacks what the student has kept."""
+    """The maps that two manifests tell. Raises InputError for a teacher that lacks what the student has kept, or is rotated."""
+    same_basis(student, teacher)
     return Maps(*(_places(_kept(student, word), _kept(teacher, word), word) for word in ("layers", "hidden")))
 
 

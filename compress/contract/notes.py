@@ -21,7 +21,7 @@ def trained_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
 
 def changed_by(notes: Sequence[Note | NoteRecord]) -> set[str]:
     """The weights that stay plain tensors but have other values, by counted lines."""
-    return {name for note in notes if note.what in ("trained", "smoothed") for name in note.names}
+    return {name for note in notes if note.what in ("trained", "smoothed", "rotated") for name in note.names}
 
 
 def untouched(weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.contract.format import Format
     from compress.corpus import Corpus
 
-Executor = Literal["tokens", "stream", "sweep", "smooth", "train", "blocks", "slice", "cache"]
+Executor = Literal["tokens", "stream", "sweep", "smooth", "train", "blocks", "slice", "rotate", "cache"]
 """What runs a pass over a checkpoint: the pipeline itself for tokens, a module of compress/executors/ for the rest."""
 
 

@@ -9,6 +9,7 @@
     LossPass          a TrainPass whose loss needs only a batch  executor: train (train_pass.py)
     BlockTrainPass    block by block, by gradients of a loss     executor: blocks (block_training.py)
     SlicingPass       a smaller model of the kept parts          executor: slice, or train (slicing_pass.py)
+    RotatingPass      channels rotated, the function kept        executor: rotate (rotating_pass.py)
     CachePass         scales of keys and values                  executor: cache (cache_pass.py)
     DelegatingPass    decides, and delegates the work            executor: that of its worker
 

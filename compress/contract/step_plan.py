@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.architecture.axes import Slice, slices
+from compress.architecture.rotations import Rotations
 from compress.architecture.weight_map import Model
 from compress.checkpoint.safetensors_header import Shard, index_file
 from compress.contract.format import Format, Verdict
@@ -71,6 +72,8 @@ class StepPlan:
     """GPU memory, if the run computes on a GPU; 0 for a step that always runs on the CPU."""
     cut: Cut | None = None
     """For a step that makes a smaller model; `before` then has other names than `after`."""
+    rotations: Rotations | None = None
+    """For a step that rotates: what becomes of each tensor."""
 
     @property
     def inherits(self) -> bool:

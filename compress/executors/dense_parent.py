@@ -16,6 +16,7 @@ from compress.checkpoint.scan import scan_source
 from compress.checkpoint.source import open_source
 from compress.context import Context
 from compress.contract.notes import changed_by
+from compress.contract.rotating_pass import rotated_by
 from compress.contract.shapes import CompensatingPass
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import InputError, UsageError
@@ -84,6 +85,9 @@ def open_dense_parent(step: StepPlan, plan: Plan, source: Checkpoint, ctx: Conte
     fingerprint: str = ctx.broadcast(scan_source(found, quiet).fingerprint if ctx.is_main else None)
     if manifest is not None and fingerprint not in {manifest.source.fingerprint, *(line.parent for line in manifest.lineage)}:
         raise InputError(where, "a checkpoint that the lineage of the codes names", f"{found.name}, another one")
+    if rotated_by(found.manifest) != rotated_by(manifest):
+        got, do = f"{found.name}, which they were before quantize.rotate", "name the output of quantize.rotate"
+        raise InputError(where, "the dense weights that the codes were made from", got, do)
     for weight in lost:
         entry, shape = found.logical.get(weight), source.logical[weight].shape if weight in source.logical else None
         if entry is None or entry.state.scheme is not None or entry.shape != shape:

@@ -30,6 +30,10 @@ def execute(run: StepRun) -> dict[str, float]:
         from compress.executors.slice import cut
 
         return cut(run)
+    if executor == "rotate":
+        from compress.executors.rotate import rotate
+
+        return rotate(run)
     if executor == "cache":
         from compress.executors.cache import cache
 

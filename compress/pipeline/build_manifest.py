@@ -25,7 +25,7 @@ from compress.spec.weight_state import DENSE, Note
 
 LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
-    "smoothed", "sliced", "kv cache", "no kv cache", "default text", "domains", "repeated", "no loss",
+    "smoothed", "rotated", "untied", "sliced", "kv cache", "no kv cache", "default text", "domains", "repeated", "no loss",
     "left alone by default", NOTE,
 )  # fmt: skip
 """Words of counted lines that still hold after later steps."""

@@ -7,29 +7,30 @@ by construction. What cannot be done is refused here, with every weight named, b
 from __future__ import annotations
 
 import json
-import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 from compress.architecture.families import Layout
+from compress.architecture.rotations import Rotations
 from compress.architecture.weight_map import Model
-from compress.checkpoint.reader import CALIBRATION, CANONICAL, Checkpoint, local_header
+from compress.checkpoint.reader import CANONICAL, Checkpoint
 from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, Shard, arrange, single
 from compress.contract.allocator import InputAllocator, offers_of
 from compress.contract.cache_pass import CachePass, refused, scales_of
 from compress.contract.format import Format, Verdict
 from compress.contract.notes import changed_by, folded, shared_notes, untouched
 from compress.contract.pass_base import Pass, WeightPass
+from compress.contract.rotating_pass import RotatingPass
 from compress.contract.shapes import DataPass
 from compress.contract.slicing_pass import SlicingPass
 from compress.contract.step_plan import Plan, StepPlan, layout_specs
 from compress.errors import CoverageError, FormatError, Problem, RecipeError, Refusal, UsageError
 from compress.layerwise.dense_view import DenseView
-from compress.pipeline.plan_checks import refuse_after_cache, refuse_cache, refuse_unread, refuse_zeros
-from compress.pipeline.plan_memory import Surroundings, needs_of
+from compress.pipeline.plan_checks import calibrated, refuse_after_cache, refuse_cache, refuse_unread, refuse_zeros
+from compress.pipeline.plan_memory import Surroundings, needs_of, tokens_of
+from compress.pipeline.plan_rotating import rotated
 from compress.pipeline.plan_slicing import smaller_model
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe import Recipe
@@ -92,7 +93,7 @@ class _Planner:
         self.shared = shared_notes(checkpoint, model, dropped)
         self.changed = changed_by(checkpoint.manifest.notes if checkpoint.manifest else ())
         """Weights that an earlier step has trained or smoothed."""
-        self.tokens, self.length = _tokens_of(checkpoint)
+        self.tokens, self.length = tokens_of(checkpoint)
         self.last: StepPlan | None = None
         """The last step so far."""
         self.skips = [compiled(text, f"--allow-skips '{text}'") for text in options.allow_skips]
@@ -153,7 +154,7 @@ class _Planner:
         """Raises RecipeError for a pass at a position where it cannot run."""
         where, before = self.where(number, pass_), self.passes[: number - 1]
         if not self.tokens and pass_.reads_tokens():
-            raise RecipeError(where, "calibration tokens", "none", _calibrated(self.recipe, number, pass_))
+            raise RecipeError(where, "calibration tokens", "none", calibrated(self.recipe, number, pass_))
         if (fmt := pass_.target_format()) is not None:
             refuse_zeros(fmt, self.recipe, before)
         refuse_after_cache(where, pass_, self.weights)
@@ -200,8 +201,17 @@ class _StepPlanner:
 
     def __init__(self, planner: _Planner, number: int, pass_: WeightPass, fmt: Format | None) -> None:
         self.planner, self.number, self.pass_, self.format = planner, number, pass_, fmt
+        self.layout: Layout | Rotations | None
+        if isinstance(pass_, RotatingPass):
+            planner.written, planner.config, self.layout = rotated(pass_, planner.checkpoint, planner.written, planner.config)
+            planner.weights = list(planner.written.weights)
+            planner.states = {weight.name: planner.states.get(weight.name, DENSE) for weight in planner.weights}
+            planner.shared = [
+                note for note in planner.shared if note.what != "tied" or planner.states.keys().isdisjoint(note.names)
+            ]
+        else:
+            self.layout = pass_.layout(planner.weights, planner.written.family, planner.config)
         self.before, self.after = planner.states, dict(planner.states)
-        self.layout: Layout | None = pass_.layout(planner.weights, planner.written.family, planner.config)
         self.plain: dict[str, str] = {}
         self.allocator = pass_.allocator()
 
@@ -225,6 +235,7 @@ class _StepPlanner:
             self.number, self.pass_, tuple(self.planner.weights), tuple(w.name for w in chosen), skipped, self.before, self.after,
             self.format, self.shards(stored), stored,
             texts, tuple(notes), needs.resident_bytes, needs.scratch_bytes, needs.device_bytes,
+            rotations=self.layout if isinstance(self.layout, Rotations) else None,
         )  # fmt: skip
         if self.allocator is not None and not decided:
             # Raises if nothing fits the budget, which is known without gradients.
@@ -358,21 +369,6 @@ class _SlicePlanner:
         )  # fmt: skip
         planner.weights, planner.written, planner.config = list(weights), made.model, made.config
         return step, []
-
-
-def _calibrated(recipe: Recipe, number: int, pass_: WeightPass) -> str:
-    """The command to run if the pass of that line has no calibration tokens."""
-    lines = [str(line).removesuffix("()") for line in recipe.lines]
-    whole = shlex.quote(" | ".join([*lines[: number - 1], "calibrate", *lines[number - 1 :]]))
-    more = ", or give it data=..." if pass_.executor() == "train" else ""
-    return f"compress run MODEL OUT -p {whole}; calibrate(data=...) reads your text, not the one that ships{more}"
-
-
-def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
-    """(calibration tokens stored with a checkpoint, tokens in a sample)."""
-    if CALIBRATION not in checkpoint.side_files:
-        return 0, 0
-    return max((math.prod(ref.shape), math.prod(ref.shape[1:])) for ref in local_header(checkpoint.path / CALIBRATION))
 
 
 def _inputs(state: State) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from compress.architecture.weight_map import Model
@@ -52,3 +53,11 @@ def refuse_unread(weight: Weight, model: Model, pass_: Pass) -> None:
         raise Refusal("its family computes experts where their inputs cannot be watched", "skip them, or use a pass without data")
     if weight.kind == "expert" and weight.attribute == "weight" and getattr(pass_, "route", "router") == "all":
         raise Refusal("its experts are modules by themselves, which see their own tokens only", "leave route=all out")
+
+
+def calibrated(recipe: Recipe, number: int, pass_: WeightPass) -> str:
+    """The command to run if the pass of that line has no calibration tokens."""
+    lines = [str(line).removesuffix("()") for line in recipe.lines]
+    whole = shlex.quote(" | ".join([*lines[: number - 1], "calibrate", *lines[number - 1 :]]))
+    more = ", or give it data=..." if pass_.executor() == "train" else ""
+    return f"compress run MODEL OUT -p {whole}; calibrate(data=...) reads your text, not the one that ships{more}"

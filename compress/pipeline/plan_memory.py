@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.reader import CALIBRATION, Checkpoint, local_header
 from compress.contract.allocator import InputAllocator
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.cache_pass import CachePass
 from compress.contract.format import Format
 from compress.contract.pass_base import WeightPass
+from compress.contract.rotating_pass import RotatingPass
 from compress.contract.shapes import ObservingPass
 from compress.contract.slicing_pass import SlicingPass
 from compress.contract.train_pass import TrainPass
@@ -43,6 +44,13 @@ class Surroundings:
     tokens: int
     length: int
     """Tokens of a calibration sample."""
+
+
+def tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(calibration tokens stored with a checkpoint, tokens in a sample)."""
+    if CALIBRATION not in checkpoint.side_files:
+        return 0, 0
+    return max((math.prod(ref.shape), math.prod(ref.shape[1:])) for ref in local_header(checkpoint.path / CALIBRATION))
 
 
 class Needs(NamedTuple):
@@ -82,6 +90,8 @@ def needs_of(
         return Needs(max(there, min(around.threads, MAX_WORKERS) << 25), 0, there + DEVICE_BYTES)
     work = max((_workspace(worker, weight, stored[weight.name], fmt) for weight in touched), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
+    if isinstance(worker, RotatingPass):
+        resident += worker.rotation_bytes(config)
     scratch = there = 0
     if isinstance(worker, ObservingPass) and worker.observes():
         there = sweep_bytes(worker, around.weights, touched, config, around.tokens, size)

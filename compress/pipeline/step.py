@@ -16,6 +16,9 @@ from compress.checkpoint.reader import ABOUT, ALLOCATION, CALIBRATION, TRAINING,
 from compress.checkpoint.scan import SourceScan, file_digest, text_digest
 from compress.checkpoint.writer import Writer
 from compress.context import Context
+from compress.contract.block_training import BlockTrainPass
+from compress.contract.feature_pass import FeaturePass
+from compress.contract.rotating_pass import same_basis
 from compress.contract.step_plan import Plan, StepPlan
 from compress.errors import MachineError
 from compress.executors.allocate import record
@@ -102,10 +105,21 @@ def _step_run(step: StepPlan, state: RunState, inputs: StepInputs, writer: Write
     return StepRun(
         step, state.source, weights, state.digests, writer, ctx,
         tokens=_tokens_for(step, state, inputs.corpus, writer, ctx),
-        teacher=None if model is None or compensates else model.checkpoint,
+        teacher=None if model is None or compensates else _teacher(step, state, inputs.plan, model.checkpoint),
         dense_parent=_dense_parent(step, state, inputs),
         dense_view=DenseView(state.source) if step.pass_.unpacks else None,
     )  # fmt: skip
+
+
+def _teacher(step: StepPlan, state: RunState, plan: Plan, dense: Checkpoint) -> Checkpoint:
+    """The teacher of a step. Where hidden states are compared, it is the dense model as this run has rotated it."""
+    worker = step.pass_.worker()
+    if not isinstance(worker, BlockTrainPass | FeaturePass):
+        return dense
+    turned = [earlier.number for earlier in plan.steps[: step.number - 1] if earlier.rotations is not None]
+    teacher = state.past[turned[-1]] if turned and not worker.second_name() else dense
+    same_basis(state.manifest, teacher.manifest)
+    return teacher
 
 
 def _dense_parent(step: StepPlan, state: RunState, inputs: StepInputs) -> DenseParent | None:

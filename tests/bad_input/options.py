@@ -50,6 +50,12 @@ CASES = {
     "owl that would empty a block": _case("run {model} {out} -p 'calibrate | prune.sparsegpt(sparsity=0.9, owl=true)'", "owl_lambda: below 0.05", "a block might keep nothing"),
     "owl without tokens": _case("prune magnitude {model} {out} --sparsity 0.5 --owl", "calibration tokens", "compress run MODEL OUT -p 'calibrate | prune.magnitude", status=2),
     "gptq with zeros and outliers": _case("run {model} {out} -p 'calibrate | quantize.gptq(scheme=w4a16g32, sparsity=2:4, outliers=0.01)'", "outliers: not with sparsity"),
+    "rotate nothing": _case("quantize rotate {model} {out} --no-r1 --no-r2", "quantize.rotate", "at least one of them"),
+    "a rotation of an unknown kind": _case("quantize rotate {model} {out} --kind givens", "quantize.rotate.kind", "'hadamard', 'block' or 'orthogonal'"),
+    "rotate codes": _case(
+        "run {model} {out} -p 'quantize.rtn(scheme=w4a16g32) | quantize.rotate(untie=true)'", "codes cannot be rotated",
+        "rotate before quantizing", status=4,
+    ),
     "no layer": _case("run {model} {out} -p 'calibrate | prune.depth(layers=0)'", "prune.depth.layers", "greater than or equal to 1"),
     "all layers": _case("run {model} {out} -p 'calibrate | prune.depth(layers=4)'", "layers=4, and the model has 4", "keep fewer", status=4),
     "more heads than there are": _case("prune slice {model} {out} --heads 16", "16 query heads for 4 key-value heads", "choose as many", status=4),

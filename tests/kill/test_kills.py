@@ -22,6 +22,7 @@ RECIPES = {
     "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=3) | pack",
     "latent": f"{CALIBRATE} | quantize.rtn(scheme=mxfp4) | distill.logits(latent=true, epochs=1, batch=2, micro_batch=2, "
     "save_every=3) | pack",
+    "rotate": "quantize.rotate | quantize.rtn(scheme=w4a16g32) | pack",
     "slice": f"{CALIBRATE} | prune.width(hidden=48, ffn=64, refit=true) | prune.depth(layers=6)",
     "sheared": f"{CALIBRATE} | prune.sheared(layers=6, ffn=64, epochs=1, batch=2, micro_batch=2, save_every=3)",
     "an objective that learns": f"{CALIBRATE} | prune.magnitude(sparsity=2:4) | distill.features(epochs=1, batch=2, micro_batch=2, "

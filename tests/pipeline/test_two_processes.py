@@ -49,6 +49,7 @@ PASSES = {
     "train": ("distill.logits", f"{CALIBRATE} | distill.logits({TEACH}) | quantize.rtn(scheme=w4a16g32)"),
     "blocks": ("distill.blocks", f"{CALIBRATE} | prune.wanda(sparsity=2:4) | distill.blocks({TEACH})"),
     "cache": ("quantize.kv", f"{CALIBRATE} | quantize.kv"),
+    "rotate": ("quantize.rotate", "quantize.rotate | quantize.rtn(scheme=w4a16g32) | pack"),
     "slice": ("prune.width", f"{CALIBRATE} | prune.width(ffn=64)"),
 }
 """What runs a pass -> the step in which the first process waits, and the recipe."""
@@ -139,7 +140,7 @@ main()
 """A process whose host writes back a page over what another one has written there."""
 
 
-@pytest.mark.parametrize("kind", ["stream", "sweep"])
+@pytest.mark.parametrize("kind", ["stream", "rotate", "sweep"])
 def test_ranks_on_two_hosts_read_what_each_other_wrote(kind: str, tiny: Path, other: Server, tmp_path: Path) -> None:
     """Two ranks that torchrun has started on two hosts. What a file system between them lost is found before it is published."""
     recipe, hosts = PASSES[kind][1], {"LOCAL_WORLD_SIZE": "1"}
