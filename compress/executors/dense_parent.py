@@ -36,7 +36,7 @@ class DenseParent:
         shapes = {weight.name: weight.shape for weight in step.weights}
         for name in step.transformed:
             made = _last_dense(name, step, plan)
-            if made is None and (outside is None or not _has(outside.checkpoint, name, shapes[name])):
+            if made is None and (outside is None or not _has(outside.checkpoint, name, shapes[name], past[-1])):
                 continue
             self._homes[name] = past[made] if made is not None else outside.checkpoint  # type: ignore[union-attr]
             # Opens the file before threads share it.
@@ -51,10 +51,11 @@ class DenseParent:
         return as_matrix(weight, self._homes[weight.name].read(weight.name))
 
 
-def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a checkpoint has a weight of this shape without codes; a teacher may be another model."""
+def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: Checkpoint) -> bool:
+    """Whether a checkpoint has the dense weight, of this shape, of a source's codes; a teacher may be another model."""
     entry = checkpoint.logical.get(name)
-    return entry is not None and entry.state.scheme is None and entry.shape == shape
+    alike = entry is not None and entry.state.scheme is None and entry.shape == shape
+    return alike and rotated_by(checkpoint.manifest) == rotated_by(source.manifest)
 
 
 def _last_dense(name: str, step: StepPlan, plan: Plan) -> int | None:

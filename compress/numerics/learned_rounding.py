@@ -8,9 +8,9 @@ with an offset o for each weight, and a gain g for each scale, which are 0 and 1
 and beta) moves both against the signs of their gradients, Block-AP (2407.11062) by AdamW. Rounding passes gradients on unchanged:
 dL/do is dL/dw' times the step that w' takes to its neighbour, dL/dg the sum of dL/dw' s t_i over what shares the scale.
 
-Codes need not be those nearest to W: GPTQ's make up for errors of other columns. Where W lies outside of the cell of the code that
-is there, [i - 1/2, i + 1/2], the position is the middle of the cell: at its edge the first step, whatever its gradient, would undo
-what GPTQ has chosen. Without a step nothing changes.
+Codes need not be those nearest to W: GPTQ's make up for errors of other columns. Where W lies outside of the cell of its code,
+[i - 1/2, i + 1/2], the position is the middle of the cell: at its edge the first step, whatever its gradient, would undo what
+GPTQ has chosen. Without a step nothing changes.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ class Reader:
     """Its own compute dtype; empty for the dtype of config.json."""
     rounding: float = 0.0
     """Share by which the logits of the median token may differ, for a reader that rounds activations."""
+    coarse: tuple[tuple[str, float, str], ...] = ()
+    """(beginning of a model_type, share of the largest logit by which logits may differ, why), where its own code rounds more."""
     measured: bool = False
     """Whether that share is measured on each artifact: by what the reader's compute dtype does to our own reading."""
 
@@ -156,7 +158,14 @@ READERS: dict[str, Reader] = {
         measured=True,
     ),
     # In float32, where its product is exact to rounding; its CPU backend adds up bfloat16 in bfloat16.
-    "mlx": Reader(("mlx",), "probe_mlx.py", mlx, ("mlx-lm", "mlx", "transformers", "numpy"), dtype="float32"),
+    "mlx": Reader(
+        ("mlx",),
+        "probe_mlx.py",
+        mlx,
+        ("mlx-lm", "mlx", "transformers", "numpy"),
+        dtype="float32",
+        coarse=(("gemma3", 5e-3, "mlx-lm rounds the scale of Gemma 3's embeddings to bfloat16"),),
+    ),
     "peft": Reader(("peft",), "probe_peft.py", None, (*_LIBRARIES, "peft"), ("peft",), needs_base=True, dtype="float32"),
     "native": Reader(("native",), "probe_native.py", None, ("compress-llm", *_LIBRARIES[:2])),
     "ours": Reader((), packages=("compress-llm", "torch", "transformers")),
