@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from compress.threads import available, compute_threads, workers
+from forked import Server
 
 SPY = """
 import json, sys
@@ -36,10 +36,14 @@ finally:
 of torch before, for a question would settle the number."""
 
 
+@lru_cache(maxsize=1)
+def unsettled() -> Server:
+    """What forks has been told nothing of threads, and has computed nothing."""
+    return Server({name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"})
+
+
 def seen_in(functions: str, *arguments: str | Path) -> dict[str, int]:
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-P", "-c", SPY, functions, *map(str, arguments)]
-    found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    found = unsettled().python(SPY, functions, *arguments)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
 
