@@ -61,7 +61,7 @@ class Pack(TensorPass):
         return list(weights)
 
     def becomes(self, weight: Weight, state: State) -> State:
-        fmt = self.target_format()
+        fmt = _asked(self.format, self.dequantize)
         for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)):
             if part is not None and word not in fmt.holds:
                 raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _REMEDIES[word])
@@ -76,6 +76,14 @@ class Pack(TensorPass):
 
     def tensor(self, weight: Weight, after: State, value: torch.Tensor | QTensor) -> tuple[torch.Tensor | QTensor, float | None]:
         return value, None
+
+
+@lru_cache
+def _asked(name: str, dequantize: bool) -> Format:
+    """The format that is asked about each weight in turn."""
+    from compress.kernels.dispatch import load_format
+
+    return load_format(name)(dequantize=dequantize)
 
 
 def _unnumbered(weight: Weight) -> Weight:

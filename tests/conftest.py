@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_finish() -> None:
+    """What modules and the tests themselves have made stays: Python's search for cycles need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries that count what they have left at the end are not told of a leak."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk() -> Iterator[None]:
+    """What tests write need not outlive a power cut. That fsync is asked for is seen by test_writer.py and test_power_cut.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,3 +59,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support import tiny_llama
 
     return tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[dict[str, Any]]:
+    """The processes that readers are forked from, by what they run; one of each is made when it is first needed."""
+    from warm_readers import end
+
+    made: dict[str, Any] = {}
+    yield made
+    end(made)
+
+
+@pytest.fixture
+def warm(forks: dict[str, Any]) -> Iterator[None]:
+    """Readers of `verify` are forked from processes that have their libraries behind them."""
+    from warm_readers import warm
+
+    with warm(forks):
+        yield

@@ -77,9 +77,9 @@ def _server() -> Server:
     return Server({**os.environ, **ENVIRONMENT})
 
 
-def python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: Any, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -c CODE ARGUMENTS`, as Server.python has it."""
-    return _server().python(code, *arguments)
+    return _server().python(code, *arguments, ranks=ranks, **variables)
 
 
 def compress(*arguments: Any, cwd: Path | None = None, ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -131,6 +131,8 @@ def _draw() -> None:
 
 
 def _serve() -> None:
+    # What tests write need not outlive a power cut.
+    os.fsync = lambda descriptor: None
     for name in HEAVY:
         importlib.import_module(name)
     _draw()

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +31,7 @@ from compress.numerics.qtensor import QTensor
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from families import build
+from forked import python
 from rehearsal import GPU, NAME, Rehearsal
 from support import do, ready_inputs, tiny_llama, tree
 
@@ -326,13 +324,9 @@ assert rehearsal.sent
 
 
 def test_two_processes_with_a_gpu_each_equal_one_without(small: Path, tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(tests=str(ROOT / "tests")))
     recipe = f"calibrate(data={ready_inputs(360)}, samples=360, length=24) | {RECIPES['wanda']} | {RECIPES['smoothquant']}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, script, "run", small, tmp_path / "two", "-p", recipe]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    code = TWO.format(tests=str(ROOT / "tests"))
+    done = python(code, "run", small, tmp_path / "two", "-p", recipe, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     do(small, tmp_path / "one", recipe, device="cpu")
     here, there = (open_checkpoint(tmp_path / name).manifest for name in ("one", "two"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from compress.threads import available, compute_threads, workers
+from forked import Server
 
 SPY = """
 import json, sys
@@ -36,12 +36,21 @@ finally:
 of torch before, for a question would settle the number."""
 
 
-def seen_in(functions: str, *arguments: str | Path) -> dict[str, int]:
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-P", "-c", SPY, functions, *map(str, arguments)]
-    found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout.splitlines()[-1])
+Seen = Callable[..., dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def seen_in() -> Iterator[Seen]:
+    """Threads by function, of a command line; what forks has been told nothing of threads, and has computed nothing."""
+    server = Server({name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"})
+
+    def seen(functions: str, *arguments: str | Path) -> dict[str, int]:
+        found = server.python(SPY, functions, *arguments)
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout.splitlines()[-1])
+
+    yield seen
+    server.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,9 @@ def text(demo_model: Path) -> Path:
     return demo_model.parent / "text" / "evaluation.jsonl"
 
 
-def test_sweep_gradient_sweep_and_training_compute_on_what_was_said(demo_model: Path, text: Path, tmp_path: Path) -> None:
+def test_sweep_gradient_sweep_and_training_compute_on_what_was_said(
+    seen_in: Seen, demo_model: Path, text: Path, tmp_path: Path
+) -> None:
     recipe = (
         f"calibrate(data={text}, samples=4, length=32) | quantize.llm_mq(bits=3, schemes=[w2a16g32, w4a16g32])"
         " | distill.logits(batch=4)"
@@ -59,14 +70,14 @@ def test_sweep_gradient_sweep_and_training_compute_on_what_was_said(demo_model: 
     assert found == {"GradientSweep.run": 3, "Sweep.block": 3, "Training._one_step": 3}
 
 
-def test_eval_and_bench_compute_on_what_was_said(demo_model: Path, text: Path, tmp_path: Path) -> None:
+def test_eval_and_bench_compute_on_what_was_said(seen_in: Seen, demo_model: Path, text: Path, tmp_path: Path) -> None:
     seen_in("", "run", demo_model, tmp_path / "out", "-p", "quantize.rtn(scheme=w4a16g32) | pack(format=native)", "-q")
     measured = seen_in("_rows", "eval", tmp_path / "out", "--data", text, "--tokens", "512", "--threads", "3")
     timed = seen_in("Decoder.prompt", "bench", tmp_path / "out", "--prompt", "8", "--new", "2", "--batch", "1", "--threads", "3")
     assert (measured, timed) == ({"_rows": 3}, {"Decoder.prompt": 3})
 
 
-def test_a_run_that_is_told_nothing_computes_on_every_core(demo_model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_told_nothing_computes_on_every_core(seen_in: Seen, demo_model: Path, text: Path, tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
         pytest.skip("one core, which is also what a run had that took a worker's number")

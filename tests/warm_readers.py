@@ -24,6 +24,7 @@ _TORCH = ("torch", "safetensors.torch", "transformers.modeling_utils", "transfor
 HEAVY = {
     "probe_vllm.py": (*_TORCH, "vllm", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"),
     "probe_transformers.py": (*_TORCH, "compressed_tensors"),
+    "probe_peft.py": (*_TORCH, "peft"),
     "probe_gptqmodel.py": _TORCH,
     "probe_auto_gptq.py": _TORCH,
     "probe_mlx.py": _TORCH,
@@ -48,12 +49,19 @@ class _Forks:
         return int(line.split()[1])
 
 
+def end(forks: dict[str, _Forks]) -> None:
+    """Ends the processes that fork."""
+    while forks:
+        forks.popitem()[1].process.communicate()
+
+
 @contextmanager
-def warm() -> Iterator[None]:
-    """Has `verify` fork its readers where that is worth while."""
+def warm(forks: dict[str, _Forks] | None = None) -> Iterator[None]:
+    """Has `verify` fork its readers where that is worth while; from the processes in `forks`, which it leaves there, if given."""
     from compress.evaluate import readers
 
-    plain, forks = readers._run, dict[str, _Forks]()
+    plain, own = readers._run, forks is None
+    forks = {} if forks is None else forks
 
     def run(command: list[str], variables: dict[str, str], scratch: Path, log: Path, timeout_seconds: float) -> int | None:
         probe = Path(command[3]).name
@@ -71,8 +79,8 @@ def warm() -> Iterator[None]:
         yield
     finally:
         readers._run = plain
-        for each in forks.values():
-            each.process.communicate()
+        if own:
+            end(forks)
 
 
 def _child(request: dict[str, Any]) -> None:

@@ -22,9 +22,12 @@ def further_tokens(model: Model) -> list[str]:
 
 def unused_paths(model: Model) -> list[str]:
     """The shortest paths that hold all unused matrices and nothing that the model takes, such as `model.layers.61`."""
-    used = [path for weight in model.weights if weight.module for path in (weight.name, weight.module)]
-    shared = {".".join(parts[:end]) for parts in (path.split(".") for path in used) for end in range(1, len(parts) + 1)}
-    unused, found = set(model.unused), dict[str, None]()
+    unused, found, shared = set(model.unused), dict[str, None](), {""}
+    for path in (path for weight in model.weights if weight.module and unused for path in (weight.name, weight.module)):
+        # What is above a path that is known is known as well.
+        while path not in shared:
+            shared.add(path)
+            path = path.rpartition(".")[0]
     for weight in model.weights:
         if weight.name in unused and len(weight.shape) > 1:
             parts = weight.name.split(".")

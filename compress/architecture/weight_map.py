@@ -30,6 +30,8 @@ _MOST_BLOCKS = 2000
 _BLOCKS = re.compile(r"(layers?|blocks|depth)$")
 """Keys of config.json that say how many blocks there are."""
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+"""The number of a block or an expert in a path."""
 _SAME_PRODUCT = {"FalconLinear"}
 """Classes of linears with a forward of their own that computes x @ w.T + bias all the same."""
 _JOINTS = re.compile(r"multi_?modal|projector|connector|merger|aligner")
@@ -117,6 +119,7 @@ class _Resolver:
         self.problems: list[Problem] = []
         self.converted: set[str] = set()
         self.by_weight: set[str] = set()
+        self.described: dict[Any, tuple[Kind, bool, str, str, str]] = {}
         self.state = model.state_dict()
         self.modules = dict(model.named_modules())
         self.stacks = stacks(model)
@@ -129,9 +132,8 @@ class _Resolver:
         for alias, kept in self.tied.items():
             self.pairs[alias].add(kept)
             self.pairs[kept].add(alias)
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        inputs, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.embeddings = [module for module in (inputs, getattr(model, "shared", None)) if module is not None]
-        self.head = outputs
 
     def run(self, allow_dtype_mismatch: bool) -> Model:
         places = self.places()
@@ -158,11 +160,10 @@ class _Resolver:
         linears = {path: type(m).__name__ for path, m in self.modules.items() if _is_linear(m) or isinstance(m, Conv1D)}
         from compress.architecture.experts import watched
 
-        lengths = {stack: length for _, stack, length in self.stacks}
         experts = {weight.module for weight in weights if weight.kind == "expert"}
         hidden = {p for p in experts if not _is_linear(self.modules[p]) and not watched(self.modules[p])}
         return Model(
-            tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, lengths,
+            tuple(weights), linears, tuple(unused), duplicates, self.model.config.model_type, {s: n for _, s, n in self.stacks},
             frozenset(self.by_weight), _initialised(self.model, linears), frozenset(hidden), self.attentions,
         )  # fmt: skip
 
@@ -231,18 +232,31 @@ class _Resolver:
         path, _, attribute = parameter.rpartition(".")
         module = self.modules[path]
         stack, block = self.block(path)
-        kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
+        # Blocks are alike, and so are their experts: what differs in numbers alone is described once.
+        places = (name, parameter) if block is None else (_NUMBER.sub(".#", name), _NUMBER.sub(".#", parameter))
+        alike = *places, type(module), entry.dtype, entry.shape, stack
+        if alike not in self.described:
+            self.described[alike] = self.describe(name, entry, parameter, stack, block)
+        kind, flipped, unclear, unlearned, left_alone = self.described[alike]
         flipped = flipped ^ transposed if len(entry.shape) >= 2 else False
-        left_alone = ""
+        return Weight(
+            name, entry.dtype, entry.shape, kind, path, attribute, type(module).__name__, stack, block, flipped,
+            name in self.converted, unclear, unlearned, left_alone,
+        )  # fmt: skip
+
+    def describe(
+        self, name: str, entry: Logical, parameter: str, stack: str, block: int | None
+    ) -> tuple[Kind, bool, str, str, str]:
+        """(kind, stored as [in, out], why its orientation is unclear, why nothing trains it, why it is left alone)."""
+        path, _, attribute = parameter.rpartition(".")
+        module, left_alone = self.modules[path], ""
+        kind, flipped, unclear = self.kind(name, path, module, attribute, entry.shape, block)
         if block is not None and not stack.startswith("tower:"):
             prefix = next(prefix for prefix, other, _ in self.stacks if other == stack)
             left_alone = why_left_alone(self.family, parameter.removeprefix(f"{prefix}.{block}."))
             if kind == "other" and not left_alone:
                 unclear = self.undescribed(module, attribute, entry)
-        return Weight(
-            name, entry.dtype, entry.shape, kind, path, attribute, type(module).__name__, stack, block, flipped,
-            name in self.converted, unclear, self.unlearned(path, module, attribute), left_alone,
-        )  # fmt: skip
+        return kind, flipped, unclear, self.unlearned(path, module, attribute), left_alone
 
     def undescribed(self, module: nn.Module, attribute: str, entry: Logical) -> str:
         """Why nothing tells what a matrix of a block is; empty for what is no matrix, a table that is looked up, or a buffer."""

@@ -13,14 +13,17 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from json.encoder import encode_basestring as quoted
+from json.encoder import encode_basestring_ascii as escaped
 from typing import Any
 
 from compress.errors import InputError
 from compress.spec.strict_json import parse_json
-from compress.spec.weight_state import DTYPE_BYTES, TensorSpec
+from compress.spec.weight_state import DTYPE_BYTES, TensorSpec, payload_bytes
 
 MAX_HEADER_BYTES = 100_000_000
 _ALIGN = 8
+_METADATA = {"format": "pt"}
 _SAID = 300
 """Characters of a header that a message quotes."""
 _MOST_DIMENSIONS, _LARGEST = 64, (1 << 63) - 1
@@ -93,10 +96,10 @@ def _entry(name: str, entry: Any, start: int, file: str, bad: Callable[[str, str
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise bad(f"a known dtype for '{name}'", f"'{dtype}'")
-    whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    whole: list[Any] = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if len(whole) > _MOST_DIMENSIONS + 2:
         raise bad(f"at most {_MOST_DIMENSIONS} dimensions for '{name}'", f"{len(shape)}")
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _LARGEST for n in whole) or len(offsets) != 2:
+    if {*map(type, whole)} != {int} or min(whole) < 0 or max(whole) > _LARGEST or len(offsets) != 2:
         raise bad(f"a shape and two offsets of whole numbers for '{name}'", f"{shape}, {offsets}")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
@@ -106,43 +109,53 @@ def _entry(name: str, entry: Any, start: int, file: str, bad: Callable[[str, str
 
 def write_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> bytes:
     """The length and JSON header of a file with these tensors in this order, padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    at = 0
-    for spec in specs:
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
-        at += spec.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # As json.dumps writes it, which takes three times as long.
+    entries, at = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)}'] if metadata else [], 0
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}
+    for name, dtype, shape, nbytes in specs:
+        if (kind := (dtype, shape)) not in kinds:
+            kinds[kind] = f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}]'
+        entries.append(f'{quoted(name)}:{{{kinds[kind]},"data_offsets":[{at},{at + nbytes}]}}')
+        at += nbytes
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % _ALIGN)
     return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, its header's bytes, its tensors in order."""
+    """One output file: its name, the size of its header, its tensors in order."""
 
     file: str
-    header: bytes
+    header_bytes: int
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...] = ()
     """Where each tensor begins in a file that has gaps between them; without, they lie one after the other."""
     size_bytes: int = 0
     """The size of a file with gaps."""
+    other_header: bytes = b""
+    """The header of a file that is not in safetensors."""
+
+    @property
+    def header(self) -> bytes:
+        """Made anew, for headers of a large model are hundreds of megabytes, and a plan only counts them."""
+        return self.other_header or write_header(self.specs, _METADATA)
 
     @property
     def nbytes(self) -> int:
-        return self.size_bytes or len(self.header) + sum(spec.nbytes for spec in self.specs)
+        return self.size_bytes or self.header_bytes + payload_bytes(self.specs)
 
     @property
     def places(self) -> list[tuple[TensorSpec, int]]:
         """Every tensor, with its offset in the file."""
-        starts = self.offsets or accumulate((spec.nbytes for spec in self.specs), initial=len(self.header))
+        starts = self.offsets or accumulate((spec.nbytes for spec in self.specs), initial=self.header_bytes)
         return list(zip(self.specs, starts, strict=False))
 
 
 def single(file: str, specs: Iterable[TensorSpec]) -> Shard:
     """One file with these tensors, however large."""
     run = tuple(specs)
-    return Shard(file, write_header(run, {"format": "pt"}), run)
+    return Shard(file, len(write_header(run, _METADATA)), run)
 
 
 def arrange(specs: Iterable[TensorSpec], shard_bytes: int, stem: str = STEM) -> list[Shard]:
@@ -165,10 +178,22 @@ def index_file(shards: list[Shard]) -> tuple[str, str] | None:
     shards = [shard for shard in shards if "/" not in shard.file]
     if len(shards) <= 1:
         return None
-    total = sum(spec.nbytes for shard in shards for spec in shard.specs)
     # As json.dumps indents it, which takes many times as long for an index of hundreds of thousands of names.
-    quoted = json.JSONEncoder().encode
-    lines = sorted((spec.name, quoted(shard.file)) for shard in shards for spec in shard.specs)
-    weight_map = ",\n".join(f"    {quoted(name)}: {file}" for name, file in lines)
-    text = f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n{weight_map}\n  }}\n}}\n'
-    return shards[0].file.split("-")[0] + ".safetensors.index.json", text
+    files = {spec.name: file for shard in shards for file in (escaped(shard.file),) for spec in shard.specs}
+    lines = ",\n".join([f"    {escaped(name)}: {files[name]}" for name in sorted(files)])
+    return shards[0].file.split("-")[0] + ".safetensors.index.json", _index_text(shards, lines)
+
+
+def index_bytes(shards: list[Shard]) -> int:
+    """The size of the text of `index_file`, which need not be sorted and put together for it; 0 for a single file."""
+    shards = [shard for shard in shards if "/" not in shard.file]
+    if len(shards) <= 1:
+        return 0
+    names = [spec.name for shard in shards for spec in shard.specs]
+    files = sum(len(escaped(shard.file)) * len(shard.specs) for shard in shards)
+    return len(_index_text(shards, "")) + sum(map(len, map(escaped, names))) + files + len("    : ,\n") * len(names) - len(",\n")
+
+
+def _index_text(shards: list[Shard], lines: str) -> str:
+    total = sum(payload_bytes(shard.specs) for shard in shards)
+    return f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n{lines}\n  }}\n}}\n'

@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from compress.spec.weight_state import TensorSpec
 
 _COPY_BYTES = 8 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's malloc."""
 _STAMP, _JOURNAL = ".compress-step", ".compress-journal."
 """Working files of an unfinished directory; hidden, because hidden files never belong to a checkpoint."""
 
@@ -49,8 +52,10 @@ class Writer:
         """Makes or reopens the directory. Weights that an interrupted run of the same step has finished are kept."""
         stamp = self.path / _STAMP
         # The same step in other shards has another layout: the data there cannot be used then.
-        layout = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
-        step_id = f"{step_id} {layout}"
+        layout = hashlib.sha256()
+        for shard in self.shards:
+            layout.update(shard.header)
+        step_id = f"{step_id} {layout.hexdigest()}"
         if self.path.exists() and (not stamp.is_file() or stamp.read_text() != step_id):
             shutil.rmtree(self.path)
         with _explained(self.path):
@@ -251,7 +256,27 @@ class _explained:  # noqa: N801 (a context manager that reads as a word)
 
 def trim_memory() -> None:
     """Hands freed memory back to the system, where the C library knows how (glibc)."""
-    try:
+    with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """Meanwhile memory of some megabytes goes back to the system when it is freed, where the C library knows how (glibc).
+
+    By itself it takes ever larger blocks out of pools after it has seen them freed: streams of codes then lie between gaps.
+    """
+    _take_from_pools(8 << 20)
+    try:
+        yield
+    finally:
+        _take_from_pools(32 << 20)
+        trim_memory()
+
+
+def _take_from_pools(most_bytes: int) -> None:
+    """Has glibc map what is larger by itself, and keep twice as much at the end of a pool; 32 MiB is as far as it goes alone."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, most_bytes)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * most_bytes)

@@ -46,6 +46,9 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if before:
+            # What there is counts as old; else the next search would look through all of it at once.
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
 

@@ -6,13 +6,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from compress.checkpoint.reader import ALLOCATION
 from compress.errors import InputError
-from compress.numerics.qtensor import specs
-from compress.spec.weight_state import State, Weight
+from compress.numerics.qtensor import specs, stored_bytes
+from compress.spec.weight_state import State, Weight, payload_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class Allocator(ABC):
 
     def largest(self, weight: Weight, state: State) -> State:
         """The offered state with most bytes, which a plan assumes before the decision. Raises Refusal."""
-        return max(self.offers(weight, state), key=lambda after: sum(spec.nbytes for spec in specs(weight, after)))
+        return max(self.offers(weight, state), key=lambda after: stored_bytes(weight, after))
 
     def known(self, weights: Sequence[Weight]) -> dict[str, State] | None:
         """States by name from an earlier decision; None if there is none. Raises InputError."""
@@ -151,11 +152,16 @@ def offers_of(step: StepPlan, weights: Sequence[Weight]) -> tuple[list[Offer], R
     assert allocator is not None
     touched = set(step.transformed)
     others = [weight for weight in weights if weight.name not in touched]
-    nbytes = sum(spec.nbytes for weight in others for spec in step.specs(weight))
+    nbytes = payload_bytes(chain.from_iterable(map(step.specs, others)))
     offers = [Offer(w, allocator.offers(w, step.before[w.name])) for w in weights if w.name in touched]
     overhead = step.disk_bytes - step.payload_bytes
+    # The most tensors of weights that are alike.
+    most: dict[tuple[str, tuple[int, ...], tuple[State, ...]], int] = {}
     for weight, states in ((offer.weight, offer.states) for offer in offers):
+        alike = weight.dtype, weight.shape, states
+        if alike not in most:
+            most[alike] = max(len(specs(weight, state)) for state in states)
         # A state with more tensors than the planned one has longer headers, even if its tensors are smaller.
-        more = max(len(specs(weight, state)) for state in states) - len(step.specs(weight))
+        more = most[alike] - len(step.specs(weight))
         overhead += more * (2 * len(weight.name) + _ENTRY_BYTES)
     return offers, Rest(sum(weight.numel for weight in others), nbytes, overhead)

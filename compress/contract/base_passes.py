@@ -221,12 +221,8 @@ class PruningPass(SparingPass):
         return own | super().external_inputs(found)
 
     def becomes(self, weight: Weight, state: State) -> State:
-        most = (
-            Sparsity(fraction=self.sparsity.fraction + 2 * self.owl_lambda)
-            if self.owl and self.sparsity.fraction
-            else self.sparsity
-        )
-        pruned(weight, state, most, self.scope == "row")
+        if self.owl and self.sparsity.fraction:
+            pruned(weight, state, Sparsity(fraction=self.sparsity.fraction + 2 * self.owl_lambda), self.scope == "row")
         return pruned(weight, state, self.sparsity, self.scope == "row")
 
 

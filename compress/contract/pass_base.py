@@ -193,7 +193,7 @@ class SparingPass(TargetedPass):
 
     def left_alone(self, weights: Sequence[Weight]) -> dict[str, str]:
         """Also what is no matrix of weights, and so in none of the targets."""
-        if not self.skip_defaults:
+        if not self.skip_defaults or not any(weight.left_alone for weight in weights):
             return {}
         found = [*super().chosen(weights), *(weight for weight in weights if weight.kind == "other")]
         return {weight.name: weight.left_alone for weight in found if weight.left_alone}

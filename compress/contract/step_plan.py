@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from compress.architecture.axes import Slice, slices
 from compress.architecture.rotations import Rotations
 from compress.architecture.weight_map import Model
-from compress.checkpoint.safetensors_header import Shard, index_file
+from compress.checkpoint.safetensors_header import Shard, index_bytes
 from compress.contract.format import Format, Verdict
 from compress.contract.pass_base import Pass
 from compress.numerics import qtensor
 from compress.spec.kept import Kept, Sizes
-from compress.spec.weight_state import Note, State, TensorSpec, Weight
+from compress.spec.weight_state import Note, State, TensorSpec, Weight, payload_bytes
 
 INTERPRETER_BYTES = 480 << 20
 """Resident bytes of Python with torch, transformers and one model class imported, measured on Linux x86-64."""
@@ -91,21 +92,20 @@ class StepPlan:
     @cached_property
     def payload_bytes(self) -> int:
         """Bytes of tensors."""
-        return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
+        return sum(payload_bytes(shard.specs) for shard in self.shards)
 
     @cached_property
     def disk_bytes(self) -> int:
         """Bytes of the shards with their headers, the index and config.json; 0 for a step that writes no weights."""
         if self.inherits:
             return 0
-        index = index_file(self.shards) or ("", "")
-        texts = sum(len(text.encode()) for text in (index[1], *self.texts.values()))
-        return sum(shard.nbytes for shard in self.shards) + texts
+        texts = sum(len(text.encode()) for text in self.texts.values())
+        return sum(shard.nbytes for shard in self.shards) + index_bytes(self.shards) + texts
 
     def bits(self, weights: Sequence[Weight]) -> float:
         """Bits per weight of `weights` as stored after this step, scales and padding included."""
         numel = sum(weight.numel for weight in weights)
-        return sum(spec.nbytes for w in weights for spec in self.specs(w)) * 8 / numel if numel else 0.0
+        return payload_bytes(chain.from_iterable(map(self.specs, weights))) * 8 / numel if numel else 0.0
 
     def specs(self, weight: Weight) -> list[TensorSpec]:
         """The tensors that hold `weight` after this step."""

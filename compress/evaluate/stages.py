@@ -81,6 +81,6 @@ def measure_stages(result: Result, source: Checkpoint, windows: torch.Tensor) ->
     first, before = stages[0].quality, plan.steps[0].before
     assert first is not None
     weights = [weight for weight in plan.model.weights if weight.name in touched and weight.name in before]
-    nbytes = sum(spec.nbytes for weight in weights for spec in qtensor.specs(weight, before[weight.name]))
+    nbytes = sum(qtensor.stored_bytes(weight, before[weight.name]) for weight in weights)
     bits = nbytes * 8 / max(1, sum(weight.numel for weight in weights))
     return [Measured("source", plan.source_bytes, bits, first.source_perplexity), *stages]

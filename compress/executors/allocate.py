@@ -126,7 +126,7 @@ def _rows(offers: Sequence[Offer], found: Mapping[str, State]) -> list[dict[str,
     for offer in offers:
         weight, state = offer.weight, found[offer.weight.name]
         costs = {str(offered): float(f"{cost:.6g}") for offered, cost in zip(offer.states, offer.costs, strict=False)}
-        nbytes = sum(spec.nbytes for spec in qtensor.specs(weight, state))
+        nbytes = qtensor.stored_bytes(weight, state)
         share = None if state.sparsity is None else state.sparsity.fraction
         rows.append({
             "weight": weight.name, "state": str(state), "bytes": nbytes, "numel": weight.numel, "stack": weight.stack,

@@ -52,8 +52,11 @@ def watch(
 
 def _filled(weight: Weight, value: Any) -> torch.Tensor:
     """Which outputs have a non-zero weight, bool [experts?, outputs]."""
+    zero = 0
     if isinstance(value, QTensor):
-        return along_inputs(weight, value.nonzero()).any(-1)
+        if not value.scheme.whole or not value.scheme.symmetric or value.outliers is not None or value.lowrank is not None:
+            return along_inputs(weight, value.nonzero()).any(-1)
+        value, zero = value.codes, value.scheme.middle
     # By its extremes, which take no booleans for every entry.
     matrix = along_inputs(weight, value)
-    return (matrix.amax(-1) != 0) | (matrix.amin(-1) != 0)
+    return (matrix.amax(-1) != zero) | (matrix.amin(-1) != zero)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import Writer, trim_memory
+from compress.checkpoint.writer import Writer, large_blocks_returned
 from compress.contract.fused_groups import Peaks
 from compress.contract.shapes import CompensatingPass, TensorPass
 from compress.executors.anomalies import watch
@@ -50,10 +50,9 @@ def stream(run: StepRun) -> None:
                 kept=int(kept), done_bytes=done[0], total_bytes=total,
             )  # fmt: skip
 
-    with workers(min(ctx.threads, MAX_WORKERS)) as pool:
+    with large_blocks_returned(), workers(min(ctx.threads, MAX_WORKERS)) as pool:
         for _ in pool.map(one, mine):
             pass
-    trim_memory()
 
 
 def share(weights: Sequence[Weight], rank: int, world_size: int) -> Sequence[Weight]:

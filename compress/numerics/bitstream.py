@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-_CHUNK = 1 << 22
-"""Bytes that are packed or unpacked at a time."""
+_CHUNK = 1 << 20
+"""Bytes that are packed or unpacked at a time; what lies between takes several times as many, and malloc keeps some of it."""
 
 
 def row_bytes(columns: int, bits: int) -> int:

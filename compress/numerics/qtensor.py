@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.spec.corrections import SHORT
 from compress.spec.scheme import FP8, SUPER
-from compress.spec.weight_state import State, TensorSpec, Weight
+from compress.spec.weight_state import State, TensorSpec, Weight, payload_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +187,16 @@ def specs(weight: Weight, state: State) -> list[TensorSpec]:
         return [TensorSpec(weight.name, weight.dtype, weight.shape)]
     parts = _parts_of(weight.dtype, weight.shape, weight.transposed, state)
     return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in parts]
+
+
+def stored_bytes(weight: Weight, state: State) -> int:
+    """Payload bytes of the tensors that hold `weight` in a canonical checkpoint."""
+    return weight.nbytes if state.scheme is None else _bytes_of(weight.dtype, weight.shape, weight.transposed, state)
+
+
+@lru_cache(maxsize=1024)
+def _bytes_of(dtype: str, shape: tuple[int, ...], transposed: bool, state: State) -> int:
+    return payload_bytes(specs(Weight("", dtype, shape, transposed=transposed), state))
 
 
 @lru_cache(maxsize=1024)

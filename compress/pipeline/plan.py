@@ -267,11 +267,14 @@ class _StepPlanner:
         """Sets the states after the pass; returns the refusals of pass and format."""
         refused: Refused = []
         observes = self.pass_.executor() in ("sweep", "smooth") or isinstance(self.allocator, InputAllocator)
+        worker, known = self.pass_.worker(), dict[State, State]()
         for weight in chosen:
             try:
                 if observes:
-                    refuse_unread(weight, self.planner.written, self.pass_.worker())
-                self.after[weight.name] = self.pass_.becomes(weight, self.before[weight.name])
+                    refuse_unread(weight, self.planner.written, worker)
+                state = self.pass_.becomes(weight, self.before[weight.name])
+                # One object for all weights in a state, which are then compared and looked up at once.
+                self.after[weight.name] = known.setdefault(state, state)
             except Refusal as refusal:
                 refused.append((weight.name, refusal.reason, refusal.do))
         if self.format is not None and not refused:

@@ -28,7 +28,7 @@ from compress.layerwise.memory_estimate import (
     sweep_bytes,
     train_bytes,
 )
-from compress.spec.weight_state import State, TensorSpec, Weight
+from compress.spec.weight_state import State, TensorSpec, Weight, payload_bytes
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,18 @@ def needs_of(
     if isinstance(worker, CachePass):
         there = slice_bytes(("cache",), around.weights, config, around.tokens, size)
         return Needs(max(there, min(around.threads, MAX_WORKERS) << 25), 0, there + DEVICE_BYTES)
-    work = max((_workspace(worker, weight, stored[weight.name], fmt) for weight in touched), default=0)
+    # Of the many weights that are alike, one tells what each needs.
+    alike = list({(w.kind, w.dtype, w.shape, w.transposed, w.converted, after[w.name]): w for w in touched}.values())
+    work = max((_workspace(worker, weight, stored[weight.name], fmt) for weight in alike), default=0)
     resident = min(around.threads, MAX_WORKERS) * max(work, 32 << 20)
     if isinstance(worker, RotatingPass):
         resident += worker.rotation_bytes(config)
     scratch = there = 0
     if isinstance(worker, ObservingPass) and worker.observes():
-        there = sweep_bytes(worker, around.weights, touched, config, around.tokens, size)
+        there = sweep_bytes(worker, around.weights, alike, config, around.tokens, size)
     allocator = pass_.allocator()
     if isinstance(allocator, InputAllocator):
-        there = max(there, sweep_bytes(allocator, around.weights, touched, config, around.tokens, size))
+        there = max(there, sweep_bytes(allocator, around.weights, alike, config, around.tokens, size))
     if allocator is not None and allocator.reads_gradients:
         needed, scratch = reverse_bytes(around.weights, touched, config, around.tokens, size)
         there = max(there, needed)
@@ -106,6 +108,6 @@ def needs_of(
 
 def _workspace(pass_: WeightPass, weight: Weight, stored: list[TensorSpec], fmt: Format | None) -> int:
     """Most bytes that one worker holds: the dense tensor, the pass's workspace, packed streams and their parts."""
-    stream = sum(spec.nbytes for spec in stored)
+    stream = payload_bytes(stored)
     dense = 0 if fmt is not None else weight.nbytes
     return dense + pass_.workspace_bytes(weight) + 2 * stream + (16 << 20)

@@ -201,7 +201,7 @@ def _verify(writer: Writer, weights: Sequence[Weight], entries: dict[str, dict[s
     assert not missing, f"not written: {missing[:3]}"
     for shard in writer.shards:
         with open(writer.path / shard.file, "rb") as stream_:
-            head = stream_.read(len(shard.header))
+            head = stream_.read(shard.header_bytes)
             size = os.fstat(stream_.fileno()).st_size
         if head != shard.header or size != shard.nbytes:
             raise MachineError(

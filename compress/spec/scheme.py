@@ -37,6 +37,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from compress.errors import UsageError
@@ -113,6 +114,13 @@ class Scheme(TextForm):
         if found.group is not None and found.group < 8:
             raise UsageError(f"scheme '{text}'", "a group of at least 8 columns", f"g{found.group}")
         return found
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.bits, self.group, self.symmetric, self.grid, self.scales, self.rule, self.inputs, self.minimum))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group and self.scales == "row" else ""

@@ -42,11 +42,17 @@ CLASSES: dict[str, Callable[[Weight], bool]] = {
 
 def matches(selector: str, weight: Weight) -> bool:
     """Whether `selector` names `weight`."""
+    return _named_by(selector)(weight)
+
+
+def _named_by(selector: str) -> Callable[[Weight], bool]:
+    """What tells whether `selector` names a weight."""
     if selector in CLASSES:
-        return CLASSES[selector](weight)
+        return CLASSES[selector]
     if selector.startswith("re:"):
-        return re.match(selector[3:], weight.name) is not None
-    return weight.name in (selector, f"{selector}.weight")
+        rule = re.compile(selector[3:])
+        return lambda weight: rule.match(weight.name) is not None
+    return lambda weight: weight.name in (selector, f"{selector}.weight")
 
 
 def compiled(text: str, where: str, expected: str = "a regular expression") -> re.Pattern[str]:
@@ -71,7 +77,7 @@ def select(weights: Sequence[Weight], targets: Sequence[str], skip: Sequence[str
     """
     check([*targets, *skip])
     for selector in [*targets, *skip]:
-        if not any(matches(selector, weight) for weight in weights):
+        if not any(map(_named_by(selector), weights)):
             if selector == "head":
                 do = "it shares its tensor with the embeddings: use embeddings, or leave it out"
                 raise UsageError("target 'head'", "a head with a tensor of its own", "none on disk: it is tied", do)
@@ -82,4 +88,5 @@ def select(weights: Sequence[Weight], targets: Sequence[str], skip: Sequence[str
                 f"no match{did_you_mean(selector, known)}",
                 f"use one of {', '.join(CLASSES)}, re:REGEX or a name that `compress plan` lists",
             )
-    return [w for w in weights if any(matches(t, w) for t in targets) and not any(matches(s, w) for s in skip)]
+    wanted, left = ([*map(_named_by, selectors)] for selectors in (targets, skip))
+    return [w for w in weights if any(named(w) for named in wanted) and not any(named(w) for named in left)]

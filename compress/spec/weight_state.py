@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from operator import attrgetter
+from typing import Literal, NamedTuple, Self
 
 from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
@@ -31,18 +32,34 @@ UNREACHED = "no text reaches it"
 """Why nothing that reads text changes a tower (vision, audio), or what joins it to the text model."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor to be written: name on disk, safetensors dtype, shape."""
-
+class _Spec(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int = field(init=False, repr=False, compare=False)
+    nbytes: int
     """Payload bytes."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nbytes", math.prod(self.shape) * DTYPE_BYTES[self.dtype])
+
+class TensorSpec(_Spec):
+    """A tensor to be written: name on disk, safetensors dtype, shape. A tuple, for a large model has a million of them."""
+
+    __slots__ = ()
+
+    def __new__(cls, name: str, dtype: str, shape: tuple[int, ...]) -> Self:
+        return tuple.__new__(cls, (name, dtype, shape, _payload(dtype, shape)))
+
+
+@lru_cache(maxsize=1024)
+def _payload(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+_nbytes = attrgetter("nbytes")
+
+
+def payload_bytes(specs: Iterable[TensorSpec]) -> int:
+    """Payload bytes of all tensors."""
+    return sum(map(_nbytes, specs))
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,13 @@ class State:
             Outliers.parse(match["outliers"]) if match["outliers"] else None,
             Lowrank.parse(match["lowrank"]) if match["lowrank"] else None,
         )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.scheme, self.sparsity, self.outliers, self.lowrank))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         words = {"codes": self.scheme, "masked": self.sparsity, "outliers": self.outliers, "lowrank": self.lowrank}

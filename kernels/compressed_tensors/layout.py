@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ _NEVER = "no artifact of this model fits this format"
 _RAISES = "5.23 and 5.24 with compressed-tensors 0.20 raise on packed zero points (size mismatch)"
 _SERVED = "vLLM's kernels take those of 4 bits in groups of 32, 64, 128 or one per row"
 _EXPANDED = "quantization_config=CompressedTensorsConfig(dequantize=True) loads it, or pack(dequantize=true)"
+_NUMBER = re.compile(r"\d+")
 _CACHE = "compressed-tensors 0.20 does not find where it keeps them; 5.23 reads them"
 _SPLIT = "transformers splits these experts in every quantized model and finds no tensors for the parts"
 
@@ -120,7 +121,7 @@ class CompressedTensors(Format):
             kinds = ", ".join(sorted({str(states[weight.name]) for weight in experts}))
             reason = f"transformers takes one scheme for all experts and would load others silently wrong; here: {kinds}"
             refused += [(w.name, reason, "give all experts one scheme") for w in experts]
-        schemes = {str(state.scheme) for state in states.values() if state.scheme}
+        schemes = {str(scheme) for scheme in {state.scheme for state in states.values()} if scheme is not None}
         if self.dequantize and len(schemes) > 1:
             reason = f"with dequantize the reader takes one scheme for all linears, silently; here: {', '.join(sorted(schemes))}"
             refused += [(w.name, reason, "use one scheme") for w in weights if states[w.name].scheme]
@@ -129,10 +130,10 @@ class CompressedTensors(Format):
     def _refuse_model(self, model: Model, states: dict[str, State]) -> list[tuple[str, str, str]]:
         """Refusals of weights that transformers' code for this model would lose or fail on, in any layout."""
         loses = "transformers fuses this tensor while loading, takes it for a packed one and loses it"
-        refused = []
+        refused, split = [], _split_experts()
         for weight in model.weights:
             quantized = states[weight.name].scheme is not None
-            if weight.module_class in _split_experts() and not quantized:
+            if weight.module_class in split and not quantized:
                 refused.append((weight.name, _SPLIT, _NEVER))
             if weight.name in model.by_weight and not quantized:
                 expert = weight.kind == "expert"
@@ -267,17 +268,25 @@ def _module(weight: Weight) -> str:
     return weight.name.removesuffix(".weight") if weight.kind == "expert" else weight.module
 
 
+def numberless(names: Iterable[str]) -> set[str]:
+    """Names without their numbers: what those of blocks and experts have in common."""
+    return {_NUMBER.sub("#", name) for name in names}
+
+
 def patterns(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     """The fewest regexes that match all of `wanted` and none of `others`; exact names where no regex can.
 
     Names that differ only in their numbers share a regex. Disjoint by construction, because readers that find two
     matching targets take the alphabetically first.
     """
+    return patterns_beside(wanted, numberless(others))
+
+
+def patterns_beside(wanted: Iterable[str], taken: Collection[str]) -> list[str]:
+    """`patterns`, with the others given without their numbers: a name matches a regex of a shape if it has that shape."""
     shapes: dict[str, list[str]] = defaultdict(list)
     for name in wanted:
-        shapes[re.sub(r"\d+", "#", name)].append(name)
-    # A name matches a regex of a shape if it has that shape.
-    taken = {re.sub(r"\d+", "#", name) for name in others}
+        shapes[_NUMBER.sub("#", name)].append(name)
     found = []
     for shape, names in shapes.items():
         regex = re.escape(shape).replace(r"\#", r"\d+").replace("#", r"\d+")

@@ -24,6 +24,7 @@ Streams, nibbles and the bytes of scales are those of the canonical form, so the
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import FormatError
@@ -53,25 +54,26 @@ def kind_of(scheme: Scheme) -> str:
 
 def specs(weight: Weight, scheme: Scheme) -> list[TensorSpec]:
     """The tensors of a weight, in order."""
-    name, kind, rows, columns = weight.name, kind_of(scheme), weight.rows, weight.columns
-    scales = scheme.grid_shape(rows, columns)
+    parts = _parts_of(weight.dtype, weight.rows, weight.columns, scheme)
+    return [TensorSpec(f"{weight.name}{end}", dtype, shape) for end, (dtype, shape) in parts.items()]
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(dtype: str, rows: int, columns: int, scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """safetensors dtype and shape of each tensor, by the end of its name, of the many weights that are alike."""
+    kind, scales = kind_of(scheme), scheme.grid_shape(rows, columns)
     if kind == "pack-quantized":
-        found = [
-            TensorSpec(f"{name}_packed", "I32", (rows, _words(columns, scheme))),
-            TensorSpec(f"{name}_scale", weight.dtype, scales),
-            TensorSpec(f"{name}_shape", "I64", (2,)),
-        ]
-        if not scheme.symmetric:
-            found.append(TensorSpec(f"{name}_zero_point", "I32", (_words(rows, scheme), scales[1])))
-        return found
+        packed, shape = ("I32", (rows, _words(columns, scheme))), ("I64", (2,))
+        found = {"_packed": packed, "_scale": (dtype, scales), "_shape": shape}
+        zeros = {"_zero_point": ("I32", (_words(rows, scheme), scales[1]))}
+        return found if scheme.symmetric else found | zeros
     if kind in ("int-quantized", "float-quantized"):
-        shape = (1,) if scheme.scales == "tensor" else scales
-        dtype = "I8" if scheme.integer else "F8_E4M3"
-        return [TensorSpec(name, dtype, (rows, columns)), TensorSpec(f"{name}_scale", weight.dtype, shape)]
-    packed = TensorSpec(f"{name}_packed", "U8", (rows, columns // 2))
+        codes = "I8" if scheme.integer else "F8_E4M3"
+        return {"": (codes, (rows, columns)), "_scale": (dtype, (1,) if scheme.scales == "tensor" else scales)}
+    found = {"_packed": ("U8", (rows, columns // 2))}
     if kind == "mxfp4-pack-quantized":
-        return [packed, TensorSpec(f"{name}_scale", "U8", scales)]
-    return [packed, TensorSpec(f"{name}_scale", "F8_E4M3", scales), TensorSpec(f"{name}_global_scale", "F32", (1,))]
+        return found | {"_scale": ("U8", scales)}
+    return found | {"_scale": ("F8_E4M3", scales), "_global_scale": ("F32", (1,))}
 
 
 def copies(weight: Weight, scheme: Scheme) -> dict[str, str]:

@@ -248,7 +248,8 @@ class Gguf(Format):
             specs.append([spec for _, spec, _ in parts])
         header, starts, size = write_gguf(self._entries(), infos)
         places = [(spec, starts[info.name] + i * spec.nbytes) for info, each in zip(infos, specs) for i, spec in enumerate(each)]
-        return [Shard(GGUF_FILE, header, tuple(spec for spec, _ in places), tuple(at for _, at in places), size)]
+        offsets = tuple(at for _, at in places)
+        return [Shard(GGUF_FILE, len(header), tuple(spec for spec, _ in places), offsets, size, header)]
 
     def _entries(self) -> list[Entry]:
         assert self.target is not None

@@ -21,14 +21,15 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 from compress.checkpoint.reader import CANONICAL, NATIVE, Checkpoint
 from compress.contract.format import Format, Verdict
 from compress.errors import InputError, Refusal
-from compress.kernels.compressed_tensors.layout import patterns
+from compress.kernels.compressed_tensors.layout import numberless, patterns_beside
 from compress.numerics import qtensor
-from compress.spec.weight_state import Note, State, TensorSpec, Weight, counted
+from compress.spec.weight_state import Note, State, TensorSpec, Weight, counted, payload_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +76,8 @@ class Native(Format):
             return sparse.stays(replace(weight, kind="linear"), state) if weight.name in self._there else "it has no indices"
         if reason := sparse.stays(weight, state):
             return reason
-        whole = weight.nbytes if state.scheme is None else _nbytes(_specs(weight, state))
-        less = _nbytes(_specs(weight, state, halved=True)) < whole
+        whole = weight.nbytes if state.scheme is None else payload_bytes(_specs(weight, state))
+        less = payload_bytes(_specs(weight, state, halved=True)) < whole
         return "" if less else f"rows of {weight.columns} columns take no less without zeros"
 
     def refuse(self, weight: Weight, state: State) -> None:
@@ -96,9 +97,10 @@ class Native(Format):
             raise Refusal(f"it is `{weight.attribute}` of its module, where nothing packed can be put", "skip it")
 
     def specs(self, weight: Weight, state: State) -> list[TensorSpec]:
-        if self.plain(weight, state):
+        zeros = self._zeros(weight, state)
+        if state.scheme is None and zeros:
             return [TensorSpec(weight.name, weight.dtype, weight.shape)]
-        return _specs(weight, state, not self._zeros(weight, state), self._rest(weight, state))
+        return _specs(weight, state, not zeros, self._rest(weight, state) if zeros else 0)
 
     def _rest(self, weight: Weight, state: State) -> int:
         """Columns of the last chunk if it is a tensor of its own, else 0."""
@@ -110,7 +112,7 @@ class Native(Format):
 
     def memory_bytes(self, weight: Weight, state: State) -> int:
         """Bytes of a packed weight in memory."""
-        return _nbytes(_specs(weight, state, not self._zeros(weight, state)))
+        return payload_bytes(_specs(weight, state, not self._zeros(weight, state)))
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
         from compress.numerics.qtensor import specs
@@ -151,23 +153,30 @@ class Native(Format):
         return Packed(state, weight.rows, weight.columns, narrow.whole(parts, state.scheme, weight.columns)).unpack()
 
     def config(self, model: Model, states: dict[str, State]) -> dict[str, Any]:
-        alike: dict[tuple[str, str, tuple[int, ...], bool], list[str]] = defaultdict(list)
+        alike: dict[tuple[State, str, tuple[int, ...], bool], list[str]] = defaultdict(list)
         version = VERSION
         for w in model.weights:
-            if not self.plain(w, states[w.name]):
-                version = max(version, HALVED if not self._zeros(w, states[w.name]) else VERSION)
-                version = max(version, NARROW if self._rest(w, states[w.name]) else VERSION)
-                scheme = states[w.name].scheme
-                wider = scheme is not None and (scheme.minimum or scheme.bits in (5, 6))
-                version = max(version, WIDER if wider else VERSION)
-                alike[str(states[w.name]), w.dtype, w.shape, w.transposed].append(w.name)
-        names = {name for members in alike.values() for name in members}
+            state = states[w.name]
+            if state.scheme is None and self.plain(w, state):
+                continue
+            if (kind := (state, w.dtype, w.shape, w.transposed)) not in alike:
+                version = max(version, self._version(w, state))
+            alike[kind].append(w.name)
+        shapes = {kind: numberless(members) for kind, members in alike.items()}
+        others = {kind: set().union(*(shapes[other] for other in shapes if other != kind)) for kind in shapes}
         weights = [
-            {"names": patterns(members, names - {*members}), "state": state, "dtype": dtype, "shape": list(shape)}
-            | ({"transposed": True} if transposed else {})
-            for (state, dtype, shape, transposed), members in alike.items()
+            {"names": patterns_beside(members, others[kind]), "state": str(kind[0]), "dtype": kind[1], "shape": list(kind[2])}
+            | ({"transposed": True} if kind[3] else {})
+            for kind, members in alike.items()
         ]  # fmt: skip
         return {"quant_method": CANONICAL, "format": self.name, "version": version, "weights": weights}
+
+    def _version(self, weight: Weight, state: State) -> int:
+        """The first version of the layout that has what a packed weight needs."""
+        scheme = state.scheme
+        if scheme is not None and (scheme.minimum or scheme.bits in (5, 6)):
+            return WIDER
+        return NARROW if self._rest(weight, state) else VERSION if self._zeros(weight, state) else HALVED
 
     def described(self, checkpoint: Checkpoint) -> dict[str, tuple[Weight, State]]:
         where, config = str(checkpoint.path / "config.json"), checkpoint.config["quantization_config"]
@@ -196,7 +205,9 @@ class Native(Format):
         masked = [weight for weight in weights if states[weight.name].sparsity == PATTERN]
         reasons = {weight.name: reason for weight in masked if (reason := self._zeros(weight, states[weight.name]))}
         found = counted("zeros", {name: f"of 2:4 are stored: {reason}" for name, reason in reasons.items()})
-        return [*found, *counted("padded", {w.name: said for w in weights if (said := self._padding(w, states[w.name]))})]
+        kinds = {w.name: (states[w.name], w.dtype, w.shape, w.transposed) for w in weights}
+        said = {kinds[w.name]: self._padding(w, states[w.name]) for w in {kinds[w.name]: w for w in weights}.values()}
+        return [*found, *counted("padded", {name: said[kind] for name, kind in kinds.items() if said[kind]})]
 
     def _padding(self, weight: Weight, state: State) -> str:
         """A text on the cost of padding columns to whole chunks; empty if there is none."""
@@ -208,10 +219,10 @@ class Native(Format):
         columns = -(-weight.columns // chunk) * chunk
         if columns == weight.columns:
             return ""
-        disk = _nbytes(self.specs(weight, state)) * 8 / weight.numel
+        disk = payload_bytes(self.specs(weight, state)) * 8 / weight.numel
         memory = self.memory_bytes(weight, state) * 8 / weight.numel
         where = f"{disk:.2f} bits on disk, {memory:.2f} in memory"
-        bare = _nbytes(qtensor.specs(weight, state)) * 8 / weight.numel
+        bare = payload_bytes(qtensor.specs(weight, state)) * 8 / weight.numel
         return f"{weight.columns} columns fill {columns}, in chunks of {chunk}: {where}, {bare:.2f} without padding"
 
     def readers(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Verdict]:
@@ -224,13 +235,22 @@ class Native(Format):
 
 def _specs(weight: Weight, state: State, halved: bool = False, rest: int = 0) -> list[TensorSpec]:
     """The tensors of a packed weight; `halved` without half of it, `rest` columns of the last chunk in a tensor of their own."""
+    parts = _parts_of(weight.dtype, weight.shape, weight.transposed, state, halved, rest)
+    return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in parts]
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(
+    dtype: str, shape: tuple[int, ...], transposed: bool, state: State, halved: bool, rest: int
+) -> tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]:
+    """safetensors dtype and shape of each part of the many weights that are alike but for their names."""
     from compress.kernels.native import packed, sparse, tiles
     from compress.numerics.bitstream import row_bytes
     from compress.numerics.qtensor import part_specs
 
-    scheme = state.scheme
+    weight, scheme = Weight("", dtype, shape, transposed=transposed), state.scheme
     if scheme is None:
-        return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in sparse.specs(weight, state).items()]
+        return tuple(sparse.specs(weight, state).items())
     lead = () if weight.experts is None else (weight.experts,)
     words = tiles.shape(weight.rows, weight.columns - rest, scheme.bits)
     codes = sparse.specs(weight, state) if halved else {"tiles": ("I16", (*lead, *words))}
@@ -242,8 +262,4 @@ def _specs(weight: Weight, state: State, halved: bool = False, rest: int = 0) ->
         groups = scheme.groups(weight.columns) if rest else packed.groups_of(scheme, weight.columns, halved)
         grid = (*lead, words[0], groups, tiles.ROWS)
         found |= {part: (found[part][0], grid) for part in packed.GRIDS if part in found}
-    return [TensorSpec(f"{weight.name}.{part}", *spec) for part, spec in found.items()]
-
-
-def _nbytes(specs: list[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in specs)
+    return tuple(found.items())

@@ -28,6 +28,7 @@ from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import FLOATS, MATRICES, State, Weight
 
 PATTERN = Sparsity(kept=2, of=4)
+_OTHER = f"its pattern is not {PATTERN}"
 _BITS = 4
 _LEAST_GROUP = 32
 """Columns that one sparse product of matrix units takes."""
@@ -64,7 +65,7 @@ def stays(weight: Weight, state: State) -> str:
     """Why a weight is stored with all of its zeros; empty if half of it can be left out."""
     scheme = state.scheme
     if state.sparsity != PATTERN:
-        return f"its pattern is not {PATTERN}"
+        return _OTHER
     if weight.transposed and weight.experts is None:
         return "a Conv1D's pattern runs down its columns"
     if weight.columns % 4:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.checkpoint.safetensors_header import arrange, index_file, read_header, write_header
+from compress.checkpoint.safetensors_header import arrange, index_bytes, index_file, read_header, write_header
 from compress.errors import InputError
 from compress.spec.weight_state import TensorSpec
 
@@ -73,7 +73,7 @@ def test_broken_headers_are_refused_in_words(case: str) -> None:
     assert caught.value.problems[0].where == "f.safetensors"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=200)
     | st.recursive(st.none() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x)).map(build)
@@ -92,6 +92,16 @@ def test_what_we_write_safetensors_reads(tmp_path: Path) -> None:
     assert [(ref.name, ref.shape) for ref in parse(data)] == [(s.name, s.shape) for s in specs]
 
 
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt", "said": '"\u00e9"'}])
+def test_headers_are_written_as_json_dumps_writes_them(metadata: dict[str, str]) -> None:
+    specs = [TensorSpec('"quoted" \\ \u00e9', "F32", (2, 3)), TensorSpec("scalar", "BF16", ()), TensorSpec("none", "U8", (0, 7))]
+    data = write_header(specs, metadata)
+    text = data[8:].decode()
+    assert struct.unpack("<Q", data[:8])[0] == len(data) - 8
+    assert text.rstrip(" ") == json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False)
+    assert [*json.loads(text)] == [*(["__metadata__"] if metadata else []), *(spec.name for spec in specs)]
+
+
 def test_shards_are_cut_and_indexed() -> None:
     specs = [TensorSpec(f't{i}"\u00e9', "U8", (40,)) for i in range(5)] + [TensorSpec("big", "U8", (500,))]
     shards = arrange(specs, 100)
@@ -104,4 +114,6 @@ def test_shards_are_cut_and_indexed() -> None:
     assert index["metadata"]["total_size"] == 700
     assert index["weight_map"]["big"] == "model-00004-of-00004.safetensors"
     assert [*index["weight_map"]] == sorted(index["weight_map"]), "by name, as transformers writes it"
+    assert index_bytes(shards) == len(text)
     assert index_file(arrange(specs, 10_000)) is None
+    assert index_bytes(arrange(specs, 10_000)) == 0

@@ -94,6 +94,7 @@ def test_zero_points_are_packed_for_the_reader_that_has_them(wide: Path, tmp_pat
     assert "not read" not in out
 
 
+@pytest.mark.usefixtures("warm")
 def test_transformers_fails_and_loads_as_it_is_said(wide: Path, tmp_path: Path, here: Here) -> None:
     """What is said of packed zero points is true of the transformers that is here."""
     pytest.importorskip("compressed_tensors")

@@ -228,3 +228,12 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_size(text)
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["nonsense"], 2)])
+def test_a_process_ends_with_its_status_and_after_what_it_has_still_to_do(words: list[str], status: int) -> None:
+    """It ends without Python's own end, so what was registered for that is done before."""
+    code = f"import atexit, sys; sys.argv = ['compress', *{words!r}]; atexit.register(print, 'at last'); import compress.__main__ as m; m.run()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (status, "at last"), done.stderr
+    assert ("nonsense" in done.stderr) == bool(status)

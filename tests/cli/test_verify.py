@@ -287,6 +287,7 @@ def test_a_reader_that_computes_something_else(
     assert "same top-1" in record.readers["auto-gptq"].reason
 
 
+@pytest.mark.usefixtures("warm")
 def test_what_cannot_be_kept_is_said(
     artifacts: dict[str, Path], tmp_path: Path, here: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +336,7 @@ def test_a_config_by_which_nothing_is_packed(artifacts: dict[str, Path], tmp_pat
     assert "_proj" in err
 
 
+@pytest.mark.usefixtures("warm")
 def test_transformers_finds_nothing_where_nothing_is_packed(
     artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +348,7 @@ def test_transformers_finds_nothing_where_nothing_is_packed(
         readers.logits("transformers", wrong, torch.zeros(1, 4, dtype=torch.int64), lambda line: None)
 
 
+@pytest.mark.usefixtures("warm")
 def test_what_is_expanded_at_load_in_a_wider_dtype(tiny: Path, tmp_path: Path, here: Callable[..., Said]) -> None:
     pytest.importorskip("compressed_tensors")
     run(tiny, tmp_path / "artifact", "quantize.rtn(scheme=w4a16g32-asym) | pack(dequantize=true)")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,11 +87,11 @@ def test_it_is_listed_planned_run_and_goes_on_where_it_died(there: Server, tiny:
     assert digests[0] == digests[1]
 
 
-def test_it_is_held_to_the_contract(tree: Path) -> None:
+def test_it_is_held_to_the_contract(there: Server) -> None:
     contract = ROOT / "tests" / "passes" / "test_contract.py"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(contract), "-k", "prune.random"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
-    assert "5 passed" in done.stdout, done.stdout[-2000:]
+    pytest_ = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = there.python(pytest_, "-q", "-p", "no:cacheprovider", contract, "-k", "prune.random")
+    assert "5 passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_a_method_that_is_missing_is_told_when_the_pass_is_loaded(tree: Path, there: Server) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from compress.corpus.encoder import Encoder
 from compress.corpus.spec import CorpusSpec
 from compress.errors import InputError
 from compress.layerwise.model import build
-from forked import Server
+from forked import Server, python
 from hub_server import Hub, serve
 from support import run
 
@@ -73,16 +74,21 @@ BY_NAME = {
 """Where code or an attribute of a library is found by a name, and why nobody else can choose the name."""
 
 
+@lru_cache(maxsize=1)
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def calls(path: Path) -> Iterator[tuple[ast.Call, str]]:
     """Every call of a file, and what is called, as it is written."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call):
             yield node, ast.unparse(node.func)
 
 
 def imported(path: Path) -> Iterator[tuple[str, str]]:
     """(module, name of it or empty) of every import of a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,7 +97,7 @@ def imported(path: Path) -> Iterator[tuple[str, str]]:
 
 def bound(path: Path) -> set[str]:
     """The names that a file's imports bind."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
     return {(alias.asname or alias.name).partition(".")[0] for node in nodes for alias in node.names}
 
 
@@ -389,6 +395,28 @@ for line in (
     except SystemExit as stop:
         assert not stop.code, (line, stop.code)
 """
+AUDITED = """
+import os, sys, tempfile
+record, work, *sys.argv[1:] = sys.argv[1:]
+record, where = open(record, "a", buffering=1), {"open": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2}
+tempfile.tempdir = None
+os.chdir(work)
+def note(event, given):
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+        if event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+            return
+        paths = given[: where.get(event, 1)]
+        folders = given[-len(paths) :] if event not in ("open", "os.truncate") else (-1,)
+        for path, folder in zip(paths, folders):
+            if isinstance(path, (str, bytes, os.PathLike)):
+                base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else os.getcwd()
+                full = os.path.normpath(os.path.join(base, os.fsdecode(path)))
+                # What is there already cannot be made.
+                if event != "os.mkdir" or not os.path.isdir(full):
+                    record.write(full + "\\n")
+sys.addaudithook(note)
+"""
+"""Writes down each path that Python opens to write, makes, moves or removes; the first argument is the file for them."""
 OUTS = ("out", "tuned", "tokens", "codes")
 CHANGES = "openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,link,linkat,symlink,symlinkat,mknod,mknodat"
 
@@ -418,22 +446,18 @@ def watched(tmp_path: Path) -> tuple[dict[str, str], Path]:
     return {**kept, **places, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, tmp_path / "work"
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
-def test_nothing_is_written_outside_out(watched: tuple[dict[str, str], Path], demo_model: Path, tmp_path: Path) -> None:
-    """Every verb, with each system call watched; the source is made read-only, and stays as it is."""
-    variables, work = watched
+def given(demo_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A source that is read-only, and a text."""
     source, text = tmp_path / "source", tmp_path / "text.txt"
     shutil.copytree(demo_model, source)
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
-    before = {path.name: path.read_bytes() for path in source.iterdir()}
     for path in [*source.iterdir(), source, text]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    strace = ["strace", "-f", "-y", "-qq", "--seccomp-bpf", "-s", "4096", "-e", f"trace={CHANGES}", "-o", str(tmp_path / "trace")]
-    done = subprocess.run(
-        [*strace, sys.executable, "-P", "-c", VERBS, str(source), str(text)], cwd=work, env=variables, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    changed = paths_changed((tmp_path / "trace").read_text(errors="replace"), work)
+    return source, text
+
+
+def only_out(changed: set[Path], work: Path, tmp_path: Path, demo_model: Path) -> None:
+    """What was changed lies in the outputs, their steps and reports; the source is as it was."""
     # Drafts of reports stand beside them, with a number in the name, until they are renamed.
     reports = [work / f"{out}.report.html" for out in OUTS]
     changed = {path.with_name(re.sub(r"^\.(.*)\.\d+\.draft$", r"\1", path.name)) for path in changed}
@@ -446,8 +470,33 @@ def test_nothing_is_written_outside_out(watched: tuple[dict[str, str], Path], de
     assert {path.name for path in work.iterdir()} == {*OUTS, *(path.name for path in reports)}
     assert not [*(tmp_path / "home").iterdir()]
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
-    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    source = tmp_path / "source"
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == {p.name: p.read_bytes() for p in demo_model.iterdir()}
     source.chmod(0o755)
+
+
+def test_nothing_is_written_outside_out(watched: tuple[dict[str, str], Path], demo_model: Path, tmp_path: Path) -> None:
+    """Every verb that is no other program's, with each call of Python watched."""
+    variables, work = watched
+    told = {name: variables[name] for name in ("HOME", "TMPDIR")}
+    verbs = "".join(line for line in VERBS.splitlines(keepends=True) if '"verify"' not in line)
+    done = python(AUDITED + verbs, tmp_path / "trace", work, *given(demo_model, tmp_path), **told)
+    assert done.returncode == 0, done.stderr[-3000:]
+    only_out({Path(line) for line in (tmp_path / "trace").read_text().splitlines()}, work, tmp_path, demo_model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+def test_nothing_is_written_outside_out_by_any_system_call(
+    watched: tuple[dict[str, str], Path], demo_model: Path, tmp_path: Path
+) -> None:
+    """Every verb, with each system call watched, of a reader's process and of libraries in C."""
+    variables, work = watched
+    strace = ["strace", "-f", "-y", "-qq", "--seccomp-bpf", "-s", "4096", "-e", f"trace={CHANGES}", "-o", str(tmp_path / "trace")]
+    command = [*strace, sys.executable, "-P", "-c", VERBS, *map(str, given(demo_model, tmp_path))]
+    done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    only_out(paths_changed((tmp_path / "trace").read_text(errors="replace"), work), work, tmp_path, demo_model)
 
 
 TOKEN = "hf_SECRETsecretSECRETsecret0123456789"
@@ -459,39 +508,41 @@ def hub() -> Iterator[Hub]:
         yield server
 
 
-@pytest.mark.parametrize("place", ["environment", "old name", "file"])
-def test_a_token_is_told_nowhere(place: str, hub: Hub, watched: tuple[dict[str, str], Path], tiny: Path, tmp_path: Path) -> None:
-    """Neither in what is printed, tracebacks of the Hub's refusals among it, nor in any file that is written."""
+def test_a_token_is_told_nowhere(hub: Hub, watched: tuple[dict[str, str], Path], tiny: Path, tmp_path: Path) -> None:
+    """Neither in what is printed, tracebacks of the Hub's refusals among it, nor in any file that is written; wherever it is."""
     variables, work = watched
-    variables = {k: v for k, v in variables.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": hub.url}
-    if place == "file":
-        (tmp_path / "home" / ".cache" / "huggingface").mkdir(parents=True)
-        (tmp_path / "home" / ".cache" / "huggingface" / "token").write_text(TOKEN)
-    else:
-        variables["HF_TOKEN" if place == "environment" else "HUGGING_FACE_HUB_TOKEN"] = TOKEN
+    server = Server({k: v for k, v in variables.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": hub.url})
     hub.add("someone/tiny", tiny)
     hub.add("someone/gated", tiny)
     hub.repos["someone/gated"].gated = True
-    lines: list[tuple[list[str], int]] = [
-        (["run", "someone/tiny", "out", "-p", RTN, "--json"], 0),
-        (["run", "someone/gated", "no", "-p", RTN, "--json", "--debug"], 1),
-        (["plan", "someone/missing", "-p", RTN, "--debug"], 1),
-        (["plan", "someone/missing", "-p", RTN, "--json"], 3),
-    ]
-    told = b""
-    server = Server(variables)
-    for line, status in lines if place == "environment" else lines[:2]:
-        done = server.compress(*line, cwd=work)
-        assert done.returncode == status, done.stderr
+    cache = tmp_path / "home" / ".cache"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", ""):
+        lines: list[tuple[list[str], int]] = [
+            (["run", "someone/tiny", f"out{name}", "-p", RTN, "--json"], 0),
+            (["run", "someone/gated", "no", "-p", RTN, "--json", "--debug"], 1),
+            (["plan", "someone/missing", "-p", RTN, "--debug"], 1),
+            (["plan", "someone/missing", "-p", RTN, "--json"], 3),
+        ]
+        if not name:
+            (cache / "huggingface").mkdir(parents=True)
+            (cache / "huggingface" / "token").write_text(TOKEN)
+        hub.requests.clear()
+        told, given = b"", {name: TOKEN} if name else {}
+        for line, status in lines if name == "HF_TOKEN" else lines[:2]:
+            done = server.compress(*line, cwd=work, **given)
+            assert done.returncode == status, done.stderr
+            told += (done.stdout + done.stderr).encode()
+        hub.status = 500
+        done = server.compress("plan", "someone/other", "-p", RTN, "--debug", cwd=work, HF_HUB_DISABLE_TELEMETRY="1", **given)
+        hub.status = None
+        assert done.returncode, done.stdout
         told += (done.stdout + done.stderr).encode()
-    hub.status = 500
-    done = server.compress("plan", "someone/other", "-p", RTN, "--debug", cwd=work, HF_HUB_DISABLE_TELEMETRY="1")
-    assert done.returncode, done.stdout
-    told += (done.stdout + done.stderr).encode()
-    assert any(request.authorized for request in hub.requests), "the token was not used"
-    assert b"gated" in told
-    written = [path for path in (tmp_path).rglob("*") if path.is_file() and path.name != "token"]
-    assert any(path.name == "manifest.json" for path in written)
-    for bytes_ in (told, *(path.read_bytes() for path in written)):
-        assert TOKEN.encode() not in bytes_
-        assert TOKEN[3:].encode() not in bytes_
+        assert any(request.authorized for request in hub.requests), "the token was not used"
+        assert b"gated" in told
+        written = [path for path in (tmp_path).rglob("*") if path.is_file() and path.name != "token"]
+        assert any(path.name == "manifest.json" for path in written)
+        for bytes_ in (told, *(path.read_bytes() for path in written)):
+            assert TOKEN.encode() not in bytes_
+            assert TOKEN[3:].encode() not in bytes_
+        # Each begins with nothing.
+        shutil.rmtree(cache)

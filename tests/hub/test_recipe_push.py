@@ -30,6 +30,7 @@ def test_a_recipe_reads_back_with_its_push(tmp_path: Path) -> None:
     assert "push" not in found.one_liner()
 
 
+@pytest.mark.usefixtures("warm")
 def test_from_the_plan_to_a_model_that_loads(hub: Hub, typed: Typed, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

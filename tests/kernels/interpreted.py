@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,15 @@ SCHEMES = [
     "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block",
 ]  # fmt: skip
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+
+
+def shared(*axes: list[Any]) -> list[Any]:
+    """All combinations, every other one as slow: each value meets half of each other axis, as white squares do on a chessboard."""
+    places = product(*(range(len(axis)) for axis in axes))
+    return [
+        pytest.param(*(axis[at] for axis, at in zip(axes, place, strict=True)), marks=[pytest.mark.slow] * (sum(place) % 2))
+        for place in places
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +70,7 @@ def close(found: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch
     assert ((found.double() - exact).abs() <= eps * exact.abs() + 1e-6 * terms + 1e-6).all()
 
 
-@pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("text", "dtype"), shared(SCHEMES, [torch.float16, torch.bfloat16]))
 def test_every_kind_where_nothing_is_even(text: str, dtype: torch.dtype) -> None:
     packed, dense = packed_of(text, (37, 200), dtype)
     # What lies beside x is no zero: columns beyond the last are not read.
@@ -71,8 +80,10 @@ def test_every_kind_where_nothing_is_even(text: str, dtype: torch.dtype) -> None
     close(load_backend("triton").linear(x, packed, bias, False), x, dense, bias)
 
 
-@pytest.mark.parametrize("text", ["w4a16g128", "w3a16g64-asym", "w2a16g32", "w8a16", "nf4g64", "mxfp4", "nvfp4", "fp8-block"])
-@pytest.mark.parametrize("tokens", [0, 1, 17, 33, 65, 130])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    shared(["w4a16g128", "w3a16g64-asym", "w2a16g32", "w8a16", "nf4g64", "mxfp4", "nvfp4", "fp8-block"], [0, 1, 17, 33, 65, 130]),
+)
 def test_every_tile(text: str, tokens: int) -> None:
     packed, dense = packed_of(text, (130, 256), torch.float16)
     x = torch.randn(256, tokens).half().T
@@ -110,8 +121,13 @@ def test_splits_leave_enough_to_each_program() -> None:
     assert triton.splits(kind, many, 32, 32, 132) == 1
 
 
-@pytest.mark.parametrize("text", ["w4a16g32-asym", "w3a16g64", "nvfp4", "fp8-tensor", "fp8-block"])
-@pytest.mark.parametrize("counts", [(0, 3, 0, 1, 0), (40, 0, 0, 2, 5), (0, 0, 0, 0, 0), (17, 16, 1, 33, 64)])
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    shared(
+        ["w4a16g32-asym", "w3a16g64", "nvfp4", "fp8-tensor", "fp8-block"],
+        [(0, 3, 0, 1, 0), (40, 0, 0, 2, 5), (0, 0, 0, 0, 0), (17, 16, 1, 33, 64)],
+    ),
+)
 def test_experts_in_one_launch(text: str, counts: tuple[int, ...]) -> None:
     scheme = Scheme.parse(text)
     q = nearest(torch.randn(5, 37, 130).half(), scheme, torch.float16).q

@@ -94,6 +94,7 @@ def test_sizes_are_exact_and_nothing_is_left_unread(recipe: str, source: Source,
     assert verify_bytes(open_checkpoint(out), Context()).decoded
 
 
+@pytest.mark.usefixtures("warm")
 def test_it_is_read_by_its_reader_and_a_damaged_one_is_told(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(source("llama"), out, f"{RECIPES['ranks']} | pack(format=peft)")

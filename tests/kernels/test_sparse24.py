@@ -280,7 +280,7 @@ def test_an_artifact_means_and_takes_what_was_planned(recipe: str, bits: float |
 @pytest.mark.parametrize("then", ["", "| quantize.rtn(scheme=w4a16g32) "])
 def test_families(name: str, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if their rows were long enough to take less.
-    monkeypatch.setattr(layout, "_nbytes", lambda specs: -len(specs))
+    monkeypatch.setattr(layout, "payload_bytes", lambda specs: -len(specs))
     source, recipe = build_family(name, tmp_path), f"{MASKED} {then}| {NATIVE}"
     if name == "gpt2" and not then:
         with pytest.raises(FormatError, match="nothing to pack"):

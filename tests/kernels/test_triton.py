@@ -23,10 +23,11 @@ from compress.spec.weight_state import State
 WORK = Work(State(Scheme.parse("w4a16g128")), 256, 512, torch.bfloat16, torch.bfloat16, "cuda")
 
 
-def test_numbers_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_numbers_under_the_interpreter(which: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, str(tests)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -85,11 +85,11 @@ def test_an_item_with_one_choice_and_none_at_all() -> None:
 
 
 @pytest.mark.parametrize("kind", ["falling", "odd"])
-def test_thousands_of_weights_take_seconds(kind: str) -> None:
+@pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.2, 0.9))])
+def test_thousands_of_weights_take_seconds(kind: str, share: float) -> None:
     problem = problem_of(kind, 4000, 7)
     started = time.process_time()
-    for share in (0.2, 0.5, 0.9):
-        least, most = (sum(f(m) for m in problem[1]) for f in (min, max))
-        budget = round(least + share * (most - least))
-        assert cost_of(problem, choose(*problem, budget))[1] <= budget
-    assert time.process_time() - started < 30
+    least, most = (sum(f(m) for m in problem[1]) for f in (min, max))
+    budget = round(least + share * (most - least))
+    assert cost_of(problem, choose(*problem, budget))[1] <= budget
+    assert time.process_time() - started < 10

@@ -426,7 +426,7 @@ def test_adapters_are_trained_saved_and_not_merged(name: str, packed: Any, tmp_p
     ("name", "recipe", "dtype"),
     [
         ("llama", "quantize.rtn(scheme=w4a16g32)", "bfloat16"),
-        ("mixtral", MIXED, "float32"),
+        pytest.param("mixtral", MIXED, "float32", marks=pytest.mark.slow),
         pytest.param("tied", "quantize.rtn(scheme=w4a8g32)", "float32", marks=pytest.mark.slow),
         pytest.param("mixtral", "quantize.rtn(scheme=w3a16g32-asym)", "float32", marks=pytest.mark.slow),
     ],

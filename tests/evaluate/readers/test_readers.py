@@ -58,6 +58,7 @@ def test_transformers_and_we_read_a_dense_model(tmp_path: Path) -> None:
     assert sorted((f.name, f.stat().st_mtime_ns) for f in (tmp_path / "dense").iterdir()) == before
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_reader_that_would_fill_in_random_weights_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     dense_llama(tmp_path / "dense")
@@ -94,6 +95,7 @@ def test_what_cannot_be_asked_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         readers.logits("transformers", tmp_path, IDS, quiet)
 
 
+@pytest.mark.usefixtures("warm")
 def test_peft_reads_an_adapter_on_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft")
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
@@ -199,6 +201,7 @@ def test_auto_gptq_reads_what_auto_gptq_packed(auto_gptq: Path, tmp_path: Path, 
         readers.logits("auto-gptq", tmp_path / "gptq", IDS, quiet)
 
 
+@pytest.mark.usefixtures("warm")
 def test_peft_reads_an_adapter_as_we_do(tmp_path: Path) -> None:
     """Alphas of their own, and an adapter that changes the logits."""
     from peft import LoraConfig, get_peft_model

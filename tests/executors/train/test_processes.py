@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +24,6 @@ from families import build
 from forked import python
 from support import ready_inputs, rows, tree
 
-ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 RUN = """
 import json, os, signal, sys
 from importlib import import_module
@@ -227,9 +223,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         model = build(name, tmp_path)
         run_recipe(parse_one_liner(recipe), open_checkpoint(model), tmp_path / f"{name}.1", Context(threads=1, dtype="float32"))
         tasks.append([str(model), str(tmp_path / f"{name}.2"), recipe, 2 if name in stopped else 0])
-    (tmp_path / "ranks.py").write_text(RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run([*torchrun, tmp_path / "ranks.py", json.dumps(tasks)], env=ENVIRONMENT, capture_output=True, text=True)
+    done = python(RANKS, json.dumps(tasks), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in recipes:
         one, two = rows(tmp_path / f"{name}.1"), rows(tmp_path / f"{name}.2")
