@@ -11,7 +11,8 @@ With `correct=qronos` (2505.11695) a weight's outputs are compared with those th
 it makes up for the errors of the weights before it, too. It takes a second forward, and a second block in memory.
 `correct=residual` does so, and has linears whose outputs are added to the residual stream (o_proj, down_proj) also make up for
 what the stream has lost before they are added, as far as it is a linear function of what they read: |h + W x - h' - V u|^2 is
-least for V = [W E(x u^T) + E((h - h') u^T)] E(u u^T)^-1, which is then rounded as ever.
+least for V = [W E(x u^T) + E((h - h') u^T)] E(u u^T)^-1, which is then rounded as ever. What is made up for is learned from the
+calibration tokens: the fewer they are for the matrix, the more `damping` is right, 0.05 to 0.15 for 32,768 tokens.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def further() -> Iterator[Row]:
         name = scheme.replace("a16", "")
         for more, passes in {
             "qronos": f"quantize.gptq(scheme={scheme}, correct=qronos)",
-            "residual": f"quantize.gptq(scheme={scheme}, correct=residual)",
+            "residual": f"quantize.gptq(scheme={scheme}, correct=residual, damping=0.15)",
             "learned": f"quantize.gptq(scheme={scheme}) | quantize.learned",
             "qronos-learned": f"quantize.gptq(scheme={scheme}, correct=qronos) | quantize.learned",
         }.items():
