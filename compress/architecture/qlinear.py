@@ -6,7 +6,7 @@ is multiplied by a `gain`, 1 at first, so that a step of the optimizer changes a
 are fp32 and can be trained, unless they are stored in int8. Their product is added to the expanded codes, which costs
 little beside the expansion, whether a module multiplies by its weight or looks rows up in it.
 
-If the scheme rounds activations, the module's inputs are rounded, as readers do while a model runs.
+If the scheme rounds activations, the module's inputs are rounded, as readers do while a model runs (numerics/inputs.py).
 
 Gradient: w = s v with v = c - z, or a value of the grid, for the weights that share a scale, so dL/ds is the sum of
 dL/dw v over them. With a minimum w = s c + m, v = c, and m stays as it is. Roundings (of the scale, of w to the stored dtype,
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.numerics.inputs import rounded_inputs
+from compress.numerics.inputs import InputRounding
 from compress.numerics.lowrank import Factors
 from compress.numerics.outliers import Sparse
 from compress.numerics.qtensor import QTensor
@@ -46,6 +46,7 @@ class QLinear(nn.Module):
     left: torch.Tensor | None
     right: torch.Tensor | None
     rank_scale: torch.Tensor | None
+    input_scale: torch.Tensor | None
     scheme: Any
     stored_dtype: torch.dtype
     compute_dtype: torch.dtype
@@ -88,7 +89,8 @@ class QLinear(nn.Module):
 
     def quantized(self) -> QTensor:
         """The QTensor that this module was made from, with the current factors and the original scale."""
-        return QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors(), self.minimum)
+        q = QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors(), self.minimum)
+        return replace(q, input_scale=self.input_scale)
 
     def current_scale(self) -> torch.Tensor:
         """The scale with its gain, on the stored dtype's grid."""
@@ -120,7 +122,8 @@ class QRounding(QLinear):
     """A QLinear that rounds its inputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded: torch.Tensor = RoundedInputs.apply(x, self.scheme)  # type: ignore[no-untyped-call]
+        how = InputRounding(self.scheme, self.input_scale)
+        rounded: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
         out: torch.Tensor = super().forward(rounded)
         return out
 
@@ -143,6 +146,7 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
     module.register_buffer("codes", q.codes)
     module.register_buffer("zero", q.zero)
     module.register_buffer("minimum", q.minimum)
+    module.register_buffer("input_scale", q.input_scale)
     if q.scale.dtype == compute_dtype:
         module.register_parameter("scale", nn.Parameter(q.scale, requires_grad=False))
     else:
@@ -186,11 +190,11 @@ class _Expanded(torch.autograd.Function):
 
 
 class RoundedInputs(torch.autograd.Function):
-    """Activations rounded as a scheme says; the gradient goes through."""
+    """Activations rounded as a weight says; the gradient goes through."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scheme: Any) -> torch.Tensor:
-        return rounded_inputs(x, scheme)
+    def forward(ctx: Any, x: torch.Tensor, how: InputRounding) -> torch.Tensor:
+        return how(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +38,7 @@ from compress.layerwise.memory_estimate import BETWEEN_BYTES, HELD_BYTES, STATIS
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, Key
 from compress.numerics import qtensor
-from compress.numerics.inputs import rounded_inputs
+from compress.numerics.inputs import InputRounding, input_divisor
 from compress.numerics.rounding import unstacked
 from compress.spec.weight_state import Weight, blocks
 
@@ -76,6 +77,10 @@ class Sweep:
         self.step, self.writer, self.ctx, self.folder = run.step, run.writer, run.ctx, run.writer.path
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
+        self.roundings: dict[str, InputRounding] = {}
+        """How the inputs of solved weights are rounded, for those that are."""
+        self.input_peak: torch.Tensor | None = None
+        """The largest magnitude among the inputs that are observed, fp32 []; None where it is not needed."""
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
@@ -192,10 +197,12 @@ class Sweep:
 
     def linears(self, key: Key, weights: list[Weight]) -> None:
         """Solves the weights that read one tensor, from one statistic."""
+        measured = any((scheme := self.step.after[w.name].scheme) is not None and scheme.input_divisor for w in weights)
+        self.input_peak = torch.zeros((), device=self.meta_model.device) if measured else None
         statistic = self.observe(key, weights[0])
         solved = self.solve([(weight, None) for weight in weights], {None: statistic})
         for weight in weights:
-            self.replace({weight.name: self.keep(weight, {None: solved.pop((weight.name, None))})})
+            self.replace({weight.name: self.keep(weight, {None: self.with_divisor(solved.pop((weight.name, None)))})})
             self.round_inputs(weight)
 
     def observe(self, key: Key, weight: Weight) -> Any:
@@ -204,12 +211,23 @@ class Sweep:
         for walk, x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
+            rows = rows if valid is None else rows[valid]
             with self.spent("statistics"):
-                self.add(statistic, walk, rows if valid is None else rows[valid], valid)
+                if self.input_peak is not None and len(rows):
+                    self.input_peak = torch.maximum(self.input_peak, rows.abs().amax().float())
+                self.add(statistic, walk, rows, valid)
         self.add_up(statistic)
         if not statistic.tokens:
             raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
         return statistic
+
+    def with_divisor(self, solution: Solution) -> Solution:
+        """A solution with the number that its inputs share, if its scheme has one, over all processes."""
+        q = solution.value
+        if not isinstance(q, qtensor.QTensor) or not q.scheme.input_divisor:
+            return solution
+        assert self.input_peak is not None
+        return replace(solution, value=replace(q, input_scale=input_divisor(float(self.input_peak), self.meta_model.device)))
 
     def add(self, statistic: Any, walk: BatchWalk, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Adds the inputs of a batch, [tokens, width], to a statistic."""
@@ -282,6 +300,10 @@ class Sweep:
             for part in (tokens := torch.tensor(statistic.tokens), *statistic.parts()):
                 self.ctx.add_up(part)
             statistic.tokens = int(tokens)
+            if self.input_peak is not None:
+                own = self.input_peak.cpu()
+                for rank in range(self.ctx.world_size):
+                    self.input_peak = torch.maximum(self.input_peak, self.ctx.broadcast(own, rank).to(self.input_peak.device))
 
     def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
         """Solutions by weight and expert. Processes share the work, and every one gets all results."""
@@ -351,15 +373,20 @@ class Sweep:
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
                 digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, moved(value, CPU)).items()}
                 self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
-        return dense_of(weight, after, value)
+        return self.dense_of(weight, value)
+
+    def dense_of(self, weight: Weight, value: Any) -> torch.Tensor:
+        """The dense value of a solved weight; notes how its inputs are rounded."""
+        if isinstance(value, qtensor.QTensor) and value.scheme.inputs:
+            self.roundings[weight.name] = InputRounding.of(value)
+        return dense_of(weight, self.step.after[weight.name], value)
 
     def round_inputs(self, weight: Weight) -> None:
         """From now on rounds the inputs of a solved weight, as they will be when the model runs."""
-        scheme = self.step.after[weight.name].scheme
-        if scheme is not None and scheme.inputs:
+        if (how := self.roundings.pop(weight.name, None)) is not None:
             for path in self.meta_model.readers(weight.name):
                 module = self.meta_model.module_at(path)
-                module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], scheme), *inputs[1:]))
+                module.register_forward_pre_hook(lambda _, inputs: (how(inputs[0]), *inputs[1:]))
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """Replaces weights in the block by their new values."""
@@ -372,7 +399,7 @@ class Sweep:
         after = self.step.after[weight.name]
         parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
         value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
-        return dense_of(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
+        return self.dense_of(weight, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
 
 
 def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:

@@ -7,6 +7,8 @@ symmetric: the zero of integers is then the middle code) or, for schemes with mi
 too: FP8 fp32, [experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
 `tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; its reciprocal would not be exact); K-quants int8,
 `minimum` too, to be multiplied by `super_scale` and, negated, `super_minimum`, fp16 [experts?, rows, columns / 256].
+Where inputs are rounded as in nvfp4, `input_scale` fp32 [] divides their scales (compressed-tensors' input_global_scale); None
+stands for 1.
 Rows are outputs and columns inputs, also for fused experts stored [in, out]: y = x @ dequantize(q).T + b. Only a
 Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its readers group it that way.
 
@@ -15,7 +17,7 @@ rows. Then the product of low-rank factors is added: bf16, or int8 with an fp32 
 
 On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.minimum` (the first
 and the last of K-quants bit streams too, of what signed numbers are above the least), `NAME.tensor_scale`, `NAME.super_scale`,
-`NAME.super_minimum`, and with corrections `NAME.outlier_values` [experts?, n],
+`NAME.super_minimum`, `NAME.input_scale`, and with corrections `NAME.outlier_values` [experts?, n],
 `.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.left` [experts?,
 rows, rank], `.right` [experts?, rank, columns], and `.rank_scale` [experts?, rank].
 `dequantize` defines its values; every quantizer returns a QTensor, every packer takes one.
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from compress.spec.scheme import Scheme
 
 
-_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale", "super_scale", "super_minimum")
+_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale", "super_scale", "super_minimum", "input_scale")
 _OUTLIERS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_offsets": "offsets"}
 _LOWRANK = {"left": "left", "right": "right", "rank_scale": "scale"}
 """Parts on disk -> fields of Sparse and Factors."""
@@ -63,6 +65,7 @@ class QTensor:
     minimum: torch.Tensor | None = None
     super_scale: torch.Tensor | None = None
     super_minimum: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
 
     def steps(self) -> torch.Tensor:
         """The values of the scales, fp32 in the shape of `scale`."""
@@ -167,6 +170,8 @@ def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, 
         found |= dict.fromkeys(("super_scale", "super_minimum")[: 1 + scheme.minimum], supers)
     if scheme.scales == "e4m3":
         found["tensor_scale"] = ("F32", lead)
+    if scheme.input_divisor:
+        found["input_scale"] = ("F32", ())
     if state.outliers is not None:
         entries = (*lead, state.outliers.count(weight.rows, weight.columns))
         found["outlier_values"] = (weight.dtype, entries)
@@ -236,7 +241,11 @@ def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QT
 
 def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
     """The parts besides codes, scale and zero, by their suffix on disk."""
+    import torch
+
     parts: dict[str, torch.Tensor | None] = {name: getattr(q, name) for name in _CODES[3:]}
+    if q.scheme.input_divisor and q.input_scale is None:
+        parts["input_scale"] = q.scale.new_ones((), dtype=torch.float32)
     for whole, words in ((q.outliers, _OUTLIERS), (q.lowrank, _LOWRANK)):
         parts |= {part: getattr(whole, word) for part, word in words.items() if whole is not None}
     return parts

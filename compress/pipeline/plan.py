@@ -376,7 +376,7 @@ def _tokens_of(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _inputs(state: State) -> str:
-    """The rounding of a weight's inputs in this state: int8, fp8 or empty."""
+    """The rounding of a weight's inputs in this state, such as int8; empty for none."""
     return state.scheme.inputs if state.scheme is not None else ""
 
 

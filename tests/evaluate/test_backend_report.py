@@ -59,7 +59,7 @@ def test_every_kind_of_scheme_is_asked_about() -> None:
     assert any(s is not None and s.minimum for s in schemes)
     texts = ["nf2", "nf3", "nf4", "fp4", "e3m0", "mxfp4", "nvfp4", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block"]
     assert kinds >= {(s.grid, s.bits, s.scales, True) for s in map(Scheme.parse, texts)}
-    assert {s.inputs for s in schemes if s is not None} == {"", "int8", "fp8"}
+    assert {s.inputs for s in schemes if s is not None} == {"", "int8", "int4", "int4-asym", "fp8", "mxfp4", "nvfp4"}
     what = " ".join(use.what for use in backend_report.families("bfloat16", "cpu"))
     for word in ("outliers", "lowrank(r16)", "lowrank(r16-int8)", "masked(2:4)", "embedding", "Conv1D", "experts"):
         assert word in what
