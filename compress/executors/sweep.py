@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +25,9 @@ from compress.contract.shapes import LinearPass, ObservingPass
 from compress.contract.tasks import MatrixTask, Observer, Solution
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
+from compress.executors.across import add_up
 from compress.executors.anomalies import watch
+from compress.executors.input_peaks import InputPeaks
 from compress.executors.solved import Part, dense_of, facts_of, joined, stacks_of
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
@@ -38,7 +39,7 @@ from compress.layerwise.memory_estimate import BETWEEN_BYTES, HELD_BYTES, STATIS
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, Key
 from compress.numerics import qtensor
-from compress.numerics.inputs import InputRounding, input_divisor
+from compress.numerics.inputs import InputRounding
 from compress.numerics.rounding import unstacked
 from compress.spec.weight_state import Weight, blocks
 
@@ -77,10 +78,9 @@ class Sweep:
         self.step, self.writer, self.ctx, self.folder = run.step, run.writer, run.ctx, run.writer.path
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
+        self.input_peaks = InputPeaks([], CPU)
         self.roundings: dict[str, InputRounding] = {}
         """How the inputs of solved weights are rounded, for those that are."""
-        self.input_peak: torch.Tensor | None = None
-        """The largest magnitude among the inputs that are observed, fp32 []; None where it is not needed."""
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
@@ -197,12 +197,11 @@ class Sweep:
 
     def linears(self, key: Key, weights: list[Weight]) -> None:
         """Solves the weights that read one tensor, from one statistic."""
-        measured = any((scheme := self.step.after[w.name].scheme) is not None and scheme.input_divisor for w in weights)
-        self.input_peak = torch.zeros((), device=self.meta_model.device) if measured else None
+        self.input_peaks = peaks = InputPeaks([self.step.after[weight.name] for weight in weights], self.meta_model.device)
         statistic = self.observe(key, weights[0])
         solved = self.solve([(weight, None) for weight in weights], {None: statistic})
         for weight in weights:
-            self.replace({weight.name: self.keep(weight, {None: self.with_divisor(solved.pop((weight.name, None)))})})
+            self.replace({weight.name: self.keep(weight, {None: peaks.put(solved.pop((weight.name, None)))})})
             self.round_inputs(weight)
 
     def observe(self, key: Key, weight: Weight) -> Any:
@@ -213,21 +212,13 @@ class Sweep:
             rows = x.reshape(-1, x.shape[-1])
             rows = rows if valid is None else rows[valid]
             with self.spent("statistics"):
-                if self.input_peak is not None and len(rows):
-                    self.input_peak = torch.maximum(self.input_peak, rows.abs().amax().float())
+                self.input_peaks.see(rows)
                 self.add(statistic, walk, rows, valid)
         self.add_up(statistic)
+        self.input_peaks.add_up(self.ctx)
         if not statistic.tokens:
             raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
         return statistic
-
-    def with_divisor(self, solution: Solution) -> Solution:
-        """A solution with the number that its inputs share, if its scheme has one, over all processes."""
-        q = solution.value
-        if not isinstance(q, qtensor.QTensor) or not q.scheme.input_divisor:
-            return solution
-        assert self.input_peak is not None
-        return replace(solution, value=replace(q, input_scale=input_divisor(float(self.input_peak), self.meta_model.device)))
 
     def add(self, statistic: Any, walk: BatchWalk, rows: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Adds the inputs of a batch, [tokens, width], to a statistic."""
@@ -296,14 +287,7 @@ class Sweep:
 
     def add_up(self, statistic: Any) -> None:
         """Sums a statistic over processes."""
-        if self.ctx.world_size > 1:
-            for part in (tokens := torch.tensor(statistic.tokens), *statistic.parts()):
-                self.ctx.add_up(part)
-            statistic.tokens = int(tokens)
-            if self.input_peak is not None:
-                own = self.input_peak.cpu()
-                for rank in range(self.ctx.world_size):
-                    self.input_peak = torch.maximum(self.input_peak, self.ctx.broadcast(own, rank).to(self.input_peak.device))
+        add_up(self.ctx, statistic)
 
     def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
         """Solutions by weight and expert. Processes share the work, and every one gets all results."""
