@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.numerics.columns import KeptColumns
 from compress.numerics.inputs import InputRounding
 from compress.numerics.lowrank import Factors
 from compress.numerics.outliers import Sparse
@@ -30,7 +31,8 @@ from compress.numerics.scales import blocked
 
 class QLinear(nn.Module):
     """Mixed into a module's class by `with_codes`. Buffers: codes uint8 [rows, columns], zero, minimum, outliers by rows as in
-    Sparse; parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they are trained.
+    Sparse, kept columns as in KeptColumns; parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they
+    are trained.
 
     A scale whose dtype is not the compute dtype is a buffer too, because transformers takes a model's dtype from its parameters.
     """
@@ -47,6 +49,9 @@ class QLinear(nn.Module):
     right: torch.Tensor | None
     rank_scale: torch.Tensor | None
     input_scale: torch.Tensor | None
+    kept_columns: torch.Tensor | None
+    kept_values: torch.Tensor | None
+    kept_scale: torch.Tensor | None
     scheme: Any
     stored_dtype: torch.dtype
     compute_dtype: torch.dtype
@@ -54,16 +59,19 @@ class QLinear(nn.Module):
     def expand(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [rows, columns], or some of its rows, rounded to the stored dtype as readers do."""
         parts = [self.codes, self.current_scale(), self.zero, self.minimum]
-        outliers, factors = self.outliers(), self.factors()
+        outliers, kept, factors = self.outliers(), self.kept(), self.factors()
         if rows is not None and self.scheme.scales in ("tensor", "block"):
             return self.expand()[rows]
         if rows is not None:
             parts = [None if part is None else part[rows] for part in parts]
             outliers = None if outliers is None else outliers.take(rows)
+            kept = None if kept is None else kept.take(rows)
             factors = None if factors is None else replace(factors, left=factors.left[rows])
         # Rounded once, after the factors are added.
         dtypes = (self.stored_dtype, self.compute_dtype) if factors is None else (torch.float32, torch.float32)
         dense: torch.Tensor = _Expanded.apply(*parts, self.scheme, outliers, *dtypes)  # type: ignore[no-untyped-call]
+        # Codes of kept columns mean zero, so that no scale has a gradient from them.
+        dense = dense if kept is None else kept.put(dense)
         return dense if factors is None else self.with_factors(dense, factors)
 
     def with_factors(self, dense: torch.Tensor, factors: Factors) -> torch.Tensor:
@@ -80,6 +88,13 @@ class QLinear(nn.Module):
         assert self.outlier_offsets is not None
         return Sparse(self.outlier_values, self.outlier_columns, self.outlier_offsets)
 
+    def kept(self) -> KeptColumns | None:
+        """The columns that are kept beside the codes."""
+        if self.kept_columns is None:
+            return None
+        assert self.kept_values is not None
+        return KeptColumns(self.kept_columns, self.kept_values, self.kept_scale)
+
     def factors(self) -> Factors | None:
         """The low-rank factors whose product is added to the expanded codes."""
         if self.left is None:
@@ -90,7 +105,7 @@ class QLinear(nn.Module):
     def quantized(self) -> QTensor:
         """The QTensor that this module was made from, with the current factors and the original scale."""
         q = QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors(), self.minimum)
-        return replace(q, input_scale=self.input_scale)
+        return replace(q, input_scale=self.input_scale, kept=self.kept())
 
     def current_scale(self) -> torch.Tensor:
         """The scale with its gain, on the stored dtype's grid."""
@@ -122,7 +137,7 @@ class QRounding(QLinear):
     """A QLinear that rounds its inputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        how = InputRounding(self.scheme, self.input_scale)
+        how = InputRounding(self.scheme, self.input_scale, self.kept_columns, self.kept_scale is not None)
         rounded: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
         out: torch.Tensor = super().forward(rounded)
         return out
@@ -154,6 +169,8 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
     module.register_parameter("gain", None)
     for name in ("values", "columns", "offsets"):
         module.register_buffer(f"outlier_{name}", getattr(q.outliers, name, None))
+    for name in ("columns", "values", "scale"):
+        module.register_buffer(f"kept_{name}", getattr(q.kept, name, None))
     factors = q.lowrank
     if factors is not None and factors.scale is None:
         factors = Factors(*factors.halves())

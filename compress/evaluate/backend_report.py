@@ -74,6 +74,7 @@ def families(dtype: str, device: str) -> Iterator[Use]:
         yield _use(State.parse(f"codes({scheme})"), dtype, device)
     for extra in ("+outliers(0.005)", "+lowrank(r16)", "+lowrank(r16-int8)"):
         yield _use(State.parse(_PLAIN + extra), dtype, device)
+    yield _use(State.parse("codes(w4a4-aasym)+columns(256)"), dtype, device)
     for masked in (f"{_PLAIN}+masked(2:4)", "masked(2:4)"):
         yield _use(State.parse(masked), dtype, device)
     yield _use(plain, dtype, device, looked_up=True, multiplied=False)

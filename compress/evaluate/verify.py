@@ -145,7 +145,7 @@ def _wrong(dense_view: DenseView, name: str, by_config: dict[str, Packed]) -> Pr
         return None if finite else Problem(where, "finite weights", "NaN or Inf", do)
     weight, state = dense_view.weights[name]
     top = q.scheme.levels
-    plain = q.scheme.integer and q.outliers is None and q.lowrank is None
+    plain = q.scheme.integer and not state.beside()
     numbers = (q.steps(), q.minimum) if plain else (q.dequantize(),)
     finite = all(bool(torch.isfinite(part).all()) for part in numbers if part is not None)
     if not finite or int(q.codes.max()) >= top or (q.zero is not None and int(q.zero.max()) >= top):

@@ -22,7 +22,7 @@ from compress.numerics.qtensor import QTensor
 from compress.numerics.scales import divisor, fit, steps
 from compress.spec.scheme import BLOCK, Scheme
 
-_MX, _NV = Scheme.parse("mxfp4-even"), Scheme.parse("nvfp4")
+_MX, _NV, _INT8 = map(Scheme.parse, ("mxfp4-even", "nvfp4", "w8a8"))
 _NO_SCALE = 0.125
 """What a scale in E4M3 that comes out as zero becomes, for compressed-tensors: its machine epsilon."""
 
@@ -33,13 +33,23 @@ class InputRounding(NamedTuple):
     scheme: Scheme
     divisor: torch.Tensor | None = None
     """D of nvfp4, fp32 []; None for 1."""
+    columns: torch.Tensor | None = None
+    """Inputs that are not rounded with the others, int32 [k] (numerics/columns.py)."""
+    int8: bool = False
+    """Whether these are rounded by themselves, to int8 per token."""
 
     @classmethod
     def of(cls, q: QTensor) -> InputRounding:
-        return cls(q.scheme, q.input_scale)
+        return cls(q.scheme, q.input_scale, *(() if q.kept is None else (q.kept.columns, q.kept.scale is not None)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return rounded_inputs(x, *self)
+        if self.columns is None:
+            return rounded_inputs(x, self.scheme, self.divisor)
+        kept = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        kept[self.columns.to(x.device).long()] = True
+        # Zeros widen no range, and stay zeros.
+        others = rounded_inputs(x.masked_fill(kept, 0), self.scheme, self.divisor)
+        return torch.where(kept, rounded_inputs(x.masked_fill(~kept, 0), _INT8) if self.int8 else x, others)
 
 
 def rounded_inputs(x: torch.Tensor, scheme: Scheme, d: torch.Tensor | None = None) -> torch.Tensor:

@@ -99,8 +99,12 @@ class PackedWeight(nn.Module):
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs as the scheme rounds them."""
-        assert self.work.state.scheme is not None
-        how = InputRounding(self.work.state.scheme, self._buffers.get("input_scale"))
+        scheme, columns = self.work.state.scheme, self.work.state.columns
+        if load_backend(self.backend).rounds_inputs:
+            return x
+        assert scheme is not None
+        held = map(self._buffers.get, ("input_scale", "kept_columns"))
+        how = InputRounding(scheme, *held, columns is not None and columns.int8)
         found: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
         return found
 

@@ -61,7 +61,16 @@ def test_every_kind_of_scheme_is_asked_about() -> None:
     assert kinds >= {(s.grid, s.bits, s.scales, True) for s in map(Scheme.parse, texts)}
     assert {s.inputs for s in schemes if s is not None} == {"", "int8", "int4", "int4-asym", "fp8", "mxfp4", "nvfp4"}
     what = " ".join(use.what for use in backend_report.families("bfloat16", "cpu"))
-    for word in ("outliers", "lowrank(r16)", "lowrank(r16-int8)", "masked(2:4)", "embedding", "Conv1D", "experts"):
+    for word in (
+        "outliers",
+        "columns(256)",
+        "lowrank(r16)",
+        "lowrank(r16-int8)",
+        "masked(2:4)",
+        "embedding",
+        "Conv1D",
+        "experts",
+    ):
         assert word in what
 
 

@@ -223,7 +223,7 @@ def test_a_sweep_measures_what_divides_the_scales_of_inputs(models: Any, tmp_pat
     """The number is that of what the weight reads, shared by those that read the same; a pass without tokens says that it is 1."""
     begin = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
     do(models("wide"), tmp_path / "gptq", f"{begin} | quantize.gptq(scheme=nvfp4-anvfp4) | pack(format=native)")
-    told = do(models("wide"), tmp_path / "rtn", "quantize.rtn(scheme=nvfp4-anvfp4) | pack(format=native)").manifest
+    told = do(models("wide"), tmp_path / "rtn", "quantize.rtn(scheme=nvfp4-anvfp4)").manifest
     dense_view, plain = (DenseView(open_checkpoint(tmp_path / name)) for name in ("gptq", "rtn"))
     found = {name: dense_view.qtensor(name).input_scale for name in dense_view.weights}  # type: ignore[union-attr]
     block = "model.layers.0.self_attn"
