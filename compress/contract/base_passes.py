@@ -96,14 +96,12 @@ class QuantizingPass(CodeOptions, SchemeOption):
         return self.coded(weight, state, self.scheme)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        changed, unmeasured = {}, {}
+        changed = {}
         for weight in weights:
             scheme = states[weight.name].scheme
             if scheme is not None and scheme != self.scheme:
                 changed[weight.name] = f"{weight.columns} columns, {self.scheme} became {scheme}"
-            if scheme is not None and scheme.input_divisor and self.executor() != "sweep":
-                unmeasured[weight.name] = f"nothing measured its inputs: what divides their scales in {scheme} is 1"
-        return [*counted("ragged", changed), *counted("uncalibrated", unmeasured)]
+        return counted("ragged", changed)
 
 
 class FactoringPass(SparingPass):

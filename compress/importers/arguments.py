@@ -187,9 +187,11 @@ def _inputs(group: dict[str, Any], strategy: str) -> str:
         return ""
     kind, dynamic = said.get("type", "int"), said.get("dynamic")
     if (said.get("num_bits"), kind, said.get("symmetric", True)) == (4, "float", True):
-        found = said.get("strategy"), said.get("group_size"), dynamic
-        alike = weights.get("type") == "float" and (weights.get("strategy"), weights.get("group_size")) == found[:2]
-        return {("tensor_group", 16, "local"): "nvfp4", ("group", 32, True): "mxfp4"}.get(found, "") if alike else ""
+        shape = said.get("strategy"), said.get("group_size")
+        if weights.get("type") != "float" or (weights.get("strategy"), weights.get("group_size")) != shape:
+            return ""
+        nvidia, open_compute = (*shape, dynamic) == ("tensor_group", 16, "local"), (*shape, dynamic) == ("group", 32, True)
+        return "nvfp4" if nvidia else "mxfp4" if open_compute else ""
     if dynamic is not True:
         return ""
     if kind == "int" and said.get("strategy") == "token" and said.get("num_bits", 8) in (4, 8):

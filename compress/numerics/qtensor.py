@@ -276,7 +276,5 @@ def with_beside(
     outliers = Sparse(**{word: parts[part] for part, word in _OUTLIERS.items()}) if state.outliers else None
     kept = KeptColumns(**{word: parts.get(part) for part, word in _COLUMNS.items()}) if state.columns else None  # type: ignore[arg-type]
     lowrank = Factors(**{word: parts.get(part) for part, word in _LOWRANK.items()}) if state.lowrank else None  # type: ignore[arg-type]
-    return QTensor(
-        state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, *map(parts.get, ("minimum", *_CODES[5:])),
-        kept,
-    )  # fmt: skip
+    rest = {name: parts.get(name) for name in ("minimum", *_CODES[5:])}
+    return QTensor(state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, kept=kept, **rest)

@@ -241,7 +241,8 @@ def _vllm(weights: Sequence[Weight], states: dict[str, State], schemes: set[Sche
         return Verdict("vllm", "unknown", reason)
     if zeros:
         return Verdict("vllm", "yes", "0.8.5 and later read packed zero points of 4 bits, by its source; 0.32 was run on a CPU")
-    return Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme")
+    alone = "; below compute capability 10.0 it leaves activations in 16 bits" if any(s.input_divisor for s in schemes) else ""
+    return Verdict("vllm", "yes", f"by its documentation; q/k/v and gate/up must share a scheme{alone}")
 
 
 def _vllm_keeps(weights: Sequence[Weight], loads: Verdict) -> Verdict:

@@ -103,8 +103,8 @@ class PackedWeight(nn.Module):
         if load_backend(self.backend).rounds_inputs:
             return x
         assert scheme is not None
-        held = map(self._buffers.get, ("input_scale", "kept_columns"))
-        how = InputRounding(scheme, *held, columns is not None and columns.int8)
+        divisor, kept = (self._buffers.get(name) for name in ("input_scale", "kept_columns"))
+        how = InputRounding(scheme, divisor, kept, columns is not None and columns.int8)
         found: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
         return found
 
@@ -227,6 +227,8 @@ class PackedLinear(Shell):
 
 class Rounds(Shell):
     """Rounds its inputs, as the scheme of its weight says."""
+
+    packed_weight: PackedWeight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = super().forward(self.packed_weight("rounded", x))

@@ -79,8 +79,14 @@ class Quik(CodeOptions, SchemeOption, LinearPass):
         return replace(after, columns=Columns(count, self.kept == "int8") if count else None)
 
     def notes(self, weights: Sequence[Weight], states: dict[str, State]) -> list[Note]:
-        down = {w.name: f"a down projection: {states[w.name]} instead of {self.scheme}" for w in weights if is_down(w)}
-        return counted("down", {name: reason for name, reason in down.items() if self.down != self.scheme})
+        down, changed = {}, {}
+        for weight in weights:
+            asked, scheme = self.down if is_down(weight) else self.scheme, states[weight.name].scheme
+            if asked != self.scheme:
+                down[weight.name] = f"a down projection: {states[weight.name]} instead of {self.scheme}"
+            if scheme != asked:
+                changed[weight.name] = f"{weight.columns} columns, {asked} became {scheme}"
+        return [*counted("down", down), *counted("ragged", changed)]
 
     def statistic(self, width: int) -> Statistic:
         from compress.numerics.columns import PeakedHessian
