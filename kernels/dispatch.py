@@ -133,15 +133,20 @@ def _load(name: str) -> Backend:
     return next(cls for cls in found if cls.name == name)()
 
 
+def refuse(backend: Backend, work: Work) -> None:
+    """Raises Refusal if a backend cannot run this work."""
+    if work.state.columns is not None and not backend.keeps_columns:
+        raise Refusal("it has kept columns beside its codes", "use another backend")
+    backend.refuse(work)
+
+
 def ask(work: Work, name: str | None = None) -> tuple[Backend | None, dict[str, Refusal]]:
     """(the backend of that name, or the first that accepts the work, if any; the refusals of those asked before it)."""
     refused = {}
     for candidate in BACKENDS if name is None else (name,):
         backend = load_backend(candidate)
         try:
-            if work.state.columns is not None and not backend.keeps_columns:
-                raise Refusal("it has kept columns beside its codes", "use another backend")
-            backend.refuse(replace(work, asked=name is not None))
+            refuse(backend, replace(work, asked=name is not None))
         except Refusal as refusal:
             refused[candidate] = refusal
             continue

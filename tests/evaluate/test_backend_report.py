@@ -12,7 +12,7 @@ from compress.cli.app import build
 from compress.errors import Refusal
 from compress.evaluate import backend_report
 from compress.kernels.cuda.cubins import Capability
-from compress.kernels.dispatch import BACKENDS, load_backend
+from compress.kernels.dispatch import BACKENDS, load_backend, refuse
 from compress.runtime import artifact
 from compress.spec.scheme import BITS, Scheme
 from families import build as build_family
@@ -42,7 +42,7 @@ def test_each_answer_is_the_first_backend_that_does_not_refuse(dtype: str, devic
         found, backend, reasons = backend_report.answer(use), None, {}
         for name in BACKENDS:
             try:
-                load_backend(name).refuse(use.work)
+                refuse(load_backend(name), use.work)
                 backend = name
                 break
             except Refusal as refusal:
