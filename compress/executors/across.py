@@ -1,4 +1,4 @@
-"""Across: statistics of inputs over all processes, each of which has seen its own batches."""
+"""Across: statistics over all processes, each of which has seen its own batches."""
 
 from __future__ import annotations
 

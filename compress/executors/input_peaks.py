@@ -1,4 +1,4 @@
-"""Input peaks: what a sweep measures of inputs besides a pass's statistics, for weights whose inputs will be rounded."""
+"""Input peaks: what a sweep measures for weights whose inputs will be rounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept columns: the columns of a few inputs, kept in 16 or 8 bits beside a matrix's codes.
+"""Kept columns: columns of a few inputs, kept in more bits beside codes.
 
 QUIK (Ashkboos et al., 2310.09259): inputs with outliers are not rounded with the others. All codes of their columns mean zero;
 what the columns hold instead lies apart. As a model runs, these inputs stay in 16 bits, or are rounded to int8 per token by
@@ -104,7 +104,9 @@ def split(statistic: PeakedHessian, keep: int, damping: float, order: Order, lea
     rest = ((rest + rest.T) / 2).to(h.dtype)
     rest.diagonal().clamp_(min=0)
     ordered: Order = "none" if found.factor.order is None else "activation"
-    return Split(h, kept, rest, factor(rest, 0.0, ordered), carry.to(h.dtype), found.note)
+    again = factor(rest, 0.0, ordered)
+    raised = ("damping", "what kept columns leave of a Hessian needed more damping") if again.damping else None
+    return Split(h, kept, rest, again, carry.to(h.dtype), found.note or raised)
 
 
 def kept_columns(w: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype, int8: bool) -> KeptColumns:

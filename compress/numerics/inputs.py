@@ -1,4 +1,4 @@
-"""Activations rounded as a model runs, with dynamic scales per token or per block of a token.
+"""Activations rounded as a model runs, with dynamic scales per token or block.
 
 Legend: x [..., width]; p the largest magnitude over the width, or over each 128 of it for `fp8-block`, 32 for mxfp4, 16 for
 nvfp4; s the scale, b bits, l = min(x, 0) and h = max(x, 0) over the width.

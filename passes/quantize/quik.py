@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,11 +100,8 @@ class Quik(CodeOptions, SchemeOption, LinearPass):
     def prepare(self, statistic: PeakedHessian) -> Split:
         from compress.numerics.columns import split
 
-        keep, order = (
-            Columns.count_of(self.outliers, len(statistic.matrix)),
-            "activation" if self.order == "activation" else "none",
-        )
-        return split(statistic, keep, self.damping, order, self.min_tokens)  # type: ignore[arg-type]
+        order: Any = "activation" if self.order == "activation" else "none"
+        return split(statistic, Columns.count_of(self.outliers, len(statistic.matrix)), self.damping, order, self.min_tokens)
 
     def solve(self, tasks: Sequence[MatrixTask], prepared: Split) -> list[Solution]:
         return [self._solved(task, prepared) for task in tasks]
