@@ -1,4 +1,4 @@
-"""Corrections: outliers, kept columns and low-rank factors, which are stored next to codes.
+"""Corrections: outliers, kept columns and low-rank factors, next to codes.
 
 Grammar (parses and prints back to the same text):
 
