@@ -37,6 +37,7 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.input_rounding import round_inputs
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, computing
 from compress.layerwise.meta_model import Block, MetaModel
 from compress.layerwise.model import Loader
@@ -279,7 +280,7 @@ class BlockTraining:
                 q = self.student.dense_view.qtensor(weight.name) if scheme.input_divisor else None
                 how = InputRounding(scheme) if q is None else InputRounding.of(q)
                 for path in self.student.readers(weight.name):
-                    self.student.module_at(path).register_forward_pre_hook(partial(_rounding, how))
+                    round_inputs(self.student.module_at(path), how)
         with self.spent("forward"):
             for walk in self.walks:
                 walk.go_on()
@@ -297,11 +298,6 @@ def _hidden(output: Any) -> torch.Tensor:
     """The hidden states among a block's outputs: its first tensor."""
     found: torch.Tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
     return found
-
-
-def _rounding(how: InputRounding, module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook that rounds a module's inputs, as they will be when the model runs."""
-    return (how(inputs[0]), *inputs[1:])
 
 
 def _length(tensors: dict[str, torch.Tensor]) -> int:

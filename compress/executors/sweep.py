@@ -35,6 +35,7 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch, cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.input_rounding import round_as_told, round_inputs
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, Key
@@ -64,7 +65,7 @@ def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
 
 def model_of(run: StepRun) -> MetaModel:
     """The model that a step reads, with nothing loaded."""
-    return MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config), device_of(run.ctx))
+    return round_as_told(MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config), device_of(run.ctx)))
 
 
 class Sweep:
@@ -79,8 +80,6 @@ class Sweep:
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
         self.input_peaks = InputPeaks([], CPU)
-        self.roundings: dict[str, InputRounding] = {}
-        """How the inputs of solved weights are rounded, for those that are."""
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
@@ -163,8 +162,6 @@ class Sweep:
             pending = [weight for weight in members if not done[weight.name]]
             solved = [weight for weight in members if done[weight.name]]
             self.replace({weight.name: self.read_back(weight) for weight in solved})
-            for weight in solved:
-                self.round_inputs(weight)
             kept += len(solved)
             trim_memory()  # the gaps left by these tensors do not fit those of the next batches
             if pending:
@@ -202,7 +199,6 @@ class Sweep:
         solved = self.solve([(weight, None) for weight in weights], {None: statistic})
         for weight in weights:
             self.replace({weight.name: self.keep(weight, {None: peaks.put(solved.pop((weight.name, None)))})})
-            self.round_inputs(weight)
 
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of a weight's inputs over all batches."""
@@ -238,8 +234,6 @@ class Sweep:
                     kept[weight.name] = self.keep(weight, found.pop(weight.name))
         # All at once: where experts are fused, one that is replaced loads them all. None of them reads what another writes.
         self.replace(kept)
-        for weight in weights:
-            self.round_inputs(weight)
 
     def observe_experts(self, key: Key, experts: list[int], width: int) -> Iterator[dict[int, Any]]:
         """The statistics of the inputs of routed experts, as many at a time as the memory budget allows."""
@@ -360,17 +354,12 @@ class Sweep:
         return self.dense_of(weight, value)
 
     def dense_of(self, weight: Weight, value: Any) -> torch.Tensor:
-        """The dense value of a solved weight; notes how its inputs are rounded."""
-        if isinstance(value, qtensor.QTensor) and value.scheme.inputs:
-            self.roundings[weight.name] = InputRounding.of(value)
-        return dense_of(weight, self.step.after[weight.name], value)
-
-    def round_inputs(self, weight: Weight) -> None:
-        """From now on rounds the inputs of a solved weight, as they will be when the model runs."""
-        if (how := self.roundings.pop(weight.name, None)) is not None:
+        """The dense value of a solved weight, whose inputs are rounded from now on as they will be when the model runs."""
+        before = self.step.before[weight.name].scheme
+        if isinstance(value, qtensor.QTensor) and value.scheme.inputs and before is None:
             for path in self.meta_model.readers(weight.name):
-                module = self.meta_model.module_at(path)
-                module.register_forward_pre_hook(lambda _, inputs: (how(inputs[0]), *inputs[1:]))
+                round_inputs(self.meta_model.module_at(path), InputRounding.of(value))
+        return dense_of(weight, self.step.after[weight.name], value)
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """Replaces weights in the block by their new values."""

@@ -22,6 +22,7 @@ from compress.evaluate.verify import verify_bytes
 from compress.executors.train.student import Student
 from compress.kernels.native.modules import PackedLinear
 from compress.layerwise.dense_view import DenseView
+from compress.layerwise.logits import Forward
 from compress.layerwise.model import build
 from compress.numerics.inputs import rounded_inputs
 from compress.numerics.qtensor import as_matrix
@@ -205,6 +206,18 @@ def test_activations_are_rounded_per_token(scheme: str) -> None:
         assert float((token - theirs).norm() / theirs.norm()) < (0.012 if scheme == "w8a8" else 0.03)
     zero = rounded_inputs(torch.zeros(2, 64), Scheme.parse(scheme))
     assert not bool(zero.any())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4-aasym", "mxfp4-amxfp4", "fp8-afp8"])
+def test_what_eval_measures_has_rounded_activations(models: Any, tmp_path: Path, scheme: str) -> None:
+    """The forward that goes block by block computes what the whole model does, packed or not."""
+    for name, line in (("codes", f"quantize.rtn(scheme={scheme})"), ("packed", f"quantize.rtn(scheme={scheme}) | pack")):
+        do(models("wide"), tmp_path / name, line)
+        ids = load_file(ready_inputs())["input_ids"]
+        with torch.no_grad():
+            whole = build(open_checkpoint(tmp_path / name))(input_ids=ids, use_cache=False).logits
+            found = next(Forward(open_checkpoint(tmp_path / name)).logits([ids]))
+        torch.testing.assert_close(found.view_as(whole), whole, rtol=0, atol=0)
 
 
 def test_gptq_goes_on_with_rounded_activations(models: Any, tmp_path: Path) -> None:
