@@ -5,7 +5,8 @@ y = s t (sum_k q_k c_k - z sum_k c_k), in which only the last two products are r
 plain ones, or int8 by int8.
 
 It rounds inputs by itself, because q cannot be told from s (q - z). Codes are kept as int8 [rows, columns], in plain order, and
-the sums of their rows. It takes what has kept columns; other weights only if it is asked for, because expanding them is faster.
+the sums of their rows: faster than to expand them, but twice the memory where codes have 4 bits. So it takes what has kept
+columns, and other weights only if it is asked for.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Integers(Cpu):
         if work.state.outliers is not None or work.state.lowrank is not None:
             raise Refusal("it has outliers or low-rank factors", "use another backend")
         if work.state.columns is None and not work.asked:
-            raise Refusal("expanding its codes is faster than whole numbers", "ask for it by name")
+            wide = scheme.bits < 8
+            reason = f"{scheme} would take 8 bits in memory" if wide else "int8pack and cpu come first for such weights"
+            raise Refusal(reason, "ask for integers by name where speed is worth that")
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
         codes = torch.empty(packed.rows, packed.columns, dtype=torch.int8)
