@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from compress.kernels.native.packed import Packed
     from compress.spec.weight_state import State
 
-BACKENDS = ("scaled_mm", "semi_structured", "gpu", "cuda", "triton", "cublas", "int4pack", "int8pack", "cpu", "reference")
+BACKENDS = (
+    "scaled_mm", "semi_structured", "gpu", "cuda", "triton", "cublas", "integers", "int4pack", "int8pack", "cpu", "reference",
+)  # fmt: skip
 """Backends of the native format, the fastest first; each is the one subclass of Backend in its file."""
 _LOG = logging.getLogger("compress")
 
@@ -75,6 +77,10 @@ class Backend:
     name: ClassVar[str] = ""
     multiple: ClassVar[int] = 16
     """Chunks of rows begin at multiples of this."""
+    rounds_inputs: ClassVar[bool] = False
+    """Whether it gets inputs as they are, and rounds them itself where the scheme does."""
+    keeps_columns: ClassVar[bool] = False
+    """Whether it runs weights with kept columns beside their codes."""
 
     def refuse(self, work: Work) -> None:
         """Raises Refusal if it cannot run this work."""
@@ -127,13 +133,20 @@ def _load(name: str) -> Backend:
     return next(cls for cls in found if cls.name == name)()
 
 
+def refuse(backend: Backend, work: Work) -> None:
+    """Raises Refusal if a backend cannot run this work."""
+    if work.state.columns is not None and not backend.keeps_columns:
+        raise Refusal("it has kept columns beside its codes", "use another backend")
+    backend.refuse(work)
+
+
 def ask(work: Work, name: str | None = None) -> tuple[Backend | None, dict[str, Refusal]]:
     """(the backend of that name, or the first that accepts the work, if any; the refusals of those asked before it)."""
     refused = {}
     for candidate in BACKENDS if name is None else (name,):
         backend = load_backend(candidate)
         try:
-            backend.refuse(replace(work, asked=name is not None))
+            refuse(backend, replace(work, asked=name is not None))
         except Refusal as refusal:
             refused[candidate] = refusal
             continue

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _REMEDIES = {
     "outliers": "pack as native or peft, keep the canonical form, or quantize without outliers",
+    "columns": "pack as native, keep the canonical form, or use quantize.gptq, which keeps none",
     "lowrank": "pack as native or peft, or keep the canonical form",
 }
 
@@ -62,8 +63,8 @@ class Pack(TensorPass):
 
     def becomes(self, weight: Weight, state: State) -> State:
         fmt = _asked(self.format, self.dequantize)
-        for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)):
-            if part is not None and word not in fmt.holds:
+        for word, part in state.beside().items():
+            if word not in fmt.holds:
                 raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _REMEDIES[word])
         try:
             fmt.refuse(weight, state)
@@ -100,12 +101,11 @@ def _holding(weight: Weight, state: State) -> list[str]:
     found = []
     for name in formats():
         fmt = load_format(name)()
-        corrections = {word for word, part in (("outliers", state.outliers), ("lowrank", state.lowrank)) if part is not None}
         try:
             fmt.refuse(weight, state)
         except Refusal:
             continue
         # A format that expands codes is only suggested for low-rank factors, which PEFT adds.
-        if corrections <= fmt.holds and (not fmt.expands or state.lowrank is not None):
+        if state.beside().keys() <= fmt.holds and (not fmt.expands or state.lowrank is not None):
             found.append(name)
     return found

@@ -40,6 +40,8 @@ RECIPES = {
     "gptq": "quantize.gptq(scheme=w4a16g32)",
     "as stored": "quantize.gptq(scheme=w3a16g32-asym, order=stored, outliers=0.01, targets=[re:.*v_proj.*, re:.*down_proj.*])",
     "floats": "quantize.gptq(scheme=nvfp4, sweeps=0, targets=re:.*v_proj.*)",
+    "activations": "quantize.gptq(scheme=nvfp4-anvfp4, sweeps=0, targets=re:.*v_proj.*)",
+    "quik": "quantize.quik(targets=[re:.*v_proj.*, re:.*down_proj.*])",
     "wanda": "prune.wanda(sparsity=0.5)",
     "sparsegpt": "prune.sparsegpt(sparsity=0.5, owl=true, refit=true, targets=[attention])",
     "alps": "prune.sparsegpt(sparsity=2:4, solver=alps, targets=re:.*v_proj.*)",
@@ -51,7 +53,7 @@ RECIPES = {
     "llm_mq": "quantize.llm_mq(bits=3, schemes=[w2a16g32, w3a16g32, w4a16g32], outliers=0.01, method=rtn, clip=none)",
 }
 ONCE_A_WEIGHT = {
-    "gptq.solve", "gptq._stack", "wanda.solve", "hessian.errors", "owl.outlier_share", "lorc.solve", "smooth.put", "smoothing.cost", "llm_mq._felt",
+    "gptq.solve", "gptq._stack", "input_peaks.put", "wanda.solve", "hessian.errors", "owl.outlier_share", "lorc.solve", "smooth.put", "smoothing.cost", "llm_mq._felt",
     "masks._bin", "masks.keep_above", "masks.holds", "outliers.gather", "anomalies.watch", "anomalies.<genexpr>",
     "rounding.largest", "scales.divisor", "grid.round_to_nearest", "gradients._take", "device.moved",
 }  # fmt: skip

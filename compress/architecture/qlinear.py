@@ -6,7 +6,7 @@ is multiplied by a `gain`, 1 at first, so that a step of the optimizer changes a
 are fp32 and can be trained, unless they are stored in int8. Their product is added to the expanded codes, which costs
 little beside the expansion, whether a module multiplies by its weight or looks rows up in it.
 
-If the scheme rounds activations, the module's inputs are rounded, as readers do while a model runs.
+If the scheme rounds activations, the module's inputs are rounded, as readers do while a model runs (numerics/inputs.py).
 
 Gradient: w = s v with v = c - z, or a value of the grid, for the weights that share a scale, so dL/ds is the sum of
 dL/dw v over them. With a minimum w = s c + m, v = c, and m stays as it is. Roundings (of the scale, of w to the stored dtype,
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.numerics.inputs import rounded_inputs
+from compress.numerics.columns import KeptColumns
+from compress.numerics.inputs import InputRounding
 from compress.numerics.lowrank import Factors
 from compress.numerics.outliers import Sparse
 from compress.numerics.qtensor import QTensor
@@ -30,7 +31,8 @@ from compress.numerics.scales import blocked
 
 class QLinear(nn.Module):
     """Mixed into a module's class by `with_codes`. Buffers: codes uint8 [rows, columns], zero, minimum, outliers by rows as in
-    Sparse; parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they are trained.
+    Sparse, kept columns as in KeptColumns; parameters: scale, gain; left, right and rank_scale as in Factors, buffers until they
+    are trained.
 
     A scale whose dtype is not the compute dtype is a buffer too, because transformers takes a model's dtype from its parameters.
     """
@@ -46,6 +48,10 @@ class QLinear(nn.Module):
     left: torch.Tensor | None
     right: torch.Tensor | None
     rank_scale: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    kept_columns: torch.Tensor | None
+    kept_values: torch.Tensor | None
+    kept_scale: torch.Tensor | None
     scheme: Any
     stored_dtype: torch.dtype
     compute_dtype: torch.dtype
@@ -53,16 +59,19 @@ class QLinear(nn.Module):
     def expand(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [rows, columns], or some of its rows, rounded to the stored dtype as readers do."""
         parts = [self.codes, self.current_scale(), self.zero, self.minimum]
-        outliers, factors = self.outliers(), self.factors()
+        outliers, kept, factors = self.outliers(), self.kept(), self.factors()
         if rows is not None and self.scheme.scales in ("tensor", "block"):
             return self.expand()[rows]
         if rows is not None:
             parts = [None if part is None else part[rows] for part in parts]
             outliers = None if outliers is None else outliers.take(rows)
+            kept = None if kept is None else kept.take(rows)
             factors = None if factors is None else replace(factors, left=factors.left[rows])
         # Rounded once, after the factors are added.
         dtypes = (self.stored_dtype, self.compute_dtype) if factors is None else (torch.float32, torch.float32)
         dense: torch.Tensor = _Expanded.apply(*parts, self.scheme, outliers, *dtypes)  # type: ignore[no-untyped-call]
+        # Codes of kept columns mean zero, so that no scale has a gradient from them.
+        dense = dense if kept is None else kept.put(dense)
         return dense if factors is None else self.with_factors(dense, factors)
 
     def with_factors(self, dense: torch.Tensor, factors: Factors) -> torch.Tensor:
@@ -79,6 +88,13 @@ class QLinear(nn.Module):
         assert self.outlier_offsets is not None
         return Sparse(self.outlier_values, self.outlier_columns, self.outlier_offsets)
 
+    def kept(self) -> KeptColumns | None:
+        """The columns that are kept beside the codes."""
+        if self.kept_columns is None:
+            return None
+        assert self.kept_values is not None
+        return KeptColumns(self.kept_columns, self.kept_values, self.kept_scale)
+
     def factors(self) -> Factors | None:
         """The low-rank factors whose product is added to the expanded codes."""
         if self.left is None:
@@ -88,7 +104,8 @@ class QLinear(nn.Module):
 
     def quantized(self) -> QTensor:
         """The QTensor that this module was made from, with the current factors and the original scale."""
-        return QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors(), self.minimum)
+        q = QTensor(self.scheme, self.codes, self.scale, self.zero, None, self.outliers(), self.factors(), self.minimum)
+        return replace(q, input_scale=self.input_scale, kept=self.kept())
 
     def current_scale(self) -> torch.Tensor:
         """The scale with its gain, on the stored dtype's grid."""
@@ -120,7 +137,8 @@ class QRounding(QLinear):
     """A QLinear that rounds its inputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded: torch.Tensor = RoundedInputs.apply(x, self.scheme)  # type: ignore[no-untyped-call]
+        how = InputRounding(self.scheme, self.input_scale, self.kept_columns, self.kept_scale is not None)
+        rounded: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
         out: torch.Tensor = super().forward(rounded)
         return out
 
@@ -143,6 +161,7 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
     module.register_buffer("codes", q.codes)
     module.register_buffer("zero", q.zero)
     module.register_buffer("minimum", q.minimum)
+    module.register_buffer("input_scale", q.input_scale)
     if q.scale.dtype == compute_dtype:
         module.register_parameter("scale", nn.Parameter(q.scale, requires_grad=False))
     else:
@@ -150,6 +169,8 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
     module.register_parameter("gain", None)
     for name in ("values", "columns", "offsets"):
         module.register_buffer(f"outlier_{name}", getattr(q.outliers, name, None))
+    for name in ("columns", "values", "scale"):
+        module.register_buffer(f"kept_{name}", getattr(q.kept, name, None))
     factors = q.lowrank
     if factors is not None and factors.scale is None:
         factors = Factors(*factors.halves())
@@ -186,11 +207,11 @@ class _Expanded(torch.autograd.Function):
 
 
 class RoundedInputs(torch.autograd.Function):
-    """Activations rounded as a scheme says; the gradient goes through."""
+    """Activations rounded as a weight says; the gradient goes through."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scheme: Any) -> torch.Tensor:
-        return rounded_inputs(x, scheme)
+    def forward(ctx: Any, x: torch.Tensor, how: InputRounding) -> torch.Tensor:
+        return how(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -13,7 +13,8 @@ from compress.spec.scheme import BITS
 
 SCHEMES = (
     *(f"w{bits}a16g64{kind}" for bits in BITS for kind in ("", "-asym")), "w4a16g64-min", "q2_k", "q4_k", "w8a8", "w4a8g64",
-    "fp8", "fp8-afp8", "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "nvfp4",
+    "w4a4", "w4a4-aasym", "fp8", "fp8-afp8", "fp8-block", "fp8-e5m2", "nf4g64", "fp4g64", "mxfp4", "mxfp4-amxfp4", "nvfp4",
+    "nvfp4-anvfp4",
 )  # fmt: skip
 _DEQUANTIZE = ", dequantize"
 """Printed after a scheme that a format holds only with that option of pack."""

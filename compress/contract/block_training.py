@@ -84,6 +84,8 @@ class BlockTrainPass(LearningPass):
         if not _in_a_block(weight):
             reason = f"it is a {weight.kind} outside of the text model's blocks, which alone are trained"
             raise Refusal(reason, "leave it out of targets")
+        if self.learns_codes and state.columns is not None:
+            raise Refusal(f"it is {state}, whose kept columns have taken up the errors of the codes", "skip it")
         return super().becomes(weight, state) if "all" not in self.targets else state
 
 

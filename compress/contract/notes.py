@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compress.architecture.unused import further_tokens
 from compress.architecture.weight_map import Model
@@ -56,3 +56,11 @@ def folded(problems: list[Problem]) -> list[Problem]:
         place, _, name = problem.where.rpartition(": ")
         groups.setdefault((place, problem.got, problem.do), []).append(name)
     return [Problem(f"{place}: {few(names)}", "", got, do) for (place, got, do), names in groups.items()]
+
+
+def unmeasured(weights: Sequence[Weight], before: Mapping[str, State], after: Mapping[str, State]) -> list[Note]:
+    """Counts weights that a pass without tokens gives codes, and whose inputs share a number that should be measured."""
+    made = {weight.name: after[weight.name].scheme for weight in weights if before[weight.name].scheme is None}
+    said = "nothing measured its inputs: what divides their scales in {} is 1"
+    named = {name: said.format(scheme) for name, scheme in made.items() if scheme is not None and scheme.input_divisor}
+    return counted("uncalibrated", named)

@@ -37,8 +37,8 @@ _ROWS, _COLUMNS, _EXPERTS = 4096, 4096, 8
 _SCHEMES = (
     "w4a16g128", "w4a16g128-asym", "w4a16", "w3a16g128", "w3a16g128-asym", "w2a16g64", "w2a16g64-asym", "w4a16g128-min",
     "w5a16g64", "w5a16g64-asym", "w6a16g64", "w6a16g64-asym", "w8a16g128", "w8a16", "w8a16-asym", "w8a8", "w4a8g128",
-    "w4a8g128-afp8", "nf4g64", "nf3g64", "nf2g64", "fp4g128", "fp4g128-m2", "e3m0g128", "mxfp4", "nvfp4", "fp8", "fp8-e5m2",
-    "fp8-tensor", "fp8-block", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8",
+    "w4a8g128-afp8", "w4a4", "w4a4-aasym", "nf4g64", "nf3g64", "nf2g64", "fp4g128", "fp4g128-m2", "e3m0g128", "mxfp4", "nvfp4",
+    "mxfp4-amxfp4", "nvfp4-anvfp4", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8",
 )  # fmt: skip
 _PLAIN = "codes(w4a16g128)"
 
@@ -74,6 +74,7 @@ def families(dtype: str, device: str) -> Iterator[Use]:
         yield _use(State.parse(f"codes({scheme})"), dtype, device)
     for extra in ("+outliers(0.005)", "+lowrank(r16)", "+lowrank(r16-int8)"):
         yield _use(State.parse(_PLAIN + extra), dtype, device)
+    yield _use(State.parse("codes(w4a4-aasym)+columns(256)"), dtype, device)
     for masked in (f"{_PLAIN}+masked(2:4)", "masked(2:4)"):
         yield _use(State.parse(masked), dtype, device)
     yield _use(plain, dtype, device, looked_up=True, multiplied=False)

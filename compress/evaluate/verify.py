@@ -145,11 +145,13 @@ def _wrong(dense_view: DenseView, name: str, by_config: dict[str, Packed]) -> Pr
         return None if finite else Problem(where, "finite weights", "NaN or Inf", do)
     weight, state = dense_view.weights[name]
     top = q.scheme.levels
-    plain = q.scheme.integer and q.outliers is None and q.lowrank is None
+    plain = q.scheme.integer and not state.beside()
     numbers = (q.steps(), q.minimum) if plain else (q.dequantize(),)
     finite = all(bool(torch.isfinite(part).all()) for part in numbers if part is not None)
     if not finite or int(q.codes.max()) >= top or (q.zero is not None and int(q.zero.max()) >= top):
         return Problem(where, f"finite scales, codes and zero points below {top}", "others", do)
+    if q.input_scale is not None and not (bool(q.input_scale.isfinite()) and float(q.input_scale) > 0):
+        return Problem(where, "a positive number that divides the scales of its inputs", f"{float(q.input_scale):g}", do)
     if state.sparsity is not None and not masks.holds(along_inputs(weight, q.nonzero()), state.sparsity):
         return Problem(where, f"the zeros of masked({state.sparsity})", "other zeros", do)
     if by_config:
@@ -159,6 +161,8 @@ def _wrong(dense_view: DenseView, name: str, by_config: dict[str, Packed]) -> Pr
         if q.scheme.inputs != (said.inputs if said is not None else ""):
             return Problem(where, f"activations as in {q.scheme}, as manifest.json says", f"{said} by config.json", do)
         other = by_config[name].read(dense_view.checkpoint.read)
+        if q.input_scale is not None and not (isinstance(other, QTensor) and other.input_scale == q.input_scale):
+            return Problem(where, "the same scale of inputs by config.json as by manifest.json", "another one", do)
         value = other.dequantize() if isinstance(other, QTensor) else other.float()
         if not torch.equal(value, q.dequantize().to(value.dtype)):
             return Problem(where, "the same weight by config.json as by manifest.json", "another one", do)

@@ -37,13 +37,13 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.input_rounding import round_inputs
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, computing
 from compress.layerwise.meta_model import Block, MetaModel
 from compress.layerwise.model import Loader
 from compress.layerwise.stepwise import Call, ForwardHooks
 from compress.numerics import qtensor
-from compress.numerics.inputs import rounded_inputs
-from compress.spec.scheme import Scheme
+from compress.numerics.inputs import InputRounding
 from compress.spec.weight_state import TensorSpec, Weight
 from compress.spec.weight_state import blocks as count_of
 
@@ -277,8 +277,10 @@ class BlockTraining:
         for weight in self.student.model.weights:
             scheme = self.states[weight.name].scheme if weight.name in self.states else None
             if scheme is not None and scheme.inputs and weight.module.startswith(f"{block.path}."):
+                q = self.student.dense_view.qtensor(weight.name) if scheme.input_divisor else None
+                how = InputRounding(scheme) if q is None else InputRounding.of(q)
                 for path in self.student.readers(weight.name):
-                    self.student.module_at(path).register_forward_pre_hook(partial(_rounding, scheme))
+                    round_inputs(self.student.module_at(path), how)
         with self.spent("forward"):
             for walk in self.walks:
                 walk.go_on()
@@ -296,11 +298,6 @@ def _hidden(output: Any) -> torch.Tensor:
     """The hidden states among a block's outputs: its first tensor."""
     found: torch.Tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
     return found
-
-
-def _rounding(scheme: Scheme, module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook that rounds a module's inputs, as they will be when the model runs."""
-    return (rounded_inputs(inputs[0], scheme), *inputs[1:])
 
 
 def _length(tensors: dict[str, torch.Tensor]) -> int:

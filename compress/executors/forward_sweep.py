@@ -21,6 +21,7 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.input_rounding import round_as_told
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, computing
 from compress.layerwise.meta_model import Block, MetaModel
 from compress.layerwise.stepwise import Call, ForwardHooks
@@ -37,9 +38,10 @@ class ForwardSweep:
         self.ctx: Context = run.ctx
         self.folder: Path = run.writer.path
         device = device_of(run.ctx)
-        self.meta_model = MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config, device), device)
-        dtype = self.meta_model.dtype
-        self.batches = cut(run.corpus().tensors, self.meta_model.module, run.ctx.rank, run.ctx.world_size, dtype, device)
+        dtype = computing(run.ctx.dtype, run.source.config, device)
+        self.meta_model = round_as_told(MetaModel(DenseView(run.source), dtype, device))
+        made = self.meta_model
+        self.batches = cut(run.corpus().tensors, made.module, run.ctx.rank, run.ctx.world_size, made.dtype, device)
 
         self.last = False
 

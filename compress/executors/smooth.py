@@ -24,7 +24,6 @@ from compress.executors.sweep import Sweep, read_alike, sweep_by
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.stepwise import Key
 from compress.numerics.qtensor import as_matrix
-from compress.numerics.smoothing import Extents
 from compress.spec.weight_state import Weight
 
 
@@ -83,13 +82,6 @@ class SmoothingSweep(Sweep):
                     self.rescale(space, statistic)
                 else:
                     self.happened[space.readers[0].name].append(["unrouted", "no calibration token at all: not smoothed"])
-
-    def add_up(self, statistic: Any) -> None:
-        super().add_up(statistic)
-        if isinstance(statistic, Extents) and self.ctx.world_size > 1:
-            own = statistic.peaks.cpu()
-            for rank in range(self.ctx.world_size):
-                statistic.peaks = torch.maximum(statistic.peaks, self.ctx.broadcast(own, rank).to(self.meta_model.device))
 
     def rescale(self, space: Space, statistic: Any) -> None:
         """Computes a space's numbers, and records them for the rows and columns of its weights."""

@@ -25,7 +25,9 @@ from compress.contract.shapes import LinearPass, ObservingPass
 from compress.contract.tasks import MatrixTask, Observer, Solution
 from compress.device import CPU, device_of, made_on, moved
 from compress.errors import CoverageError, InputError
+from compress.executors.across import add_up
 from compress.executors.anomalies import watch
+from compress.executors.input_peaks import InputPeaks
 from compress.executors.solved import Part, dense_of, facts_of, joined, stacks_of
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
@@ -33,11 +35,12 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch, cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
+from compress.layerwise.input_rounding import round_as_told, round_inputs
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, HELD_BYTES, STATISTICS_BYTES, computing
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, Key
 from compress.numerics import qtensor
-from compress.numerics.inputs import rounded_inputs
+from compress.numerics.inputs import InputRounding
 from compress.numerics.rounding import unstacked
 from compress.spec.weight_state import Weight, blocks
 
@@ -62,7 +65,7 @@ def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
 
 def model_of(run: StepRun) -> MetaModel:
     """The model that a step reads, with nothing loaded."""
-    return MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config), device_of(run.ctx))
+    return round_as_told(MetaModel(DenseView(run.source), computing(run.ctx.dtype, run.source.config), device_of(run.ctx)))
 
 
 class Sweep:
@@ -76,6 +79,7 @@ class Sweep:
         self.step, self.writer, self.ctx, self.folder = run.step, run.writer, run.ctx, run.writer.path
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
+        self.input_peaks = InputPeaks([], CPU)
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
@@ -158,8 +162,6 @@ class Sweep:
             pending = [weight for weight in members if not done[weight.name]]
             solved = [weight for weight in members if done[weight.name]]
             self.replace({weight.name: self.read_back(weight) for weight in solved})
-            for weight in solved:
-                self.round_inputs(weight)
             kept += len(solved)
             trim_memory()  # the gaps left by these tensors do not fit those of the next batches
             if pending:
@@ -192,11 +194,11 @@ class Sweep:
 
     def linears(self, key: Key, weights: list[Weight]) -> None:
         """Solves the weights that read one tensor, from one statistic."""
+        self.input_peaks = peaks = InputPeaks([self.step.after[weight.name] for weight in weights], self.meta_model.device)
         statistic = self.observe(key, weights[0])
         solved = self.solve([(weight, None) for weight in weights], {None: statistic})
         for weight in weights:
-            self.replace({weight.name: self.keep(weight, {None: solved.pop((weight.name, None))})})
-            self.round_inputs(weight)
+            self.replace({weight.name: self.keep(weight, {None: peaks.put(solved.pop((weight.name, None)))})})
 
     def observe(self, key: Key, weight: Weight) -> Any:
         """The statistic of a weight's inputs over all batches."""
@@ -204,9 +206,12 @@ class Sweep:
         for walk, x, valid in self.inputs(key):
             assert isinstance(x, torch.Tensor)
             rows = x.reshape(-1, x.shape[-1])
+            rows = rows if valid is None else rows[valid]
             with self.spent("statistics"):
-                self.add(statistic, walk, rows if valid is None else rows[valid], valid)
+                self.input_peaks.see(rows)
+                self.add(statistic, walk, rows, valid)
         self.add_up(statistic)
+        self.input_peaks.add_up(self.ctx)
         if not statistic.tokens:
             raise CoverageError(weight.name, "calibration tokens", "none that reached it", "calibrate on other texts")
         return statistic
@@ -232,8 +237,6 @@ class Sweep:
                     kept[weight.name] = self.keep(weight, found.pop(weight.name))
         # All at once: where experts are fused, one that is replaced loads them all. None of them reads what another writes.
         self.replace(kept)
-        for weight in weights:
-            self.round_inputs(weight)
 
     def observe_experts(self, key: Key, experts: list[int], width: int) -> Iterator[dict[int, Any]]:
         """The statistics of the inputs of routed experts, as many at a time as the memory budget allows."""
@@ -281,10 +284,7 @@ class Sweep:
 
     def add_up(self, statistic: Any) -> None:
         """Sums a statistic over processes."""
-        if self.ctx.world_size > 1:
-            for part in (tokens := torch.tensor(statistic.tokens), *statistic.parts()):
-                self.ctx.add_up(part)
-            statistic.tokens = int(tokens)
+        add_up(self.ctx, statistic)
 
     def solve(self, parts: list[Part], statistics: Mapping[Any, Any]) -> dict[tuple[str, int | None], Solution]:
         """Solutions by weight and expert. Processes share the work, and every one gets all results."""
@@ -354,15 +354,15 @@ class Sweep:
             if self.ctx.rank == sum(weight.name.encode()) % self.ctx.world_size:
                 digests = {name: self.writer.put(name, part) for name, part in qtensor.stored(weight, moved(value, CPU)).items()}
                 self.writer.record(weight.name, digests, {**facts, **({"notes": notes} if notes else {})})
-        return dense_of(weight, after, value)
+        return self.dense_of(weight, value)
 
-    def round_inputs(self, weight: Weight) -> None:
-        """From now on rounds the inputs of a solved weight, as they will be when the model runs."""
-        scheme = self.step.after[weight.name].scheme
-        if scheme is not None and scheme.inputs:
+    def dense_of(self, weight: Weight, value: Any) -> torch.Tensor:
+        """The dense value of a solved weight, whose inputs are rounded from now on as they will be when the model runs."""
+        before = self.step.before[weight.name].scheme
+        if isinstance(value, qtensor.QTensor) and value.scheme.inputs and before is None:
             for path in self.meta_model.readers(weight.name):
-                module = self.meta_model.module_at(path)
-                module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], scheme), *inputs[1:]))
+                round_inputs(self.meta_model.module_at(path), InputRounding.of(value))
+        return dense_of(weight, self.step.after[weight.name], value)
 
     def replace(self, weights: dict[str, torch.Tensor]) -> None:
         """Replaces weights in the block by their new values."""
@@ -375,7 +375,7 @@ class Sweep:
         after = self.step.after[weight.name]
         parts = {spec.name: self.writer.read(spec) for spec in qtensor.specs(weight, after)}
         value = parts[weight.name] if after.scheme is None else qtensor.decode(weight, after, parts)
-        return dense_of(weight, after, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
+        return self.dense_of(weight, qtensor.as_matrix(weight, value) if isinstance(value, torch.Tensor) else value)
 
 
 def read_alike(seen: list[tuple[Key, torch.Tensor | Routed]], path: str) -> list[list[Key]]:

@@ -40,7 +40,7 @@ class Arguments:
     block: tuple[int, int]
     activations: bool
     inputs: str
-    """The rounding of activations as a scheme names it (int8 or fp8); empty if no scheme has it."""
+    """The rounding of activations as a scheme names it; empty if no scheme has it."""
 
     def bad(self, where: str, expected: str, got: str) -> InputError:
         return InputError(f"{self.where}: {where} (compressed-tensors)", expected, got)
@@ -180,11 +180,25 @@ def _arguments(stored: Stored, name: str, group: dict[str, Any], kind: Any) -> A
 
 
 def _inputs(group: dict[str, Any], strategy: str) -> str:
-    """int8 or fp8 for symmetric 8-bit activations with a scale per token, or with block weights per 128 inputs of a token."""
-    said = group.get("input_activations")
-    if not isinstance(said, dict) or group.get("output_activations") or said.get("dynamic") is not True:
+    """What a scheme calls the rounding of activations: whole numbers or FP8 with a scale per token, FP8 with block weights per
+    128 inputs of a token, or E2M1 in blocks like those of the weights."""
+    said, weights = group.get("input_activations"), group["weights"]
+    if not isinstance(said, dict) or group.get("output_activations"):
         return ""
+    kind, dynamic = said.get("type", "int"), said.get("dynamic")
+    if (said.get("num_bits"), kind, said.get("symmetric", True)) == (4, "float", True):
+        shape = said.get("strategy"), said.get("group_size")
+        if weights.get("type") != "float" or (weights.get("strategy"), weights.get("group_size")) != shape:
+            return ""
+        nvidia, open_compute = (*shape, dynamic) == ("tensor_group", 16, "local"), (*shape, dynamic) == ("group", 32, True)
+        return "nvfp4" if nvidia else "mxfp4" if open_compute else ""
+    if dynamic is not True:
+        return ""
+    if kind == "int" and said.get("strategy") == "token" and said.get("num_bits", 8) in (4, 8):
+        if strategy == "block" or weights.get("type", "int") != "int":
+            return ""
+        return f"int{said.get('num_bits', 8)}{'' if said.get('symmetric', True) else '-asym'}"
     blocks = strategy == "block" and (said.get("strategy"), said.get("group_size")) == ("group", BLOCK)
     if said.get("num_bits", 8) != 8 or not said.get("symmetric", True) or not (blocks or said.get("strategy") == "token"):
         return ""
-    return "fp8" if said.get("type", "int") == "float" else "" if strategy == "block" else "int8"
+    return "fp8" if kind == "float" else ""

@@ -7,7 +7,8 @@ By format, for a linear NAME [O, I] (`NAME.weight` is what it stands for):
     int-quantized         weight int8 [O, I]; weight_scale; weight_zero_point int8 of the same shape, if asymmetric
     float-quantized       weight float8_e4m3fn [O, I]; weight_scale
     nvfp4-pack-quantized  weight_packed uint8 [O, I/2], the even column low; weight_scale float8_e4m3fn [O, I/16];
-                          weight_global_scale fp32 [1], which divides the scale
+                          weight_global_scale fp32 [1], which divides the scale; input_global_scale fp32 [1], which
+                          divides the scales of activations, if those are rounded
     mxfp4-pack-quantized  weight_packed uint8 [O, I/2]; weight_scale uint8 [O, I/32], 2^(u - 127)
     mxfp6-pack-quantized  weight_packed uint8 [O, 3 I/4], four E2M3 in three bytes; weight_scale as in mxfp4
     mxfp8-quantized       weight float8_e4m3fn [O, I]; weight_scale as in mxfp4
@@ -18,8 +19,8 @@ The reader (0.20's decompress) multiplies in the dtype of weight_scale, which tr
 loads: integers below 256 and their product with a 16-bit scale are exact in fp32, so QTensor's value, rounded
 once to the weight's dtype, is the same. The mx formats are multiplied in bf16,
 nvfp4 in fp32 and rounded to bf16; the result is then rounded to config.json's dtype.
-Rounding of activations per token becomes part of the scheme. Other quantization of activations, that of experts' inputs and
-of the KV cache is dropped, with a note.
+Rounding of activations per token, or in blocks like those of FP4 weights, becomes part of the scheme. Other quantization of
+activations, that of experts' inputs and of the KV cache is dropped, with a note.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def decode(stored: Stored, config: dict[str, Any]) -> Foreign:
     # Scales of keys and values can stand alone, beside dense weights.
     weights = stored.gather(modules, weight) if modules or not cache else {}
     dropped, notes = [], []
-    scales = [name for module in modules for part in _COMPANIONS if (name := f"{module}.{part}") in stored.refs]
+    held = {part for packed in weights.values() for part in packed.parts}
+    scales = [n for module in modules for part in _COMPANIONS if (n := f"{module}.{part}") in stored.refs and n not in held]
     for names, what in ((scales, "scales of activations"), (cache, "scales of the KV cache")):
         dropped += names
         if names:
@@ -277,8 +279,12 @@ def _small(stored: Stored, module: str, args: Arguments) -> Packed:
     dtype = stored.dense_dtype()
     note = _FLOAT_NOTE.format(bits=args.bits, group=width)
     if args.bits == 4 and (dtype == "BF16" or not nvidia):
-        scheme = _with_inputs(Scheme.parse("nvfp4" if nvidia else "mxfp4"), module, args)
+        scheme, number = _with_inputs(Scheme.parse("nvfp4" if nvidia else "mxfp4"), module, args), f"{module}.input_global_scale"
         assert scheme is not None
+        if scheme.input_divisor and number in stored.refs:
+            parts.append(stored.ref(number, {"F32"}, (1,)).name)
+        elif scheme.input_divisor:
+            scheme = replace(scheme, inputs="")
         kept = partial(_read_codes, parts=tuple(parts), columns=columns, scheme=scheme)
         return Packed(f"{module}.weight", dtype, (rows, columns), scheme, tuple(parts), kept)
     note = _NVFP4_NOTE.format(dtype=dtype) if nvidia else note
@@ -288,8 +294,9 @@ def _small(stored: Stored, module: str, args: Arguments) -> Packed:
 
 def _read_codes(reader: Reader, *, parts: tuple[str, ...], columns: int, scheme: Scheme) -> QTensor:
     codes, scale = bitstream.unpack(reader(parts[0]), 4, columns), reader(parts[1])
-    if len(parts) == 3:
-        return QTensor(scheme, codes, scale, None, reader(parts[2]).view(()))
+    if len(parts) > 2:
+        of_inputs = reader(parts[3]).view(()) if scheme.input_divisor else None
+        return QTensor(scheme, codes, scale, None, reader(parts[2]).view(()), input_scale=of_inputs)
     return QTensor(scheme, codes, scale.view(torch.uint8))
 
 

@@ -21,6 +21,7 @@ from compress.device import CPU
 from compress.errors import InputError
 from compress.layerwise.cache_scales import keep_as_told
 from compress.layerwise.dense_view import DenseView
+from compress.layerwise.input_rounding import round_as_told
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import Call, ForwardHooks, StepwiseForward
 
@@ -37,7 +38,7 @@ class Forward:
     def __init__(self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU) -> None:
         self.label = label_of(checkpoint)
         try:
-            self.meta_model = MetaModel(DenseView(checkpoint, rounded), torch.float32, device)
+            self.meta_model = round_as_told(MetaModel(DenseView(checkpoint, rounded), torch.float32, device))
             self.rounds_cache = keep_as_told(self.meta_model)
         except InputError as error:
             # Two models are compared, so a message about a tensor must name its model.

@@ -7,17 +7,21 @@ symmetric: the zero of integers is then the middle code) or, for schemes with mi
 too: FP8 fp32, [experts?, 1, 1] for a matrix or one for each block; mxfp4 the bytes of E8M0; nvfp4 E4M3, to be divided by
 `tensor_scale`, fp32 [] or [experts] (compressed-tensors' weight_global_scale; its reciprocal would not be exact); K-quants int8,
 `minimum` too, to be multiplied by `super_scale` and, negated, `super_minimum`, fp16 [experts?, rows, columns / 256].
+Where inputs are rounded as in nvfp4, `input_scale` fp32 [] divides their scales (compressed-tensors' input_global_scale); None
+stands for 1.
 Rows are outputs and columns inputs, also for fused experts stored [in, out]: y = x @ dequantize(q).T + b. Only a
 Conv1D keeps its stored [in, out], y = x @ dequantize(q) + b, because its readers group it that way.
 
-A weight may have two corrections. Outliers replace the values of some codes: values in the weight's dtype, by
-rows. Then the product of low-rank factors is added: bf16, or int8 with an fp32 scale for each rank.
+A weight may have three corrections. Outliers replace the values of some codes: values in the weight's dtype, by
+rows. Kept columns replace all of a column's; their inputs are not rounded with the others. Then the product of low-rank factors
+is added: bf16, or int8 with an fp32 scale for each rank.
 
 On disk a weight `NAME` becomes `NAME.codes` (uint8 bit stream per row), `NAME.scale`, `NAME.zero`, `NAME.minimum` (the first
 and the last of K-quants bit streams too, of what signed numbers are above the least), `NAME.tensor_scale`, `NAME.super_scale`,
-`NAME.super_minimum`, and with corrections `NAME.outlier_values` [experts?, n],
-`.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.left` [experts?,
-rows, rank], `.right` [experts?, rank, columns], and `.rank_scale` [experts?, rank].
+`NAME.super_minimum`, `NAME.input_scale`, and with corrections `NAME.outlier_values` [experts?, n],
+`.outlier_columns` uint16, or int32 beyond 65536 columns, `.outlier_offsets` int32 [experts?, rows + 1]; `NAME.kept_columns` int32
+[k], `.kept_values` [rows, k], and if these are int8 `.kept_scale` [rows, 1]; `NAME.left` [experts?, rows, rank], `.right`
+[experts?, rank, columns], and `.rank_scale` [experts?, rank].
 `dequantize` defines its values; every quantizer returns a QTensor, every packer takes one.
 """
 
@@ -36,16 +40,18 @@ from compress.spec.weight_state import State, TensorSpec, Weight, payload_bytes
 if TYPE_CHECKING:
     import torch
 
+    from compress.numerics.columns import KeptColumns
     from compress.numerics.lowrank import Factors
     from compress.numerics.outliers import Sparse
     from compress.spec.scheme import Scheme
 
 
-_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale", "super_scale", "super_minimum")
+_CODES = ("codes", "scale", "zero", "minimum", "tensor_scale", "super_scale", "super_minimum", "input_scale")
 _OUTLIERS = {"outlier_values": "values", "outlier_columns": "columns", "outlier_offsets": "offsets"}
+_COLUMNS = {"kept_columns": "columns", "kept_values": "values", "kept_scale": "scale"}
 _LOWRANK = {"left": "left", "right": "right", "rank_scale": "scale"}
-"""Parts on disk -> fields of Sparse and Factors."""
-PARTS = (*_CODES, *_OUTLIERS, *_LOWRANK)
+"""Parts on disk -> fields of Sparse, KeptColumns and Factors."""
+PARTS = (*_CODES, *_OUTLIERS, *_COLUMNS, *_LOWRANK)
 """Suffixes of a weight's name on disk."""
 
 
@@ -63,6 +69,8 @@ class QTensor:
     minimum: torch.Tensor | None = None
     super_scale: torch.Tensor | None = None
     super_minimum: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    kept: KeptColumns | None = None
 
     def steps(self) -> torch.Tensor:
         """The values of the scales, fp32 in the shape of `scale`."""
@@ -93,6 +101,8 @@ class QTensor:
         found = self._coded()
         if self.outliers is not None:
             found = self.outliers.put(found)
+        if self.kept is not None:
+            found = self.kept.put(found)
         return found if self.lowrank is None else found.fill_(True)
 
     def _coded(self) -> torch.Tensor:
@@ -117,7 +127,8 @@ class QTensor:
     def base(self) -> torch.Tensor:
         """The fp32 weights without low-rank factors."""
         dense = self.values()
-        return dense if self.outliers is None else self.outliers.put(dense)
+        dense = dense if self.outliers is None else self.outliers.put(dense)
+        return dense if self.kept is None else self.kept.put(dense)
 
     def values(self) -> torch.Tensor:
         """The fp32 values of the codes alone."""
@@ -167,11 +178,18 @@ def part_specs(weight: Weight, state: State) -> dict[str, tuple[str, tuple[int, 
         found |= dict.fromkeys(("super_scale", "super_minimum")[: 1 + scheme.minimum], supers)
     if scheme.scales == "e4m3":
         found["tensor_scale"] = ("F32", lead)
+    if scheme.input_divisor:
+        found["input_scale"] = ("F32", ())
     if state.outliers is not None:
         entries = (*lead, state.outliers.count(weight.rows, weight.columns))
         found["outlier_values"] = (weight.dtype, entries)
         found["outlier_columns"] = ("U16" if weight.columns <= SHORT else "I32", entries)
         found["outlier_offsets"] = ("I32", (*lead, weight.rows + 1))
+    if state.columns is not None:
+        kept, kind = state.columns.count, "I8" if state.columns.int8 else weight.dtype
+        found |= {"kept_columns": ("I32", (kept,)), "kept_values": (kind, (weight.rows, kept))}
+        if state.columns.int8:
+            found["kept_scale"] = (weight.dtype, (weight.rows, 1))
     if state.lowrank is not None:
         kind = "I8" if state.lowrank.int8 else "BF16"
         found["left"] = (kind, (*lead, weight.rows, state.lowrank.rank))
@@ -246,8 +264,12 @@ def decode(weight: Weight, state: State, tensors: dict[str, torch.Tensor]) -> QT
 
 def parts_beside(q: QTensor) -> dict[str, torch.Tensor | None]:
     """The parts besides codes, scale and zero, by their suffix on disk."""
+    import torch
+
     parts: dict[str, torch.Tensor | None] = {name: getattr(q, name) for name in _CODES[3:]}
-    for whole, words in ((q.outliers, _OUTLIERS), (q.lowrank, _LOWRANK)):
+    if q.scheme.input_divisor and q.input_scale is None:
+        parts["input_scale"] = q.scale.new_ones((), dtype=torch.float32)
+    for whole, words in ((q.outliers, _OUTLIERS), (q.kept, _COLUMNS), (q.lowrank, _LOWRANK)):
         parts |= {part: getattr(whole, word) for part, word in words.items() if whole is not None}
     return parts
 
@@ -256,12 +278,13 @@ def with_beside(
     state: State, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, parts: Mapping[str, torch.Tensor]
 ) -> QTensor:  # fmt: skip
     """Codes with the corrections in `parts`, which may hold more."""
+    from compress.numerics.columns import KeptColumns
     from compress.numerics.lowrank import Factors
     from compress.numerics.outliers import Sparse
 
     assert state.scheme is not None
     outliers = Sparse(**{word: parts[part] for part, word in _OUTLIERS.items()}) if state.outliers else None
+    kept = KeptColumns(**{word: parts.get(part) for part, word in _COLUMNS.items()}) if state.columns else None  # type: ignore[arg-type]
     lowrank = Factors(**{word: parts.get(part) for part, word in _LOWRANK.items()}) if state.lowrank else None  # type: ignore[arg-type]
-    return QTensor(
-        state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, *map(parts.get, ("minimum", *_CODES[5:]))
-    )
+    rest = {name: parts.get(name) for name in ("minimum", *_CODES[5:])}
+    return QTensor(state.scheme, codes, scale, zero, parts.get("tensor_scale"), outliers, lowrank, kept=kept, **rest)

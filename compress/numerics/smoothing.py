@@ -40,7 +40,7 @@ class Activity(Hessian):
 
 
 class Extents:
-    """Keeps max |x|. That is no sum, so processes must combine theirs by the maximum."""
+    """Keeps max |x|, which is no sum."""
 
     def __init__(self, width: int) -> None:
         self.peaks = torch.zeros(width)
@@ -55,6 +55,10 @@ class Extents:
     def parts(self) -> list[torch.Tensor]:
         """Empty: there are no sums."""
         return []
+
+    def maxima(self) -> list[torch.Tensor]:
+        """What processes must combine by the maximum."""
+        return [self.peaks]
 
     def largest(self) -> torch.Tensor:
         """max |x| [n], fp32. Raises ValueError if an input was not finite."""

@@ -20,7 +20,7 @@ from compress.checkpoint.safetensors_header import CANONICAL_STEM, STEM, Shard, 
 from compress.contract.allocator import InputAllocator, offers_of
 from compress.contract.cache_pass import CachePass, refused, scales_of
 from compress.contract.format import Format, Verdict
-from compress.contract.notes import changed_by, folded, shared_notes, untouched
+from compress.contract.notes import changed_by, folded, shared_notes, unmeasured, untouched
 from compress.contract.pass_base import Pass, WeightPass
 from compress.contract.rotating_pass import RotatingPass
 from compress.contract.shapes import DataPass
@@ -301,6 +301,7 @@ class _StepPlanner:
         notes += counted("plain", {name: reason for name, reason in self.plain.items() if before[name].sparsity is not None})
         lost = [weight.name for weight in touched if _inputs(before[weight.name]) and not _inputs(after[weight.name])]
         notes += counted("dropped", dict.fromkeys(lost, "rounding of activations: the weights go on alone"))
+        notes += unmeasured(touched, before, after) if self.pass_.executor() != "sweep" else []
         if self.pass_.unpacks and planner.dense_view is not None and planner.dense_view.foreign is not None:
             notes += planner.dense_view.foreign.notes
         if self.allocator is not None:
@@ -375,7 +376,7 @@ class _SlicePlanner:
 
 
 def _inputs(state: State) -> str:
-    """The rounding of a weight's inputs in this state: int8, fp8 or empty."""
+    """The rounding of a weight's inputs in this state, such as int8; empty for none."""
     return state.scheme.inputs if state.scheme is not None else ""
 
 

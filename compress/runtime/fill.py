@@ -145,7 +145,8 @@ class PackedWeights:
         for name in (*self.linears, *self.ties):
             source = self.linears[self.ties.get(name, name)].sources[0]
             module: Any = self.module_at(name.rpartition(".")[0])
-            hollow(module, self.weights[source][1].scheme)
+            scheme = self.weights[source][1].scheme
+            hollow(module, scheme is not None and bool(scheme.inputs))
             module.awaited_bytes = self._nbytes(source) if name in self.linears else 0
         stacks: dict[str, list[str]] = defaultdict(list)
         for name in self.experts:

@@ -3,13 +3,13 @@
 Grammar (parses and prints back to the same text; names of other tools, such as W4A16, are in presets.py):
 
     scheme  = integer | float [ "-afp8" ] | "q" (2 | 3 | 4 | 5 | 6) "_k"
-    integer = "w" bits "a" (16 | 8) [ "g" group ] [ "-asym" | "-min" ] [ "-afp8" ]
+    integer = "w" bits "a" (16 | 8 | 4) [ "g" group ] [ "-asym" | "-min" ] [ "-afp8" | "-aasym" ]
     float   = "fp8" [ "-e5m2" ] [ "-tensor" | "-block" ]     E4M3 or E5M2, one scale per output channel, for the
                                                              whole matrix, or per block of 128 rows and columns
             | "nf" (2 | 3 | 4) [ "g" group ]                 quantiles of a Gaussian (QLoRA, LoftQ), scale = absmax
             | ("fp4" | "e3m0") [ "g" group ] [ rule ]        E2M1 (largest 6) or powers of two (largest 16)
-            | "mxfp4" [ "-floor" | "-even" | "-mse" ]        E2M1, an E8M0 scale (a power of two) per 32
-            | "nvfp4" [ "-4over6" ]                          E2M1, an E4M3 scale per 16 and an fp32 one per matrix
+            | "mxfp4" [ "-floor" | "-even" | "-mse" ] [ "-amxfp4" ]   E2M1, an E8M0 scale (a power of two) per 32
+            | "nvfp4" [ "-4over6" ] [ "-anvfp4" ]            E2M1, an E4M3 scale per 16 and an fp32 one per matrix
             | "iq4_nl"                                       16 values of llama.cpp, none of them zero, a scale per 32
     rule    = ( "-m1" | "-m2" ) [ "-ceil" ]                  scales of a row a power of two apart (ZeroQuant-FP)
     bits    = 2 | 3 | 4 | 5 | 6 | 8                          integer codes
@@ -18,8 +18,11 @@ Grammar (parses and prints back to the same text; names of other tools, such as 
 `w4a16g128` is symmetric 4-bit with groups of 128 along the input dimension, `w3a16g64-asym` has an integer zero point
 per group, `w4a16g32-min` a minimum in the weight's dtype, scale * code + minimum (MLX's affine codes, GGUF's Q4_1), which
 -scale * zero could be only up to rounding; no code of it need mean zero. `w8a16` is per channel. Activations stay in 16 bits,
-unless they are rounded to int8 (`w8a8`, `w4a8g128`) or, with `-afp8`, to FP8 E4M3 (`fp8-afp8`, `w4a8g128-afp8`), with a dynamic
-scale per token; `fp8-block-afp8` has one per token and 128 inputs, as readers of such blocks expect.
+unless they are rounded to int8 (`w8a8`, `w4a8g128`), to int4 (`w4a4`, `w3a4g64`) or, with `-afp8`, to FP8 E4M3 (`fp8-afp8`,
+`w4a8g128-afp8`), with a dynamic scale per token; `fp8-block-afp8` has one per token and 128 inputs, as readers of such blocks
+expect. `-aasym` gives integer activations a zero point per token as well (`w4a4-aasym`). `mxfp4-amxfp4` and `nvfp4-anvfp4` round
+activations in blocks like their weights: E2M1 with a dynamic scale for 32 or 16 inputs of a token, and for nvfp4 a number for all
+inputs of a weight, which is measured on calibration tokens.
 
 The K-quants of GGUF, `q2_k` to `q6_k`, are whole codes with scales of two levels: small whole numbers for 16 or 32 columns, times
 one in fp16 for 256; all but q3_k and q6_k have minima. What they mean: compress/numerics/kquants.py. Where 256 does not divide
@@ -52,16 +55,17 @@ SUPER = 256
 BLOCK = 128
 """Rows and columns of a block of `fp8-block`."""
 _GROUP = r"(?:g(?P<group>\d{1,7}))?"
-_FP8_INPUTS = r"(?P<afp8>-afp8)?"
-_INTEGER = re.compile(rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<kind>-asym|-min)?{_FP8_INPUTS}", re.ASCII)
+_INTEGER = re.compile(
+    rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<kind>-asym|-min)?(?:-a(?P<inputs>fp8|asym))?", re.ASCII
+)
 _FLOATS = tuple(
-    re.compile(text + _FP8_INPUTS, re.ASCII)
+    re.compile(text if "<inputs>" in text else text + r"(?:-a(?P<inputs>fp8))?", re.ASCII)
     for text in (
         r"(?P<grid>fp8)(?P<rule>-e5m2)?(?:-(?P<scales>tensor|block))?",
         rf"(?P<grid>nf[234]){_GROUP}",
         rf"(?P<grid>fp4|e3m0){_GROUP}(?P<rule>-m[12](?:-ceil)?)?",
-        r"(?P<grid>mxfp4)(?P<rule>-floor|-rceil|-even|-mse)?",
-        r"(?P<grid>nvfp4)(?P<rule>-4over6)?",
+        r"(?P<grid>mxfp4)(?P<rule>-floor|-rceil|-even|-mse)?(?:-a(?P<inputs>fp8|mxfp4))?",
+        r"(?P<grid>nvfp4)(?P<rule>-4over6)?(?:-a(?P<inputs>fp8|nvfp4))?",
         r"(?P<grid>iq4_nl)",
     )
 )
@@ -86,7 +90,7 @@ class Scheme(TextForm):
     rule: str = ""
     """The rule by which scales are chosen, for grids with several: m1, m2-ceil, floor, even, mse, 4over6."""
     inputs: str = ""
-    """Rounding of activations as the model runs: empty for none, int8 or fp8."""
+    """Rounding of activations as the model runs: empty for none; int8, int4, int8-asym or int4-asym, fp8, mxfp4, nvfp4."""
     minimum: bool = False
     """Whether each scale has a minimum, the value of code 0, instead of an integer zero point."""
 
@@ -124,21 +128,31 @@ class Scheme(TextForm):
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group and self.scales == "row" else ""
-        fp8 = "-afp8" if self.inputs == "fp8" else ""
+        inputs = "" if self.inputs in ("", "int8", "int4") else f"-a{self.inputs.rpartition('-')[2]}"
         rule = f"-{self.rule}" if self.rule else ""
         if self.integer:
             kind = "" if self.symmetric else "-min" if self.minimum else "-asym"
-            return f"w{self.bits}a{8 if self.inputs else 16}{group}{kind}{fp8}"
+            return f"w{self.bits}a{self.input_bits}{group}{kind}{inputs}"
         if self.grid == "k":
             return f"q{self.bits}_k"
         if self.grid == "iq4":
-            return f"iq4_nl{fp8}"
+            return f"iq4_nl{inputs}"
         if self.grid == "nf":
-            return f"nf{self.bits}{group}{fp8}"
+            return f"nf{self.bits}{group}{inputs}"
         if self.bits == 8:
-            return f"fp8{'-e5m2' if self.grid == 'e5m2' else ''}{'' if self.scales == 'row' else f'-{self.scales}'}{fp8}"
+            return f"fp8{'-e5m2' if self.grid == 'e5m2' else ''}{'' if self.scales == 'row' else f'-{self.scales}'}{inputs}"
         name = {"row": "fp4", "e8m0": "mxfp4", "e4m3": "nvfp4"}[self.scales] if self.grid == "e2m1" else self.grid
-        return f"{name}{group}{rule}{fp8}"
+        return f"{name}{group}{rule}{inputs}"
+
+    @property
+    def input_bits(self) -> int:
+        """Bits of activations as the model runs."""
+        return 16 if not self.inputs else 4 if "4" in self.inputs else 8
+
+    @property
+    def input_divisor(self) -> bool:
+        """Whether a number that all inputs of a weight share is stored beside it."""
+        return self.inputs == "nvfp4"
 
     @property
     def integer(self) -> bool:
@@ -198,7 +212,7 @@ class Scheme(TextForm):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-        exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|5|6|8)a(16|8)")
+        exact = _INTEGER.pattern.replace(r"(?P<bits>\d{1,3})a(?P<act>\d{1,3})", r"(2|3|4|5|6|8)a(16|8|4)")
         patterns = (re.sub(r"\?P<\w+>", "", text) for text in (exact, *(pattern.pattern for pattern in (*_FLOATS, _K))))
         return {
             "type": "string",
@@ -227,10 +241,13 @@ def _integer(text: str, match: re.Match[str]) -> Scheme:
     bits, activation = int(match["bits"]), match["act"]
     if bits not in BITS:
         raise UsageError(f"scheme '{text}'", f"bits among {', '.join(map(str, BITS))}", f"{bits} bits")
-    if activation not in ("16", "8") or (match["afp8"] and activation == "16"):
-        expected = "a8 where activations are FP8" if match["afp8"] else "a16 or a8 (activations in 16 or 8 bits)"
+    fits = {"fp8": ("8",), "asym": ("8", "4")}.get(match["inputs"] or "", ("16", "8", "4"))
+    if activation not in fits:
+        words = {"fp8": "a8 where activations are FP8", "asym": "a8 or a4 where activations have zero points"}
+        expected = words.get(match["inputs"] or "", "a16, a8 or a4 (activations in 16, 8 or 4 bits)")
         raise UsageError(f"scheme '{text}'", expected, f"a{activation}")
-    inputs = "fp8" if match["afp8"] else "int8" if activation == "8" else ""
+    whole = f"int{activation}" if activation != "16" else ""
+    inputs = {"fp8": "fp8", "asym": f"{whole}-asym"}.get(match["inputs"] or "", whole)
     group, kind = int(match["group"]) if match["group"] else None, match["kind"]
     return Scheme(bits, group, kind is None, inputs=inputs, minimum=kind == "-min")
 
@@ -239,7 +256,7 @@ def _float(match: re.Match[str]) -> Scheme:
     parts = match.groupdict()
     grid, rule = parts["grid"], (parts.get("rule") or "").removeprefix("-").removeprefix("rceil")
     group = int(parts["group"]) if parts.get("group") else None
-    inputs = "fp8" if parts["afp8"] else ""
+    inputs = parts["inputs"] or ""
     if grid in _FIXED:
         group, grid, scales = _FIXED[grid]
         return Scheme(4, group, True, grid, scales, rule, inputs)

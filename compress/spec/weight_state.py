@@ -1,9 +1,9 @@
 """Weight state: the form of each weight, before and after every pass.
 
 A Weight is one tensor of the source, by its name on disk, with its place in the model.
-A State is its form: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are also masked, or have outliers
-or low-rank factors. Replaying states over a recipe is a type check that reads no data: a pass returns the state that a
-weight will have, or refuses it.
+A State is its form: `dense`, `masked(sparsity)`, `codes(scheme)`, or codes that are also masked, or have outliers,
+kept columns or low-rank factors. Replaying states over a recipe is a type check that reads no data: a pass returns the state
+that a weight will have, or refuses it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import Literal, NamedTuple, Self
 
-from compress.spec.corrections import Lowrank, Outliers
+from compress.spec.corrections import Columns, Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.sparsity import Sparsity
 
@@ -127,14 +127,14 @@ class Weight:
 
 _STATE = re.compile(
     r"dense|masked\((?P<alone>[^()]+)\)|codes\((?P<scheme>[^()]+)\)(?:\+masked\((?P<sparsity>[^()]+)\))?"
-    r"(?:\+outliers\((?P<outliers>[^()]+)\))?(?:\+lowrank\((?P<lowrank>[^()]+)\))?"
+    r"(?:\+outliers\((?P<outliers>[^()]+)\))?(?:\+columns\((?P<columns>[^()]+)\))?(?:\+lowrank\((?P<lowrank>[^()]+)\))?"
 )
 
 
 @dataclass(frozen=True)
 class State:
     """The form of one weight: `dense`, `masked(2:4)`, `codes(w4a16g64)`, `codes(w4a16g64)+masked(2:4)`,
-    `codes(w2a16g64-asym)+outliers(0.005)+lowrank(r8)`.
+    `codes(w2a16g64-asym)+outliers(0.005)+lowrank(r8)`, `codes(w4a4-aasym)+columns(256)`.
 
     Without a scheme the weight is stored as a plain tensor. Parses and prints back.
     """
@@ -143,6 +143,7 @@ class State:
     sparsity: Sparsity | None = None
     outliers: Outliers | None = None
     lowrank: Lowrank | None = None
+    columns: Columns | None = None
 
     @classmethod
     def parse(cls, text: str) -> State:
@@ -155,17 +156,23 @@ class State:
             Sparsity.parse(sparsity) if sparsity else None,
             Outliers.parse(match["outliers"]) if match["outliers"] else None,
             Lowrank.parse(match["lowrank"]) if match["lowrank"] else None,
+            Columns.parse(match["columns"]) if match["columns"] else None,
         )
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.scheme, self.sparsity, self.outliers, self.lowrank))
+        return hash((self.scheme, self.sparsity, self.outliers, self.lowrank, self.columns))
 
     def __hash__(self) -> int:
         return self._hash
 
+    def beside(self) -> dict[str, object]:
+        """What stands beside its codes, by its word."""
+        words = {"outliers": self.outliers, "columns": self.columns, "lowrank": self.lowrank}
+        return {word: part for word, part in words.items() if part is not None}
+
     def __str__(self) -> str:
-        words = {"codes": self.scheme, "masked": self.sparsity, "outliers": self.outliers, "lowrank": self.lowrank}
+        words = {"codes": self.scheme, "masked": self.sparsity, **self.beside()}
         return "+".join(f"{word}({part})" for word, part in words.items() if part is not None) or "dense"
 
 

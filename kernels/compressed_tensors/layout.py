@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.20.0"
 """The version of the format that is written into config.json."""
-_ROUNDED_INPUTS = frozenset(map(Scheme.parse, ("w8a8", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8")))
+_ROUNDED_INPUTS = frozenset(map(Scheme.parse, ("w8a8", "fp8-afp8", "fp8-tensor-afp8", "fp8-block-afp8", "nvfp4-anvfp4")))
 """Schemes with rounded activations that vLLM's documentation names."""
 _GROUPS = (32, 64, 128)
 """Group sizes that vLLM's kernels for integers support."""
@@ -87,8 +87,8 @@ class CompressedTensors(Format):
             raise Refusal(reason, _AT_LOAD if scheme.scales == "e8m0" else "convert the model to bfloat16 first")
         if scheme.inputs and self.dequantize:
             raise Refusal("with dequantize the reader no longer rounds activations", "pack without it, or use a scheme with a16")
-        if scheme.inputs == "int8" and not scheme.symmetric:
-            raise Refusal("no layout here has zero points beside int8 activations", "use a symmetric scheme")
+        if scheme.inputs.startswith("int") and not scheme.symmetric:
+            raise Refusal(f"no layout here has zero points beside int{scheme.input_bits} activations", "use a symmetric scheme")
         if self._raises(weight, scheme) and not _served(scheme):
             do = "use a symmetric scheme for them" if weight.kind == "expert" else f"{_AT_LOAD}; or use a symmetric scheme"
             raise Refusal(f"no reader loads {scheme} here: transformers {_RAISES}, {_SERVED}", do)
@@ -228,6 +228,8 @@ def _vllm(weights: Sequence[Weight], states: dict[str, State], schemes: set[Sche
         return Verdict("vllm", "no", f"groups other than 32, 64, 128: {said(odd)}")
     if unserved := {scheme for _, scheme in zeros if not _served(scheme)}:
         return Verdict("vllm", "no", f"no kernel for zero points of 8 bits: {said(unserved)}")
+    if zeros_of_inputs := [s for s in schemes if s.inputs == "int4-asym"]:
+        return Verdict("vllm", "no", f"its kernels for int4 activations have no zero points: {said(zeros_of_inputs)}")
     if untold := [s for s in schemes if s.scales == "e8m0" or (s.inputs and s not in _ROUNDED_INPUTS)]:
         return Verdict("vllm", "unknown", f"its documentation does not say it: {said(untold)}")
     if any(weight.transposed for weight, _ in own):
@@ -240,7 +242,8 @@ def _vllm(weights: Sequence[Weight], states: dict[str, State], schemes: set[Sche
         return Verdict("vllm", "unknown", reason)
     if zeros:
         return Verdict("vllm", "yes", "0.8.5 and later read packed zero points of 4 bits, by its source; 0.32 was run on a CPU")
-    return Verdict("vllm", "yes", "by its documentation; q/k/v and gate/up must share a scheme")
+    alone = "; below compute capability 10.0 it leaves activations in 16 bits" if any(s.input_divisor for s in schemes) else ""
+    return Verdict("vllm", "yes", f"by its documentation; q/k/v and gate/up must share a scheme{alone}")
 
 
 def _vllm_keeps(weights: Sequence[Weight], loads: Verdict) -> Verdict:

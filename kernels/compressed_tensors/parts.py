@@ -1,7 +1,7 @@
 """The tensors of each scheme in a compressed-tensors artifact.
 
 A linear `NAME.weight` [out, in] becomes, depending on the format of its scheme,
-    pack-quantized        integers, activations in 16 bits or FP8
+    pack-quantized        integers, activations in 16 bits, FP8 or int4
         NAME.weight_packed      int32 [out, ceil(in * b / 32)]   codes u = q + 2^(b-1), one bit stream per row
         NAME.weight_scale       model dtype [out, groups]        [out, 1] per channel
         NAME.weight_shape       int64 [2]
@@ -16,6 +16,7 @@ A linear `NAME.weight` [out, in] becomes, depending on the format of its scheme,
         NAME.weight_packed      uint8 [out, in / 2]              the even column in the low nibble
         NAME.weight_scale       float8_e4m3fn [out, in / 16]
         NAME.weight_global_scale  fp32 [1]                       divides weight_scale
+        NAME.input_global_scale   fp32 [1]                       divides the scales of activations, if those are nvfp4
     mxfp4-pack-quantized
         NAME.weight_packed      uint8 [out, in / 2]
         NAME.weight_scale       uint8 [out, in / 32]             E8M0
@@ -46,7 +47,7 @@ def kind_of(scheme: Scheme) -> str:
     if scheme.minimum or (scheme.integer and scheme.bits not in _BITS):
         return ""
     if scheme.integer:
-        return "int-quantized" if scheme.inputs == "int8" else "pack-quantized"
+        return "int-quantized" if scheme.inputs.startswith("int8") else "pack-quantized"
     if scheme.grid == "e4m3":
         return "float-quantized"
     return {"e8m0": "mxfp4-pack-quantized", "e4m3": "nvfp4-pack-quantized"}.get(scheme.scales, "")
@@ -55,7 +56,8 @@ def kind_of(scheme: Scheme) -> str:
 def specs(weight: Weight, scheme: Scheme) -> list[TensorSpec]:
     """The tensors of a weight, in order."""
     parts = _parts_of(weight.dtype, weight.rows, weight.columns, scheme)
-    return [TensorSpec(f"{weight.name}{end}", dtype, shape) for end, (dtype, shape) in parts.items()]
+    found = [TensorSpec(f"{weight.name}{end}", dtype, shape) for end, (dtype, shape) in parts.items()]
+    return [*found, TensorSpec(_input_scale(weight.name), "F32", (1,))] if scheme.input_divisor else found
 
 
 @lru_cache(maxsize=1024)
@@ -86,7 +88,9 @@ def copies(weight: Weight, scheme: Scheme) -> dict[str, str]:
         # The canonical form pads rows to whole words.
         return {} if weight.columns % 4 else {name: codes}
     found = {f"{name}_packed": codes, f"{name}_scale": scale}
-    return found if kind != "nvfp4-pack-quantized" else {**found, f"{name}_global_scale": f"{name}.tensor_scale"}
+    if kind == "nvfp4-pack-quantized":
+        found[f"{name}_global_scale"] = f"{name}.tensor_scale"
+    return {**found, _input_scale(name): f"{name}.input_scale"} if scheme.input_divisor else found
 
 
 def constants(weight: Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
@@ -114,7 +118,11 @@ def encode(weight: Weight, q: QTensor) -> dict[str, torch.Tensor]:
     stream = bitstream.pack(q.codes, scheme.bits)
     if kind != "pack-quantized":
         found = {f"{name}_packed": stream, f"{name}_scale": q.scale}
-        return found if q.tensor_scale is None else {**found, f"{name}_global_scale": q.tensor_scale.view(1)}
+        if q.tensor_scale is not None:
+            found[f"{name}_global_scale"] = q.tensor_scale.view(1)
+        if scheme.input_divisor:
+            found[_input_scale(name)] = torch.ones(1) if q.input_scale is None else q.input_scale.view(1)
+        return found
     tensors = {f"{name}_packed": stream.view(torch.int32), f"{name}_scale": q.scale, **constants(weight, scheme)}
     if q.zero is not None:
         # Cloned: the transpose of a single group counts as contiguous, but its strides prevent the view as words.
@@ -139,8 +147,9 @@ def decode(weight: Weight, scheme: Scheme, tensors: dict[str, torch.Tensor]) -> 
         return QTensor(scheme, tensors[name].view(torch.uint8), scale)
     codes = bitstream.unpack(tensors[f"{name}_packed"].view(torch.uint8), bits, weight.columns)
     if kind != "pack-quantized":
-        whole = tensors.get(f"{name}_global_scale")
-        return QTensor(scheme, codes, scale, None, None if whole is None else whole.view(()))
+        numbers = (tensors.get(f"{name}_global_scale"), tensors.get(_input_scale(name)))
+        whole, of_inputs = (None if number is None else number.view(()) for number in numbers)
+        return QTensor(scheme, codes, scale, None, whole, input_scale=of_inputs)
     zero = None
     if not scheme.symmetric:
         down = tensors[f"{name}_zero_point"].T.contiguous().view(torch.uint8)
@@ -162,18 +171,31 @@ def group_of(scheme: Scheme) -> dict[str, Any]:
         weights |= {"strategy": "group", "group_size": scheme.group}
     else:
         weights |= {"strategy": "tensor" if scheme.scales == "tensor" else "channel"}
-    inputs: dict[str, Any] | None = None
-    if scheme.inputs:
-        blocks = {"strategy": "group", "group_size": BLOCK} if scheme.scales == "block" else {"strategy": "token"}
-        type_ = "float" if scheme.inputs == "fp8" else "int"
-        inputs = {"num_bits": 8, "type": type_, "symmetric": True, **blocks, "dynamic": True}
+    inputs = _inputs(scheme, weights) if scheme.inputs else None
     return {"format": kind, "weights": {**weights, "dynamic": False}, "input_activations": inputs, "output_activations": None}
+
+
+def _inputs(scheme: Scheme, weights: dict[str, Any]) -> dict[str, Any]:
+    """input_activations for a scheme whose weights are described by `weights`."""
+    if scheme.inputs in ("mxfp4", "nvfp4"):
+        # `local`: scales of blocks are found as the model runs, what divides them is stored.
+        return {**weights, "dynamic": "local" if scheme.input_divisor else True}
+    blocks = {"strategy": "group", "group_size": BLOCK} if scheme.scales == "block" else {"strategy": "token"}
+    kind = "float" if scheme.inputs == "fp8" else "int"
+    return {
+        "num_bits": scheme.input_bits, "type": kind, "symmetric": not scheme.inputs.endswith("-asym"), **blocks, "dynamic": True
+    }  # fmt: skip
 
 
 def cache_scheme(scale: Weight) -> dict[str, Any]:
     """kv_cache_scheme for a scale of keys or values: FP8, with one for all heads or one for each."""
     strategy = "tensor" if scale.shape == (1,) else "attn_head"
     return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
+
+
+def _input_scale(name: str) -> str:
+    """The tensor that divides the scales of a weight's inputs."""
+    return f"{name.removesuffix('weight')}input_global_scale"
 
 
 def _words(values: int, scheme: Scheme) -> int:

@@ -6,7 +6,7 @@ backend, and keeps nothing dense. With smaller chunks the cost of more calls exc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.nn.functional import linear
@@ -25,6 +25,7 @@ class Cpu(Backend):
     """Runs every scheme."""
 
     name = "cpu"
+    keeps_columns: ClassVar[bool] = True
 
     def refuse(self, work: Work) -> None:
         if work.device != "cpu":

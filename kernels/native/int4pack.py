@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,7 @@ class Int4pack(Cpu):
     """Integers of 4 bits in groups, in bf16."""
 
     name = "int4pack"
+    keeps_columns: ClassVar[bool] = False
     multiple = _BLOCK
 
     def refuse(self, work: Work) -> None:

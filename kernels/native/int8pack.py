@@ -5,6 +5,8 @@ Codes are kept as int8 [rows, columns], less the middle code, in plain order; ea
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from compress.errors import Refusal
@@ -21,6 +23,7 @@ class Int8pack(Cpu):
     """Symmetric integers of 8 bits with a scale per row, in bf16."""
 
     name = "int8pack"
+    keeps_columns: ClassVar[bool] = False
 
     def refuse(self, work: Work) -> None:
         super().refuse(work)

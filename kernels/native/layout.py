@@ -5,7 +5,8 @@ A weight `NAME` becomes (tiles.py and kernels/README.md describe every bit)
     NAME.scale   [experts?, ceil(rows / 16), groups, 16]                    in the dtype of the canonical form
     NAME.zero    uint8, in the shape of scale, where the scheme has zero points
     NAME.minimum like scale, where the scheme has minima
-FP8's scales of a matrix or of blocks, nvfp4's tensor_scale, outliers and low-rank factors are those of the canonical form.
+FP8's scales of a matrix or of blocks, nvfp4's tensor_scale and input_scale, outliers, kept columns and low-rank factors are those
+of the canonical form.
 A 2:4 weight, in symmetric w4 codes or not in codes, is stored without half of its entries if that takes less: NAME.tiles holds
 the kept entries and NAME.indices their positions (sparse.py). If chunks do not divide the columns, NAME.rest holds the columns
 of the last one (narrow.py); in memory it is a chunk like the others. Nothing is rounded. Embeddings, heads and fused experts
@@ -45,7 +46,9 @@ NARROW = 3
 """The version in which the last chunk of a weight may be a tensor of its own."""
 WIDER = 4
 """The version in which codes may have 5 or 6 bits, and minima in the place of zero points."""
-_VERSIONS = (VERSION, HALVED, NARROW, WIDER)
+FEWER = 5
+"""The version in which activations may be rounded to 4 bits or with zero points, and columns be kept beside codes."""
+_VERSIONS = (VERSION, HALVED, NARROW, WIDER, FEWER)
 _LEAST_GROUP = 16
 
 
@@ -53,7 +56,7 @@ class Native(Format):
     """Codes of 2, 3, 4, 5, 6 and 8 bits, integers or floats, with all corrections."""
 
     name = NATIVE
-    holds = frozenset({"outliers", "lowrank"})
+    holds = frozenset({"outliers", "columns", "lowrank"})
     _there: frozenset[str] | None = None
     """When reading a checkpoint: the weights of which half is left out."""
     _cut: frozenset[str] | None = None
@@ -174,6 +177,8 @@ class Native(Format):
     def _version(self, weight: Weight, state: State) -> int:
         """The first version of the layout that has what a packed weight needs."""
         scheme = state.scheme
+        if state.columns is not None or (scheme is not None and scheme.inputs not in ("", "int8", "fp8")):
+            return FEWER
         if scheme is not None and (scheme.minimum or scheme.bits in (5, 6)):
             return WIDER
         return NARROW if self._rest(weight, state) else VERSION if self._zeros(weight, state) else HALVED

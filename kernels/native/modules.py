@@ -22,7 +22,7 @@ from compress.errors import UsageError
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
 from compress.kernels.native.op import Arguments
 from compress.kernels.native.packed import Packed
-from compress.spec.scheme import Scheme
+from compress.numerics.inputs import InputRounding
 from compress.spec.weight_state import State
 
 
@@ -52,6 +52,11 @@ class PackedWeight(nn.Module):
         super().__init__()
         if isinstance(packed, Packed) and packed.parts["tiles"].dim() == 5:
             packed = Stack(len(packed.parts["tiles"]), packed.expert)
+        if isinstance(packed, Packed) and "input_scale" in packed.parts:
+            # A part of the inputs' rounding, of which backends need not know.
+            parts = dict(packed.parts)
+            self.register_buffer("input_scale", parts.pop("input_scale"))
+            packed = replace(packed, parts=parts)
         first = packed.read(0) if isinstance(packed, Stack) else packed
         self.state, self.size, self.turned = str(first.state), (first.rows, first.columns), turned
         self.stored, scale = (*first.parts,), first.parts.get("scale", first.parts["tiles"])
@@ -90,6 +95,17 @@ class PackedWeight(nn.Module):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
         """x [..., inputs] -> [..., outputs], by one of the experts if there are several."""
         found: torch.Tensor = torch.ops.compress.packed_linear(x, bias, *self.arguments(expert))
+        return found
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs as the scheme rounds them."""
+        scheme, columns = self.work.state.scheme, self.work.state.columns
+        if load_backend(self.backend).rounds_inputs:
+            return x
+        assert scheme is not None
+        divisor, kept = (self._buffers.get(name) for name in ("input_scale", "kept_columns"))
+        how = InputRounding(scheme, divisor, kept, columns is not None and columns.int8)
+        found: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
         return found
 
     def grouped(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -210,13 +226,12 @@ class PackedLinear(Shell):
 
 
 class Rounds(Shell):
-    """Rounds its inputs, as its scheme says."""
+    """Rounds its inputs, as the scheme of its weight says."""
 
-    scheme: Scheme
+    packed_weight: PackedWeight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded: torch.Tensor = RoundedInputs.apply(x, self.scheme)  # type: ignore[no-untyped-call]
-        out: torch.Tensor = super().forward(rounded)
+        out: torch.Tensor = super().forward(self.packed_weight("rounded", x))
         return out
 
 
@@ -309,8 +324,8 @@ class WatchedExperts(PackedExperts):
         return forward(self, hidden, top_k_index, top_k_weights)
 
 
-def hollow(module: nn.Module, scheme: Scheme | None) -> None:
-    """Removes the weight of a Linear, Embedding or Conv1D until `fill`. `scheme` is None if it is not in codes."""
+def hollow(module: nn.Module, rounds: bool) -> None:
+    """Removes the weight of a Linear, Embedding or Conv1D until `fill`. `rounds`: whether inputs are rounded."""
     from transformers.pytorch_utils import Conv1D
 
     base: Any = next(kind for kind in (nn.Linear, nn.Embedding, Conv1D) if isinstance(module, kind))
@@ -318,8 +333,8 @@ def hollow(module: nn.Module, scheme: Scheme | None) -> None:
     packed = type(f"Packed{base.__name__}", (PackedEmbedding if base is nn.Embedding else PackedLinear, base), {})
     # A class with its own forward comes first in the MRO; its call of super().forward finds ours.
     kinds = (packed,) if cls is base else (cls, packed)
-    kinds = (Rounds, *kinds) if scheme is not None and scheme.inputs else kinds
-    _become(module, type(f"Packed{cls.__name__}", kinds, {"scheme": scheme}), ["weight"])
+    kinds = (Rounds, *kinds) if rounds else kinds
+    _become(module, type(f"Packed{cls.__name__}", kinds, {}), ["weight"])
 
 
 def hollow_experts(module: nn.Module, names: list[str]) -> None:

@@ -128,5 +128,6 @@ class Packed:
             q,
             scheme=scheme if by_row(scheme) else replace(scheme, scales="row"),
             outliers=None if q.outliers is None else q.outliers.take(index),
+            kept=None if q.kept is None else q.kept.take(index),
             lowrank=None if q.lowrank is None else replace(q.lowrank, left=q.lowrank.left[index]),
         )

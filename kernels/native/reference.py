@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch.nn.functional import linear
 
@@ -13,6 +15,7 @@ class Reference(Backend):
     """Runs everything everywhere; the weight is dense while it multiplies."""
 
     name = "reference"
+    keeps_columns: ClassVar[bool] = True
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         dense = packed.values().to(x.dtype)

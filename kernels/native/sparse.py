@@ -70,7 +70,7 @@ def stays(weight: Weight, state: State) -> str:
         return "a Conv1D's pattern runs down its columns"
     if weight.columns % 4:
         return f"4 does not divide its {weight.columns} columns"
-    if state.outliers is not None or state.lowrank is not None:
+    if state.beside():
         return "something stands beside its codes"
     if scheme is not None:
         if not (scheme.integer and scheme.symmetric and scheme.bits == _BITS):

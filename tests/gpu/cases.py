@@ -20,8 +20,8 @@ from compress.spec.weight_state import State
 DEVICE = os.environ.get("COMPRESS_TEST_DEVICE", "cuda")
 DTYPES = ("bfloat16", "float16")
 TOKENS = (1, 8, 16, 64, 128, 2048) if DEVICE == "cuda" else (1, 16, 128)
-RUNNING = [name for name in BACKENDS if DEVICE == "cpu" or name not in ("int4pack", "int8pack", "cpu")]
-"""Those that may run there; what they refuse is skipped, with the reason."""
+RUNNING = [name for name in BACKENDS if name != "integers" and (DEVICE == "cpu" or name not in ("int4pack", "int8pack", "cpu"))]
+"""Those that may run there, of inputs that are rounded already; what they refuse is skipped, with the reason."""
 KERNELS = [name for name in RUNNING if name != "reference"]
 """Those that do not expand a weight first, with tables that they take from the CPU."""
 SCHEMES = (

@@ -152,6 +152,17 @@ def test_nvfp4(store: Any, dense: Any) -> None:
     assert str(foreign.weights[f"{NAME}.weight"].scheme) == "nvfp4"
     assert torch.equal(dense(checkpoint, foreign.weights[f"{NAME}.weight"]), read)
     assert foreign.parts == set(stored)
+    said = config("nvfp4-pack-quantized", args)
+    said["config_groups"]["group_0"]["input_activations"] = {**args, "dynamic": "local"}
+    number = {f"{NAME}.input_global_scale": torch.tensor([37.5])}
+    # Without the number that divides their scales the activations cannot be rounded, and that is told.
+    for more, scheme, dropped in ((number, "nvfp4-anvfp4", set()), ({}, "nvfp4", {f"{NAME}.weight"})):
+        both = open_foreign(other := store({**stored, **more}, said, dtype="bfloat16"))
+        packed = both.weights[f"{NAME}.weight"]
+        assert str(packed.scheme) == scheme
+        assert {name for note in both.notes if note.what == "dropped" for name in note.names} == dropped
+        assert both.parts == {*stored, *more}
+        assert packed.read(other.read).input_scale == (torch.tensor(37.5) if more else None)
     half = store(stored, config("nvfp4-pack-quantized", args), dtype="float16")
     packed = open_foreign(half).weights[f"{NAME}.weight"]
     assert packed.scheme is None
@@ -163,8 +174,12 @@ def test_nvfp4(store: Any, dense: Any) -> None:
     (8, {"type": "int", "strategy": "token", "dynamic": True}, "w8a8"),
     (8, {"type": "float", "strategy": "token", "dynamic": True}, "w8a8-afp8"),
     (8, {"type": "int", "strategy": "tensor", "dynamic": False}, "w8a16"),
-    (8, {"type": "int", "strategy": "token", "dynamic": True, "symmetric": False}, "w8a16"),
+    (8, {"type": "int", "strategy": "token", "dynamic": True, "symmetric": False}, "w8a8-aasym"),
     (4, {"type": "int", "strategy": "token", "dynamic": True}, "w4a8"),
+    (4, {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True}, "w4a4"),
+    (4, {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True, "symmetric": False}, "w4a4-aasym"),
+    (4, {"num_bits": 6, "type": "int", "strategy": "token", "dynamic": True}, "w4a16"),
+    (4, {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True}, "w4a16"),
 ])  # fmt: skip
 def test_rounded_activations_are_kept_where_a_scheme_has_them(store: Any, bits: int, args: dict[str, Any], found: str) -> None:
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}

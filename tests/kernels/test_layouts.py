@@ -37,8 +37,12 @@ SCHEMES = [
 ]
 FLOATS = [
     "nf4g32", "nf3g32", "iq4_nl", "fp4g32-m2", "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "w8a8", "w4a8g32",
+    "w4a4", "w4a4g32-aasym", "mxfp4-amxfp4", "nvfp4-anvfp4",
 ]  # fmt: skip
-HELD = ["fp8", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "w8a8", "w4a8g32", "w4a8g32-afp8"]
+HELD = [
+    "fp8", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "w8a8", "w4a8g32", "w4a8g32-afp8", "w4a4", "w3a4g32", "mxfp4-amxfp4",
+    "nvfp4-anvfp4",
+]  # fmt: skip
 """Those that compressed-tensors holds."""
 SUPER = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 SHAPES = [(1, 32), (7, 64), (33, 96), (64, 172), (96, 86), (17, 544)]
@@ -48,7 +52,8 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 def example(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> tuple[Weight, QTensor]:
     weight = Weight("m.layers.0.q.weight", DTYPES[dtype], shape, "linear", "m.layers.0.q", "weight", "Linear", "decoder", 0)
-    return weight, nearest(torch.randn(shape).to(dtype), scheme, dtype).q
+    q = nearest(torch.randn(shape).to(dtype), scheme, dtype).q
+    return weight, replace(q, input_scale=torch.tensor(37.5)) if scheme.input_divisor else q
 
 
 def equal(a: QTensor, b: QTensor) -> bool:
@@ -58,8 +63,8 @@ def equal(a: QTensor, b: QTensor) -> bool:
     parts = [
         same(getattr(a, name), getattr(b, name)) for name in ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
     ]
-    wholes = [None if q.tensor_scale is None else q.tensor_scale.reshape(1) for q in (a, b)]
-    return a.scheme == b.scheme and all(parts) and same(*wholes)
+    wholes = [[None if one is None else one.reshape(1) for one in (q.tensor_scale, q.input_scale)] for q in (a, b)]
+    return a.scheme == b.scheme and all(parts) and all(map(same, *wholes))
 
 
 @pytest.mark.parametrize("name", ["canonical", *formats()])

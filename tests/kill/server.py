@@ -19,7 +19,7 @@ HEAVY = (
     "transformers.models.mixtral.modeling_mixtral", "transformers.models.auto.modeling_auto", "transformers.modeling_utils",
     "compress.cli.app", "compress.pipeline.run", "compress.checkpoint.source", "compress.executors.sweep", "compress.executors.observe", "compress.executors.train.loop", "compress.plots",
     "compress.executors.blocks", "compress.passes.distill.blocks", "compress.passes.quantize.learned", "compress.executors.slice", "compress.executors.rotate", "compress.passes.quantize.rotate", "compress.passes.prune.width", "compress.passes.prune.sheared",
-    "compress.passes.quantize.gptq", "compress.passes.prune.wanda", "compress.passes.prune.sparsegpt", "compress.passes.distill.logits", "compress.corpus",
+    "compress.passes.quantize.gptq", "compress.passes.quantize.quik", "compress.passes.prune.wanda", "compress.passes.prune.sparsegpt", "compress.passes.distill.logits", "compress.corpus",
 )  # fmt: skip
 
 

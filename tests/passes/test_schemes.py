@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import compress
 from compress.architecture.qlinear import QLinear
 from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
@@ -18,7 +20,9 @@ from compress.contract.fused_groups import together
 from compress.errors import CompressError, CoverageError, FormatError, InputError
 from compress.evaluate.verify import verify_bytes
 from compress.executors.train.student import Student
+from compress.kernels.native.modules import PackedLinear
 from compress.layerwise.dense_view import DenseView
+from compress.layerwise.logits import Forward
 from compress.layerwise.model import build
 from compress.numerics.inputs import rounded_inputs
 from compress.numerics.qtensor import as_matrix
@@ -89,7 +93,7 @@ def test_what_rounding_cost_is_made_up_for_in_every_kind_of_model(models: Any, t
 
 PACKED = [
     "fp8", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4", "nvfp4-4over6", "w8a8", "w4a8g32", "w4a8g32-afp8", "fp8-afp8",
-    "fp8-block-afp8", "mxfp4-afp8",
+    "fp8-block-afp8", "mxfp4-afp8", "w4a4", "w4a4g32", "w3a4g32", "w4a4-aasym", "w8a8-aasym", "mxfp4-amxfp4", "nvfp4-anvfp4",
 ]  # fmt: skip
 
 
@@ -143,6 +147,12 @@ def test_schemes_of_different_formats_in_one_artifact(models: Any, tmp_path: Pat
         ("llama", "fp4g32-m2", "", "no format of it holds"),
         ("llama", "w8a8", "(dequantize=true)", "no longer rounds"),
         ("llama", "w8a8-asym", "", "zero points beside int8"),
+        ("llama", "w4a4g32-asym", "", "zero points beside int4"),
+        ("llama", "nvfp4-anvfp4", "(dequantize=true)", "no longer rounds"),
+        ("llama", "w4a4g32", "(format=awq)", "16-bit activations"),
+        ("llama", "nvfp4-anvfp4", "(format=gguf)", "in its own way"),
+        ("llama", "w4a4g32", "(format=mlx)", "16-bit"),
+        ("llama", "w4a4g32", "(format=peft)", "would not round"),
         ("mixtral", "nvfp4", "", "loses the scales"),
         ("gpt2", "fp8", "", "Conv1D"),
         ("llama", "mxfp4", "(format=gptq)", "integer weights"),
@@ -154,7 +164,7 @@ def test_what_no_reader_holds_is_refused(models: Any, tmp_path: Path, family: st
         do(models(family), tmp_path / "out", f"quantize.rtn(scheme={scheme}) | pack{options}")
 
 
-@pytest.mark.parametrize(("scheme", "said"), [("fp8-afp8", "rounds activations"), ("w8a8", "rounds activations")])
+@pytest.mark.parametrize(("scheme", "said"), [(s, "rounds activations") for s in ("fp8-afp8", "w8a8", "nvfp4-anvfp4")])
 def test_activations_that_nothing_would_round_are_refused(models: Any, tmp_path: Path, scheme: str, said: str) -> None:
     with pytest.raises(CoverageError, match=said):
         do(models("mixtral"), tmp_path / "out", f"quantize.rtn(scheme={scheme})")
@@ -198,6 +208,18 @@ def test_activations_are_rounded_per_token(scheme: str) -> None:
     assert not bool(zero.any())
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4-aasym", "mxfp4-amxfp4", "fp8-afp8"])
+def test_what_eval_measures_has_rounded_activations(models: Any, tmp_path: Path, scheme: str) -> None:
+    """The forward that goes block by block computes what the whole model does, packed or not."""
+    for name, line in (("codes", f"quantize.rtn(scheme={scheme})"), ("packed", f"quantize.rtn(scheme={scheme}) | pack")):
+        do(models("wide"), tmp_path / name, line)
+        ids = load_file(ready_inputs())["input_ids"]
+        with torch.no_grad():
+            whole = build(open_checkpoint(tmp_path / name))(input_ids=ids, use_cache=False).logits
+            found = next(Forward(open_checkpoint(tmp_path / name)).logits([ids]))
+        torch.testing.assert_close(found.view_as(whole), whole, rtol=0, atol=0)
+
+
 def test_gptq_goes_on_with_rounded_activations(models: Any, tmp_path: Path) -> None:
     begin = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
     for scheme in ("w4a16g32", "w4a8g32"):
@@ -209,6 +231,33 @@ def test_gptq_goes_on_with_rounded_activations(models: Any, tmp_path: Path) -> N
         assert b is not None
         # What the first layer reads is not rounded yet; what the second reads has come through rounded ones.
         assert torch.equal(a.codes, b.codes) == same
+
+
+def test_a_sweep_measures_what_divides_the_scales_of_inputs(models: Any, tmp_path: Path) -> None:
+    """The number is that of what the weight reads, shared by those that read the same; a pass without tokens says that it is 1."""
+    begin = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
+    do(models("wide"), tmp_path / "gptq", f"{begin} | quantize.gptq(scheme=nvfp4-anvfp4) | pack(format=native)")
+    told = do(models("wide"), tmp_path / "rtn", "quantize.rtn(scheme=nvfp4-anvfp4)").manifest
+    dense_view, plain = (DenseView(open_checkpoint(tmp_path / name)) for name in ("gptq", "rtn"))
+    found = {name: dense_view.qtensor(name).input_scale for name in dense_view.weights}  # type: ignore[union-attr]
+    block = "model.layers.0.self_attn"
+    assert {float(found[f"{block}.{name}_proj.weight"]) for name in "qkv"} == {float(found[f"{block}.q_proj.weight"])}  # type: ignore[arg-type]
+    assert len({float(part) for part in found.values() if part is not None}) > 3
+    seen: list[torch.Tensor] = []
+    model = load(models("wide"), dtype=torch.float32)
+    hook = model.get_submodule(f"{block}.q_proj").register_forward_pre_hook(lambda _, given: seen.append(given[0].abs().max()))
+    with torch.no_grad():
+        model(load_file(ready_inputs())["input_ids"])
+    hook.remove()
+    assert 448 * 6 / float(found[f"{block}.q_proj.weight"]) == pytest.approx(float(seen[0]), rel=0.02)  # type: ignore[arg-type]
+    assert {float(plain.qtensor(name).input_scale) for name in plain.weights} == {1.0}  # type: ignore[arg-type, union-attr]
+    assert any(note.what == "uncalibrated" and note.count == len(plain.weights) for note in told.notes)
+    # What runs packed rounds as the simulation does.
+    simulated, runs = build(open_checkpoint(tmp_path / "gptq"), rounded=False), compress.load(tmp_path / "gptq", "float32")
+    for path, module in runs.named_modules():
+        if isinstance(module, PackedLinear):
+            x = torch.randn(3, 5, module.in_features, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(module(x), simulated.get_submodule(path)(x), rtol=1e-4, atol=1e-4)
 
 
 def test_scales_that_can_move_are_trained_and_others_refused(models: Any, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ def test_text_round_trips(bits: int, group: int | None, kind: str) -> None:
 
 
 KNOWN = [
-    "w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym", "w8a8", "w4a8g128", "w4a8g128-asym", "w4a8g128-afp8", "w4a16g32-min", "w5a16g64", "w6a16-asym", "w5a8g32-min-afp8", "fp8", "fp8-tensor",
+    "w4a16g128", "w3a16g64-asym", "w8a16", "w2a16-asym", "w8a8", "w4a8g128", "w4a8g128-asym", "w4a8g128-afp8", "w4a16g32-min", "w5a16g64", "w6a16-asym", "w5a8g32-min-afp8", "w4a4", "w4a4g128", "w3a4g64", "w4a4-aasym",
+    "w8a8-aasym", "w4a8g128-aasym", "w4a4g32-asym-aasym", "fp8", "fp8-tensor",
     "fp8-block", "fp8-e5m2", "fp8-e5m2-tensor", "fp8-e5m2-block", "fp8-afp8", "fp8-block-afp8", "nf4g64", "nf3g64", "nf2g64", "nf4",
     "fp4g128", "fp4g256-m1", "fp4g256-m1-ceil", "fp4g320-m2", "e3m0g256", "e3m0g256-m2", "mxfp4", "mxfp4-floor", "mxfp4-even",
-    "mxfp4-mse", "mxfp4-afp8", "nvfp4", "nvfp4-4over6", "nvfp4-4over6-afp8", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    "mxfp4-mse", "mxfp4-afp8", "nvfp4", "nvfp4-4over6", "nvfp4-4over6-afp8", "mxfp4-amxfp4", "mxfp4-mse-amxfp4", "nvfp4-anvfp4", "nvfp4-4over6-anvfp4", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
 
 
@@ -39,7 +40,11 @@ def test_known_spellings_print_back(text: str) -> None:
         ("w7a16", "2, 3, 4, 5, 6, 8"),
         ("w4a16g64-asym-min", "w4a16g32-min"),
         ("w4a16g64min", "did you mean 'w4a16g64-min'"),
-        ("w4a4", "a16"),
+        ("w4a2", "a16, a8 or a4"),
+        ("w4a16-aasym", "a8 or a4 where activations have zero points"),
+        ("w4a4-afp8", "a8 where activations are FP8"),
+        ("mxfp4-anvfp4", "mxfp4"),
+        ("w4a4-amxfp4", "w4a16g32-min"),
         ("w4", "w4a16g128"),
         ("w4a16g4", "at least 8"),
         ("nf4g4", "at least 8"),
@@ -101,7 +106,7 @@ def test_shapes_of_scales(text: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("text", "scheme"),
     [
-        ("W4A16", "w4a16g128"), ("w4a16", "w4a16"), ("W8A16", "w8a16g128"), ("W8A8", "w8a8"), ("int8", "w8a8"), ("FP8", "fp8-tensor-afp8"),
+        ("W4A16", "w4a16g128"), ("w4a16", "w4a16"), ("W4A4", "w4a4g128"), ("w4a4", "w4a4"), ("W8A16", "w8a16g128"), ("W8A8", "w8a8"), ("int8", "w8a8"), ("FP8", "fp8-tensor-afp8"),
         ("W4A16_ASYM", "w4a16g128-asym"), ("w4a16-asym", "w4a16-asym"), ("Fp8-Dynamic", "fp8-afp8"), ("fp8_block", "fp8-block-afp8"),
         ("NVFP4", "nvfp4"), ("MXFP4", "mxfp4"), ("nvfp4a16", "nvfp4"),
     ],
