@@ -48,6 +48,12 @@ def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
         raise Refusal(f"blocks of {BLOCK} do not divide the {weight.in_features} inputs that {scheme} rounds", "skip it")
 
 
+def refuse_columns(state: State) -> None:
+    """Raises Refusal if codes cannot be chosen anew because of what stands beside them."""
+    if state.columns is not None:
+        raise Refusal(f"it is {state}, whose kept columns have taken up the errors of the codes", "skip it")
+
+
 def refuse_zeros(scheme: Scheme) -> None:
     """Raises Refusal if zeros of a pruned weight need not stay zeros in this scheme."""
     if scheme.zeroless:

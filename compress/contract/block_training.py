@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import LearningPass
+from compress.contract.base_passes import LearningPass, refuse_columns
 from compress.contract.pass_base import Executor, ExternalInputs
 from compress.contract.training_options import Curve, TrainingOptions
 from compress.errors import Refusal
@@ -84,8 +84,8 @@ class BlockTrainPass(LearningPass):
         if not _in_a_block(weight):
             reason = f"it is a {weight.kind} outside of the text model's blocks, which alone are trained"
             raise Refusal(reason, "leave it out of targets")
-        if self.learns_codes and state.columns is not None:
-            raise Refusal(f"it is {state}, whose kept columns have taken up the errors of the codes", "skip it")
+        if self.learns_codes():
+            refuse_columns(state)
         return super().becomes(weight, state) if "all" not in self.targets else state
 
 

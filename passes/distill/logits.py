@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import TrainingPass, codes_of
+from compress.contract.base_passes import TrainingPass, codes_of, refuse_columns
 from compress.contract.tasks import TrainingBatch
 from compress.contract.train_pass import LossPass
 from compress.contract.training_options import TrainingOptions
-from compress.spec.weight_state import State
+from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,11 @@ class Logits(TrainingPass, LossPass):
 
     def learns_codes(self) -> bool:
         return self.latent
+
+    def becomes(self, weight: Weight, state: State) -> State:
+        if self.latent:
+            refuse_columns(state)
+        return super().becomes(weight, state)
 
     def learns(self, state: State) -> list[str]:
         return codes_of(state.scheme) if self.latent and state.scheme is not None else super().learns(state)

@@ -190,7 +190,7 @@ def test_squarehead_alone_trains_what_it_reaches(tiny: Path, tmp_path: Path) -> 
 
 
 def manifest(layers: tuple[int, ...] = (), hidden: tuple[int, ...] = ()) -> Any:
-    return SimpleNamespace(kept=SimpleNamespace(layers=layers, hidden=hidden))
+    return SimpleNamespace(lineage=(), kept=SimpleNamespace(layers=layers, hidden=hidden))
 
 
 def test_maps_follow_what_both_lineages_have_kept() -> None:

@@ -102,5 +102,7 @@ def test_what_is_trained_is_said(tiny: Path, tmp_path: Path) -> None:
     result = do(tiny, tmp_path / "out", f"{ROUND} | {TRAIN}, epochs=1)")
     said = {note.reason for note in result.manifest.notes if note.what == "trained"}
     assert said == {"codes and scales, by distill.logits", "weights, by distill.logits"}
+    with pytest.raises(CompressError, match="kept columns have taken up"):
+        do(tiny, tmp_path / "quik", f"calibrate(data='{ready_inputs()}', samples=4) | quantize.quik(outliers=16) | {TRAIN})")
     with pytest.raises(CompressError, match="code_lr: only with latent=true"):
         do(tiny, tmp_path / "no", f"{ROUND} | distill.logits(data='{ready_inputs()}', code_lr=0.1)")
