@@ -1,4 +1,4 @@
-"""Residual stream: which linears of a block add their outputs to it."""
+"""Residual stream: which linears of a block add their outputs to it.
 
 It is found by numbers, so no family has code of its own: a linear adds to the stream if a module has read h before it, and what a
 later module reads, or the block returns, is h plus the linear's output, to the last bit. Where outputs are normed or scaled
