@@ -187,7 +187,9 @@ def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype,
             continue
         held = replace(packed, parts=taken.prepare(packed))
         size = sum(part.nbytes for part in held.parts.values())
-        found.append(_product(name, size, partial(_copied, taken, held), exact, True))
+        # Some round their inputs by themselves, and what has been rounded once more.
+        own = (lambda x: exact(rounded_inputs(x, scheme))) if taken.rounds_inputs and scheme is not None else exact
+        found.append(_product(name, size, partial(_copied, taken, held), own, True))
     if backend is None:
         found += [_other(what, make, exact) for what, make in others(packed, dtype)]
     return found

@@ -29,6 +29,7 @@ from compress.kernels import bench as kernels
 from compress.kernels.native.cpu import Cpu
 from compress.kernels.native.packed import Packed
 from compress.kernels.third_party_backends import Other
+from compress.numerics.inputs import rounded_inputs
 from families import build as build_family
 from support import run, tiny_llama
 
@@ -64,8 +65,9 @@ def test_every_product_of_a_case_is_of_one_weight_and_each_copy_of_it(text: str)
     assert {"cpu", "reference"} <= {product.what for product in products}
     x = torch.randn(3, 64)
     half = kernels.random_weight(state, 512, 64, torch.float32).values()
-    wanted = linear(x, torch.cat([half, half]))
     for product in products:
+        given = rounded_inputs(x, state.scheme) if product.what == "integers" and state.scheme is not None else x
+        wanted = linear(given, torch.cat([half, half]))
         assert len(product.calls) * product.weight_bytes >= kernels.WEIGHT_BYTES
         for call in product.calls:
             torch.testing.assert_close(call(x), wanted, rtol=1e-4, atol=1e-3)
