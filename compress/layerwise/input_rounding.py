@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from compress.layerwise.stepwise import ROUNDING
 from compress.numerics.inputs import InputRounding
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def round_as_told(meta_model: MetaModel) -> MetaModel:
 def round_inputs(module: nn.Module, how: Any) -> None:
     """Makes a module round its inputs from now on; `how` is called with them."""
     module.register_forward_pre_hook(partial(_rounded, how))
+    # For a forward that has paused at this module, and calls no hook that came later (stepwise.py).
+    vars(module)[ROUNDING] = how
 
 
 class _Told:

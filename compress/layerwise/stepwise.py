@@ -17,6 +17,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from compress.architecture.experts import Routed
 from compress.layerwise.meta_model import Block, MetaModel
 
+ROUNDING = "_input_rounding"
+"""The attribute of a module that rounds its inputs."""
 Key = tuple[str, str]
 """A reader of activations: (path of a module, which of its inputs; empty for a linear)."""
 
@@ -116,9 +118,13 @@ def _listener(path: str) -> Callable[[str, Routed], None]:
     return lambda which, inputs: _tell((path, which), inputs)
 
 
-def _teller(path: str) -> Callable[..., None]:
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _teller(path: str) -> Callable[..., Any]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = vars(module).get(ROUNDING)
         _tell((path, ""), args[0] if args else next(iter(kwargs.values())))
+        # What the module has been told to round with during the pause; a call knows the hooks of its beginning alone.
+        after = vars(module).get(ROUNDING)
+        return ((after(args[0]), *args[1:]), kwargs) if args and after is not None and after is not before else None
 
     return hook
 

@@ -29,7 +29,7 @@ from compress.spec.recipe import parse_one_liner
 from compress.spec.sparsity import Sparsity
 from families import FAMILIES, build, inputs_for
 from forked import compress
-from support import SHARED, dense_meaning, load, ready_inputs, step_of, tree
+from support import SHARED, dense_meaning, load, ready_inputs, step_of, stop_at_record, tiny_llama, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
@@ -389,3 +389,18 @@ def test_fused_experts_are_loaded_as_often_however_many_there_are(tmp_path: Path
         counts.append(sorted(loaded))
     assert counts[0] == counts[1]
     assert max(counts[0].count(name) for name in counts[0] if "experts" in name) <= 3
+
+
+@pytest.mark.parametrize("at", [12, 13])
+def test_inputs_are_rounded_alike_where_weights_of_one_input_were_half_solved(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward that has paused at the first of them goes on with inputs rounded as the second run has them from the start."""
+    model = tiny_llama(tmp_path / "model", num_hidden_layers=3)
+    recipe = f"calibrate(data='{ready_inputs(16)}', samples=16) | quantize.gptq(scheme=w4a4)"
+    do(model, tmp_path / "whole", recipe)
+    stop_at_record(monkeypatch, "gptq", at)
+    with pytest.raises(KeyboardInterrupt):
+        do(model, tmp_path / "out", recipe)
+    do(model, tmp_path / "out", recipe)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
