@@ -187,6 +187,16 @@ def stop_at_record(monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> N
     monkeypatch.setattr(Writer, "record", record)
 
 
+def goes_on(monkeypatch: pytest.MonkeyPatch, source: Path, folder: Path, recipe: str, step: str, number: int) -> None:
+    """Asserts that a run whose step is interrupted at its n-th weight, and which goes on, ends at the bytes of a whole one."""
+    do(source, folder / "whole", recipe)
+    stop_at_record(monkeypatch, step, number)
+    with pytest.raises(KeyboardInterrupt):
+        do(source, folder / "out", recipe)
+    do(source, folder / "out", recipe)
+    assert tree(folder / "out") == tree(folder / "whole")
+
+
 def tree(directory: Path) -> dict[str, bytes]:
     """Every file of a directory with its bytes; the manifest without what differs from run to run."""
     found = {}

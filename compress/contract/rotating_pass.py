@@ -48,7 +48,7 @@ class RotatingPass(WeightPass):
         if state.sparsity is not None:
             raise Refusal(f"it is {state}, and a rotation would fill its zeros", "rotate before pruning")
         if weight.dtype not in FLOATS:
-            raise Refusal(f"{weight.dtype} is no dtype of weights", _DO)
+            raise Refusal(f"{weight.dtype} is no dtype of weights", "quantize without rotating")
         return state
 
     def workspace_bytes(self, weight: Weight) -> int:
@@ -58,9 +58,6 @@ class RotatingPass(WeightPass):
         """Memory of R1, which all workers share: where it is no Hadamard matrix, a dense one and its making."""
         n = size_of(config, "hidden_size") or 0
         return 4 * 8 * n**2 if self.r1 and n and factors(n, self.kind) is None else 0
-
-
-_DO = "quantize without rotating"
 
 
 def same_basis(student: Manifest | None, teacher: Manifest | None) -> None:

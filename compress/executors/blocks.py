@@ -37,13 +37,12 @@ from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
-from compress.layerwise.input_rounding import round_inputs
+from compress.layerwise.input_rounding import round_as_told
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, computing
 from compress.layerwise.meta_model import Block, MetaModel
 from compress.layerwise.model import Loader
 from compress.layerwise.stepwise import Call, ForwardHooks
 from compress.numerics import qtensor
-from compress.numerics.inputs import InputRounding
 from compress.spec.weight_state import TensorSpec, Weight
 from compress.spec.weight_state import blocks as count_of
 
@@ -274,13 +273,7 @@ class BlockTraining:
         with self.spent("load"):
             self.student.load(block.path)
             self.student.replace({weight.name: self.dense(weight, parts[weight.name]) for weight in changed})
-        for weight in self.student.model.weights:
-            scheme = self.states[weight.name].scheme if weight.name in self.states else None
-            if scheme is not None and scheme.inputs and weight.module.startswith(f"{block.path}."):
-                q = self.student.dense_view.qtensor(weight.name) if scheme.input_divisor else None
-                how = InputRounding(scheme) if q is None else InputRounding.of(q)
-                for path in self.student.readers(weight.name):
-                    round_inputs(self.student.module_at(path), how)
+        round_as_told(self.student, f"{block.path}.")
         with self.spent("forward"):
             for walk in self.walks:
                 walk.go_on()

@@ -16,8 +16,6 @@ from compress.architecture.experts import experts_of
 from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.contract.allocator import InputAllocator, Observed
-from compress.device import CPU
-from compress.executors.input_peaks import InputPeaks
 from compress.executors.solved import Part
 from compress.executors.sweep import Sweep
 from compress.layerwise.batch_walk import BatchWalk
@@ -55,7 +53,6 @@ class Observation(Sweep):
         self.step, self.pass_, self.folder, self.ctx = step, allocator, folder, ctx
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, None
         self.seconds = defaultdict(float)
-        self.input_peaks = InputPeaks([], CPU)
         self.allocator = allocator
         self.costs: dict[str, float] = {}
 

@@ -12,40 +12,24 @@ import torch
 
 from compress.architecture.rotations import R1, Axis, Turn
 from compress.checkpoint.reader import torch_dtype
-from compress.checkpoint.writer import trim_memory
 from compress.contract.rotating_pass import PIECE_BYTES
 from compress.errors import InputError
 from compress.executors.step_run import StepRun
-from compress.executors.stream import share, stream
-from compress.layerwise.memory_estimate import MAX_WORKERS
+from compress.executors.stream import stream, write_each
 from compress.numerics.rotation import Rotation, rotation
 from compress.spec.weight_state import Weight
-from compress.threads import workers
 
 
 def rotate(run: StepRun) -> dict[str, float]:
     """Writes every weight that is not journaled yet."""
     stream(run.untouched())
-    step, writer, ctx, turning = run.step, run.writer, run.ctx, Turning(run)
-    mine = share(run.touched, ctx.rank, ctx.world_size)
-    for file in {ref.file for ref in run.source.refs.values()}:
-        run.source.descriptor(file)
-    total, done = sum(weight.nbytes for weight in mine), 0
+    writer, turning = run.writer, Turning(run)
 
-    def one(weight: Weight) -> tuple[Weight, bool]:
-        there = writer.is_done(weight.name)
-        if not there:
-            value = turning.value(turning.all.turns[weight.name])
-            writer.record(weight.name, {weight.name: writer.put(weight.name, value)}, {})
-        return weight, there
+    def one(weight: Weight) -> None:
+        value = turning.value(turning.all.turns[weight.name])
+        writer.record(weight.name, {weight.name: writer.put(weight.name, value)}, {})
 
-    with workers(min(ctx.threads, MAX_WORKERS)) as pool:
-        for weight, there in pool.map(one, mine):
-            done += weight.nbytes
-            ctx.tell(
-                "progress", step=step.name, phase="write", weight=weight.name, kept=int(there), done_bytes=done, total_bytes=total
-            )
-    trim_memory()
+    write_each(run, run.touched, one)
     return {}
 
 

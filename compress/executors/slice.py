@@ -8,17 +8,14 @@ from __future__ import annotations
 import time
 
 from compress.architecture.axes import Slice, rescaled
-from compress.checkpoint.writer import trim_memory
 from compress.contract.slicing_pass import Observed, SlicingPass
 from compress.contract.step_plan import Cut
 from compress.executors.sliced import check, keep, put
 from compress.executors.step_run import StepRun
-from compress.executors.stream import share
+from compress.executors.stream import write_each
 from compress.executors.structure_scores import Observations
-from compress.layerwise.memory_estimate import MAX_WORKERS
 from compress.spec.kept import Kept
 from compress.spec.weight_state import Weight
-from compress.threads import workers
 
 
 def cut(run: StepRun) -> dict[str, float]:
@@ -59,27 +56,13 @@ def decided(run: StepRun, pass_: SlicingPass, what: Cut) -> Kept:
 
 def write(run: StepRun, kept: Kept, found: dict[str, Slice]) -> None:
     """Cuts and writes the tensors that are not journaled yet."""
-    step, source, writer, ctx = run.step, run.source, run.writer, run.ctx
-    pass_, what = run.pass_, step.cut
+    pass_, what = run.pass_, run.step.cut
     assert isinstance(pass_, SlicingPass)
     assert what is not None
-    mine = share(run.weights, ctx.rank, ctx.world_size)
-    for file in {ref.file for ref in source.refs.values()}:
-        source.descriptor(file)
-    total, done = sum(weight.nbytes for weight in mine), 0
 
-    def one(weight: Weight) -> tuple[Weight, bool]:
-        there = writer.is_done(weight.name)
-        if not there:
-            part = found[weight.name]
-            value = pass_.value(part, source.read(part.source.name), kept, what.before)
-            put(run, weight, rescaled(value, part, what.family, what.before, what.after, what.tied))
-        return weight, there
+    def one(weight: Weight) -> None:
+        part = found[weight.name]
+        value = pass_.value(part, run.source.read(part.source.name), kept, what.before)
+        put(run, weight, rescaled(value, part, what.family, what.before, what.after, what.tied))
 
-    with workers(min(ctx.threads, MAX_WORKERS)) as pool:
-        for weight, there in pool.map(one, mine):
-            done += weight.nbytes
-            ctx.tell(
-                "progress", step=step.name, phase="write", weight=weight.name, kept=int(there), done_bytes=done, total_bytes=total
-            )
-    trim_memory()
+    write_each(run, run.weights, one)

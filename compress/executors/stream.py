@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import Writer, large_blocks_returned
+from compress.checkpoint.writer import Writer, large_blocks_returned, trim_memory
 from compress.contract.fused_groups import Peaks
 from compress.contract.shapes import CompensatingPass, TensorPass
 from compress.executors.anomalies import watch
@@ -53,6 +53,30 @@ def stream(run: StepRun) -> None:
     with large_blocks_returned(), workers(min(ctx.threads, MAX_WORKERS)) as pool:
         for _ in pool.map(one, mine):
             pass
+
+
+def write_each(run: StepRun, weights: Sequence[Weight], write: Callable[[Weight], None]) -> None:
+    """Calls `write` for this process's share of the weights, by several workers, but for those that are journaled."""
+    step, source, ctx = run.step, run.source, run.ctx
+    mine = share(weights, ctx.rank, ctx.world_size)
+    # Opened before threads share them.
+    for file in {ref.file for ref in source.refs.values()}:
+        source.descriptor(file)
+    total, done = sum(weight.nbytes for weight in mine), 0
+
+    def one(weight: Weight) -> tuple[Weight, bool]:
+        there = run.writer.is_done(weight.name)
+        if not there:
+            write(weight)
+        return weight, there
+
+    with workers(min(ctx.threads, MAX_WORKERS)) as pool:
+        for weight, there in pool.map(one, mine):
+            done += weight.nbytes
+            ctx.tell(
+                "progress", step=step.name, phase="write", weight=weight.name, kept=int(there), done_bytes=done, total_bytes=total
+            )
+    trim_memory()
 
 
 def share(weights: Sequence[Weight], rank: int, world_size: int) -> Sequence[Weight]:

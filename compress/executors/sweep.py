@@ -72,6 +72,8 @@ class Sweep:
     """One sweep over the blocks; `block` handles each of them."""
 
     phase: ClassVar[str] = "solve"
+    input_peaks = InputPeaks([], CPU)
+    """Of the weights that are solved now; at first they measure nothing."""
 
     def __init__(self, run: StepRun, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch]) -> None:
         assert isinstance(run.pass_, ObservingPass)
@@ -79,7 +81,6 @@ class Sweep:
         self.step, self.writer, self.ctx, self.folder = run.step, run.writer, run.ctx, run.writer.path
         self.meta_model, self.hooks, self.batches, self.dense_parent = meta_model, hooks, batches, run.dense_parent
         self.seconds: dict[str, float] = defaultdict(float)
-        self.input_peaks = InputPeaks([], CPU)
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compress.architecture.experts import Routed
-from compress.contract.shapes import LinearPass
+from compress.contract.shapes import ObservingPass
 from compress.executors.residual_stream import adders
 from compress.executors.step_run import StepRun
 from compress.executors.sweep import Sweep, model_of
@@ -37,7 +37,8 @@ class TwoStreamSweep(Sweep):
         self.unchanged_hooks = ForwardHooks(self.unchanged)
         self.twins: dict[BatchWalk, BatchWalk] = {}
         self.read: dict[BatchWalk, Any] = {}
-        self.corrects_residual = isinstance(run.pass_, LinearPass) and run.pass_.corrects_residual()
+        assert isinstance(run.pass_, ObservingPass)
+        self.corrects_residual = run.pass_.corrects_residual()
         self.adders: dict[str, str] = {}
         self.stream: str | None = None
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from compress.layerwise.meta_model import MetaModel
 
 
-def round_as_told(meta_model: MetaModel) -> MetaModel:
-    """Makes a model round the inputs of weights in codes as their schemes say; returns it.
+def round_as_told(meta_model: MetaModel, under: str = "") -> MetaModel:
+    """Makes a model round the inputs of weights in codes, of modules whose path begins so, as they say; returns it.
 
     Not for a model whose modules hold codes, which round by themselves (architecture/qlinear.py).
     """
-    for name, (_, state) in meta_model.dense_view.weights.items():
-        if state.scheme is not None and state.scheme.inputs:
+    for name, (weight, state) in meta_model.dense_view.weights.items():
+        if state.scheme is not None and state.scheme.inputs and weight.module.startswith(under):
             told = _Told(meta_model.dense_view, name)
             for path in meta_model.readers(name):
                 round_inputs(meta_model.module_at(path), told)

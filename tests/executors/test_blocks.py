@@ -20,6 +20,7 @@ from compress.errors import CompressError, CoverageError, InputError
 from compress.executors.block_trainer import BlockTrainer, Micros, divided, steps_of
 from compress.executors.blocks import BlockTraining
 from compress.layerwise import hidden_state_offload
+from compress.numerics.inputs import InputRounding
 from compress.pipeline import output_paths
 from forked import compress
 from support import do, load, ready_inputs, rows, step_of, stop_at_record, tensors, tiny_llama, tree
@@ -404,3 +405,19 @@ def test_a_family_whose_blocks_share_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match=r"layers\.\d.*\n.*hands on what it returns.*\n.*Dict"):
         do(tmp_path / "model", tmp_path / "out", f"{CALIBRATE} | {PRUNE} | {HEAL})")
     assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_kept_are_not_rounded_on_the_way_to_the_next_block(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    real = InputRounding.__call__
+
+    def rounded(self: InputRounding, x: Any) -> Any:
+        seen.add(0 if self.columns is None else len(self.columns))
+        return real(self, x)
+
+    do(tiny, tmp_path / "codes", f"{CALIBRATE} | quantize.quik(outliers=16, down=w4a4)")
+    monkeypatch.setattr(InputRounding, "__call__", rounded)
+    do(tmp_path / "codes", tmp_path / "out", f"distill.blocks(teacher='{tiny}', epochs=1)")
+    assert seen == {16}

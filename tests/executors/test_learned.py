@@ -15,7 +15,7 @@ from compress.errors import CompressError, CoverageError
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build as model_of
 from forked import compress
-from support import do, ready_inputs, rows, step_of, stop_at_record, tensors, tiny_llama, tree
+from support import do, goes_on, ready_inputs, rows, step_of, tensors, tiny_llama, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 LEARN = "quantize.learned(epochs=6, batch=4, micro_batch=4, held_out=0"
@@ -118,13 +118,7 @@ def test_without_a_step_every_byte_is_what_it_was(scheme: str, tiny: Path, tmp_p
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     at: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = f"{CALIBRATE} | {ROUND} | {LEARN})"
-    do(tiny, tmp_path / "whole", recipe)
-    stop_at_record(monkeypatch, "learned", at)
-    with pytest.raises(KeyboardInterrupt):
-        do(tiny, tmp_path / "out", recipe)
-    do(tiny, tmp_path / "out", recipe)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    goes_on(monkeypatch, tiny, tmp_path, f"{CALIBRATE} | {ROUND} | {LEARN})", "learned", at)
 
 
 def test_two_processes_are_as_one(tmp_path: Path) -> None:

@@ -17,19 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.reader import open_checkpoint
-from compress.context import Context
 from compress.contract.discover import load_pass
 from compress.errors import CoverageError, RecipeError, UsageError
 from compress.executors import sweep
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.dense_view import DenseView
 from compress.numerics.masks import keep_best
-from compress.pipeline.run import run_recipe
-from compress.spec.recipe import parse_one_liner
 from compress.spec.sparsity import Sparsity
 from families import FAMILIES, build, inputs_for
 from forked import compress
-from support import SHARED, dense_meaning, load, ready_inputs, step_of, stop_at_record, tiny_llama, tree
+from support import SHARED, dense_meaning, do, goes_on, load, ready_inputs, step_of, tiny_llama, tree
 
 CALIBRATE = "calibrate(data='{}', samples={})"
 GPTQ = "quantize.gptq(scheme=w4a16g32, ragged=divide)"
@@ -46,12 +43,6 @@ def watch(model: torch.nn.Module, found: dict[str, torch.Tensor]) -> None:
             found.setdefault(path, next(iter((*args, *kwargs.values())), None))
 
         module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def do(source: Path, out: Path, recipe: str, **context: Any) -> Any:
-    return run_recipe(
-        parse_one_liner(recipe), open_checkpoint(source), out, Context(**{"threads": 2, "dtype": "float32", **context})
-    )
 
 
 @pytest.mark.parametrize("name", WATCHED)
@@ -397,10 +388,5 @@ def test_inputs_are_rounded_alike_where_weights_of_one_input_were_half_solved(
 ) -> None:
     """A forward that has paused at the first of them goes on with inputs rounded as the second run has them from the start."""
     model = tiny_llama(tmp_path / "model", num_hidden_layers=3)
-    recipe = f"calibrate(data='{ready_inputs(16)}', samples=16) | quantize.gptq(scheme=w4a4)"
-    do(model, tmp_path / "whole", recipe)
-    stop_at_record(monkeypatch, "gptq", at)
-    with pytest.raises(KeyboardInterrupt):
-        do(model, tmp_path / "out", recipe)
-    do(model, tmp_path / "out", recipe)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    recipe = f"{CALIBRATE.format(ready_inputs(16), 16)} | quantize.gptq(scheme=w4a4)"
+    goes_on(monkeypatch, model, tmp_path, recipe, "gptq", at)

@@ -23,7 +23,7 @@ from compress.numerics.hessian import Hessian, PairedHessian, corrected, factor,
 from compress.numerics.qtensor import integers
 from compress.spec.scheme import Scheme
 from families import build
-from support import do, ready_inputs, step_of, stop_at_record, tree
+from support import do, goes_on, ready_inputs, step_of
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 RESIDUAL = "quantize.gptq(scheme=w3a16g32, ragged=divide, correct=residual)"
@@ -249,13 +249,7 @@ def test_pruned_weights_stay_zeros(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = f"{CALIBRATE} | {RESIDUAL}"
-    do(tiny, tmp_path / "whole", recipe)
-    stop_at_record(monkeypatch, "gptq", 10)
-    with pytest.raises(KeyboardInterrupt):
-        do(tiny, tmp_path / "out", recipe)
-    do(tiny, tmp_path / "out", recipe)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    goes_on(monkeypatch, tiny, tmp_path, f"{CALIBRATE} | {RESIDUAL}", "gptq", 10)
 
 
 def test_what_does_not_go_together_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,10 @@ class CodeStudent(Student):
             twin = next(m for m in self.module.modules() if isinstance(m, QLearned) and m.offset is found["offset"])
             with_offsets(module, twin.position)
         super().share(module, found)
+
+    def kind(self, name: str) -> Literal["matrix", "other", "scale", "code"]:
+        # Gains and dense weights have the names of weights.
+        return super().kind(name) if name in self.leaves else "code"
 
     def masks(self, states: dict[str, Any]) -> dict[str, torch.Tensor]:
         found = super().masks(states)

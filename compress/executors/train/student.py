@@ -152,8 +152,6 @@ class Student:
 
     def kind(self, name: str) -> Literal["matrix", "other", "scale", "code"]:
         """What a trained parameter is: its learning rate and decay depend on it."""
-        if name.endswith(".offset"):
-            return "code"
         return "scale" if self.is_gain(name) else "matrix" if self._learning[name].dim() > 1 else "other"
 
     def is_gain(self, name: str) -> bool:
