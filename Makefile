@@ -78,11 +78,11 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stream.py $(ARGS)
 	$(BIN)/python tests/benchmarks/sweep.py $(ARGS)
 
-# Every method on a real language model, which is fetched once: to recipes/real.md and build/real.json. ROWS="gptq-* source" takes
-# some, PEERS=1 adds other tools (hours); MODEL=DIR, TEXT=FILE and CALIBRATE=FILE take others than the default ones.
+# Every method on a real language model, which is fetched once: to recipes/real.md and recipes/real.json. ROWS="gptq-* source" takes
+# some, PEERS=1 adds other tools (hours); MODEL=DIR, TEXT=FILE, ALSO=FILE and CALIBRATE=FILE take others than the default ones.
 real: $(VENV)/real
 	$(BIN)/python tests/benchmarks/real --rows "$(ROWS)" $(if $(PEERS),--peers) --iters $(or $(ITERS),200) \
-		--model "$(MODEL)" --text "$(TEXT)" --calibrate "$(CALIBRATE)" $(ARGS)
+		--model "$(MODEL)" --text "$(TEXT)" --also "$(ALSO)" --calibrate "$(CALIBRATE)" $(ARGS)
 
 # Pruning and recovery on trained models, to recipes/pruning.md and build/prune.json; hours on 2 cores. What was measured is kept, so
 # it can be stopped and run again. ROWS="tiny-* smol-2:4*" takes some.

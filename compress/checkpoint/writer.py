@@ -8,15 +8,13 @@ Sealing means fsync of every file and of the directory; publishing means one ren
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from compress.spec.weight_state import TensorSpec
 
 _COPY_BYTES = 8 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's malloc."""
 _STAMP, _JOURNAL = ".compress-step", ".compress-journal."
 """Working files of an unfinished directory; hidden, because hidden files never belong to a checkpoint."""
 
@@ -252,31 +248,3 @@ class _explained:  # noqa: N801 (a context manager that reads as a word)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 do = "give the command a place it may write to"
             raise MachineError(str(self.path), "a place to write", error.strerror or str(error), do) from error
-
-
-def trim_memory() -> None:
-    """Hands freed memory back to the system, where the C library knows how (glibc)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-@contextmanager
-def large_blocks_returned() -> Iterator[None]:
-    """Meanwhile memory of some megabytes goes back to the system when it is freed, where the C library knows how (glibc).
-
-    By itself it takes ever larger blocks out of pools after it has seen them freed: streams of codes then lie between gaps.
-    """
-    _take_from_pools(8 << 20)
-    try:
-        yield
-    finally:
-        _take_from_pools(32 << 20)
-        trim_memory()
-
-
-def _take_from_pools(most_bytes: int) -> None:
-    """Has glibc map what is larger by itself, and keep twice as much at the end of a pool; 32 MiB is as far as it goes alone."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, most_bytes)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * most_bytes)

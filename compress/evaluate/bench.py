@@ -23,9 +23,9 @@ import torch
 
 from compress.architecture.model_class import model_class
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import trim_memory
 from compress.errors import CompressError, FormatError, InputError, UsageError
 from compress.evaluate.backend_report import check_device
+from compress.freed_memory import trim_memory
 from compress.importers import method_of
 from compress.layerwise.eval_windows import token_windows, tokenizer_folder
 from compress.layerwise.logits import Forward, label_of

@@ -21,6 +21,7 @@ from compress.contract.block_training import BlockOptions
 from compress.corpus.spec import shuffled
 from compress.errors import InputError
 from compress.executors.train.sign_sgd import SignSGD
+from compress.freed_memory import large_blocks_kept
 from compress.spec.weight_state import Weight
 
 Pair = Callable[[int], AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]]
@@ -110,6 +111,10 @@ class BlockTrainer:
 
     def train(self) -> Outcome:
         """Trains, and leaves the parameters at the iterate that is kept."""
+        with large_blocks_kept():
+            return self._train()
+
+    def _train(self) -> Outcome:
         start = best = end = self.measure()
         kept: dict[str, torch.Tensor] | None = None
         done = tokens = 0

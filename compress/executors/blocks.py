@@ -20,7 +20,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from compress.checkpoint.reader import torch_dtype
-from compress.checkpoint.writer import trim_memory
 from compress.contract.block_training import BlockTrainPass
 from compress.device import device_of
 from compress.errors import CoverageError, InputError
@@ -33,6 +32,7 @@ from compress.executors.teacher import check_twin
 from compress.executors.train.block_student import BlockStudent, copied
 from compress.executors.train.code_student import BlockCodeStudent
 from compress.executors.train.record import Record
+from compress.freed_memory import trim_memory
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
 from compress.layerwise.dense_view import DenseView

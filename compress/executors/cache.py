@@ -14,12 +14,12 @@ import torch
 
 from compress.architecture.attention import SCALES, watch_cache
 from compress.checkpoint.reader import torch_dtype
-from compress.checkpoint.writer import trim_memory
 from compress.contract.cache_pass import CachePass
 from compress.errors import CoverageError, InputError
 from compress.executors.forward_sweep import ForwardSweep
 from compress.executors.step_run import StepRun
 from compress.executors.stream import stream
+from compress.freed_memory import trim_memory
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.meta_model import Block
 from compress.layerwise.stepwise import ForwardHooks

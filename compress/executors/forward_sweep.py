@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.device import device_of
 from compress.errors import CoverageError
 from compress.executors.step_run import StepRun
+from compress.freed_memory import trim_memory
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import cut
 from compress.layerwise.dense_view import DenseView

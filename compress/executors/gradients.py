@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from compress.checkpoint.spill import Spill
-from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.errors import CoverageError, InputError
 from compress.executors.backward_batch import BackwardBatch
 from compress.executors.train.student import Conversion
+from compress.freed_memory import trim_memory
 from compress.layerwise.batches import Batch
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
 from compress.layerwise.memory_estimate import BETWEEN_BYTES, stride

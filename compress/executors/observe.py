@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from compress.architecture.experts import experts_of
-from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.contract.allocator import InputAllocator, Observed
 from compress.executors.solved import Part
 from compress.executors.sweep import Sweep
+from compress.freed_memory import trim_memory
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch
 from compress.layerwise.meta_model import MetaModel

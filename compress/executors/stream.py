@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import Writer, large_blocks_returned, trim_memory
+from compress.checkpoint.writer import Writer
 from compress.contract.fused_groups import Peaks
 from compress.contract.shapes import CompensatingPass, TensorPass
 from compress.executors.anomalies import watch
 from compress.executors.step_run import StepRun
+from compress.freed_memory import large_blocks_returned, trim_memory
 from compress.layerwise.memory_estimate import MAX_WORKERS
 from compress.numerics import qtensor
 from compress.spec.sparsity import Sparsity

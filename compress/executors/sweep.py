@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 
 from compress.architecture.experts import INPUT, MIDDLE, Routed, experts_of
-from compress.checkpoint.writer import trim_memory
 from compress.contract.fused_groups import Peaks
 from compress.contract.shapes import LinearPass, ObservingPass
 from compress.contract.tasks import MatrixTask, Observer, Solution
@@ -31,6 +30,7 @@ from compress.executors.input_peaks import InputPeaks
 from compress.executors.solved import Part, dense_of, facts_of, joined, stacks_of
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
+from compress.freed_memory import trim_memory
 from compress.layerwise.batch_walk import BatchWalk
 from compress.layerwise.batches import Batch, cut
 from compress.layerwise.dense_view import DenseView

@@ -1,4 +1,4 @@
 """Layerwise: forward passes with one block in memory.
 
-Imports errors, spec, threads, device, numerics, checkpoint, importers, corpus, architecture, contract, kernels.
+Imports errors, spec, threads, freed_memory, device, numerics, checkpoint, importers, corpus, architecture, contract, kernels.
 """

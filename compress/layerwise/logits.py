@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import trim_memory
 from compress.device import CPU
 from compress.errors import InputError
+from compress.freed_memory import trim_memory
 from compress.layerwise.cache_scales import keep_as_told
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.input_rounding import round_as_told

@@ -1,4 +1,4 @@
 """Pipeline: a recipe resolved, planned, and run from source to output.
 
-Imports errors, spec, threads, context, device, checkpoint, corpus, architecture, contract, layerwise, executors.
+Imports errors, spec, threads, freed_memory, context, device, checkpoint, corpus, architecture, contract, layerwise, executors.
 """

@@ -17,7 +17,6 @@ from compress.checkpoint.manifest import Manifest, Step, hash_json
 from compress.checkpoint.reader import ALLOCATION, CALIBRATION, Checkpoint, open_checkpoint
 from compress.checkpoint.remote_code import tell_code
 from compress.checkpoint.scan import SourceScan, same_bytes, scan_source
-from compress.checkpoint.writer import trim_memory
 from compress.context import Context
 from compress.contract.block_training import BlockTrainPass
 from compress.contract.pass_base import ExternalInputs
@@ -28,6 +27,7 @@ from compress.errors import InputError, Problem
 from compress.executors.allocate import allocate
 from compress.executors.dense_parent import open_dense_parent
 from compress.executors.teacher import Teacher, open_teacher
+from compress.freed_memory import trim_memory
 from compress.layerwise.memory_estimate import computing
 from compress.pipeline.build_manifest import stages_of
 from compress.pipeline.entry import enter

@@ -1,4 +1,4 @@
 """Runtime: loads a packed directory as a model that runs.
 
-Imports errors, spec, numerics, checkpoint, importers, architecture, kernels, layerwise, hf.
+Imports errors, spec, freed_memory, numerics, checkpoint, importers, architecture, kernels, layerwise, hf.
 """

@@ -14,8 +14,8 @@ from torch import nn
 from compress.architecture.hf_mapping import Group, Mapping
 from compress.architecture.weight_map import meta_model
 from compress.checkpoint.reader import CANONICAL, NATIVE, Checkpoint
-from compress.checkpoint.writer import trim_memory
 from compress.errors import InputError, Refusal
+from compress.freed_memory import trim_memory
 from compress.importers import method_of
 from compress.kernels.native.layout import Native
 from compress.kernels.native.modules import DenseWeight, PackedExperts, PackedWeight, Stack, hollow, hollow_experts

@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def protocol(demo_model: Path) -> Protocol:
-    return Protocol(demo_model, TEXT / "evaluation.jsonl", TEXT / "calibration.jsonl", 4, 32, 64, 32)
+    return Protocol(demo_model, TEXT / "evaluation.jsonl", TEXT / "calibration.jsonl", TEXT / "evaluation.jsonl", 4, 32, 64, 32)
 
 
 def fake_compress(folder: Path, peak: int = 1000) -> str:
@@ -80,8 +80,8 @@ def test_every_row_is_a_recipe_that_resolves(protocol: Protocol) -> None:
         assert recipe.startswith("calibrate(") == row.data
         command = rows.run_command("compress", recipe, protocol, Path("OUT"))
         assert command == ["compress", "run", str(protocol.model), "OUT", "-p", recipe, "--json"]
-    assert "--against" not in rows.eval_command("compress", protocol.model, protocol)
-    assert "--against" in rows.eval_command("compress", Path("OUT"), protocol)
+    assert "--against" not in rows.eval_command("compress", protocol.model, protocol, protocol.text)
+    assert "--against" in rows.eval_command("compress", Path("OUT"), protocol, protocol.text)
 
 
 def test_a_word_that_means_no_row_is_told_with_status_2(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
@@ -167,16 +167,23 @@ def test_rows_are_kept_and_one_that_fails_is_reported(tmp_path: Path, cache: Pat
     kept = found["rtn-w3g64"]
     assert (kept["tensor_bytes"], kept["bits_per_weight"], kept["planned_bytes"]) == (1234, 3.25, 1000)
     assert kept["of_plan"] == round(kept["run"]["peak_bytes"] / 1000, 3)
-    assert kept["command"][1] == "run"
+    assert kept["command"][:4] == ["compress", "run", "MODEL", "OUT"]
+    assert kept["eval_command"][:5] == ["compress", "eval", "OUT", "--data", "evaluation.jsonl"]
+    assert str(tmp_path) not in files[0].read_text()
     assert len(found["source"]["commit"]) > 5
     text = files[1].read_text()
-    assert "| `rtn-w3g64` | 3.250 | 0.0 | 0.5000 ± 0.0050 | 20.00 ± 0.20 | 50.0% ± 0.5% |" in text
+    assert "| `rtn-w3g64` | 3.250 | 0.0 | 0.5000 ± 0.0050 | 0.5000 ± 0.0050 | 20.00 ± 0.20 | 50.0% ± 0.5% |" in text
     assert "| `gptq-w3g64` | failed: compress run expected: y got: status 4: x: z do: w |" in text
     assert "| `nf4` | not measured |" in text
     # Known to another run on the same inputs, and to none on others.
     assert there.known("rtn-w3g64")["quality"]
     other = Protocol(**{**vars(protocol), "tokens": 32})
     assert "quality" not in table.Table(other, table.inputs_of(other), 200).known("rtn-w3g64")
+    # Known to another machine by the file, on the same inputs again.
+    shutil.rmtree(cache)
+    assert "quality" not in there.known("rtn-w3g64")
+    assert table.Table(protocol, there.inputs, 200, published=files[0]).known("rtn-w3g64") == kept
+    assert "quality" not in table.Table(other, table.inputs_of(other), 200, published=files[0]).known("rtn-w3g64")
 
 
 def test_the_key_of_a_peers_row_is_what_it_was_asked_for() -> None:
@@ -234,7 +241,15 @@ def found(**more: Any) -> dict[str, Any]:
         name: {"value": value, "error": value / 10} for name, value in {"kl": 0.348, "perplexity": 30.0, "top1": 0.7}.items()
     }
     steps = {"quantize.gptq": {"spent": {"solve": 16.4}}}
-    common = {"quality": quality, "tensor_bytes": 99_905_728, "eval": usage, "commit": "0.1 (abc)", "steps": steps}
+    common = {
+        "quality": quality,
+        "tensor_bytes": 99_905_728,
+        "eval": usage,
+        "commit": "0.1 (abc)",
+        "steps": steps,
+        "machine": "c, i, 2 cores, torch 2",
+        "also": {"text": "speech.valid.jsonl", "quality": quality},
+    }
     text = {"name": "wiki.valid.jsonl", "sha256": "0" * 64}
     return {
         "inputs": {
@@ -256,15 +271,23 @@ def found(**more: Any) -> dict[str, Any]:
 
 def test_the_page_has_a_row_for_each_method_and_what_it_was_measured_on() -> None:
     text = page(found())
-    assert "| `gptq-w3g64` | 3.250 | 99.9 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 190% | 1.35 GB | 1.23x |" in text
+    assert (
+        "| `gptq-w3g64` | 3.250 | 99.9 | 0.3480 ± 0.0348 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 190% | 1.35 GB | 1.23x |"
+        in text
+    )
     assert "| `rtn-w4g64` \\* | not measured |" in text
-    assert "| auto-round 0.16.1: w3a16g64 |  | 99.9 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 50 | 1.35 GB |" in text
+    assert (
+        "| auto-round 0.16.1: w3a16g64 |  | 99.9 | 0.3480 ± 0.0348 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 50 | 1.35 GB |"
+        in text
+    )
     assert "| its defaults | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 61 | 16 |" in text
     assert "| `sweeps=0` | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 61 | 16 |" in text
     assert "| `order=stored` | not measured |" in text
     assert "| `w3g64-" not in text
     assert "* `gptq-w3g64`: `quantize.gptq(scheme=w3a16g64) | pack`\n" in text
     assert f"(sha256 {'0' * 16})" in text
+    assert "Second text: as many tokens of speech.valid.jsonl." in text
+    assert "Machines: c, i, 2 cores, torch 2." in text
     assert "brackets" not in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("| ")}) == 3
     busy = page(found(busy=True))

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"compress": "compress", "passes": "compress.passes", "kernels": "compress.kernels"}
 FOLDERS = (
-    "errors", "spec", "threads", "context", "device", "plots", "numerics", "checkpoint", "importers", "corpus", "architecture",
+    "errors", "spec", "threads", "freed_memory", "context", "device", "plots", "numerics", "checkpoint", "importers", "corpus", "architecture",
     "contract", "kernels", "layerwise", "executors", "passes", "pipeline", "runtime", "hf", "evaluate", "report", "hub", "api", "demo", "cli",
     "__main__",
 )  # fmt: skip

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from compress.checkpoint.reader import Checkpoint
-from compress.checkpoint.writer import trim_memory
 from compress.contract.objective import Loss, Metric, Models
 from compress.contract.tasks import TrainingBatch
 from compress.contract.train_pass import TrainPass
@@ -37,6 +36,7 @@ from compress.executors.train.domain_order import order_for
 from compress.executors.train.domains import domains_for
 from compress.executors.train.record import Record
 from compress.executors.train.student import Student
+from compress.freed_memory import large_blocks_kept, trim_memory
 from compress.layerwise.logits import is_masked
 from compress.layerwise.memory_estimate import computing
 from compress.layerwise.model import build
@@ -170,7 +170,8 @@ class Training:
     def all_steps(self) -> None:
         """Runs the steps from the last saved state to the end."""
         try:
-            self._steps()
+            with large_blocks_kept():
+                self._steps()
         finally:
             self.objective.close()
 

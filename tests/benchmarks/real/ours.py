@@ -28,7 +28,7 @@ def measured(row: Row, protocol: Protocol, compress: str, scratch: Path) -> dict
     try:
         done, usage = said(command, scratch / "run.log")
         found = {
-            "recipe": recipe, "command": command, "run": usage.facts(), "planned_bytes": planned["peak_resident_bytes"],
+            "recipe": recipe, "command": shown(command, protocol, out), "run": usage.facts(), "planned_bytes": planned["peak_resident_bytes"],
             "of_plan": round(usage.peak_bytes / planned["peak_resident_bytes"], 3), "tensor_bytes": tensor_bytes(out),
             "bits_per_weight": done["bits_per_targeted_weight"], "steps": done["steps"], "notes": done["notes"],
         }  # fmt: skip
@@ -39,10 +39,29 @@ def measured(row: Row, protocol: Protocol, compress: str, scratch: Path) -> dict
 
 
 def evaluated(artifact: Path, protocol: Protocol, compress: str, scratch: Path) -> dict[str, Any]:
-    """What `compress eval` says of an artifact, ours or another tool's. Raises RowError."""
-    command = eval_command(compress, artifact, protocol)
+    """What `compress eval` says of an artifact, ours or another tool's, on each text. Raises RowError."""
+    command = eval_command(compress, artifact, protocol, protocol.text)
     quality, usage = said(command, scratch / "eval.log")
-    return {"eval_command": command, "eval": usage.facts(), "quality": quality}
+    found = {"eval_command": shown(command, protocol, artifact), "eval": usage.facts(), "quality": measures(quality)}
+    if protocol.also is not None:
+        quality, _ = said(eval_command(compress, artifact, protocol, protocol.also), scratch / "also.log")
+        found["also"] = {"text": protocol.also.name, "quality": measures(quality)}
+    return found
+
+
+def measures(quality: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, without the names of what it was measured on."""
+    return {name: value for name, value in quality.items() if isinstance(value, dict)}
+
+
+def shown(command: list[str], protocol: Protocol, out: Path) -> list[str]:
+    """A command as a person would type it, without the folders of this machine."""
+    names = {str(protocol.model): "MODEL", str(out): "OUT"}
+    folders = {f"{path.parent}/" for path in (protocol.text, protocol.calibrate, protocol.also) if path is not None}
+    words = ["compress", *(names.get(word, word) for word in command[1:])]
+    for folder in folders:
+        words = [word.replace(folder, "") for word in words]
+    return words
 
 
 def said(command: list[str], log: Path) -> tuple[dict[str, Any], Usage]:

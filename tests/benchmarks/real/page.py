@@ -9,8 +9,31 @@ from compress.spec.byte_size import parse_size
 
 REMARKS = "<!-- remarks -->"
 END = "<!-- end -->"
-HEAD = ("method", "bits/weight", "MB", "KL to source", "perplexity", "same top-1", "s", "CPU", "peak", "of plan")
-PEER_HEAD = ("tool", "bits/weight", "MB", "KL to source", "perplexity", "same top-1", "s", "its own work", "peak")
+HEAD = (
+    "method",
+    "bits/weight",
+    "MB",
+    "KL to source",
+    "on the second text",
+    "perplexity",
+    "same top-1",
+    "s",
+    "CPU",
+    "peak",
+    "of plan",
+)
+PEER_HEAD = (
+    "tool",
+    "bits/weight",
+    "MB",
+    "KL to source",
+    "on the second text",
+    "perplexity",
+    "same top-1",
+    "s",
+    "its own work",
+    "peak",
+)
 OPTION_HEAD = ("gptq-w3g64 with", "KL to source", "perplexity", "s", "s solving")
 GONE = "not measured"
 
@@ -27,7 +50,7 @@ def page(found: dict[str, Any], remarks: str = "") -> str:
         "the installed command in fresh processes (`compress plan`, `run`, `eval`), one after another. The weights of the default model",
         "lie on a grid of 4 bits: rows marked \\* flatter there. KL(source || result) in nats per token; all errors are standard errors",
         "over windows.", "",
-        "```sh", 'make real [PEERS=1] [ROWS="gptq-* source"] [MODEL=DIR] [TEXT=FILE] [CALIBRATE=FILE] [ITERS=200]', "```", "",
+        "```sh", 'make real [PEERS=1] [ROWS="gptq-* source"] [MODEL=DIR] [TEXT=FILE] [ALSO=FILE] [CALIBRATE=FILE] [ITERS=200]', "```", "",
         REMARKS, remarks.strip("\n"), END, "",
         *table(HEAD, [ours_cells(row) for row in ours]), "",
     ]  # fmt: skip
@@ -97,7 +120,7 @@ def quality_cells(row: dict[str, Any]) -> tuple[str, ...]:
     quality, bits = row["quality"], row.get("bits_per_weight")
     return (
         f"{bits:.3f}" if bits else "", f"{row['tensor_bytes'] / 1e6:.1f}", estimate(quality["kl"], ".4f"),
-        estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"),
+        estimate(row["also"]["quality"]["kl"], ".4f") if "also" in row else "", estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"),
     )  # fmt: skip
 
 
@@ -136,14 +159,16 @@ def protocol(found: dict[str, Any]) -> list[str]:
     inputs, machine = found["inputs"], found["machine"]
     text, data = inputs["text"], inputs["calibrate"]
     commits = sorted({row["commit"] for row in found["rows"] if row.get("commit")})
+    second = sorted({row["also"]["text"] for row in found["rows"] if "also" in row})
+    there = sorted({row["machine"] for row in found["rows"] if row.get("machine")})
     return [
         f"Protocol: first {inputs['tokens']:,} tokens of {text['name']} (sha256 {text['sha256'][:16]}), windows of {inputs['window']} without",
         "overlap, fp32, no BOS, first token of a window not scored; calibrated on "
         f"{inputs['samples']} x {inputs['length']} tokens of {data['name']}",
-        f"(sha256 {data['sha256'][:16]}), seed 0. Model: sha256 {inputs['model']['sha256'][:16]} over config, tokenizer and tensors.", "",
-        f"Machine: {machine['cpu']}, {machine['isa']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
-        f"Python {machine['python']}, torch {machine['torch']},",
-        f"transformers {machine['transformers']}. compress {', '.join(commits)}. `peak` is the largest resident memory of the process; `of plan` is that",
+        f"(sha256 {data['sha256'][:16]}), seed 0. Model: sha256 {inputs['model']['sha256'][:16]} over config, tokenizer and tensors."
+        + (f" Second text: as many tokens of {', '.join(second)}." if second else ""), "",
+        f"Machines: {'; '.join(there)}. The JSON file has each row's.",
+        f"Python {machine['python']}, transformers {machine['transformers']}. compress {', '.join(commits)}. `peak` is the largest resident memory of the process; `of plan` is that",
         "by what `compress plan` said beforehand. `CPU` is CPU seconds a second: 200% is two cores all the time.",
     ]  # fmt: skip
 

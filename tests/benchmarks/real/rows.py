@@ -17,6 +17,8 @@ class Protocol:
     model: Path
     text: Path
     calibrate: Path
+    also: Path | None
+    """A second text that is measured on."""
     samples: int
     length: int
     """Tokens of a calibration sample."""
@@ -150,8 +152,8 @@ def run_command(compress: str, recipe: str, protocol: Protocol, out: Path) -> li
     return [compress, "run", str(protocol.model), str(out), "-p", recipe, "--json"]
 
 
-def eval_command(compress: str, artifact: Path, protocol: Protocol) -> list[str]:
+def eval_command(compress: str, artifact: Path, protocol: Protocol, text: Path) -> list[str]:
     """What measures an artifact, ours or a peer's, against the source."""
     asked = ["--tokens", str(protocol.tokens), "--length", str(protocol.window), "--json"]
     against = [] if artifact == protocol.model else ["--against", str(protocol.model)]
-    return [compress, "eval", str(artifact), "--data", str(protocol.text), *against, *asked]
+    return [compress, "eval", str(artifact), "--data", str(text), *against, *asked]

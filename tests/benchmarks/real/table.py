@@ -2,8 +2,8 @@
 
     python tests/benchmarks/real [--rows "gptq-* source"] [--peers] [--model DIR] [--text FILE] [--calibrate FILE] ...
 
-Rows that are asked for are measured anew; the others are taken from the cache if they were measured on the same inputs, and the
-page has the commit of each. The exit status is 1 if a row failed.
+Rows that are asked for are measured anew; the others are taken from the cache, or from the JSON file that is there, if they were
+measured on the same inputs. The page has the commits and the machines. The exit status is 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=200, help="AutoRound's iterations")
     parser.add_argument("--model", default="", help="a checkpoint directory instead of the package's")
     parser.add_argument("--text", default="", help="what is measured on: .jsonl or .txt")
+    parser.add_argument("--also", default="", help="a second text that is measured on")
     parser.add_argument("--calibrate", default="", help="what is calibrated on")
     parser.add_argument("--samples", type=int, help="calibration samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sample, and of a window")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens that are measured")
-    parser.add_argument("--json", type=Path, default=ROOT / "build" / "real.json", help="where the numbers go")
+    parser.add_argument("--json", type=Path, default=ROOT / "recipes" / "real.json", help="where the numbers go")
     parser.add_argument("--page", type=Path, default=ROOT / "recipes" / "real.md", help="where the page goes")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is known; measure nothing")
     return parser.parse_args(arguments)
@@ -68,7 +69,9 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     """What is measured, on which texts. Raises CompressError."""
     text = Path(args.text or (DATA / "wiki.valid.jsonl" if DATA.is_dir() else SHIPPED / "evaluation.jsonl"))
     calibrate = Path(args.calibrate or (DATA / "wiki.train.jsonl" if DATA.is_dir() else SHIPPED / "calibration.jsonl"))
-    for option, file in (("TEXT", text), ("CALIBRATE", calibrate)):
+    second = DATA / "speech.valid.jsonl"
+    also = Path(args.also) if args.also else second if second.is_file() and not args.text else None
+    for option, file in (("TEXT", text), ("ALSO", also or text), ("CALIBRATE", calibrate)):
         if not file.is_file():
             raise InputError(option, "a .jsonl file with a field 'text', or a .txt", f"no file {file}")
     if args.model and not (Path(args.model) / "config.json").is_file():
@@ -76,7 +79,14 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     samples = args.samples or (SHIPPED_SAMPLES if calibrate.parent == SHIPPED else SAMPLES)
     model = Path(args.model) if args.model else real_model(tell)
     paths = (path.resolve() for path in (model, text, calibrate))
-    return Protocol(*paths, samples=samples, length=args.length, tokens=args.tokens, window=args.length)
+    return Protocol(
+        *paths,
+        None if also is None else also.resolve(),
+        samples=samples,
+        length=args.length,
+        tokens=args.tokens,
+        window=args.length,
+    )
 
 
 def inputs_of(protocol: Protocol) -> dict[str, Any]:
@@ -127,6 +137,8 @@ class Table:
     inputs: dict[str, Any]
     iters: int
     compress: str = str(Path(sys.executable).with_name("compress"))
+    published: Path | None = None
+    """The JSON file that has what was measured elsewhere."""
 
     @property
     def folder(self) -> Path:
@@ -143,15 +155,21 @@ class Table:
         return {"name": name, "kind": "peer", "asked": row.told(self.iters)}
 
     def known(self, name: str) -> dict[str, Any]:
-        """A row as it was measured, if it was, and if it means the same today."""
+        """A row as it was measured, here or elsewhere, if it was, and if it means the same today."""
         facts, file = self.facts(name), self.folder / f"{name}.json"
-        kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else self.elsewhere().get(name, {})
         same = all(kept.get(key) == value for key, value in facts.items())
         return kept if same else facts
 
+    def elsewhere(self) -> dict[str, Any]:
+        """Rows of the JSON file, if its inputs are these."""
+        file = self.published
+        found = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+        return {row["name"]: row for row in found["rows"]} if found.get("inputs") == self.inputs else {}
+
     def measure(self, name: str) -> dict[str, Any]:
         """Measures a row and keeps it; one that fails has its message for numbers."""
-        facts = {**self.facts(name), "commit": commit(), "finished": ""}
+        facts = {**self.facts(name), "commit": commit(), "machine": machine_told(machine()), "finished": ""}
         # In the current disk's build folder: artifacts are large, and /tmp may be memory.
         (ROOT / "build").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="real-") as scratch:
@@ -182,6 +200,7 @@ class Table:
             row, self.iters, self.protocol.model, self.inputs["model"]["sha256"], ids, sha256, tell
         )  # fmt: skip
         found = ours.evaluated(artifact, self.protocol, self.compress, scratch)
+        made = {key: value for key, value in made.items() if key not in ("command", "request")}
         return {"made": made, "ids_sha256": sha256, "tensor_bytes": made["tensor_bytes"], **found}
 
     def tokens(self, scratch: Path) -> Path:
@@ -218,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     for name in ("text", "calibrate"):
         print(f"{name}: {inputs[name]['name']}, sha256 {inputs[name]['sha256']}", flush=True)
-    table = Table(protocol, inputs, args.iters)
+    table = Table(protocol, inputs, args.iters, published=args.json)
     failed = write_down(table, [] if args.page_only else names, args.json, args.page)
     for row in failed:
         print(f"failed: {row['name']}: {row['error']}", file=sys.stderr)
@@ -249,6 +268,11 @@ def write_down(
             failed.append(row)
         say(f"    {row.get('error') or told(row)}")
     return failed
+
+
+def machine_told(there: dict[str, Any]) -> str:
+    """What seconds depend on."""
+    return f"{there['cpu']}, {there['isa']}, {there['cores']} cores, torch {there['torch']}"
 
 
 def told(row: dict[str, Any]) -> str:
