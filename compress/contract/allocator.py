@@ -59,6 +59,11 @@ class Allocator(ABC):
     gradients: ClassVar[bool] = True
     """Whether `costs` needs gradients of the loss."""
 
+    @property
+    def squares(self) -> bool:
+        """Whether `costs` gets sums over samples of the squares of gradients instead of the mean gradient."""
+        return False
+
     @abstractmethod
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:
         """The states that a targeted weight may take. Raises Refusal with the reason. Reads no bytes."""
@@ -83,7 +88,7 @@ class Allocator(ABC):
     def costs(self, offer: Offer, value: torch.Tensor, gradient: torch.Tensor | None) -> tuple[float, ...]:
         """The numbers that `decide` needs for a weight; with gradients, the increase of the loss by each offered state.
 
-        The weight comes in its dtype and its gradient in fp32, both [experts?, rows, columns].
+        The weight comes in its dtype and its gradient, or the sum of squares, in fp32, both [experts?, rows, columns].
         """
         return ()
 

@@ -83,11 +83,13 @@ def by_gradients(
         value = qtensor.as_matrix(weight, meta_model.stored(weight.name))
         costs[weight.name] = allocator.costs(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
-    most = batch_tokens(source.config)
+    # Squares are those of samples.
+    most = 1 if allocator.squares else batch_tokens(source.config)
     # GradientSweep does not know the step's name.
     named = replace(ctx, events=lambda event: ctx.events({**event, "step": step.name}))
     batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
-    loss = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named).run(batches, take)
+    sweep = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named, allocator.squares)
+    loss = sweep.run(batches, take)
     ctx.tell("sensed", step=step.name, loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
 

@@ -1,7 +1,8 @@
 """Gradients of a language model's loss, with one block in memory.
 
 The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
-meta model's dtype; gradients of a weight are summed in fp32.
+meta model's dtype; gradients of a weight are summed in fp32. With `squares` the square of each batch's gradient is summed instead: where
+batches are samples, that is the diagonal of the empirical Fisher matrix of samples, but for a factor.
 Forward, every batch goes from block to block (backward_batch.py). Backward, blocks come in reverse order; each is loaded, runs
 every batch again with a graph, and is released. Arguments are stored on disk for every few blocks only (`stride` in
 memory_estimate.py); for the blocks between they are computed again from there.
@@ -35,10 +36,10 @@ Take = Callable[[Weight, torch.Tensor], None]
 
 
 class GradientSweep:
-    """Computes gradients of `weights`; `folder` holds tensors that are stored in between."""
+    """Computes gradients of `weights`, or sums of their squares; `folder` holds tensors that are stored in between."""
 
-    def __init__(self, meta_model: MetaModel, weights: list[Weight], folder: Path, ctx: Context) -> None:
-        self.meta_model, self.weights, self.folder, self.ctx = meta_model, weights, folder, ctx
+    def __init__(self, meta_model: MetaModel, weights: list[Weight], folder: Path, ctx: Context, squares: bool = False) -> None:
+        self.meta_model, self.weights, self.folder, self.ctx, self.squares = meta_model, weights, folder, ctx, squares
         inside = tuple(f"{block.path}." for block in meta_model.blocks)
         self._outside = [weight for weight in weights if not weight.module.startswith(inside)]
         self._sizes = {
@@ -133,6 +134,8 @@ class GradientSweep:
         def add(loaded: torch.Tensor) -> None:
             assert loaded.grad is not None
             grad = loaded.grad.float()
+            if self.squares:
+                grad.square_()
             self._sums[path] = self._sums[path].add_(grad) if path in self._sums else grad
             loaded.grad = None
 

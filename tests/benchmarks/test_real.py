@@ -66,7 +66,9 @@ def fake_compress(folder: Path, peak: int = 1000) -> str:
 
 def test_rows_are_chosen_by_name_or_pattern_in_the_order_of_the_table() -> None:
     assert chosen("gptq-w3g?? source", NAMES, []) == ["source", "gptq-w3g64", "gptq-w3g32"]
-    assert chosen("auto-round-*", NAMES, []) == ["auto-round-w3g64", "auto-round-w2g32"]
+    assert chosen("auto-round-w?g32 *-mxfp4", NAMES, []) == [
+        "auto-round-w3g32", "auto-round-w2g32", "llm-compressor-mxfp4", "auto-round-mxfp4",
+    ]  # fmt: skip
     assert chosen("", NAMES, ["source"]) == ["source"]
     with pytest.raises(UsageError, match=r"'gptq-w3g46' \(did you mean 'gptq-w3g64'\?\)"):
         chosen("source gptq-w3g46", NAMES, [])
@@ -197,6 +199,9 @@ def test_the_key_of_a_peers_row_is_what_it_was_asked_for() -> None:
     assert len(keys) == 6
     assert [PeerRow(peer, 3, 64).version() for peer in peers.PEERS] == ["0.14.0.1", "7.5.0", "0.16.1"]
     assert tuned.told(200) == "auto-round 0.16.1: w3a16g64, symmetric, 200 iterations"
+    assert PeerRow("auto-round", form="nvfp4").told(200) == "auto-round 0.16.1: nvfp4, 200 iterations"
+    assert PeerRow("llm-compressor", 4, 64, activations=8).told(200) == "llm-compressor 0.14.0.1: w4a8g64, symmetric"
+    assert PeerRow("llm-compressor", 4, 64, activations=8).name == "llm-compressor-w4a8g64"
 
 
 def test_a_peer_runs_once_and_a_failure_is_told_with_its_log(

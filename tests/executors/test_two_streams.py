@@ -135,6 +135,38 @@ def test_gptq_of_corrected_weights_is_qronos() -> None:
     assert same >= 0.99 * w.numel()
 
 
+def gptaq(w: torch.Tensor, x: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, ridge: float, share: float) -> torch.Tensor:
+    """Values [rows, n] by the column loop of Li et al. (2504.02692): each column hands what its inputs have changed by, times
+    `share`, and its rounding error to those after it (fp64)."""
+    n = w.shape[1]
+    h = u.T @ u / len(x) + ridge * torch.eye(n, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    p = share * ((x - u).T @ u / len(x) @ upper.T).triu(1) @ upper
+    w, values = w.clone(), torch.zeros_like(w)
+    for k in range(n):
+        column = w[:, k].clone()
+        values[:, k] = scale[:, k] * (column / scale[:, k]).round().clamp(-4, 3)
+        w[:, k:] -= torch.outer((column - values[:, k]) / upper[k, k], upper[k, k:]) - torch.outer(column, p[k, k:])
+    return values
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_gptaq_lowers_the_same_error_by_less(share: float) -> None:
+    """Its columns make up only for changed inputs of the columns before them; the ridge solution has them all make up for all."""
+    x, u, w = (part.double() for part in pairs(width=64))
+    scale = (w.abs().amax(1, keepdim=True) / 3.5).expand_as(w)
+    found = prepare(paired(x.float(), u.float()), 0.01, "none", 1, "")
+    assert found.correction is not None
+
+    def left(values: torch.Tensor) -> float:
+        return float((x @ w.T - u @ values.T).square().sum())
+
+    plain = left(gptaq(w, x, u, scale, found.factor.ridge, 0.0))
+    theirs = left(gptaq(w, x, u, scale, found.factor.ridge, share))
+    ours = left(gptaq(w @ found.correction.double(), u, u, scale, found.factor.ridge, 0.0))
+    assert ours < 0.9 * theirs < 0.9 * plain
+
+
 @pytest.mark.parametrize("text", ["w3a16g16", "w4a16g16-asym", "nf3g16", "mxfp4"])
 def test_outputs_are_closer_to_those_of_the_unchanged_inputs(text: str) -> None:
     x, u, w = pairs(width=64)

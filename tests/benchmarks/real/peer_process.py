@@ -48,11 +48,18 @@ def llm_compressor(request: dict[str, Any], ids: list[list[int]], stages: Stages
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
         # It prunes what it targets whatever is ignored; the head stays as it is here too.
         modifier = kind(sparsity=share, mask_structure=structure, targets=[r"re:.*layers\..*_proj$"])
+    elif form := request.get("form"):
+        modifier = GPTQModifier(targets=["Linear"], scheme=f"{form.upper()}A16", ignore=["lm_head"])
     else:
         weights = {
             "num_bits": request["bits"], "type": "int", "symmetric": True, "strategy": "group", "group_size": request["group"],
         }  # fmt: skip
-        modifier = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+        if bits := request.get("activations"):
+            group["input_activations"] = {
+                "num_bits": bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+            }  # fmt: skip
+        modifier = GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"])
     oneshot(
         model=model, tokenizer=tokenizer, dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": ones(ids)}),
         recipe=modifier, max_seq_length=len(ids[0]),
@@ -98,13 +105,20 @@ def auto_round(request: dict[str, Any], ids: list[list[int]], stages: Stages) ->
         {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
         for rows in torch.tensor(ids).split(8)
     ]  # fmt: skip
+    form = request.get("form")
+    # Of weights alone, as ours are.
+    asked = (
+        {"scheme": form.upper(), "act_bits": 16}
+        if form
+        else {"scheme": "W4A16", "bits": request["bits"], "group_size": request["group"], "sym": True}
+    )
     tuner = AutoRound(
-        model, tokenizer, scheme="W4A16", bits=request["bits"], group_size=request["group"], sym=True, iters=request["iters"],
+        model, tokenizer, **asked, iters=request["iters"],
         nsamples=len(ids), seqlen=len(ids[0]), batch_size=8, dataset=batches, device_map="cpu",
     )  # fmt: skip
     tuner.quantize()
     stages.end("quantize")
-    tuner.save_quantized(request["out"], format="auto_gptq")
+    tuner.save_quantized(request["out"], format="llm_compressor" if form else "auto_gptq")
     tokenizer.save_pretrained(request["out"])
     stages.end("save")
     return "auto-round"

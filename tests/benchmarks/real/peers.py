@@ -47,13 +47,22 @@ class PeerRow:
     group: int = 0
     method: str = ""
     sparsity: str = ""
+    form: str = ""
+    """Codes that are no integers, nvfp4 or mxfp4; of weights alone."""
+    activations: int = 0
+    """Bits of activations, symmetric integers by token; 0 for none."""
+
+    @property
+    def scheme(self) -> str:
+        """As its name has it."""
+        return self.form or f"w{self.bits}{f'a{self.activations}' if self.activations else ''}g{self.group}"
 
     @property
     def name(self) -> str:
         if self.method:
             share = self.sparsity.replace(":", "-") if ":" in self.sparsity else f"{100 * float(self.sparsity):.0f}"
             return f"{self.peer}-{self.method}-{share}"
-        return f"{self.peer}-w{self.bits}g{self.group}"
+        return f"{self.peer}-{self.scheme}"
 
     def version(self) -> str:
         """The peer's, as its environment pins it."""
@@ -65,17 +74,22 @@ class PeerRow:
         if self.method:
             return f"{self.peer} {self.version()}: {self.method}, sparsity {self.sparsity}"
         tuned = f", {iters} iterations" if self.peer == "auto-round" else ""
-        return f"{self.peer} {self.version()}: w{self.bits}a16g{self.group}, symmetric{tuned}"
+        if self.form:
+            return f"{self.peer} {self.version()}: {self.form}{tuned}"
+        return f"{self.peer} {self.version()}: w{self.bits}a{self.activations or 16}g{self.group}, symmetric{tuned}"
 
     def key(self, iters: int, model: str, ids: str) -> str:
         """`<name>-<hash>`; `model` and `ids` are sha256 of what it is given."""
         asked = [self.peer, PEERS[self.peer]().key(), self.bits, self.group, iters if self.peer == "auto-round" else None]
         asked += [self.method, self.sparsity] if self.method else []
+        asked += [self.form, self.activations] if self.form or self.activations else []
         return f"{self.name}-{hashlib.sha256(json.dumps([*asked, model, ids]).encode()).hexdigest()[:12]}"
 
 
 PEER_ROWS = (
-    *(PeerRow(peer, bits, group) for peer in PEERS for bits, group in ((3, 64), (2, 32))),
+    *(PeerRow(peer, bits, group) for peer in PEERS for bits, group in ((3, 64), (3, 32), (2, 64), (2, 32))),
+    *(PeerRow(peer, form=form) for peer in ("llm-compressor", "auto-round") for form in ("nvfp4", "mxfp4")),
+    *(PeerRow("llm-compressor", 4, 64, activations=bits) for bits in (8, 4)),
     *(PeerRow("llm-compressor", method=m, sparsity=s) for m in ("sparsegpt", "wanda") for s in ("0.5", "0.7", "2:4")),
 )
 
@@ -96,7 +110,7 @@ def quantized(
         made.mkdir()
         asked = {
             "peer": row.peer, "model": str(model.absolute()), "ids": str(ids.absolute()), "bits": row.bits, "group": row.group,
-            "iters": iters, "method": row.method, "sparsity": row.sparsity, "out": str(made / "artifact"), "answer": str(answer),
+            "iters": iters, "method": row.method, "sparsity": row.sparsity, "form": row.form, "activations": row.activations, "out": str(made / "artifact"), "answer": str(answer),
         }  # fmt: skip
         request.write_text(json.dumps(asked))
         offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
