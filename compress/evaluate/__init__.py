@@ -1,5 +1,5 @@
 """Evaluate: quality, tasks, knowledge, differences, verification, speed.
 
-Imports errors, spec, freed_memory, context, device, plots, numerics, checkpoint, importers, corpus, architecture, kernels, layerwise,
-pipeline, runtime.
+Imports errors, spec, freed_memory, context, device, plots, numerics, checkpoint, importers, corpus, architecture, kernels,
+layerwise, pipeline, runtime.
 """

@@ -1,7 +1,7 @@
 """Gradients of a language model's loss, with one block in memory.
 
 The loss is the cross-entropy of each next token, a mean over all scored tokens of all batches. Batches run in the
-meta model's dtype; gradients of a weight are summed in fp32. With `squares` the square of each batch's gradient is summed instead: where
+meta model's dtype; gradients of a weight are summed in fp32. With `squares` it is the squares of each batch's gradient: where
 batches are samples, that is the diagonal of the empirical Fisher matrix of samples, but for a factor.
 Forward, every batch goes from block to block (backward_batch.py). Backward, blocks come in reverse order; each is loaded, runs
 every batch again with a graph, and is released. Arguments are stored on disk for every few blocks only (`stride` in

@@ -55,8 +55,8 @@ class Gptq(QuantizingPass, LinearPass):
     )
     damping: float | None = Field(
         None, gt=0, le=1,
-        description="added to the Hessian's diagonal, as a share of its mean; without it 0.01, and with correct=residual five times "
-        "the matrix's inputs by the calibration tokens, from 0.01 to 0.5",
+        description="added to the Hessian's diagonal, as a share of its mean; without it 0.01, and with correct=residual five "
+        "times the matrix's inputs by the calibration tokens, from 0.01 to 0.5",
     )  # fmt: skip
     min_tokens: int = Field(
         32, ge=0, description="matrices with fewer calibration tokens, such as rare experts, are rounded to nearest, and counted"

@@ -8,8 +8,8 @@ the method that rounds in the end. With g the gradient and D = W - Q(W):
     paper   |sum g D|      the loss to first order. Terms of either sign cancel, near a minimum to noise, so that more
                            bits may cost more
     abs     sum |g D|      the same without cancelling
-    fisher  sum F D^2      to second order, with the empirical Fisher matrix of samples as the Hessian's diagonal: F is the sum over
-                           samples of the square of each sample's gradient
+    fisher  sum F D^2      to second order, with the empirical Fisher matrix of samples as the Hessian's diagonal: F is the
+                           sum over samples of the square of each sample's gradient
 
 abs is the default: rounded by GPTQ, it had the least KL to the source on a model of 2.6 M parameters at 3 bits (0.0142,
 fisher 0.0153, paper 0.0258, 3 bits everywhere 0.0192), and fisher at 2.5 (0.0363, abs 0.0378, paper 0.0469). On one of 0.26 M
