@@ -327,6 +327,7 @@ class TrainingPass(LearningPass, TrainingTexts):
         from compress.contract.training_options import TrainingOptions
 
         return TrainingOptions(
-            self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, None, self.schedule, self.warmup, self.final,
-            self.betas, self.weight_decay, self.clip, self.recompute, self.save_every,
+            self.epochs, self.batch, self.micro_batch, self.lr, self.scale_lr, curve=self.schedule, warmup=self.warmup,
+            final=self.final, betas=self.betas, weight_decay=self.weight_decay, clip=self.clip, recompute=self.recompute,
+            save_every=self.save_every,
         )  # fmt: skip

@@ -7,6 +7,9 @@ quantizing a base model has cost (Muralidharan et al., Minitron, 2407.14679). Ze
 Codes do not change either, and scales are trained, unless latent=true: then each weight in codes has a latent weight, which is
 rounded to its code in every forward, and gradients go straight through the rounding (Bengio et al., 1308.3432), with learned
 scales (LSQ, 1902.08153). This is quantization-aware distillation (QAD, LLM-QAT 2305.17888); its result is codes as before.
+It is for thousands of steps: AdamW moves every latent weight alike, and over tens of steps most of that is noise. Over 16 steps
+after `quantize.gptq(scheme=w2a16g32, correct=residual)` a model of 8 M parameters went from a KL of 0.0056 to 0.0050 by scales
+alone, to 0.0054 with code_lr=0.001, and to 0.018 with 0.02.
 """
 
 from __future__ import annotations
@@ -44,10 +47,7 @@ class Logits(TrainingPass, LossPass):
     latent: bool = Field(
         False, description="choose the codes anew, too: those of latent weights that are rounded in every forward and trained"
     )
-    code_lr: float | None = Field(
-        None, ge=0, le=1e30,
-        description="latent: peak learning rate of latent weights, in steps of codes; without it one over the optimizer's steps",
-    )  # fmt: skip
+    code_lr: float = Field(1e-3, ge=0, le=1e30, description="latent: peak learning rate of latent weights, in steps of codes")
     ce: float = Field(0.0, ge=0, description="weight of the cross entropy with the text's own tokens")
 
     @model_validator(mode="after")
@@ -60,7 +60,7 @@ class Logits(TrainingPass, LossPass):
             raise ValueError(f"divergence={self.divergence} reads no mix")
         if self.mix == 1 and self.divergence.startswith("skew"):
             raise ValueError("a skew with mix=1 is 0 whatever the student does")
-        if self.code_lr is not None and not self.latent:
+        if "code_lr" in self.model_fields_set and not self.latent:
             raise ValueError("code_lr: only with latent=true")
         return self
 

@@ -113,7 +113,7 @@ class Training:
         for name, parameter in {id(p): (n, p) for n, p in self.student.trainable.items()}.values():
             kinds[self.student.kind(name)].append(parameter)
         s = self.training_options
-        rates = {"scale": s.scale_lr, "code": 1 / max(1, self.order.steps) if s.code_lr is None else s.code_lr}
+        rates = {"scale": s.scale_lr, "code": s.code_lr}
         groups = [
             {"params": parameters, "peak": rates.get(kind, s.lr), "lr": 0.0,
              "weight_decay": s.weight_decay if kind == "matrix" else 0.0}

@@ -57,6 +57,8 @@ FLATTERED = "flattered: the source's weights lie on a grid of 4 bits"
 MIX = "[w2a16g64, w3a16g64, w4a16g64]"
 TRAIN = "distill.logits(data=['{text}'], samples=256, length=512, batch=8)"
 """32 steps on 131,072 tokens; the text that the others are calibrated on."""
+SCALES = "distill.logits(data=['{text}'], samples=256, length=512, batch=8, micro_batch=4, scale_lr=0.002)"
+"""Scales, norms and embeddings learn; 32 steps on the same tokens as TRAIN."""
 HEAL = "distill.blocks"
 """Its defaults, on the calibration tokens."""
 OPTIONS = {
@@ -76,11 +78,22 @@ def further() -> Iterator[Row]:
         name = scheme.replace("a16", "")
         for more, passes in {
             "qronos": f"quantize.gptq(scheme={scheme}, correct=qronos)",
-            "residual": f"quantize.gptq(scheme={scheme}, correct=residual, damping=0.15)",
             "learned": f"quantize.gptq(scheme={scheme}) | quantize.learned",
             "qronos-learned": f"quantize.gptq(scheme={scheme}, correct=qronos) | quantize.learned",
         }.items():
             yield Row(f"gptq-{name}-{more}", passes)
+
+
+def beside_peers() -> Iterator[Row]:
+    """What other tools are compared with at each of their schemes, step by step, as far as it does not stand elsewhere."""
+    for scheme in ("w3a16g64", "w3a16g32", "w2a16g64", "w2a16g32", "nvfp4", "mxfp4", "w4a8g64", "w4a4g64"):
+        name = scheme.replace("a16", "")
+        if name in ("w2g64", "w4a8g64", "w4a4g64"):
+            yield Row(f"rtn-{name}", f"quantize.rtn(scheme={scheme}, clip=mse)", data=False)
+            yield Row(f"gptq-{name}", f"quantize.gptq(scheme={scheme})")
+        residual = f"quantize.gptq(scheme={scheme}, correct=residual)"
+        yield Row(f"gptq-{name}-residual", residual)
+        yield Row(f"gptq-{name}-residual-scales", f"{residual} | {SCALES}")
 
 
 def masks() -> Iterator[Row]:
@@ -124,6 +137,7 @@ ROWS = (
     Row("wanda-2:4-blocks", f"prune.wanda(sparsity=2:4) | {HEAL}", form=""),
     Row("gptq-w2g32-blocks", f"quantize.gptq(scheme=w2a16g32) | {HEAL}"),
     *further(),
+    *beside_peers(),
     Row("llm_mq-3.0-fisher", f"quantize.llm_mq(bits=3.0, schemes={MIX}, mode=fisher)"),
     Row("five-stages", f"prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w3a16g32) | {TRAIN}"),
     *(Row(f"w3g64-{name}", f"quantize.gptq(scheme=w3a16g64, {option})", option=option) for name, option in OPTIONS.items()),
