@@ -22,8 +22,8 @@ class TrainingOptions:
     """Peak learning rate of AdamW, for weights."""
     scale_lr: float = 5e-3
     """Peak learning rate of scales of codes, as a share of each scale."""
-    code_lr: float = 1e-3
-    """Peak learning rate of the offsets of codes, in steps of codes."""
+    code_lr: float | None = 1e-3
+    """Peak learning rate of the offsets of codes, in steps of codes; for blocks, None for one over the optimizer's steps."""
     curve: Curve = "cosine"
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
