@@ -12,7 +12,9 @@ it makes up for the errors of the weights before it, too. It takes a second forw
 `correct=residual` does so, and has linears whose outputs are added to the residual stream (o_proj, down_proj) also make up for
 what the stream has lost before they are added, as far as it is a linear function of what they read: |h + W x - h' - V u|^2 is
 least for V = [W E(x u^T) + E((h - h') u^T)] E(u u^T)^-1, which is then rounded as ever. What is made up for is learned from the
-calibration tokens, as a regression is: the fewer they are for the columns, the more `damping` is right.
+calibration tokens, as a regression is, and other texts want more `damping` than these do. KL for 0.01, 0.05, 0.15 and 0.3:
+SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model of 8 M, w2a16g32, 64 x 256 tokens, 0.0058, 0.0056 and
+0.0057 on such texts for the first three, on sources in Python 0.060, 0.048 and 0.046.
 
 GPTAQ (2504.02692) lowers the same error as qronos, but hands what a column's inputs have changed by to later columns alone; the
 correction here has all columns make up for all of them.
@@ -55,8 +57,7 @@ class Gptq(QuantizingPass, LinearPass):
     )
     damping: float | None = Field(
         None, gt=0, le=1,
-        description="added to the Hessian's diagonal, as a share of its mean; without it 0.01, and with correct=residual five "
-        "times the matrix's inputs by the calibration tokens, from 0.01 to 0.5",
+        description="added to the Hessian's diagonal, as a share of its mean; without it 0.01, and 0.15 with correct=residual",
     )  # fmt: skip
     min_tokens: int = Field(
         32, ge=0, description="matrices with fewer calibration tokens, such as rare experts, are rounded to nearest, and counted"
@@ -112,14 +113,10 @@ class Gptq(QuantizingPass, LinearPass):
 
         order: Any = "activation" if self.order == "activation" else "none"
         # With the identity as Hessian this is rounding to nearest.
-        return prepare(statistic, self._damping(statistic), order, self.min_tokens, "rounded to nearest", self._together)
+        return prepare(statistic, self._damping(), order, self.min_tokens, "rounded to nearest", self._together)
 
-    def _damping(self, statistic: Hessian) -> float:
-        if self.damping is not None:
-            return self.damping
-        if not self.corrects_residual():
-            return 0.01
-        return min(0.5, max(0.01, 5 * len(statistic.matrix) / max(1, statistic.tokens)))
+    def _damping(self) -> float:
+        return self.damping or (0.15 if self.corrects_residual() else 0.01)
 
     @property
     def _together(self) -> int:
