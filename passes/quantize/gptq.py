@@ -13,8 +13,8 @@ it makes up for the errors of the weights before it, too. It takes a second forw
 what the stream has lost before they are added, as far as it is a linear function of what they read: |h + W x - h' - V u|^2 is
 least for V = [W E(x u^T) + E((h - h') u^T)] E(u u^T)^-1, which is then rounded as ever. What is made up for is learned from the
 calibration tokens, as a regression is, and other texts want more `damping` than these do. KL for 0.01, 0.05, 0.15 and 0.3:
-SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model of 8 M, w2a16g32, 64 x 256 tokens, 0.0058, 0.0056 and
-0.0057 on such texts for the first three, on sources in Python 0.060, 0.048 and 0.046.
+SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model of 8 M, w2a16g32, 64 x 256 tokens, 0.0058,
+0.0056 and 0.0057 on such texts for the first three, on sources in Python 0.060, 0.048 and 0.046.
 
 GPTAQ (2504.02692) lowers the same error as qronos, but hands what a column's inputs have changed by to later columns alone; the
 correction here has all columns make up for all of them.
