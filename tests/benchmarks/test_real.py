@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def protocol(demo_model: Path) -> Protocol:
-    return Protocol(demo_model, TEXT / "evaluation.jsonl", TEXT / "calibration.jsonl", TEXT / "evaluation.jsonl", 4, 32, 64, 32)
+    return Protocol(demo_model, TEXT / "evaluation.jsonl", TEXT / "calibration.jsonl", 4, 32, 64, 32, TEXT / "evaluation.jsonl")
 
 
 def fake_compress(folder: Path, peak: int = 1000) -> str:

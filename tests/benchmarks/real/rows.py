@@ -17,14 +17,14 @@ class Protocol:
     model: Path
     text: Path
     calibrate: Path
-    also: Path | None
-    """A second text that is measured on."""
     samples: int
     length: int
     """Tokens of a calibration sample."""
     tokens: int
     """Tokens that are measured."""
     window: int
+    also: Path | None = None
+    """A second text that is measured on."""
 
     @property
     def calibration(self) -> str:

@@ -79,14 +79,8 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     samples = args.samples or (SHIPPED_SAMPLES if calibrate.parent == SHIPPED else SAMPLES)
     model = Path(args.model) if args.model else real_model(tell)
     paths = (path.resolve() for path in (model, text, calibrate))
-    return Protocol(
-        *paths,
-        None if also is None else also.resolve(),
-        samples=samples,
-        length=args.length,
-        tokens=args.tokens,
-        window=args.length,
-    )
+    counts = {"samples": samples, "length": args.length, "tokens": args.tokens, "window": args.length}
+    return Protocol(*paths, **counts, also=None if also is None else also.resolve())
 
 
 def inputs_of(protocol: Protocol) -> dict[str, Any]:
