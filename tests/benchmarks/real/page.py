@@ -9,31 +9,10 @@ from compress.spec.byte_size import parse_size
 
 REMARKS = "<!-- remarks -->"
 END = "<!-- end -->"
-HEAD = (
-    "method",
-    "bits/weight",
-    "MB",
-    "KL to source",
-    "on the second text",
-    "perplexity",
-    "same top-1",
-    "s",
-    "CPU",
-    "peak",
-    "of plan",
-)
-PEER_HEAD = (
-    "tool",
-    "bits/weight",
-    "MB",
-    "KL to source",
-    "on the second text",
-    "perplexity",
-    "same top-1",
-    "s",
-    "its own work",
-    "peak",
-)
+QUALITY_HEAD = ("bits/weight", "MB", "KL to source", "on the second text", "perplexity", "same top-1")
+"""Of what `quality_cells` gives."""
+HEAD = ("method", *QUALITY_HEAD, "s", "CPU", "peak", "of plan")
+PEER_HEAD = ("tool", *QUALITY_HEAD, "s", "its own work", "peak")
 OPTION_HEAD = ("gptq-w3g64 with", "KL to source", "perplexity", "s", "s solving")
 GONE = "not measured"
 
