@@ -35,7 +35,7 @@ def refit(
     parts = []
     for whole, old, mask in zip(w.split(_ROWS), q.split(_ROWS), keep.split(_ROWS), strict=True):
         solved = _solve(whole, old, mask, damped, scale, steps).to(q.dtype)
-        was, now = (energies((whole.float() - new.float()).T, hessian) for new in (old, solved))
+        was, now = (energies((whole.to(hessian.dtype) - new.to(hessian.dtype)).T, hessian) for new in (old, solved))
         parts.append(torch.where((now < was)[:, None], solved, old))
     return torch.cat(parts)
 
@@ -43,7 +43,7 @@ def refit(
 def _solve(
     w: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, damped: torch.Tensor, scale: torch.Tensor, steps: int
 ) -> torch.Tensor:
-    """Conjugate gradients from Q, for all rows side by side; fp32 [rows, n]."""
+    """Conjugate gradients from Q, for all rows side by side; [rows, n] in the Hessian's dtype."""
     found = q.T.to(damped.dtype, copy=True, memory_format=torch.contiguous_format)
     mask = keep.T.to(damped.dtype, memory_format=torch.contiguous_format)
     residual = (damped @ (w.T.to(damped.dtype) - found)).mul_(mask)

@@ -106,10 +106,10 @@ def exact(w: torch.Tensor, keep: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 def test_a_refit_is_least_squares(text: str) -> None:
     w, h = problem()
     keep = keep_best(w.abs(), Sparsity.parse(text))
-    found = refit(w, w * keep, keep, h, 1e-9, steps=200)
+    # In fp64: where conjugate gradients end in fp32 depends on the processor's order of sums.
+    found = refit(w.double(), w.double() * keep, keep, h.double(), 1e-9, steps=200)
     wanted = energies((w.double() - exact(w, keep, h)).T, h.double())
-    # Conjugate gradients in fp32 end a little above, by a share that the processor's order of sums decides.
-    assert float(energies((w - found).T, h).sum()) == pytest.approx(float(wanted.sum()), rel=1e-2)
+    assert float(energies((w - found).T, h.double()).sum()) == pytest.approx(float(wanted.sum()), rel=1e-3)
     assert not found[~keep].any()
 
 
