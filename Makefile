@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
-.PHONY: install demo check quick test fuzz faults slow kill readers engines readers-table formats cubins gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean kquants
+.PHONY: install demo check quick test fuzz faults slow kill readers engines readers-table formats cubins cpu-kernels gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean kquants
 
 demo: $(VENV)/demo
 	$(BIN)/compress demo
@@ -68,6 +68,11 @@ formats: $(VENV)/test
 # Compiled CUDA kernels, anew from their sources; make cubins ARGS=--check tells whether that is needed.
 cubins: $(VENV)/test
 	$(BIN)/python -m compress.kernels.cuda.build $(ARGS)
+
+# The library of CPU kernels that is shipped, anew from its sources; make cpu-kernels ARGS=--check tells whether that is needed.
+# Sanitizers, NEON by qemu, and a build where none is shipped: `make slow ARGS=tests/kernels/test_simd.py`.
+cpu-kernels: $(VENV)/test
+	$(BIN)/python -m compress.kernels.cpu.build $(ARGS)
 
 # On a machine with a GPU, in 8 minutes: tests of every kernel, of calibration and gradients, and the shape table, to build/gpu.md;
 # needs no network and installs nothing. Status 6 where there is no GPU.

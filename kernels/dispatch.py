@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from compress.spec.weight_state import State
 
 BACKENDS = (
-    "scaled_mm", "semi_structured", "gpu", "cuda", "triton", "cublas", "integers", "int4pack", "int8pack", "cpu", "reference",
+    "scaled_mm", "semi_structured", "gpu", "cuda", "triton", "cublas", "integers", "simd", "int4pack", "int8pack", "cpu",
+    "reference",
 )  # fmt: skip
 """Backends of the native format, the fastest first; each is the one subclass of Backend in its file."""
 _LOG = logging.getLogger("compress")

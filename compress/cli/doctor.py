@@ -99,6 +99,7 @@ def show_machine(machine: dict[str, Any]) -> None:
     console.fact("torch", f"{machine['torch']} (CUDA {machine['torch_cuda']}), transformers {machine['transformers']}")
     console.fact("triton", machine["triton"])
     console.fact("nvrtc", machine["nvrtc"])
+    console.fact("simd", machine["cpu_kernels"])
     for capability, code in machine["code"].items():
         console.fact("code", f"for capability {capability}: {code}")
     console.fact("device", machine["device"] + (f" (on cuda: {machine['no_cuda']})" if machine["no_cuda"] else ""))

@@ -19,6 +19,7 @@ import torch
 from compress.architecture.weight_map import meta_model
 from compress.checkpoint.reader import Checkpoint, torch_dtype
 from compress.errors import CompressError, MachineError, Refusal
+from compress.kernels.cpu.library import library
 from compress.kernels.cuda import cubins
 from compress.kernels.cuda.device import usable
 from compress.kernels.cuda.driver import driver
@@ -150,11 +151,19 @@ def machine() -> dict[str, Any]:
             {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_bytes": gpu.total_memory} for gpu in gpus
         ],
         "driver": _driver(), "torch": torch.__version__, "torch_cuda": torch.version.cuda or "none: built for the CPU",
-        "triton": version("triton"), "nvrtc": _nvrtc(), "transformers": version("transformers"),
+        "triton": version("triton"), "nvrtc": _nvrtc(), "cpu_kernels": _cpu_kernels(), "transformers": version("transformers"),
     }  # fmt: skip
     found["no_cuda"] = _no_cuda()
     found["code"] = {str(one): code(one) for one in (cubins.Capability(gpu.major, gpu.minor) for gpu in gpus)}
     return found
+
+
+def _cpu_kernels() -> str:
+    """The instruction set of our kernels for CPUs, and their threads; or why there are none."""
+    try:
+        return str(library())
+    except Refusal as refusal:
+        return f"none: {refusal.reason}"
 
 
 def default_device() -> str:

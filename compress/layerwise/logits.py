@@ -30,15 +30,17 @@ _TOGETHER_BYTES = 256 << 20
 
 
 class Forward:
-    """A language model in fp32, on a device. Raises InputError for one without logits at every token.
+    """A language model on a device, in fp32 unless it is told otherwise. Raises InputError for one without logits at every token.
 
     Without `rounded`, dequantized weights are not rounded to the dtype that the codes were made from.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, rounded: bool = True, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.label = label_of(checkpoint)
         try:
-            self.meta_model = round_as_told(MetaModel(DenseView(checkpoint, rounded), torch.float32, device))
+            self.meta_model = round_as_told(MetaModel(DenseView(checkpoint, rounded), dtype, device))
             self.rounds_cache = keep_as_told(self.meta_model)
         except InputError as error:
             # Two models are compared, so a message about a tensor must name its model.

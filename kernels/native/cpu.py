@@ -34,7 +34,12 @@ class Cpu(Backend):
             raise Refusal("a Conv1D adds over its rows, of which a chunk gives no output", "leave the backend to be chosen")
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        out = x.new_empty(len(x), packed.rows)
-        for rows in self.chunks(packed, _CHUNK):
-            out[:, rows] = linear(x, self.rows(packed, rows, x.dtype), None if bias is None else bias[rows])
-        return out
+        return by_chunks(self, x, packed, bias)
+
+
+def by_chunks(backend: Backend, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [tokens, inputs] by a weight whose rows a backend expands, a chunk at a time: [tokens, outputs]."""
+    out = x.new_empty(len(x), packed.rows)
+    for rows in backend.chunks(packed, _CHUNK):
+        out[:, rows] = linear(x, backend.rows(packed, rows, x.dtype), None if bias is None else bias[rows])
+    return out

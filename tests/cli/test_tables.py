@@ -111,7 +111,7 @@ def test_reasons_are_grouped_and_only_on_request(typed) -> None:
         assert "[1]" not in plain + whole
         assert "--details" in plain
         assert len(whole) > len(plain)
-    assert "int4pack: it has outliers\n    for codes(w4a16g128)+outliers(0.005) in bfloat16" in typed(*VERBS["doctor --details"])
+    assert "simd: a Conv1D adds over its rows\n    for codes(w4a16g128), Conv1D" in typed(*VERBS["doctor --details"])
     found = typed(*VERBS["formats ls of a scheme"])
     assert "gptqmodel, yes: " in found
     assert "w2a16g64" not in found

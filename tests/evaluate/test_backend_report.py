@@ -11,6 +11,7 @@ import compress
 from compress.cli.app import build
 from compress.errors import Refusal
 from compress.evaluate import backend_report
+from compress.kernels.cpu.library import library
 from compress.kernels.cuda.cubins import Capability
 from compress.kernels.dispatch import BACKENDS, load_backend, refuse
 from compress.runtime import artifact
@@ -95,24 +96,25 @@ def test_it_prints_a_row_for_each_kind_and_each_reason_once_on_request(capsys: p
     assert "cpu:      " in text
     assert "passed over" not in text.partition("weights ")[2].partition("why:")[0]
     row = next(line for line in text.splitlines() if line.startswith("codes(nf4g64) "))
-    assert row.split()[1:] == ["cpu", "cpu", "cpu"]
+    assert row.split()[1:] == ["simd", "simd", "simd"]
     lines = said(capsys, "--device", "cpu", "--details").splitlines()
-    why = lines.index("int4pack: it is not w4 in groups of 32, 64, 128, 256")
+    why = lines.index("integers: it does not round activations to integers")
     assert "codes(nf4g64)" in " ".join(lines[why + 1 : why + 12])
+    assert any(line.split() == ["simd:", *str(library()).split()] for line in lines)
     assert len(lines) < 115
 
 
 def test_weights_of_an_artifact_are_counted(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, packed, "--device", "cpu")
-    assert "14 weights codes(w4a16g32) bfloat16: int4pack" in text
+    assert "14 weights codes(w4a16g32) bfloat16: simd" in text
     text = said(capsys, packed, "--device", "cpu", "--dtype", "float32")
-    assert "14 weights codes(w4a16g32) float32: cpu\n" in text
-    assert "int4pack passed over: activations or scales are not in bfloat16" in text
+    assert "14 weights codes(w4a16g32) float32: simd\n" in text
+    assert "integers passed over: codes(w4a16g32) does not round activations to integers" in text
     text = said(capsys, packed, "--device", "cpu", "--backend", "int8pack")
     assert "14 weights codes(w4a16g32) bfloat16: nothing\n    int8pack passed over: w4a16g32 is not symmetric w8" in text
     found = json.loads(said(capsys, packed, "--device", "cpu", "--json"))
     assert sum(one["weights"] for one in found["answers"]) == 14
-    assert {one["backend"] for one in found["answers"]} == {"int4pack"}
+    assert {one["backend"] for one in found["answers"]} == {"simd"}
     assert found["machine"]["device"] == "cpu"
 
 

@@ -280,7 +280,7 @@ def test_a_model_is_checked_before_it_is_timed(packed: Path, model: Path) -> Non
     assert ids.shape == (3, 8)
     assert torch.equal(ids, bench.prompts(checkpoints, settings, None))
     subject = bench.load_packed(checkpoints[0], settings)
-    assert subject.backends == {"int4pack": 14}
+    assert subject.backends == {"simd": 14}
     assert 0 < bench.check(checkpoints[0], subject, ids) < 0.02
     exact = bench.load_packed(checkpoints[0], Settings(dtype="float32"))
     assert bench.check(checkpoints[0], exact, ids) < 1e-5
@@ -317,7 +317,7 @@ def test_an_artifact_of_another_tool_is_repacked_where_that_is_asked_for(model: 
     settings = replace(settings, repack=True, dtype="float32")
     bench.check_settings([checkpoint], settings)
     subject = bench.load_packed(checkpoint, settings)
-    assert subject.backends == {"cpu": 14}
+    assert subject.backends == {"simd": 14}
     assert bench.check(checkpoint, subject, torch.arange(8)[None]) < 1e-5
 
 
@@ -339,7 +339,7 @@ def test_the_command_prints_speeds_memory_and_protocol(
         "tokens/s",
         "ratio",
         "memory after load",
-        "14 weights int4pack",
+        "14 weights simd",
         "torch ",
         "bfloat16",
         "random, seed 0",

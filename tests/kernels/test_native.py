@@ -54,6 +54,12 @@ def packed_of(text: str, rows: int, columns: int, dtype: torch.dtype = torch.bfl
     return q, Packed(State(scheme), rows, columns, pack(q))
 
 
+@pytest.fixture
+def without_simd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has no library of CPU kernels, and cannot compile one."""
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(name for name in BACKENDS if name != "simd"))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 257), (40, 520)])
 def test_every_code_is_where_the_page_says(bits: int, shape: tuple[int, int]) -> None:
@@ -138,6 +144,7 @@ def test_backends_multiply_by_what_codes_mean(text: str, shape: tuple[int, int],
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.usefixtures("without_simd")
 def test_int4pack_runs_w4_in_bf16_and_says_why_not(group: int, caplog: pytest.LogCaptureFixture) -> None:
     _, packed = packed_of(f"w4a16g{group}", 80, 512)
     work = Work(packed.state, 80, 512, torch.bfloat16, torch.bfloat16, "cpu")
@@ -169,6 +176,7 @@ def test_int4pack_runs_w4_in_bf16_and_says_why_not(group: int, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("text", ["w4a16g32", "w4a16g64-asym"])
+@pytest.mark.usefixtures("without_simd")
 def test_a_head_that_is_tied_to_an_embedding_runs_by_int4pack(text: str) -> None:
     q, packed = packed_of(text, 208, 128)
     weight = PackedWeight(packed, torch.bfloat16, looked_up=True)
@@ -179,6 +187,7 @@ def test_a_head_that_is_tied_to_an_embedding_runs_by_int4pack(text: str) -> None
     assert weight.lookup(ids[:, :0]).shape == (2, 0, 128)
 
 
+@pytest.mark.usefixtures("without_simd")
 def test_int8pack_runs_rows_of_w8_and_says_why_not() -> None:
     _, packed = packed_of("w8a16", 41, 96)
     work = Work(packed.state, 41, 96, torch.bfloat16, torch.bfloat16, "cpu")
@@ -204,6 +213,7 @@ def test_zero_points_far_off_cost_int4pack_no_precision() -> None:
 
 
 @pytest.mark.parametrize("text", ["w4a16g32", "w3a16g64-asym", "fp8-tensor"])
+@pytest.mark.usefixtures("without_simd")
 def test_a_stack_of_experts_is_run_matrix_by_matrix(text: str) -> None:
     scheme = Scheme.parse(text)
     q = nearest(torch.randn(3, 80, 128).bfloat16(), scheme, torch.bfloat16).q

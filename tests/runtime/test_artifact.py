@@ -236,7 +236,7 @@ def test_verify_runs_it_as_a_reader(source: Source, tmp_path: Path) -> None:
     run(source("llama"), tmp_path / "out", f"quantize.rtn(scheme=w4a16g32) | {NATIVE}")
     reading = read_with("native", tmp_path / "out", torch.randint(3, 128, (2, 16)), lambda line: None)
     assert reading.dtype == "bfloat16"
-    assert reading.notes == ("14 weights by the backend int4pack",)
+    assert reading.notes == ("14 weights by the backend simd",)
 
 
 def test_what_is_split_while_loading_is_refused(source: Source, tmp_path: Path) -> None:

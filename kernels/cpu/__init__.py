@@ -1,0 +1,1 @@
+"""C++ kernels for CPUs: sources, how they are built, found and called."""

@@ -1,0 +1,106 @@
+// Arrange: activations in the order in which decoded columns come, padded with zeros; and what becomes of results.
+#pragma once
+
+#include "vector.h"
+#include "weight.h"
+
+namespace {  // each instruction set has its own
+
+inline float from_bits(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t bits = (uint32_t)(h & 0x7fff) << 13, special = bits >= 0x0f800000u ? 0x7f800000u : 0;
+  uint32_t plain;
+  const float scaled = from_bits(bits) * 0x1p112f;  // exact, and also for what has no leading one
+  memcpy(&plain, &scaled, 4);
+  return from_bits(plain | special | (uint32_t)(h & 0x8000) << 16);
+}
+
+inline uint32_t bits_of(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
+
+inline uint16_t bf16_of(float v) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 64);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t half_of(float v) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+  if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
+  if (rest < 0x38800000u) {  // the sum's last bits are the fp16's
+    float magic = from_bits(rest) + 0.5f;
+    memcpy(&rest, &magic, 4);
+    return (uint16_t)(sign | (rest - 0x3f000000u));
+  }
+  return (uint16_t)(sign | ((rest + 0xfff + (rest >> 13 & 1) - 0x38000000u) >> 13));
+}
+
+inline float read(const void* x, int64_t i, int32_t dtype) {
+  if (dtype == F32) return ((const float*)x)[i];
+  uint16_t h = ((const uint16_t*)x)[i];
+  return dtype == BF16 ? from_bits((uint32_t)h << 16) : half_to_float(h);
+}
+
+// The columns from `from` on of a chunk, padded with zeros, as fp32; if `split`, of each 2 W the even ones, then the odd ones.
+void arranged(const Work& work, int64_t m, int64_t from, int64_t count, int64_t padded, bool split, float* out) {
+  const int64_t base = m * work.stride + from;
+  float plain[256] = {};
+  float* to = split ? plain : out;
+  if (work.dtype == F32)
+    memcpy(to, (const float*)work.x + base, 4 * count);
+  else if (work.dtype == BF16)
+    for (int64_t i = 0; i < count; i++) to[i] = from_bits((uint32_t)((const uint16_t*)work.x)[base + i] << 16);
+  else
+    for (int64_t i = 0; i < count; i++) to[i] = half_to_float(((const uint16_t*)work.x)[base + i]);
+  for (int64_t i = count; i < padded; i++) to[i] = 0;
+  for (int64_t block = 0; split && block < padded; block += 2 * W)
+    for (int i = 0; i < W; i++) out[block + i] = plain[block + 2 * i], out[block + W + i] = plain[block + 2 * i + 1];
+}
+
+void copied(const Work& work, int64_t m, int64_t from, int64_t count, int64_t padded, uint16_t* out) {
+  memcpy(out, (const uint16_t*)work.x + m * work.stride + from, 2 * count);
+  memset(out + count, 0, 2 * (padded - count));
+}
+
+// Sums of the activations of each group.
+void totalled(const Work& work, int64_t m, const Weight& w, float* out) {
+  const int64_t group = w.shift >= 31 ? w.columns : (int64_t)1 << w.shift;
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t from = g * group, until = from + group < w.columns ? from + group : w.columns;
+    float sum = 0;
+    for (int64_t k = from; k < until; k++) sum += read(work.x, m * work.stride + k, work.dtype);
+    out[g] = sum;
+  }
+}
+
+void add_outliers(const Weight& w, const Work& work, int64_t m, int64_t row, int rows, float* out) {
+  const uint16_t* narrow = (const uint16_t*)w.outlier_columns;
+  const int32_t* wide = (const int32_t*)w.outlier_columns;
+  for (int r = 0; r < rows; r++)
+    for (int32_t i = w.outlier_offsets[row + r]; i < w.outlier_offsets[row + r + 1]; i++)
+      out[r] += w.outliers[i] * read(work.x, m * work.stride + (w.wide ? wide[i] : narrow[i]), work.dtype);
+}
+
+void put(const Work& work, int64_t at, int64_t row, const float* sums, int rows) {
+  for (int r = 0; r < rows; r++) {
+    const float v = sums[r] + (work.bias ? read(work.bias, row + r, work.dtype) : 0);
+    if (work.dtype == F32)
+      ((float*)work.out)[at + r] = v;
+    else
+      ((uint16_t*)work.out)[at + r] = work.dtype == BF16 ? bf16_of(v) : half_of(v);
+  }
+}
+
+}  // namespace

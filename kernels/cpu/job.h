@@ -1,0 +1,22 @@
+// Job: what threads share while they multiply.
+#pragma once
+
+#include "arrange.h"
+#include "decode.h"
+#include "scales.h"
+
+namespace {  // each instruction set has its own
+
+struct Job {
+  const Weight& weight;
+  const Work& work;
+  const void* x;        // arranged: [C, M, columns of a chunk], or [., M, SPAN] for panels
+  const float* totals;  // [M, G]: sums of activations, or none
+  int64_t tiles, words;  // of a matrix; of a tile
+};
+
+#if defined(__AVX512BF16__)
+inline F dot(__m512i a, __m512i b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+#endif
+
+}  // namespace

@@ -1,0 +1,150 @@
+"""Library: the C++ kernels, loaded for this CPU, and their calls.
+
+The library that is shipped is taken if it was built from these sources; else one is compiled, once, and kept under
+COMPRESS_CACHE. Threads are those of the OpenMP runtime that torch has loaded, as many as torch.get_num_threads() says, so
+that no second pool takes their cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.checkpoint.cache import folder_of
+from compress.errors import MachineError, Refusal
+from compress.kernels.cpu.build import build, compiler, digest, isas, machine, shipped
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""As weight.h numbers them; scales may also be bytes, of powers of two and of E4M3."""
+SCALES = {**DTYPES, torch.uint8: 3, torch.float8_e4m3fn: 4}
+GRIDS = {"table": 0, "int": 1, "e4m3": 2, "e5m2": 3}
+_ALONE = 160_000
+"""Products of a weight and an activation that a second thread must have, or waiting for it costs more."""
+_LOG = logging.getLogger("compress")
+
+
+class CWeight(ctypes.Structure):
+    """`Weight` of weight.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("tiles", "scale", "zero", "minimum", "divisor", "table")),
+        *((name, c_void_p) for name in ("outliers", "outlier_columns", "outlier_offsets")),
+        *((name, c_int64) for name in ("rows", "columns", "chunks", "groups")),
+        *((name, c_int32) for name in ("bits", "grid", "scales", "shift", "middle", "exact", "wide")),
+    )
+
+
+class CWork(ctypes.Structure):
+    """`Work` of weight.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "bias", "out", "offsets")),
+        *((name, c_int64) for name in ("tokens", "stride", "experts")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+        ("parallel", c_void_p),
+    )
+
+
+class CRows(ctypes.Structure):
+    """`Rows` of expand.cpp."""
+
+    _fields_ = (
+        ("weight", ctypes.POINTER(CWeight)), ("index", c_void_p), ("first", c_int64), ("count", c_int64), ("out", c_void_p),
+        ("dtype", c_int32), ("threads", c_int32), ("parallel", c_void_p), ("next", c_int64),
+    )  # fmt: skip
+
+
+class Library:
+    """The kernels of one instruction set."""
+
+    def __init__(self, path: Path, isa: str = "") -> None:
+        """`isa` is one that this CPU has; by default the best. Raises MachineError for a file that is no such library."""
+        try:
+            held = ctypes.CDLL(str(path))
+            held.isa.restype = held.sources.restype = ctypes.c_char_p
+            self.path, self.isa, self.sources = path, isa or held.isa().decode(), held.sources().decode()
+            self._product: Callable[..., int] = getattr(held, f"product_{self.isa}")
+            self._expand: Any = getattr(held, f"expand_{self.isa}")
+        except (OSError, AttributeError) as error:
+            raise MachineError(str(path), "a library of kernels", str(error), "install compress again") from None
+        self._expand.restype = None
+        self.parallel = _parallel()
+
+    def product(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+                offsets: torch.Tensor | None = None) -> None:  # fmt: skip
+        """x [tokens, columns], with neighbouring columns, by a matrix; or by those of a stack, tokens of each from offsets on."""
+        beside = [None if part is None else part.data_ptr() for part in (bias, offsets)]
+        experts = 1 if offsets is None else len(offsets) - 1
+        asked = CWork(
+            x.data_ptr(), beside[0], out.data_ptr(), beside[1], len(x), x.stride(0), experts, DTYPES[x.dtype],
+            min(torch.get_num_threads(), 1 + weight.rows * weight.columns * len(x) // _ALONE), self.parallel,
+        )  # fmt: skip
+        if self._product(ctypes.byref(weight), ctypes.byref(asked)):
+            raise MemoryError(f"activations of {len(x)} tokens")
+
+    def expand(self, weight: CWeight, rows: slice | torch.Tensor, out: torch.Tensor) -> None:
+        """Dequantized rows into out [n, columns]: of a slice that begins at a tile, or of an index int64 [n]."""
+        index, first = (None, rows.start) if isinstance(rows, slice) else (rows.contiguous(), 0)
+        place = None if index is None else index.data_ptr()
+        asked = CRows(
+            ctypes.pointer(weight), place, first, len(out), out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
+            self.parallel,
+        )  # fmt: skip
+        self._expand(ctypes.byref(asked))
+
+    def __str__(self) -> str:
+        threads = f"{torch.get_num_threads()} threads of torch's OpenMP" if self.parallel else "one thread: torch has no OpenMP"
+        return f"{self.isa}, {threads}, {self.path.name}"
+
+
+@lru_cache(maxsize=1)
+def library() -> Library:
+    """The library for this CPU. Raises Refusal if there is none and none can be compiled."""
+    try:
+        return _shipped() or _compiled()
+    except MachineError as error:
+        problem = error.problems[0]
+        raise Refusal(f"there are no CPU kernels: {problem.where}: {problem.got}", problem.do) from None
+
+
+def _shipped() -> Library | None:
+    if sys.platform != "linux" or not shipped(machine()).is_file():
+        return None
+    found = Library(shipped(machine()))
+    if found.sources == digest():
+        return found
+    _LOG.info("%s was built from other sources", found.path)
+    return None
+
+
+def _compiled() -> Library:
+    place = folder_of("kernels") / f"cpu-{machine()}-{digest()[:16]}.so"
+    if not place.is_file():
+        command = compiler()
+        if command is None:
+            raise MachineError(
+                "CXX", "a C++ compiler", f"none, and no library for {machine()} is shipped", "install g++ or clang"
+            )
+        _LOG.info("%s compiles the CPU kernels for %s", command, ", ".join(isas(machine())))
+        try:
+            build(place, command, machine())
+        except OSError as error:
+            raise MachineError(str(place), "a file to keep", str(error), "set COMPRESS_CACHE to a folder to write to") from None
+    return Library(place)
+
+
+def _parallel() -> int | None:
+    """The address of GOMP_parallel where torch brings or loads an OpenMP runtime that has it."""
+    everything: Any = ctypes.CDLL(None)
+    try:
+        return ctypes.cast(everything.GOMP_parallel, c_void_p).value
+    except AttributeError:
+        return None

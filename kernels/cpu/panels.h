@@ -1,0 +1,152 @@
+// Panels: products with more tokens. A vector has rows of a tile, so that a token's activation is one number for all of them, a
+// group's sum takes its scales once, and nothing is summed within vectors.
+//
+// The words of a tile's chunk are transposed once, and their codes decoded once, for all tokens. In pairs (bfloat16 numbers) a
+// vector has two neighbouring columns of each row, else one.
+#pragma once
+
+#include "job.h"
+
+namespace {  // each instruction set has its own
+
+constexpr int NV = W == 16 ? 2 : 16 / W;              // vectors of rows at a time: two tiles, or one
+constexpr int TILES = NV * W / 16;                    // tiles at a time
+constexpr int BLOCK = W == 16 ? 12 : W == 8 ? 6 : 4;  // tokens whose sums are in registers
+constexpr int SPAN = 256;                             // columns of a panel
+
+template <bool PAIRS>
+struct Panel {
+  static constexpr int STEPS = SPAN / (PAIRS ? 2 : 1);  // the products that it takes
+  F values[STEPS][NV];
+};
+
+template <int D>
+void exchange(U* a) {  // the halves of 2 D x 2 D squares that are off the diagonal
+  U low, high;
+  for (uint32_t l = 0; l < W; l++) low[l] = l & D ? W + l - D : l, high[l] = l & D ? W + l : l + D;
+  for (int i = 0; i < W; i++)
+    if (!(i & D)) {
+      U first = a[i], second = a[i + D];
+      a[i] = __builtin_shuffle(first, second, low), a[i + D] = __builtin_shuffle(first, second, high);
+    }
+}
+
+// COUNT dwords of 16 rows, as vectors of rows.
+template <int COUNT>
+void transposed(const uint16_t* rows, int words, U (*out)[16 / W]) {
+  for (int v = 0; v < 16 / W; v++)
+    for (int from = 0; from < COUNT; from += W) {
+      constexpr int bytes = 4 * (COUNT < W ? COUNT : W);
+      U a[W] = {};
+      for (int r = 0; r < W; r++) memcpy(&a[r], rows + (v * W + r) * words + 2 * from, bytes);
+      exchange<1>(a);
+      exchange<2>(a);
+      if constexpr (W > 4) exchange<4>(a);
+      if constexpr (W > 8) exchange<8>(a);
+      for (int i = 0; i < bytes / 4; i++) out[from + i][v] = a[i];
+    }
+}
+
+// A chunk of a tile, into vector `at` of the steps of a panel from `step` on.
+template <class D, bool PAIRS>
+void decode_tile(const uint16_t* tile, const Context& with, int step, int at, Panel<PAIRS>& out) {
+  U low[16][16 / W], high[16][16 / W];
+  transposed<16>(tile, D::WORDS, low);
+  if constexpr (D::PAIRS) transposed<16 / D::PAIRS>(tile + 32, D::WORDS, high);
+  for (int i = 0; i < 16; i++)
+    for (int v = 0; v < 16 / W; v++) {
+      U more{};
+      if constexpr (D::PAIRS) more = D::upper(high[i / D::PAIRS][v], U{} + (uint32_t)(i % D::PAIRS));
+      for (int p = 0; p < D::PLANES; p++) {
+        F even = D::value(low[i][v], more, p, false, with), odd = D::value(low[i][v], more, p, true, with);
+        if constexpr (PAIRS) {
+          out.values[step + 16 * p + i][at + v] = (F)((U)even >> 16 | ((U)odd & 0xffff0000u));
+        } else {
+          out.values[step + 32 * p + 2 * i][at + v] = even;
+          out.values[step + 32 * p + 2 * i + 1][at + v] = odd;
+        }
+      }
+    }
+}
+
+// T tokens by the first `all` steps of a panel: `x` has a token's numbers every STEPS dwords, `scales` a row for each group, which
+// has `steps`; totals [T, NV].
+template <bool PAIRS, int T>
+void multiply(const Panel<PAIRS>& panel, const float* x, const F (*scales)[NV], int steps, int all, F* totals) {
+  constexpr int STEPS = Panel<PAIRS>::STEPS;
+  for (int from = 0; from < all; from += steps, scales++) {
+    F sums[T][NV] = {};
+    const int until = from + steps < all ? from + steps : all;
+    for (int k = from; k < until; k++)
+      for (int t = 0; t < T; t++)
+        for (int v = 0; v < NV; v++) {
+#if defined(__AVX512BF16__)
+          if constexpr (PAIRS) {
+            sums[t][v] = dot((__m512i)panel.values[k][v], (__m512i)splat(x[t * STEPS + k]), sums[t][v]);
+            continue;
+          }
+#endif
+          sums[t][v] = fma(panel.values[k][v], splat(x[t * STEPS + k]), sums[t][v]);
+        }
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < NV; v++) totals[t * NV + v] = fma(sums[t][v], (*scales)[v], totals[t * NV + v]);
+  }
+}
+
+template <bool PAIRS, int T>
+void blocks(const Panel<PAIRS>& panel, const float* x, const F (*scales)[NV], int steps, int all, F* totals, int& m, int count) {
+  for (; m + T <= count; m += T) multiply<PAIRS, T>(panel, x + m * Panel<PAIRS>::STEPS, scales, steps, all, totals + m * NV);
+}
+
+// The products of TILES tiles for the tokens from `first` on: totals [tokens, 16 TILES]. `scale` has those of the tiles, which
+// are `apart` numbers apart; `tiles` is how many there are, for the last may be alone.
+template <class D, bool PAIRS>
+void add_panels(const Job& job, const uint16_t* tile, int tiles, const float* scale, int64_t apart, int64_t first, int count, F* totals) {
+  constexpr int STEPS = Panel<PAIRS>::STEPS, CHUNKS = SPAN / D::COLUMNS, EACH = STEPS / CHUNKS;
+  const Weight& w = job.weight;
+  const Context with(w);
+  const int group = w.shift >= 8 ? SPAN : 1 << w.shift, steps = group / (PAIRS ? 2 : 1);
+  Panel<PAIRS> panel{};
+  for (int64_t c = 0; c < w.chunks; c += CHUNKS) {
+    const int chunks = w.chunks - c < CHUNKS ? (int)(w.chunks - c) : CHUNKS, groups = (chunks * D::COLUMNS + group - 1) / group;
+    F scales[SPAN / 16][NV] = {};
+    const int64_t g = c * D::COLUMNS >> w.shift;
+    for (int t = 0; t < tiles; t++) {
+      for (int i = 0; i < chunks; i++)
+        decode_tile<D, PAIRS>(tile + t * job.words + (c + i) * 16 * D::WORDS, with, i * EACH, t * (16 / W), panel);
+      for (int i = 0; i < groups; i++)
+        for (int v = 0; v < 16 / W; v++) scales[i][t * (16 / W) + v] = load(scale + t * apart + (g + i) * 16 + v * W);
+    }
+    const float* x = (const float*)job.x + (c / CHUNKS * job.work.tokens + first) * STEPS;
+    int m = 0;
+    blocks<PAIRS, BLOCK>(panel, x, scales, steps, chunks * EACH, totals, m, count);
+    blocks<PAIRS, BLOCK / 2>(panel, x, scales, steps, chunks * EACH, totals, m, count);
+    blocks<PAIRS, 2>(panel, x, scales, steps, chunks * EACH, totals, m, count);
+    blocks<PAIRS, 1>(panel, x, scales, steps, chunks * EACH, totals, m, count);
+  }
+}
+
+using AddPanels = void (*)(const Job&, const uint16_t*, int, const float*, int64_t, int64_t, int, F*);
+
+template <bool PAIRS>
+AddPanels panels_of(const Weight& w) {
+  if (w.grid == E4M3) return add_panels<Float8<true>, PAIRS>;
+  if (w.grid == E5M2) return add_panels<Float8<false>, PAIRS>;
+  switch (w.bits) {
+    case 2: return add_panels<Codes<2>, PAIRS>;
+    case 3: return add_panels<Codes<3>, PAIRS>;
+    case 4: return add_panels<Codes<4>, PAIRS>;
+    case 5: return add_panels<Codes<5>, PAIRS>;
+    case 6: return add_panels<Codes<6>, PAIRS>;
+    default: return add_panels<Codes<8>, PAIRS>;
+  }
+}
+
+AddPanels panels_for(const Weight& w, [[maybe_unused]] bool pairs) {
+#if defined(__AVX512BF16__)
+  if (pairs) return panels_of<true>(w);
+#endif
+  return panels_of<false>(w);
+}
+
+}  // namespace

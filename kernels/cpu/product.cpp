@@ -1,0 +1,129 @@
+// Product: activations by a packed weight, or by the matrices of a stack, each token's row by its expert.
+//
+// Sums of a group are in fp32 and scaled there. Zero points and minima add a multiple of the sums of a group's activations, and
+// outliers what they are beyond the codes in their places. Threads take tiles in turn; every sum is made by one of them, in one
+// order.
+#include <stdlib.h>
+
+#include "panels.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
+constexpr int MOST = 192;  // tokens at a time, by panels
+
+struct Run {
+  Job job;
+  bool few;
+  AddRows rows;
+  AddPanels panels;
+  int64_t next;  // the tiles that are next in turn
+};
+
+// What a tile's sums for token m become.
+void finish(const Job& job, const float* shift, int64_t t, int64_t m, float* sums) {
+  const Weight& w = job.weight;
+  const int rows = w.rows - 16 * t < 16 ? (int)(w.rows - 16 * t) : 16;
+  if (job.totals) {
+    const float* total = job.totals + m * w.groups;
+    for (int64_t g = 0; g < w.groups; g++)
+      for (int r = 0; r < 16; r++) sums[r] += shift[g * 16 + r] * total[g];
+  }
+  if (w.outliers) add_outliers(w, job.work, m, 16 * t, rows, sums);
+  put(job.work, m * w.rows + 16 * t, 16 * t, sums, rows);
+}
+
+// One or TILES tiles, from t on, by the tokens of an expert. `room` has sums, then scales, then shifts.
+void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, float* scale) {
+  const Job& job = run.job;
+  const Weight& w = job.weight;
+  const Work& work = job.work;
+  const int64_t from = work.offsets ? work.offsets[expert] : 0, until = work.offsets ? work.offsets[expert + 1] : work.tokens;
+  if (from == until) return;
+  const int64_t at = expert * job.tiles + t, grid = 16 * w.groups;
+  float* shift = scale + TILES * grid;
+  for (int i = 0; i < tiles; i++) {
+    scales_of(w, at + i, expert, scale + i * grid);
+    if (job.totals) shifts_of(w, at + i, scale + i * grid, shift + i * grid);
+  }
+  const uint16_t* codes = w.tiles + at * job.words;
+  for (int64_t first = from; first < until;) {
+    const int most = run.few ? FEW : MOST, count = until - first < most ? (int)(until - first) : most;
+    if (run.few) {
+      memset((void*)room, 0, sizeof(F) * 16 * count);
+      run.rows(job, codes, scale, first, count, room);
+      for (int m = 0; m < count; m++) {
+        alignas(64) float out[16];
+        sums(room + m * 16, out);
+        finish(job, shift, t, first + m, out);
+      }
+    } else {
+      memset((void*)room, 0, sizeof(F) * NV * count);
+      run.panels(job, codes, tiles, scale, grid, first, count, room);
+      for (int i = 0; i < tiles; i++)
+        for (int m = 0; m < count; m++) finish(job, shift + i * grid, t + i, first + m, (float*)room + (m * TILES + i) * 16);
+    }
+    first += count;
+  }
+}
+
+void worker(void* given) {
+  Run& run = *(Run*)given;
+  const int64_t each = run.few ? 1 : TILES, of = (run.job.tiles + each - 1) / each, all = of * run.job.work.experts;
+  const int64_t step = 1 + all / (8 * run.job.work.threads);
+  const int64_t sums = W * (run.few ? 16 * FEW : NV * MOST);
+  float* room = (float*)aligned_alloc(64, 4 * (sums + 2 * TILES * 16 * run.job.weight.groups));
+  for (;;) {
+    const int64_t from = __atomic_fetch_add(&run.next, step, __ATOMIC_RELAXED);
+    if (from >= all) break;
+    for (int64_t i = from; i < from + step && i < all; i++) {
+      const int64_t t = i % of * each, left = run.job.tiles - t;
+      some_tiles(run, i / of, t, (int)(left < each ? left : each), (F*)room, room + sums);
+    }
+  }
+  free(room);
+}
+
+}  // namespace
+
+#define NAME_(name, isa) name##_##isa
+#define NAME(name, isa) NAME_(name, isa)
+
+// Multiplies. Returns 0, or 1 if there is no memory for the activations.
+extern "C" __attribute__((visibility("default"))) int NAME(product, ISA)(const Weight* weight, const Work* work) {
+  const Weight& w = *weight;
+  const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
+  const bool few = each <= FEW;
+#if defined(__AVX512BF16__)
+  const bool pairs = work->dtype == BF16 && w.exact && (!few || w.grid == TABLE);
+#else
+  const bool pairs = false;
+#endif
+  const int low = w.bits == 3 ? 2 : w.bits == 5 || w.bits == 6 ? 4 : w.bits, chunk = 512 / low, columns = few ? chunk : SPAN;
+  const int64_t parts = (w.chunks * chunk + columns - 1) / columns;
+  const bool totals = w.zero || w.minimum;
+  const int64_t bytes = (work->tokens * parts * columns * (pairs ? 2 : 4) + 63) / 64 * 64;
+  char* room = (char*)aligned_alloc(64, bytes + (totals ? (work->tokens * w.groups * 4 + 63) / 64 * 64 : 0));
+  if (!room) return 1;
+  float* sums = totals ? (float*)(room + bytes) : nullptr;
+  for (int64_t m = 0; m < work->tokens; m++) {
+    for (int64_t c = 0; c < parts; c++) {
+      const int64_t at = (c * work->tokens + m) * columns, left = w.columns - c * columns;
+      const int64_t count = left < 0 ? 0 : left < columns ? left : columns;
+      if (pairs)
+        copied(*work, m, c * columns, count, columns, (uint16_t*)room + at);
+      else
+        arranged(*work, m, c * columns, count, columns, few, (float*)room + at);
+    }
+    if (totals) totalled(*work, m, w, sums + m * w.groups);
+  }
+  const int words = w.bits == 3 || w.bits == 6 ? 48 : w.bits == 5 ? 40 : 32;
+  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, rows_for(w, pairs), panels_for(w, pairs), 0};
+  if (work->parallel && work->threads > 1)
+    work->parallel(worker, &run, work->threads, 0);
+  else
+    worker(&run);
+  free(room);
+  return 0;
+}

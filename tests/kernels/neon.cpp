@@ -1,0 +1,97 @@
+// Compares kernels for NEON with those in plain C++ on random bits, every kind of code: built for aarch64 and run by qemu.
+#include <math.h>
+#include <initializer_list>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "weight.h"
+
+struct Rows {
+  const Weight* weight;
+  const int64_t* index;
+  int64_t first, count;
+  void* out;
+  int32_t dtype, threads;
+  Parallel parallel;
+  int64_t next;
+};
+
+extern "C" int product_neon(const Weight*, const Work*);
+extern "C" int product_plain(const Weight*, const Work*);
+extern "C" void expand_neon(Rows*);
+extern "C" void expand_plain(Rows*);
+
+static uint32_t state = 1;
+static uint32_t bits() { return state = state * 1664525u + 1013904223u; }
+static float uniform() { return (bits() >> 8) * 0x1p-23f - 1; }
+
+int main() {
+  const struct { int bits, grid, scales; } kinds[] = {
+      {2, TABLE, F32}, {3, TABLE, BF16}, {4, TABLE, F16}, {4, TABLE, BYTE_E8M0}, {4, TABLE, BYTE_E4M3}, {5, INTEGER, F32},
+      {6, INTEGER, BF16}, {8, INTEGER, F32}, {8, E4M3, F32}, {8, E5M2, F32},
+  };
+  const int64_t N = 37, K = 520;
+  int failed = 0, compared = 0;
+  for (auto kind : kinds)
+    for (int shift : {4, 5, 6, 7, 8, 31})
+      for (int beside = 0; beside < 3; beside++) {
+        if (beside && kind.grid != TABLE && kind.grid != INTEGER) continue;
+        const int low = kind.bits == 3 ? 2 : kind.bits == 5 || kind.bits == 6 ? 4 : kind.bits, columns = 512 / low;
+        const int words = kind.bits == 3 || kind.bits == 6 ? 48 : kind.bits == 5 ? 40 : 32;
+        const int64_t T = (N + 15) / 16, C = (K + columns - 1) / columns, G = shift == 31 ? 1 : (C * columns + (1ll << shift) - 1) >> shift;
+        uint16_t* tiles = (uint16_t*)malloc(T * C * 16 * words * 2);
+        for (int64_t i = 0; i < T * C * 16 * words; i++) {
+          tiles[i] = bits() >> 16;
+          if (kind.grid >= E4M3) tiles[i] &= 0xbfbf;  // no infinities
+        }
+        float *scale = (float*)malloc(T * G * 16 * 4), *minimum = (float*)malloc(T * G * 16 * 4);
+        uint8_t* zero = (uint8_t*)malloc(T * G * 16);
+        for (int64_t i = 0; i < T * G * 16; i++) {
+          const float v = uniform();
+          const uint32_t half = bits();
+          if (kind.scales == F32) scale[i] = v;
+          if (kind.scales == BF16 || kind.scales == F16) ((uint16_t*)scale)[i] = 0x2c00 | (half & 0x8fff);
+          if (kind.scales >= BYTE_E8M0) ((uint8_t*)scale)[i] = kind.scales == BYTE_E8M0 ? 120 + half % 8 : half & 0x77;
+          zero[i] = bits() >> 24 & ((1 << kind.bits) - 1);
+        }
+        for (int64_t i = 0; i < T * G * 16; i++)
+          if (kind.scales == F32) minimum[i] = uniform();
+        float table[16], divisor = 3;
+        for (float& v : table) v = uniform();
+        if (beside == 2 && kind.scales != F32) continue;
+        Weight w{};
+        w.tiles = tiles, w.scale = scale, w.zero = beside == 1 ? zero : nullptr, w.minimum = beside == 2 ? minimum : nullptr;
+        w.divisor = kind.scales == BYTE_E4M3 ? &divisor : nullptr, w.table = table, w.rows = N, w.columns = K, w.chunks = C, w.groups = G;
+        w.bits = kind.bits, w.grid = kind.grid, w.scales = kind.scales, w.shift = shift, w.middle = 1 << (kind.bits - 1);
+        for (int tokens : {1, 2, 13, 31}) {
+          float *x = (float*)malloc(tokens * K * 4), *one = (float*)malloc(tokens * N * 4), *two = (float*)malloc(tokens * N * 4);
+          for (int64_t i = 0; i < tokens * K; i++) x[i] = uniform();
+          Work work{x, nullptr, one, nullptr, tokens, K, 1, F32, 1, nullptr};
+          if (product_neon(&w, &work)) return 2;
+          work.out = two;
+          if (product_plain(&w, &work)) return 2;
+          double most = 0, off = 0;
+          for (int64_t i = 0; i < tokens * N; i++) most = fmax(most, fabs(two[i])), off = fmax(off, fabs(one[i] - two[i]));
+          compared++;
+          if (!(off <= 1e-5 * most)) failed++, printf("bits %d grid %d shift %d beside %d tokens %d: %g of %g\n", kind.bits, kind.grid, shift, beside, tokens, off, most);
+          free(x), free(one), free(two);
+        }
+        for (int dtype : {F32, F16, BF16}) {
+          char *one = (char*)calloc(N * K, 4), *two = (char*)calloc(N * K, 4);
+          Rows rows{&w, nullptr, 0, N, one, dtype, 1, nullptr, 0};
+          expand_neon(&rows);
+          rows.out = two;
+          expand_plain(&rows);
+          compared++;
+          for (int64_t i = 0; i < N * K * 4; i++)
+            if (one[i] != two[i]) {
+              failed++, printf("bits %d grid %d shift %d beside %d dtype %d: byte %ld\n", kind.bits, kind.grid, shift, beside, dtype, (long)i);
+              break;
+            }
+          free(one), free(two);
+        }
+        free(tiles), free(scale), free(minimum), free(zero);
+      }
+  printf("%d comparisons, %d differ\n", compared, failed);
+  return failed != 0 || compared < 100;
+}

@@ -1,0 +1,80 @@
+"""Every scheme by a library of CPU kernels, against fp64. As a program it checks a library that is not loaded elsewhere.
+
+python simd_oracle.py LIBRARY ISA
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from compress.kernels.cpu.library import Library
+from compress.kernels.native import simd
+from compress.kernels.native.packed import Packed, pack
+from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
+from compress.spec.weight_state import State
+
+SCHEMES = (
+    "w2a16g16", "w2a16g32-asym", "w2a16g256", "w2a16", "w3a16g16-min", "w3a16g32", "w3a16g64-asym", "w3a16g128", "w3a16-min",
+    "w4a16g16-asym", "w4a16g32", "w4a16g64-asym", "w4a16g128", "w4a16g32-min", "w4a16", "w5a16g16", "w5a16g32", "w5a16g64-min",
+    "w6a16g16-asym", "w6a16g64", "w6a16g32-min", "w8a16g16", "w8a16g64-asym", "w8a16", "nf4g64", "nf3g32", "nf2g16", "fp4g128",
+    "e3m0g32", "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block", "mxfp4", "nvfp4",
+)  # fmt: skip
+SHAPES = ((48, 256), (33, 768), (17, 304))
+"""Rows and columns: of whole tiles and chunks, and of some that are not."""
+TOKENS = (1, 3, 13, 41)
+"""By rows, and by panels with all kinds of blocks."""
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def prepared(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> tuple[Packed, torch.Tensor]:
+    """A random weight as the backend keeps it, and its values in fp32."""
+    q = nearest(torch.randn(rows, columns).to(dtype), scheme, dtype).q
+    packed = Packed(State(scheme), rows, columns, pack(q))
+    return Packed(State(scheme), rows, columns, simd.Simd().prepare(packed)), q.dequantize()
+
+
+def differences(library: Library, text: str) -> Iterator[str]:
+    """What a scheme gets wrong, a line each."""
+    scheme = Scheme.parse(text)
+    for rows, columns in SHAPES:
+        if columns % (scheme.group or 1):
+            continue
+        for dtype in ROUNDING:
+            packed, dense = prepared(scheme, rows, columns, dtype)
+            yield from wrong(library, packed, dense, dtype, f"{library.isa}: {text}, {rows} x {columns}, {dtype}")
+
+
+def wrong(library: Library, packed: Packed, dense: torch.Tensor, dtype: torch.dtype, where: str) -> Iterator[str]:
+    """Values are the same bits; a product errs by its own rounding, and by 2^-21 of the sum of what is added up."""
+    weight = simd.weight_of(packed)
+    rows, columns = dense.shape
+    whole = torch.empty(rows, columns, dtype=dtype)
+    library.expand(weight, slice(0, rows), whole)
+    if not torch.equal(whole, dense.to(dtype)):
+        yield f"{where}: values"
+    ids, some = torch.tensor([rows - 1, 0, 16, 3, 16]), torch.empty(5, columns, dtype=dtype)
+    library.expand(weight, ids, some)
+    if not torch.equal(some, dense[ids].to(dtype)):
+        yield f"{where}: rows by number"
+    bias = torch.randn(rows).to(dtype)
+    for tokens in TOKENS:
+        x, out = torch.randn(tokens, columns + 8).to(dtype)[:, :columns], torch.empty(tokens, rows, dtype=dtype)
+        library.product(weight, x, bias, out)
+        exact = x.double() @ dense.double().T + bias.double()
+        added = x.double().abs() @ dense.double().abs().T + bias.double().abs()
+        error = (out.double() - exact).abs() / (ROUNDING[dtype] * exact.abs() + 2.0**-21 * added)
+        if not bool((error <= 1).all()):
+            yield f"{where}: {tokens} tokens, {float(error.max()):.2f} of what may be"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    held = Library(Path(sys.argv[1]), sys.argv[2])
+    found = [line for scheme in SCHEMES for line in differences(held, scheme)]
+    print("\n".join(found) or f"{len(SCHEMES)} schemes by {held.isa}: as fp64 has them")
+    sys.exit(1 if found else 0)
