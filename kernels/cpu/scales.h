@@ -30,9 +30,13 @@ void stored(const void* from, int64_t at, int64_t count, int32_t dtype, float* o
 
 // Two of them: of the columns in the lower half of a vector, and in the upper.
 inline F halves(float low, float high) {
+#if W == 16
+  return _mm512_mask_broadcastss_ps(splat(low), 0xff00, _mm_set_ss(high));
+#else
   F v;
   for (int l = 0; l < W; l++) v[l] = l < W / 2 ? low : high;
   return v;
+#endif
 }
 
 void scales_of(const Weight& w, int64_t tile, int64_t expert, float* scale) {

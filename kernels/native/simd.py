@@ -23,8 +23,9 @@ from compress.spec.corrections import SHORT
 from compress.spec.scheme import FP8, Scheme
 from compress.spec.weight_state import State
 
-_TOKENS = 96
-"""The most tokens for which products by codes are faster than expanding the weight first."""
+_TOKENS, _TOKENS_IN_FP32 = 96, 24
+"""The most tokens for which products by codes are faster than expanding the weight first; the second where torch multiplies in
+half precision, and codes are no bfloat16 numbers."""
 _CHUNK = 1 << 20
 """Weights that are expanded at a time."""
 
@@ -63,7 +64,7 @@ class Simd(Fused):
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        if len(x) > _TOKENS:
+        if len(x) > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else _TOKENS_IN_FP32):
             return self.by_chunks(x, packed, bias)
         out = self.product(x, packed, bias)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
