@@ -114,8 +114,8 @@ class Native(Format):
         return narrow.rest(weight.columns, state.scheme.bits)
 
     def memory_bytes(self, weight: Weight, state: State) -> int:
-        """Bytes of a packed weight in memory."""
-        return payload_bytes(_specs(weight, state, not self._zeros(weight, state)))
+        """Bytes of a packed weight in memory; the fastest backends put zeros back among codes."""
+        return payload_bytes(_specs(weight, state, state.scheme is None and not self._zeros(weight, state)))
 
     def copies(self, weight: Weight, state: State) -> dict[str, str]:
         from compress.numerics.qtensor import specs

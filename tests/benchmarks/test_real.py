@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.real import model, peers, process, rows, table
+from benchmarks.real import beside, model, peers, process, rows, table
 from benchmarks.real.page import page, remarks_of
 from benchmarks.real.peers import PEER_ROWS, PeerRow
 from benchmarks.real.rows import ROWS, Protocol, chosen
@@ -298,6 +298,51 @@ def test_the_page_has_a_row_for_each_method_and_what_it_was_measured_on() -> Non
     busy = page(found(busy=True))
     assert "| (61) | 190% |" in busy
     assert "Seconds in brackets were measured while other processes" in busy
+
+
+def test_rows_stand_beside_other_tools_at_their_scheme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def row(name: str, first: float, second: float, **facts: Any) -> dict[str, Any]:
+        numbers = [{"kl": {"value": kl, "error": 0.01}, "perplexity": {"value": 20.0, "error": None}} for kl in (first, second)]
+        also = {"text": "b.jsonl", "quality": numbers[1]}
+        used = {"seconds": 60.0, "busy": False, "peak_bytes": 10**9}
+        used = {"run": used, "recipe": f"calibrate | {name} | pack"} if "asked" not in facts else {"made": used, "kind": "peer"}
+        return {"name": name, "kind": "ours", "quality": numbers[0], "also": also, "tensor_bytes": 10**6, **used, **facts}
+
+    rows = [
+        row("gptq-w2g64", 0.5, 0.9), row("gptq-w2g64-residual", 0.3, 0.6), row("auto-round-w2g64", 0.4, 0.5, asked="auto-round 1"),
+        row("llm-compressor-w2g64", 1.0, 0.4, asked="llm-compressor 1"), {"name": "gptqmodel-w2g64", "kind": "peer", "error": "no"},
+        row("gptq-w3g32", 0.2, 0.2),
+    ]  # fmt: skip
+    text = {"name": "a.jsonl", "sha256": "0" * 64}
+    inputs = {
+        "model": {"name": "m", "sha256": "0" * 64},
+        "text": text,
+        "calibrate": text,
+        "samples": 4,
+        "length": 8,
+        "tokens": 64,
+        "window": 8,
+    }
+    found = {"inputs": inputs, "machine": {"python": "3", "transformers": "5"}, "rows": rows}
+    (tmp_path / "peers.json").write_text(json.dumps(found))
+    assert beside.main([str(tmp_path / "peers.json"), str(tmp_path / "peers.md")]) == 0
+    lines = (tmp_path / "peers.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ") and "---" not in line]
+    assert [
+        "`gptq-w2g64-residual`",
+        "1.0",
+        "0.3000 ± 0.0100",
+        "0.75",
+        "0.6000 ± 0.0100",
+        "1.50",
+        "20.00",
+        "60",
+        "1.00 GB",
+    ] in cells
+    assert [cell[3] for cell in cells if cell[0].startswith("`gptq-w3g32")] == [""]
+    assert "Failed: `gptqmodel-w2g64`: no" in lines
+    assert lines.index("## w3a16g32") < lines.index("## w2a16g64")
+    capsys.readouterr()
 
 
 def test_what_a_person_wrote_on_the_page_is_kept(tmp_path: Path) -> None:

@@ -259,8 +259,9 @@ def test_an_artifact_means_and_takes_what_was_planned(recipe: str, bits: float |
     assert step.payload_bytes == stored.nbytes
     assert step.disk_bytes == sum((out / file).stat().st_size for file in ("model.safetensors", "config.json"))
     dense_view = logits(build(stored, rounded=False))
-    model = compress.load(out, "float32")
-    assert torch.equal(logits(model), dense_view)
+    assert torch.equal(logits(compress.load(out, "float32", backend="cpu")), dense_view)
+    # Where activations are rounded, the last bit of a sum may decide which way.
+    torch.testing.assert_close(logits(compress.load(out, "float32")), dense_view, rtol=0, atol=1e-5 if bits else 1e-2)
     half = logits(compress.load(out, "bfloat16"))
     assert (half - dense_view).norm() < 2e-2 * dense_view.norm()
     assert verify_bytes(stored, Context()).decoded == len(result.manifest.weights) == 14
@@ -370,7 +371,7 @@ def test_a_trained_model_from_end_to_end(then: str, halved: int, tmp_path: Path)
     stored = open_checkpoint(tmp_path / "out")
     assert result.plan.steps[-1].payload_bytes == stored.nbytes
     assert sum(name.endswith(".indices") for name in stored.refs) == halved
-    assert torch.equal(logits(compress.load(tmp_path / "out", "float32")), logits(build(stored, rounded=False)))
+    assert torch.equal(logits(compress.load(tmp_path / "out", "float32", backend="cpu")), logits(build(stored, rounded=False)))
     assert verify_bytes(stored, Context()).decoded == 35
 
 

@@ -91,7 +91,7 @@ def test_it_is_measured_packed_and_run(wide: Path, tmp_path: Path, options: str)
     }
     assert (*down, *others) == expected[options]
     simulated, model = build(open_checkpoint(tmp_path / "out"), rounded=False), compress.load(tmp_path / "out", "float32")
-    assert backends(model) == ({"integers": 14} if options != "(outliers=0)" else {"cpu": 14})
+    assert backends(model) == ({"integers": 14} if options != "(outliers=0)" else {"simd": 14})
     # Module by module, because in whole models a sum in another order can put an activation on the other side of a tie.
     for runs in (model, compress.load(tmp_path / "out", "float32", backend="cpu")):
         for path, module in runs.named_modules():

@@ -1,0 +1,97 @@
+"""Beside: recipes/peers.md, a table for each scheme of ours beside other tools', from rows that were measured.
+
+    python tests/benchmarks/real/beside.py [recipes/peers.json] [recipes/peers.md]
+
+Rows are those of `python tests/benchmarks/real --samples 128 --peers --json recipes/peers.json`. `of the best` is a row's KL by the
+lowest of any other tool's at that scheme, on each text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.real.page import END, REMARKS, estimate, gigabytes, protocol, remarks_of, seconds, table
+
+SCHEMES = {
+    "w3g64": "w3a16g64", "w3g32": "w3a16g32", "w2g64": "w2a16g64", "w2g32": "w2a16g32", "nvfp4": "NVFP4, weights alone",
+    "mxfp4": "MXFP4, weights alone", "w4a8g64": "w4a8g64", "w4a4g64": "w4a4g64",
+}  # fmt: skip
+"""As names of rows have them -> the heading."""
+OURS = ("rtn-{}", "gptq-{}", "{}", "gptq-{}-residual", "gptq-{}-residual-scales")
+"""Rows of ours at a scheme, step by step."""
+TOOLS = ("llm-compressor-{}", "gptqmodel-{}", "auto-round-{}")
+HEAD = ("", "MB", "KL to source", "of the best", "on the second text", "of the best", "perplexity", "s", "peak")
+
+
+def of_scheme(rows: dict[str, dict[str, Any]], scheme: str) -> list[dict[str, Any]]:
+    """The measured rows of a scheme, ours first."""
+    names = [name.format(scheme) for name in (*OURS, *TOOLS)]
+    return [rows[name] for name in names if "quality" in rows.get(name, {})]
+
+
+def kl(row: dict[str, Any], text: str) -> float:
+    """In nats per token; `text` is text or also."""
+    quality = row["quality"] if text == "text" else row["also"]["quality"]
+    return float(quality["kl"]["value"])
+
+
+def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
+    """A row of a table; `best` has the lowest KL of another tool on each text."""
+    run = row.get("run") or row.get("made")
+    of = {text: f"{kl(row, text) / best[text]:.2f}" if best else "" for text in ("text", "also")}
+    label = f"`{row['recipe'].partition(' | ')[2].removesuffix(' | pack')}`" if row["kind"] == "ours" else row["asked"]
+    if row["kind"] == "ours" and not row["recipe"].startswith("calibrate"):
+        label = f"`{row['recipe'].removesuffix(' | pack')}`"
+    return (
+        label, f"{row['tensor_bytes'] / 1e6:.1f}", estimate(row["quality"]["kl"], ".4f"), of["text"],
+        estimate(row["also"]["quality"]["kl"], ".4f"), of["also"], estimate(row["quality"]["perplexity"], ".2f"),
+        seconds(run["seconds"], run) if run else "", gigabytes(run["peak_bytes"]) if run else "",
+    )  # fmt: skip
+
+
+def tables(found: dict[str, Any]) -> Iterator[str]:
+    """The lines of all tables."""
+    rows = {row["name"]: row for row in found["rows"]}
+    for scheme, heading in SCHEMES.items():
+        held = of_scheme(rows, scheme)
+        if not held:
+            continue
+        peers = [row for row in held if row["kind"] == "peer"]
+        best = {text: min(kl(row, text) for row in peers) for text in ("text", "also")} if peers else {}
+        yield from (f"## {heading}", "", *table(HEAD, [cells(row, best) for row in held]), "")
+        missing = [name.format(scheme) for name in (*OURS, *TOOLS) if "error" in rows.get(name.format(scheme), {})]
+        yield from (f"Failed: `{name}`: {rows[name]['error']}" for name in missing)
+
+
+def page(found: dict[str, Any], remarks: str) -> str:
+    """The whole page; `found` is what the rows were written to as JSON."""
+    measured = {**found, "rows": [row for row in found["rows"] if "quality" in row]}
+    lines = [
+        "# Beside other tools, scheme by scheme", "",
+        f"{found['inputs']['model']['name']}, each row a fresh process, other tools in environments of their own, on the same token ids",
+        "in the same order. `of the best`: KL by that of the best other tool at the same scheme; below 1 is better. Symmetric integers",
+        "throughout, as these tools make them by default. Seconds in brackets: beside other programs. Written by",
+        "`tests/benchmarks/real/beside.py`.", "",
+        REMARKS, remarks.strip("\n"), END, "",
+        *tables(found), *protocol(measured),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status."""
+    recipes = Path(__file__).parents[3] / "recipes"
+    source, out = (Path(a) for a in (*arguments, *(recipes / "peers.json", recipes / "peers.md")[len(arguments) :]))
+    out.write_text(page(json.loads(source.read_text()), remarks_of(out)))
+    print(f"written: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
