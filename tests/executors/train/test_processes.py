@@ -228,9 +228,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     for name in recipes:
         one, two = rows(tmp_path / f"{name}.1"), rows(tmp_path / f"{name}.2")
         assert len(one) == len(two) == 3
-        for a, b in zip(one, two, strict=True):
-            # Sums in another order, after steps that divide by what is small; on some processors 1.3e-4.
-            assert a["norm"] == pytest.approx(b["norm"], rel=1e-3), name
+        for number, (a, b) in enumerate(zip(one, two, strict=True)):
+            # Sums in another order: of one step, and of others after steps that divide by what is small, on some processors 1.3e-4.
+            assert a["norm"] == pytest.approx(b["norm"], rel=1e-3 if number else 1e-5), name
             assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
             assert a.keys() == b.keys()
             for key in a.keys() - {"norm", "domains"}:
