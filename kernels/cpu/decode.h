@@ -42,7 +42,7 @@ struct Codes {  // integers of 5, 6 and 8 bits, and tables of up to 16 values
 
 template <bool E4>
 struct Float8 {
-  static constexpr int BITS = 8, PLANES = 2, COLUMNS = 64, PAIRS = 0, WORDS = 32;
+  static constexpr int BITS = 8, PLANES = 2, COLUMNS = 64, PAIRS = 0, WORDS = 32, FRACTION = E4 ? 3 : 2;
 
   // E5M2 is the high byte of an fp16; E4M3 has one bit of exponent less, and its values are 2^-8 of those of its bits there.
   static F value(U low, U, int p, bool odd, const Context&) {

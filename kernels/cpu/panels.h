@@ -60,7 +60,7 @@ void decode_tile(const uint16_t* tile, const Context& with, int step, int at, Pa
       for (int p = 0; p < D::PLANES; p++) {
         F even = D::value(low[i][v], more, p, false, with), odd = D::value(low[i][v], more, p, true, with);
         if constexpr (PAIRS) {
-          out.values[step + 16 * p + i][at + v] = (F)((U)even >> 16 | ((U)odd & 0xffff0000u));
+          out.values[step + 16 * p + i][at + v] = (F)joined(even, odd);
         } else {
           out.values[step + 32 * p + 2 * i][at + v] = even;
           out.values[step + 32 * p + 2 * i + 1][at + v] = odd;

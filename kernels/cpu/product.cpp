@@ -10,6 +10,7 @@
 
 namespace {
 
+constexpr int JOINED = 3;  // tokens from which it pays to join halves of integers decoded as fp32
 constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
 constexpr int MOST = 192;  // tokens at a time, by panels
 
@@ -96,7 +97,7 @@ extern "C" __attribute__((visibility("default"))) int NAME(product, ISA)(const W
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
   const bool few = each <= FEW;
 #if defined(__AVX512BF16__)
-  const bool pairs = work->dtype == BF16 && w.exact && (!few || w.grid == TABLE);
+  const bool pairs = work->dtype == BF16 && w.exact && (w.bits < 8 || w.grid != INTEGER || each >= JOINED);
 #else
   const bool pairs = false;
 #endif

@@ -22,39 +22,97 @@ struct Whole {
 };
 
 #if defined(__AVX512BF16__)
-// Values as bfloat16 numbers, columns as they are stored, multiplied in pairs and summed in fp32; for tables of such numbers.
+// Values as bfloat16 numbers, columns as they are stored, multiplied in pairs and summed in fp32: of up to 6 bits, looked up.
 template <class D, int FOLD>
 struct InPairs {
   using V = __m512i;
   using Decoded = D;
   static constexpr int VECTORS = D::PLANES, EACH = FOLD ? FOLD : 1;
   static constexpr bool BOTH = !FOLD;
-  V table, word, byte;
+  V table, above, word, shift, byte;
 
   explicit InPairs(const Weight& w) {
-    uint16_t values[32], words[32];
+    uint16_t values[64], words[32], shifts[32];
     uint8_t bytes[64];
-    for (int i = 0; i < 32; i++) values[i] = bits_of(w.table[i & 15]) >> 16;
-    // As in tiles.py: the word of a column's upper bit, whose bytes are swapped where BIT has its second half.
-    for (int r = 0; r < 32; r++) words[r] = 4 * (r / 8) + 2 * (r % 8 / 4) + r % 2;
+    for (int i = 0; i < 64; i++) values[i] = bits_of(D::BITS <= 4 ? w.table[i & 15] : (i & ((1 << D::BITS) - 1)) - w.middle) >> 16;
+    // As in tiles.py: the word of a column's upper bits, and how far from its end they are; of 3 bits, whether its bytes are swapped.
+    for (int r = 0; r < 32; r++) {
+      words[r] = D::BITS == 3 ? 4 * (r / 8) + 2 * (r % 8 / 4) + r % 2 : D::BITS == 5 ? r / 4 : r / 2;
+      shifts[r] = D::BITS == 5 ? 4 * (r % 4) : 8 * (r % 2);
+    }
     for (int i = 0; i < 64; i++) bytes[i] = i % 16 ^ (i / 4 % 2);
-    table = _mm512_loadu_si512(values), word = _mm512_loadu_si512(words), byte = _mm512_loadu_si512(bytes);
+    table = _mm512_loadu_si512(values), above = _mm512_loadu_si512(values + 32), word = _mm512_loadu_si512(words);
+    shift = _mm512_loadu_si512(shifts), byte = _mm512_loadu_si512(bytes);
   }
 
   void decode(const uint16_t* row, V* out) const {
     V low = _mm512_loadu_si512(row), high{};
-    if constexpr (D::BITS == 3) {
-      V more = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(row + 32)));
-      high = _mm512_shuffle_epi8(_mm512_permutexvar_epi16(word, more), byte);
+    if constexpr (D::PAIRS) {
+      constexpr int count = D::WORDS - 32;
+      high = _mm512_permutexvar_epi16(word, _mm512_maskz_loadu_epi16((1u << count) - 1, row + 32));
+      high = D::BITS == 3 ? _mm512_shuffle_epi8(high, byte) : _mm512_srlv_epi16(high, shift);
     }
     for (int p = 0; p < D::PLANES; p++) {
       V code = _mm512_srli_epi16(low, D::LOW * p);
-      if constexpr (D::BITS == 3) {
-        V bit = _mm512_srli_epi16(high, 2 * (p % 4) + p / 4);
-        code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), code, bit, 0xca);  // bits of the first, others of the second
+      if constexpr (D::PAIRS) {
+        // Where the upper bits lie, less where they belong; a lookup passes over what is above them.
+        const int off = D::BITS == 3 ? 2 * (p % 4) + p / 4 : D::MORE * p - 4;
+        V upper = off < 0 ? _mm512_slli_epi16(high, off < 0 ? -off : 0) : _mm512_srli_epi16(high, off < 0 ? 0 : off);
+        code = _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << D::LOW) - 1), code, upper, 0xca);  // the first chooses
       }
-      out[p] = _mm512_permutexvar_epi16(code, table);
+      out[p] = D::BITS == 6 ? _mm512_permutex2var_epi16(table, code, above) : _mm512_permutexvar_epi16(code, table);
     }
+  }
+
+  static F first(V a, V b) { return dot(a, b, F{}); }
+  static F more(V a, V b, F c) { return dot(a, b, c); }
+};
+
+// The same of FP8: the bits behind the sign are moved to where a bfloat16 has them, and what has no leading one is looked up.
+template <class D, int FOLD>
+struct Bytes {
+  using V = __m512i;
+  using Decoded = D;
+  static constexpr int VECTORS = D::PLANES, EACH = FOLD ? FOLD : 1;
+  static constexpr bool BOTH = !FOLD;
+  static constexpr int FRACTION = D::FRACTION, BIAS = (1 << (6 - FRACTION)) - 1;
+  V small;
+
+  explicit Bytes(const Weight&) {
+    uint16_t values[32];
+    for (int i = 0; i < 32; i++) values[i] = bits_of((float)i / (1 << (BIAS - 1 + FRACTION))) >> 16;
+    small = _mm512_loadu_si512(values);
+  }
+
+  void decode(const uint16_t* row, V* out) const {
+    V low = _mm512_loadu_si512(row);
+    for (int p = 0; p < 2; p++) {
+      V byte = p ? _mm512_srli_epi16(low, 8) : low, rest = _mm512_and_si512(byte, _mm512_set1_epi16(127));
+      V found = _mm512_add_epi16(_mm512_slli_epi16(rest, 7 - FRACTION), _mm512_set1_epi16((127 - BIAS) << 7));
+      found = _mm512_mask_permutexvar_epi16(found, _mm512_cmplt_epu16_mask(rest, _mm512_set1_epi16(1 << FRACTION)), rest, small);
+      V sign = p ? low : _mm512_slli_epi16(low, 8);
+      out[p] = _mm512_ternarylogic_epi32(found, sign, _mm512_set1_epi16((int16_t)0x8000), 0xf8);  // with the sign's bit
+    }
+  }
+
+  static F first(V a, V b) { return dot(a, b, F{}); }
+  static F more(V a, V b, F c) { return dot(a, b, c); }
+};
+
+// The same for integers of 8 bits: decoded as fp32, whose upper halves are joined.
+template <class D, int FOLD>
+struct Joined {
+  using V = __m512i;
+  using Decoded = D;
+  static constexpr int VECTORS = D::PLANES, EACH = FOLD ? FOLD : 1;
+  static constexpr bool BOTH = !FOLD;
+  const Context with;
+  explicit Joined(const Weight& w) : with(w) {}
+
+  void decode(const uint16_t* row, V* out) const {
+    F values[2 * VECTORS];
+    decode_row<D>(row, with, values);
+    for (int p = 0; p < VECTORS; p++) out[p] = (V)joined(values[2 * p], values[2 * p + 1]);
   }
 
   static F first(V a, V b) { return dot(a, b, F{}); }
@@ -114,9 +172,16 @@ AddRows rows_for(const Weight& w, [[maybe_unused]] bool pairs) {
   const int planes = w.shift >= 31 ? 32 : (1 << w.shift) / 32;
 #if defined(__AVX512BF16__)
   if (pairs) {
-    if (w.bits == 2) return folded<InPairs, Codes<2>>(planes);
-    if (w.bits == 3) return folded<InPairs, Codes<3>>(planes);
-    return folded<InPairs, Codes<4>>(planes);
+    if (w.grid == E4M3) return folded<Bytes, Float8<true>>(planes);
+    if (w.grid == E5M2) return folded<Bytes, Float8<false>>(planes);
+    switch (w.bits) {
+      case 2: return folded<InPairs, Codes<2>>(planes);
+      case 3: return folded<InPairs, Codes<3>>(planes);
+      case 4: return folded<InPairs, Codes<4>>(planes);
+      case 5: return folded<InPairs, Codes<5>>(planes);
+      case 6: return folded<InPairs, Codes<6>>(planes);
+      default: return folded<Joined, Codes<8>>(planes);
+    }
   }
 #endif
   if (w.grid == E4M3) return folded<Whole, Float8<true>>(planes);

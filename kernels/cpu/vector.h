@@ -35,6 +35,9 @@ inline U words(const uint16_t* p) {  // words in pairs, the even one in the low 
 }
 inline F number(U v) { return __builtin_convertvector((S)v, F); }  // below 2^31
 
+// The upper halves of fp32 numbers, which are all of them where they are bfloat16 numbers: the even ones in the low halves.
+inline U joined(F even, F odd) { return (U)even >> 16 | ((U)odd & 0xffff0000u); }
+
 inline F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
