@@ -304,7 +304,7 @@ def test_rows_stand_beside_other_tools_at_their_scheme(tmp_path: Path, capsys: p
     def row(name: str, first: float, second: float, **facts: Any) -> dict[str, Any]:
         numbers = [{"kl": {"value": kl, "error": 0.01}, "perplexity": {"value": 20.0, "error": None}} for kl in (first, second)]
         also = {"text": "b.jsonl", "quality": numbers[1]}
-        used = {"seconds": 60.0, "busy": False, "peak_bytes": 10**9}
+        used = {"seconds": 60.0, "cpu_seconds": 90.0, "peak_bytes": 10**9}
         used = {"run": used, "recipe": f"calibrate | {name} | pack"} if "asked" not in facts else {"made": used, "kind": "peer"}
         return {"name": name, "kind": "ours", "quality": numbers[0], "also": also, "tensor_bytes": 10**6, **used, **facts}
 
@@ -336,7 +336,7 @@ def test_rows_stand_beside_other_tools_at_their_scheme(tmp_path: Path, capsys: p
         "0.6000 ± 0.0100",
         "1.50",
         "20.00",
-        "60",
+        "90",
         "1.00 GB",
     ] in cells
     assert [cell[3] for cell in cells if cell[0].startswith("`gptq-w3g32")] == [""]

@@ -16,7 +16,7 @@ from typing import Any
 
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.real.page import END, REMARKS, estimate, gigabytes, protocol, remarks_of, seconds, table
+from benchmarks.real.page import END, REMARKS, estimate, gigabytes, protocol, remarks_of, table
 
 SCHEMES = {
     "w3g64": "w3a16g64", "w3g32": "w3a16g32", "w2g64": "w2a16g64", "w2g32": "w2a16g32", "nvfp4": "NVFP4, weights alone",
@@ -26,7 +26,7 @@ SCHEMES = {
 OURS = ("rtn-{}", "gptq-{}", "{}", "gptq-{}-residual", "gptq-{}-residual-scales")
 """Rows of ours at a scheme, step by step."""
 TOOLS = ("llm-compressor-{}", "gptqmodel-{}", "auto-round-{}")
-HEAD = ("", "MB", "KL to source", "of the best", "on the second text", "of the best", "perplexity", "s", "peak")
+HEAD = ("", "MB", "KL to source", "of the best", "on the second text", "of the best", "perplexity", "CPU s", "peak")
 
 
 def of_scheme(rows: dict[str, dict[str, Any]], scheme: str) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
     return (
         label, f"{row['tensor_bytes'] / 1e6:.1f}", estimate(row["quality"]["kl"], ".4f"), of["text"],
         estimate(row["also"]["quality"]["kl"], ".4f"), of["also"], estimate(row["quality"]["perplexity"], ".2f"),
-        seconds(run["seconds"], run) if run else "", gigabytes(run["peak_bytes"]) if run else "",
+        f"{run['cpu_seconds']:,.0f}" if run else "", gigabytes(run["peak_bytes"]) if run else "",
     )  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def page(found: dict[str, Any], remarks: str) -> str:
         "# Beside other tools, scheme by scheme", "",
         f"{found['inputs']['model']['name']}, each row a fresh process, other tools in environments of their own, on the same token ids",
         "in the same order. `of the best`: KL by that of the best other tool at the same scheme; below 1 is better. Symmetric integers",
-        "throughout, as these tools make them by default. Seconds in brackets: beside other programs. Written by",
-        "`tests/benchmarks/real/beside.py`.", "",
+        "throughout, as these tools make them by default. `CPU s`: seconds of a core that the whole process took, as programs beside it change",
+        "least. Written by `tests/benchmarks/real/beside.py`.", "",
         REMARKS, remarks.strip("\n"), END, "",
         *tables(found), *protocol(measured),
     ]  # fmt: skip
