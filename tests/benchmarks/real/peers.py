@@ -27,14 +27,15 @@ from .process import measure
 _TORCH = "torch==2.13.0"
 
 
-def _environment(name: str, pin: str) -> Environment:
-    return Environment(name, ((_TORCH,), (_TORCH, pin)), needs_bytes=3 * 10**9)
+def _environment(name: str, *pins: str) -> Environment:
+    return Environment(name, ((_TORCH,), (_TORCH, *pins)), needs_bytes=3 * 10**9)
 
 
 PEERS: dict[str, Callable[[], Environment]] = {
     "llm-compressor": lambda: _environment("llm-compressor", "llmcompressor==0.14.0.1"),
     "gptqmodel": readers.gptqmodel,
-    "auto-round": lambda: _environment("auto-round", "auto-round==0.16.1"),
+    # It writes FP4 by compressed-tensors, on which it does not depend, and for which it asks at the end.
+    "auto-round": lambda: _environment("auto-round", "auto-round==0.16.1", "compressed-tensors==0.20.1"),
 }
 
 
