@@ -78,6 +78,9 @@ def page(found: dict[str, Any], remarks: str) -> str:
         "in the same order. `of the best`: KL by that of the best other tool at the same scheme; below 1 is better. Symmetric integers",
         "throughout, as these tools make them by default. `CPU s`: seconds of a core that the whole process took, as programs beside it change",
         "least. Written by `tests/benchmarks/real/beside.py`.", "",
+        "```sh",
+        "python tests/benchmarks/real --samples 128 --peers --json recipes/peers.json --page build/peers.md",
+        "python tests/benchmarks/real/beside.py", "```", "",
         REMARKS, remarks.strip("\n"), END, "",
         *tables(found), *protocol(measured),
     ]  # fmt: skip
