@@ -12,38 +12,29 @@ inline float from_bits(uint32_t bits) {
   return v;
 }
 
-inline float half_to_float(uint16_t h) {
-  const uint32_t bits = (uint32_t)(h & 0x7fff) << 13, special = bits >= 0x0f800000u ? 0x7f800000u : 0;
-  uint32_t plain;
-  const float scaled = from_bits(bits) * 0x1p112f;  // exact, and also for what has no leading one
-  memcpy(&plain, &scaled, 4);
-  return from_bits(plain | special | (uint32_t)(h & 0x8000) << 16);
-}
-
 inline uint32_t bits_of(float v) {
   uint32_t bits;
   memcpy(&bits, &v, 4);
   return bits;
 }
 
+inline float half_to_float(uint16_t h) {
+  const uint32_t bits = (uint32_t)(h & 0x7fff) << 13, special = bits >= 0x0f800000u ? 0x7f800000u : 0;
+  const uint32_t plain = bits_of(from_bits(bits) * 0x1p112f);  // exact, and also for what has no leading one
+  return from_bits(plain | special | (uint32_t)(h & 0x8000) << 16);
+}
+
 inline uint16_t bf16_of(float v) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
+  const uint32_t bits = bits_of(v);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 64);
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 inline uint16_t half_of(float v) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
-  uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffffu;
+  const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffffu;
   if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
   if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
-  if (rest < 0x38800000u) {  // the sum's last bits are the fp16's
-    float magic = from_bits(rest) + 0.5f;
-    memcpy(&rest, &magic, 4);
-    return (uint16_t)(sign | (rest - 0x3f000000u));
-  }
+  if (rest < 0x38800000u) return (uint16_t)(sign | (bits_of(from_bits(rest) + 0.5f) - 0x3f000000u));  // the sum's last bits
   return (uint16_t)(sign | ((rest + 0xfff + (rest >> 13 & 1) - 0x38000000u) >> 13));
 }
 

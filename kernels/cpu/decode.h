@@ -17,6 +17,7 @@ struct Context {
 
 template <int BITS_>
 struct Codes {  // integers of 5, 6 and 8 bits, and tables of up to 16 values
+  static constexpr bool FLOAT = false;
   static constexpr int BITS = BITS_, LOW = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS, MORE = BITS - LOW;
   static constexpr int PLANES = 16 / LOW, COLUMNS = 32 * PLANES;
   static constexpr int PAIRS = MORE ? BITS == 5 ? 4 : 2 : 0;  // that share 32 of the upper bits
@@ -42,6 +43,7 @@ struct Codes {  // integers of 5, 6 and 8 bits, and tables of up to 16 values
 
 template <bool E4>
 struct Float8 {
+  static constexpr bool FLOAT = true;
   static constexpr int BITS = 8, PLANES = 2, COLUMNS = 64, PAIRS = 0, WORDS = 32, FRACTION = E4 ? 3 : 2;
 
   // E5M2 is the high byte of an fp16; E4M3 has one bit of exponent less, and its values are 2^-8 of those of its bits there.
@@ -53,6 +55,21 @@ struct Float8 {
 
   static U upper(U words, U) { return words; }
 };
+
+// What `then` makes of the kind of codes that a weight has.
+template <class Then>
+auto by_codes(const Weight& w, Then then) {
+  if (w.grid == E4M3) return then(Float8<true>{});
+  if (w.grid == E5M2) return then(Float8<false>{});
+  switch (w.bits) {
+    case 2: return then(Codes<2>{});
+    case 3: return then(Codes<3>{});
+    case 4: return then(Codes<4>{});
+    case 5: return then(Codes<5>{});
+    case 6: return then(Codes<6>{});
+    default: return then(Codes<8>{});
+  }
+}
 
 // The upper bits of W pairs of a row from pair `first` on.
 template <class D>

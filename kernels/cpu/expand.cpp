@@ -96,36 +96,22 @@ void put_rows(Rows& rows) {
   free(scale);
 }
 
-using Put = void (*)(Rows&);
-
 template <class D>
-Put put_for(const Rows& rows) {
-  if (rows.weight->shift == 4 && W == 16)
-    return rows.dtype == F32 ? put_rows<D, F32, true> : rows.dtype == BF16 ? put_rows<D, BF16, true> : put_rows<D, F16, true>;
-  return rows.dtype == F32 ? put_rows<D, F32, false> : rows.dtype == BF16 ? put_rows<D, BF16, false> : put_rows<D, F16, false>;
+void put_all(Rows& rows) {
+  const bool both = rows.weight->shift == 4 && W == 16;
+  if (rows.dtype == F32) return both ? put_rows<D, F32, true>(rows) : put_rows<D, F32, false>(rows);
+  if (rows.dtype == BF16) return both ? put_rows<D, BF16, true>(rows) : put_rows<D, BF16, false>(rows);
+  return both ? put_rows<D, F16, true>(rows) : put_rows<D, F16, false>(rows);
 }
 
 void worker(void* given) {
   Rows& rows = *(Rows*)given;
-  const Weight& w = *rows.weight;
-  if (w.grid == E4M3) return put_for<Float8<true>>(rows)(rows);
-  if (w.grid == E5M2) return put_for<Float8<false>>(rows)(rows);
-  switch (w.bits) {
-    case 2: return put_for<Codes<2>>(rows)(rows);
-    case 3: return put_for<Codes<3>>(rows)(rows);
-    case 4: return put_for<Codes<4>>(rows)(rows);
-    case 5: return put_for<Codes<5>>(rows)(rows);
-    case 6: return put_for<Codes<6>>(rows)(rows);
-    default: return put_for<Codes<8>>(rows)(rows);
-  }
+  by_codes(*rows.weight, [&](auto codes) { put_all<decltype(codes)>(rows); });
 }
 
 }  // namespace
 
-#define NAME_(name, isa) name##_##isa
-#define NAME(name, isa) NAME_(name, isa)
-
-extern "C" __attribute__((visibility("default"))) void NAME(expand, ISA)(Rows* rows) {
+EXPORT void NAME(expand, ISA)(Rows* rows) {
   rows->next = 0;
   if (rows->parallel && rows->threads > 1)
     rows->parallel(worker, rows, rows->threads, 0);

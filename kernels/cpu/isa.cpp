@@ -1,6 +1,6 @@
 // The best of the instruction sets for which there are kernels, on the CPU at hand.
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "weight.h"
 
 EXPORT const char* isa() {
 #if defined(__x86_64__)

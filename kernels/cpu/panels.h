@@ -128,25 +128,14 @@ void add_panels(const Job& job, const uint16_t* tile, int tiles, const float* sc
 
 using AddPanels = void (*)(const Job&, const uint16_t*, int, const float*, int64_t, int64_t, int, F*);
 
-template <bool PAIRS>
-AddPanels panels_of(const Weight& w) {
-  if (w.grid == E4M3) return add_panels<Float8<true>, PAIRS>;
-  if (w.grid == E5M2) return add_panels<Float8<false>, PAIRS>;
-  switch (w.bits) {
-    case 2: return add_panels<Codes<2>, PAIRS>;
-    case 3: return add_panels<Codes<3>, PAIRS>;
-    case 4: return add_panels<Codes<4>, PAIRS>;
-    case 5: return add_panels<Codes<5>, PAIRS>;
-    case 6: return add_panels<Codes<6>, PAIRS>;
-    default: return add_panels<Codes<8>, PAIRS>;
-  }
-}
-
 AddPanels panels_for(const Weight& w, [[maybe_unused]] bool pairs) {
+  return by_codes(w, [=](auto codes) -> AddPanels {
+    using D = decltype(codes);
 #if defined(__AVX512BF16__)
-  if (pairs) return panels_of<true>(w);
+    if (pairs) return add_panels<D, true>;
 #endif
-  return panels_of<false>(w);
+    return add_panels<D, false>;
+  });
 }
 
 }  // namespace

@@ -14,6 +14,10 @@ constexpr int JOINED = 3;  // tokens from which it pays to join halves of intege
 constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
 constexpr int MOST = 192;  // tokens at a time, by panels
 
+struct Chunk {
+  int columns, words;  // words of a row
+};
+
 struct Run {
   Job job;
   bool few;
@@ -88,11 +92,8 @@ void worker(void* given) {
 
 }  // namespace
 
-#define NAME_(name, isa) name##_##isa
-#define NAME(name, isa) NAME_(name, isa)
-
 // Multiplies. Returns 0, or 1 if there is no memory for the activations.
-extern "C" __attribute__((visibility("default"))) int NAME(product, ISA)(const Weight* weight, const Work* work) {
+EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   const Weight& w = *weight;
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
   const bool few = each <= FEW;
@@ -101,7 +102,8 @@ extern "C" __attribute__((visibility("default"))) int NAME(product, ISA)(const W
 #else
   const bool pairs = false;
 #endif
-  const int low = w.bits == 3 ? 2 : w.bits == 5 || w.bits == 6 ? 4 : w.bits, chunk = 512 / low, columns = few ? chunk : SPAN;
+  const auto [chunk, words] = by_codes(w, [](auto codes) { return Chunk{decltype(codes)::COLUMNS, decltype(codes)::WORDS}; });
+  const int columns = few ? chunk : SPAN;
   const int64_t parts = (w.chunks * chunk + columns - 1) / columns;
   const bool totals = w.zero || w.minimum;
   const int64_t bytes = (work->tokens * parts * columns * (pairs ? 2 : 4) + 63) / 64 * 64;
@@ -119,7 +121,6 @@ extern "C" __attribute__((visibility("default"))) int NAME(product, ISA)(const W
     }
     if (totals) totalled(*work, m, w, sums + m * w.groups);
   }
-  const int words = w.bits == 3 || w.bits == 6 ? 48 : w.bits == 5 ? 40 : 32;
   Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, rows_for(w, pairs), panels_for(w, pairs), 0};
   if (work->parallel && work->threads > 1)
     work->parallel(worker, &run, work->threads, 0);

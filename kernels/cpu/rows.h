@@ -22,13 +22,21 @@ struct Whole {
 };
 
 #if defined(__AVX512BF16__)
-// Values as bfloat16 numbers, columns as they are stored, multiplied in pairs and summed in fp32: of up to 6 bits, looked up.
+// Products of values as bfloat16 numbers, columns as they are stored, in pairs and summed in fp32.
 template <class D, int FOLD>
-struct InPairs {
+struct Pairs {
   using V = __m512i;
   using Decoded = D;
   static constexpr int VECTORS = D::PLANES, EACH = FOLD ? FOLD : 1;
   static constexpr bool BOTH = !FOLD;
+  static F first(V a, V b) { return dot(a, b, F{}); }
+  static F more(V a, V b, F c) { return dot(a, b, c); }
+};
+
+// Of up to 6 bits, looked up.
+template <class D, int FOLD>
+struct InPairs : Pairs<D, FOLD> {
+  using typename Pairs<D, FOLD>::V;
   V table, above, word, shift, byte;
 
   explicit InPairs(const Weight& w) {
@@ -63,18 +71,12 @@ struct InPairs {
       out[p] = D::BITS == 6 ? _mm512_permutex2var_epi16(table, code, above) : _mm512_permutexvar_epi16(code, table);
     }
   }
-
-  static F first(V a, V b) { return dot(a, b, F{}); }
-  static F more(V a, V b, F c) { return dot(a, b, c); }
 };
 
 // The same of FP8: the bits behind the sign are moved to where a bfloat16 has them, and what has no leading one is looked up.
 template <class D, int FOLD>
-struct Bytes {
-  using V = __m512i;
-  using Decoded = D;
-  static constexpr int VECTORS = D::PLANES, EACH = FOLD ? FOLD : 1;
-  static constexpr bool BOTH = !FOLD;
+struct Bytes : Pairs<D, FOLD> {
+  using typename Pairs<D, FOLD>::V;
   static constexpr int FRACTION = D::FRACTION, BIAS = (1 << (6 - FRACTION)) - 1;
   V small;
 
@@ -94,29 +96,20 @@ struct Bytes {
       out[p] = _mm512_ternarylogic_epi32(found, sign, _mm512_set1_epi16((int16_t)0x8000), 0xf8);  // with the sign's bit
     }
   }
-
-  static F first(V a, V b) { return dot(a, b, F{}); }
-  static F more(V a, V b, F c) { return dot(a, b, c); }
 };
 
 // The same for integers of 8 bits: decoded as fp32, whose upper halves are joined.
 template <class D, int FOLD>
-struct Joined {
-  using V = __m512i;
-  using Decoded = D;
-  static constexpr int VECTORS = D::PLANES, EACH = FOLD ? FOLD : 1;
-  static constexpr bool BOTH = !FOLD;
+struct Joined : Pairs<D, FOLD> {
+  using typename Pairs<D, FOLD>::V;
   const Context with;
   explicit Joined(const Weight& w) : with(w) {}
 
   void decode(const uint16_t* row, V* out) const {
-    F values[2 * VECTORS];
+    F values[2 * D::PLANES];
     decode_row<D>(row, with, values);
-    for (int p = 0; p < VECTORS; p++) out[p] = (V)joined(values[2 * p], values[2 * p + 1]);
+    for (int p = 0; p < D::PLANES; p++) out[p] = (V)joined(values[2 * p], values[2 * p + 1]);
   }
-
-  static F first(V a, V b) { return dot(a, b, F{}); }
-  static F more(V a, V b, F c) { return dot(a, b, c); }
 };
 #endif
 
@@ -170,30 +163,17 @@ AddRows folded(int planes) {
 
 AddRows rows_for(const Weight& w, [[maybe_unused]] bool pairs) {
   const int planes = w.shift >= 31 ? 32 : (1 << w.shift) / 32;
+  return by_codes(w, [=](auto codes) {
+    using D = decltype(codes);
 #if defined(__AVX512BF16__)
-  if (pairs) {
-    if (w.grid == E4M3) return folded<Bytes, Float8<true>>(planes);
-    if (w.grid == E5M2) return folded<Bytes, Float8<false>>(planes);
-    switch (w.bits) {
-      case 2: return folded<InPairs, Codes<2>>(planes);
-      case 3: return folded<InPairs, Codes<3>>(planes);
-      case 4: return folded<InPairs, Codes<4>>(planes);
-      case 5: return folded<InPairs, Codes<5>>(planes);
-      case 6: return folded<InPairs, Codes<6>>(planes);
-      default: return folded<Joined, Codes<8>>(planes);
+    if (pairs) {
+      if constexpr (D::FLOAT) return folded<Bytes, D>(planes);
+      else if constexpr (D::BITS == 8) return folded<Joined, D>(planes);
+      else return folded<InPairs, D>(planes);
     }
-  }
 #endif
-  if (w.grid == E4M3) return folded<Whole, Float8<true>>(planes);
-  if (w.grid == E5M2) return folded<Whole, Float8<false>>(planes);
-  switch (w.bits) {
-    case 2: return folded<Whole, Codes<2>>(planes);
-    case 3: return folded<Whole, Codes<3>>(planes);
-    case 4: return folded<Whole, Codes<4>>(planes);
-    case 5: return folded<Whole, Codes<5>>(planes);
-    case 6: return folded<Whole, Codes<6>>(planes);
-    default: return folded<Whole, Codes<8>>(planes);
-  }
+    return folded<Whole, D>(planes);
+  });
 }
 
 }  // namespace

@@ -6,6 +6,10 @@
 
 #include <stdint.h>
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define NAME_(name, isa) name##_##isa
+#define NAME(name, isa) NAME_(name, isa)
+
 enum Grid : int32_t { TABLE, INTEGER, E4M3, E5M2 };
 enum Dtype : int32_t { F32, F16, BF16, BYTE_E8M0, BYTE_E4M3 };
 

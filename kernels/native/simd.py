@@ -11,7 +11,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import linear
 
 from compress.errors import Refusal
 from compress.kernels.cpu.library import DTYPES, GRIDS, SCALES, CWeight, library
@@ -26,8 +25,6 @@ from compress.spec.weight_state import State
 _TOKENS, _TOKENS_IN_FP32 = 96, 24
 """The most tokens for which products by codes are faster than expanding the weight first; the second where torch multiplies in
 half precision, and codes are no bfloat16 numbers."""
-_CHUNK = 1 << 20
-"""Weights that are expanded at a time."""
 
 
 class Simd(Fused):
@@ -50,14 +47,14 @@ class Simd(Fused):
         library()
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in DTYPES or packed.state.outliers is not None or packed.state.lowrank is not None:
+        if dtype not in DTYPES or packed.state.beside():
             return super().rows(packed, rows, dtype)
         out = packed.parts["tiles"].new_empty(rows.stop - rows.start, packed.columns, dtype=dtype)
         library().expand(weight_of(packed), rows, out)
         return out
 
     def lookup(self, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
-        if packed.state.outliers is not None or packed.state.lowrank is not None:
+        if packed.state.beside():
             return super().lookup(packed, ids)
         out = torch.empty(len(ids), packed.columns)
         library().expand(weight_of(packed), ids, out)
@@ -65,20 +62,9 @@ class Simd(Fused):
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         if len(x) > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else _TOKENS_IN_FP32):
-            return self.by_chunks(x, packed, bias)
+            return by_chunks(self, x, packed, bias)
         out = self.product(x, packed, bias)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
-
-    def by_chunks(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-        """As the cpu backend, but all chunks are expanded into the same memory."""
-        if packed.state.outliers is not None or packed.state.lowrank is not None:
-            return by_chunks(self, x, packed, bias)
-        weight, out, room = weight_of(packed), x.new_empty(len(x), packed.rows), None
-        for rows in self.chunks(packed, _CHUNK):
-            room = x.new_empty(rows.stop - rows.start, packed.columns) if room is None else room[: rows.stop - rows.start]
-            library().expand(weight, rows, room)
-            out[:, rows] = linear(x, room, None if bias is None else bias[rows])
-        return out
 
     def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         x, out = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(len(x), packed.rows)
@@ -87,7 +73,7 @@ class Simd(Fused):
 
     def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
         # Outliers and low-rank factors belong to single matrices.
-        if packed.state.outliers is not None or packed.state.lowrank is not None or _most(offsets) > _TOKENS:
+        if packed.state.beside() or _most(offsets) > _TOKENS:
             return super().grouped(x, packed, offsets)
         x, out = x.contiguous(), x.new_empty(len(x), packed.rows)
         library().product(weight_of(packed), x, None, out, offsets.int().contiguous())
@@ -102,7 +88,7 @@ def _most(offsets: torch.Tensor) -> int:
 
 _KEPT: dict[tuple[int, ...], tuple[State, int, int, tuple[str, ...], CWeight]] = {}
 """Weights as the library gets them, by the addresses of their parts: making one anew takes as long as a small product."""
-_MOST = 1 << 14
+_KEPT_AT_MOST = 1 << 14
 
 
 def weight_of(packed: Packed) -> CWeight:
@@ -112,7 +98,7 @@ def weight_of(packed: Packed) -> CWeight:
     # A tensor of another model may lie where one of these has lain.
     if kept is not None and kept[0] is packed.state and kept[1:4] == (packed.rows, packed.columns, names):
         return kept[4]
-    if len(_KEPT) >= _MOST:
+    if len(_KEPT) >= _KEPT_AT_MOST:
         _KEPT.clear()
     made = _weight(packed)
     _KEPT[places] = packed.state, packed.rows, packed.columns, names, made
