@@ -231,12 +231,12 @@ def _compared(
     common = reader, dtype, theirs.versions, tuple(theirs.notes), ids.numel()
     if theirs.tokens is None:
         typical = float(((ours - theirs.logits).norm(dim=-1) / ours.norm(dim=-1)).median())
-        largest = float(ours.abs().max())
-        if not chosen.rounding and dtype != "float32" and float((ours - theirs.logits).abs().max()) > allowed * largest:
+        difference, largest = float((ours - theirs.logits).abs().max()), float(ours.abs().max())
+        if not chosen.rounding and dtype != "float32" and difference > allowed * largest:
             # Some models amplify any rounding: a reader may do so as often as our own reading in that dtype.
             allowed = max(allowed, _MARGIN * float((ours - own("float32")).abs().max()) / largest)
         return Reading(
-            *common, float((ours - theirs.logits).abs().max()), largest,
+            *common, difference, largest,
             float(divergence(ours, theirs.logits, Divergence()).mean()),
             float((ours.argmax(-1) == theirs.logits.argmax(-1)).float().mean()), allowed, typical, bool(chosen.rounding),
         )  # fmt: skip

@@ -340,6 +340,7 @@ def test_rows_stand_beside_other_tools_at_their_scheme(tmp_path: Path, capsys: p
         "1.00 GB",
     ] in cells
     assert [cell[3] for cell in cells if cell[0].startswith("`gptq-w3g32")] == [""]
+    assert [cell[3] for cell in cells if cell[0] == "auto-round 1"] == ["1.00"]
     assert "Failed: `gptqmodel-w2g64`: no" in lines
     assert lines.index("## w3a16g32") < lines.index("## w2a16g64")
     capsys.readouterr()
