@@ -17,6 +17,7 @@ from compress.checkpoint.reader import CANONICAL, Checkpoint, open_checkpoint
 from compress.errors import InputError, UsageError
 from compress.kernels.native.modules import Shell
 from compress.kernels.native.packed import PARTS
+from compress.runtime.attention import attend_by_kernel
 from compress.runtime.fill import PackedWeights
 
 _PACKED = re.compile(r"\.packed_weights?\.")
@@ -73,6 +74,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         self.filling.fill()
+        attend_by_kernel(model)
         self.packed = self.filling.tensors()
         del self.filling
 

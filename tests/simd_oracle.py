@@ -1,16 +1,19 @@
-"""Every scheme by a library of CPU kernels, against fp64. As a program it checks a library that is not loaded elsewhere.
+"""Every scheme by a library of CPU kernels, and attention, against fp64. As a program it checks a library that is not loaded elsewhere.
 
 python simd_oracle.py LIBRARY ISA
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from compress.kernels.cpu import build
 from compress.kernels.cpu.library import Library
 from compress.kernels.native import simd
 from compress.kernels.native.packed import Packed, pack
@@ -72,9 +75,59 @@ def wrong(library: Library, packed: Packed, dense: torch.Tensor, dtype: torch.dt
             yield f"{where}: {tokens} tokens, {float(error.max()):.2f} of what may be"
 
 
+BEST = simd.library().isa
+ISAS = list(build.isas(build.machine()))
+USABLE = ISAS[ISAS.index(BEST) :]
+"""Instruction sets that this CPU has."""
+ATTENTION = (
+    (1, 9, 3, 512, 64, 64), (2, 4, 4, 1, 64, 64), (3, 8, 1, 257, 128, 80), (2, 6, 2, 1000, 80, 96), (1, 7, 1, 255, 256, 16), (1, 5, 5, 16, 16, 48),
+)  # fmt: skip
+"""Texts, heads of queries and of keys, keys, and the sizes of a key and of a value."""
+
+
+def attends(library: Library, dtype: torch.dtype) -> Iterator[str]:
+    """What attention gets wrong, a line each: it errs by its own rounding, and by 2^-20 of the largest value."""
+    for batch, heads, groups, keys, size, values in ATTENTION:
+        q, k = (torch.randn(shape).to(dtype) for shape in ((batch, heads, size), (batch, groups, keys, size)))
+        v = torch.randn(batch, keys, groups, values).to(dtype).transpose(1, 2)
+        some = torch.rand(batch, keys) > 0.4
+        some[:, -1] = True
+        for mask in (None, some):
+            found, meant = library.attend(q, k, v, size**-0.5, mask), attention(q, k, v, size**-0.5, mask)
+            error = (found.double() - meant).abs() / (ROUNDING[dtype] * meant.abs() + 2.0**-20 * v.double().abs().max())
+            if not bool((error <= 1).all()):
+                where = (
+                    f"{library.isa}: attention, {dtype}, {(batch, heads, groups, keys, size, values)}, mask {mask is not None}"
+                )
+                yield f"{where}: {float(error.max()):.2f} of what may be"
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(scale q k) v in fp64: q [batch, heads, size], k and v [batch, groups, keys, .], mask [batch, keys]."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("bhd,bhkd->bhk", q.double(), k) * scale
+    scores = scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)
+    return torch.einsum("bhk,bhke->bhe", scores.softmax(-1), v)
+
+
+def at_the_end_of_a_page(tensor: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]:
+    """A copy after which comes a page that may not be touched."""
+    size, page = tensor.numel() * tensor.itemsize, mmap.PAGESIZE
+    room = mmap.mmap(-1, -(-size // page) * page + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + len(room) - page), page, 0) == 0
+    found = (
+        torch.frombuffer(room, dtype=torch.uint8, count=size, offset=len(room) - page - size)
+        .view(tensor.dtype)
+        .view(tensor.shape)
+    )
+    return found.copy_(tensor), room
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     held = Library(Path(sys.argv[1]), sys.argv[2])
     found = [line for scheme in SCHEMES for line in differences(held, scheme)]
-    print("\n".join(found) or f"{len(SCHEMES)} schemes by {held.isa}: as fp64 has them")
+    found += [line for dtype in ROUNDING for line in attends(held, dtype)]
+    print("\n".join(found) or f"{len(SCHEMES)} schemes and attention by {held.isa}: as fp64 has them")
     sys.exit(1 if found else 0)

@@ -25,6 +25,7 @@ from compress.cli import (
     recipes,
     report,
     run,
+    serve,
     show,
     verify,
 )
@@ -67,6 +68,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         verify,
         push,
         generate,
+        serve,
         show,
         card,
         report,

@@ -1,7 +1,7 @@
 """Bench: tokens a second of a packed model, compared with the dense one.
 
 Prompts go through the model in one forward; then tokens are generated greedily, one at a time, with a cache of keys and
-values. On a GPU the cache is static and a step replays a CUDA graph; on the CPU it is transformers' default cache. Every
+values. On a GPU the cache is static and a step replays a CUDA graph; on the CPU it is one that grows without copies. Every
 round runs all models, one after the other. Before anything is timed, the packed model's logits are compared with those of
 the dequantized weights in fp32, computed with one block in memory.
 """
@@ -230,13 +230,15 @@ class Decoder:
     """
 
     def __init__(self, model: Any, ids: torch.Tensor, new: int, static: bool) -> None:
-        from transformers import DynamicCache, StaticCache
+        from transformers import StaticCache
 
-        dynamic: Any = DynamicCache
+        from compress.layerwise.growing_cache import GrowingCache, argument
+
         self.model, self.ids = model, ids.to(model.device)
         most = ids.shape[1] + new + 2 * _WARM
         self.cache: Any = StaticCache(config=model.config, max_cache_len=most) if static else None
-        self._dynamic = partial(dynamic, config=model.config)
+        self._takes = argument(model)
+        self._dynamic = partial(GrowingCache, model.config)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         self.token = torch.zeros(len(ids), 1, dtype=torch.long, device=model.device)
         self.static, self.how, self.advance = static, "eager", self.step
@@ -254,7 +256,7 @@ class Decoder:
         self.token.copy_(self._next(self.token))
 
     def _next(self, ids: torch.Tensor) -> torch.Tensor:
-        found = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **self._last)
+        found = self.model(input_ids=ids, use_cache=True, **{self._takes: self.cache}, **self._last)
         best: torch.Tensor = found.logits[:, -1:].argmax(-1)
         return best
 

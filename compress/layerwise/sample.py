@@ -11,6 +11,7 @@ from compress.corpus.encoder import Encoder
 from compress.corpus.spec import CorpusSpec
 from compress.device import CPU
 from compress.errors import InputError, UsageError
+from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.layerwise.logits import is_masked, label_of
 from compress.layerwise.model import build
 
@@ -53,7 +54,11 @@ def sample(
         do = "ask for fewer, or give a shorter prompt"
         raise UsageError("new tokens", f"at most {positions} with the prompt's {ids.shape[1]}", f"{tokens}", do)
     # Only temperature affects sampling; the checkpoint's generation_config.json is not used.
-    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    draws: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if device == CPU and not model.config.is_encoder_decoder and model._supports_default_dynamic_cache():
+        draws[argument(model)] = GrowingCache(model.config)
 
     def check(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool(scores.isnan().any()):

@@ -34,6 +34,8 @@ OPTIONS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )  # fmt: skip
+UNITS = ("product", "expand", "attention")
+"""Sources that are compiled once for each instruction set."""
 GLIBC = (2, 28)
 """The newest version of glibc of which the shipped library may need a symbol."""
 
@@ -67,9 +69,7 @@ def build(out: Path, command: str, kind: str, more: Sequence[str] = ()) -> None:
     """Compiles and links `out` by a compiler; `more` options are for sanitizers. Raises MachineError with what it said."""
     with tempfile.TemporaryDirectory() as scratch:
         units: list[tuple[str, str, tuple[str, ...]]] = [("isa", "", (f'-DSOURCES="{digest()}"',))]
-        units += [
-            (unit, f"-{isa}", (*flags, f"-DISA={isa}")) for isa, flags in isas(kind).items() for unit in ("product", "expand")
-        ]
+        units += [(unit, f"-{isa}", (*flags, f"-DISA={isa}")) for isa, flags in isas(kind).items() for unit in UNITS]
         objects = [Path(scratch, f"{unit}{name}.o") for unit, name, _ in units]
         commands = [
             [command, *OPTIONS, *flags, *more, "-c", str(FOLDER / f"{unit}.cpp"), "-o", str(made)]

@@ -11,7 +11,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """As weight.h numbers them; scales may also be bytes, of powers of two and of E4M3."""
 SCALES = {**DTYPES, torch.uint8: 3, torch.float8_e4m3fn: 4}
 GRIDS = {"table": 0, "int": 1, "e4m3": 2, "e5m2": 3}
+LANES, MOST = 16, 1024
+"""Sizes of heads that `attend` takes: multiples of the first up to the second."""
 _ALONE = 160_000
 """Products of a weight and an activation that a second thread must have, or waiting for it costs more."""
 _LOG = logging.getLogger("compress")
@@ -62,6 +64,17 @@ class CRows(ctypes.Structure):
     )  # fmt: skip
 
 
+class CAttention(ctypes.Structure):
+    """`Attention` of attention.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "key", "value", "out", "mask")),
+        *((name, c_int64) for name in ("batch", "heads", "groups", "keys", "size", "values", "query_batch", "query_head")),
+        *((name, c_int64) for name in ("key_batch", "key_group", "key_row", "value_batch", "value_group", "value_row")),
+        ("mask_batch", c_int64), ("scale", c_float), ("dtype", c_int32), ("threads", c_int32), ("parallel", c_void_p),
+    )  # fmt: skip
+
+
 class Library:
     """The kernels of one instruction set."""
 
@@ -73,6 +86,7 @@ class Library:
             self.path, self.isa, self.sources = path, isa or held.isa().decode(), held.sources().decode()
             self._product: Callable[..., int] = getattr(held, f"product_{self.isa}")
             self._expand: Any = getattr(held, f"expand_{self.isa}")
+            self._attend: Callable[..., int] = getattr(held, f"attend_{self.isa}")
         except (OSError, AttributeError) as error:
             raise MachineError(str(path), "a library of kernels", str(error), "install compress again") from None
         self._expand.restype = None
@@ -81,14 +95,14 @@ class Library:
     def product(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
                 offsets: torch.Tensor | None = None) -> None:  # fmt: skip
         """x [tokens, columns], with neighbouring columns, by a matrix; or by those of a stack, tokens of each from offsets on."""
-        beside = [None if part is None else part.data_ptr() for part in (bias, offsets)]
-        experts = 1 if offsets is None else len(offsets) - 1
+        tokens, experts = x.shape[0], 1 if offsets is None else len(offsets) - 1
         asked = CWork(
-            x.data_ptr(), beside[0], out.data_ptr(), beside[1], len(x), x.stride(0), experts, DTYPES[x.dtype],
-            min(torch.get_num_threads(), 1 + weight.rows * weight.columns * len(x) // _ALONE), self.parallel,
+            x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+            None if offsets is None else offsets.data_ptr(), tokens, x.stride(0), experts, DTYPES[x.dtype],
+            min(torch.get_num_threads(), 1 + weight.rows * weight.columns * tokens // _ALONE), self.parallel,
         )  # fmt: skip
         if self._product(ctypes.byref(weight), ctypes.byref(asked)):
-            raise MemoryError(f"activations of {len(x)} tokens")
+            raise MemoryError(f"activations of {tokens} tokens")
 
     def expand(self, weight: CWeight, rows: slice | torch.Tensor, out: torch.Tensor) -> None:
         """Dequantized rows into out [n, columns]: of a slice that begins at a tile, or of an index int64 [n]."""
@@ -99,6 +113,25 @@ class Library:
             self.parallel,
         )  # fmt: skip
         self._expand(ctypes.byref(asked))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+               mask: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """softmax(scale q k) v: [batch, heads, size] by [batch, groups, keys, size] and [batch, groups, keys, values].
+
+        Sizes are multiples of LANES up to MOST, their numbers neighbours in memory; the mask is bool [batch, keys].
+        """
+        batch, heads, size = query.shape
+        _, groups, keys, values = value.shape
+        out = query.new_empty(batch, heads, values)
+        ask = CAttention(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), None if mask is None else mask.data_ptr(),
+            batch, heads, groups, keys, size, values, *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
+            0 if mask is None else mask.stride(0), scale, DTYPES[query.dtype],
+            min(torch.get_num_threads(), 1 + batch * heads * keys * (size + values) // _ALONE), self.parallel,
+        )  # fmt: skip
+        if self._attend(ctypes.byref(ask)):
+            raise MemoryError(f"attention over {keys} keys")
+        return out
 
     def __str__(self) -> str:
         threads = f"{torch.get_num_threads()} threads of torch's OpenMP" if self.parallel else "one thread: torch has no OpenMP"

@@ -24,6 +24,7 @@ struct Run {
   AddRows rows;
   AddPanels panels;
   int64_t next;  // the tiles that are next in turn
+  int failed;    // whether a thread had no memory for its sums
 };
 
 // What a tile's sums for token m become.
@@ -79,6 +80,10 @@ void worker(void* given) {
   const int64_t step = 1 + all / (8 * run.job.work.threads);
   const int64_t sums = W * (run.few ? 16 * FEW : NV * MOST);
   float* room = (float*)aligned_alloc(64, 4 * (sums + 2 * TILES * 16 * run.job.weight.groups));
+  if (!room) {
+    __atomic_store_n(&run.failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
   for (;;) {
     const int64_t from = __atomic_fetch_add(&run.next, step, __ATOMIC_RELAXED);
     if (from >= all) break;
@@ -92,7 +97,7 @@ void worker(void* given) {
 
 }  // namespace
 
-// Multiplies. Returns 0, or 1 if there is no memory for the activations.
+// Multiplies. Returns 0, or 1 if there is no memory for activations or sums.
 EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   const Weight& w = *weight;
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
@@ -121,11 +126,11 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
     }
     if (totals) totalled(*work, m, w, sums + m * w.groups);
   }
-  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, rows_for(w, pairs), panels_for(w, pairs), 0};
+  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, rows_for(w, pairs), panels_for(w, pairs), 0, 0};
   if (work->parallel && work->threads > 1)
     work->parallel(worker, &run, work->threads, 0);
   else
     worker(&run);
   free(room);
-  return 0;
+  return run.failed;
 }

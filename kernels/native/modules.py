@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from compress.architecture.experts import forward, watched
 from compress.architecture.qlinear import RoundedInputs
 from compress.errors import UsageError
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
-from compress.kernels.native.op import Arguments
+from compress.kernels.native.op import Arguments, multiplied, needs_operator
 from compress.kernels.native.packed import Packed
 from compress.numerics.inputs import InputRounding
 from compress.spec.weight_state import State
@@ -40,6 +41,7 @@ class PackedWeight(nn.Module):
     like: torch.Tensor
     sources = 1
     """The number of weights on disk that it is made of."""
+    _made: tuple[Packed, Backend, tuple[torch.Tensor | None, ...]] | None = None
 
     def __init__(
         self, packed: Packed | Stack, dtype: torch.dtype, turned: bool = False, looked_up: bool = False,
@@ -95,8 +97,17 @@ class PackedWeight(nn.Module):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
         """x [..., inputs] -> [..., outputs], by one of the experts if there are several."""
+        if expert is None and not needs_operator(x, bias):
+            return multiplied(x, bias, *self.whole(), self.turned)
         found: torch.Tensor = torch.ops.compress.packed_linear(x, bias, *self.arguments(expert))
         return found
+
+    def whole(self) -> tuple[Packed, Backend]:
+        """The parts as a Packed, and the backend; made once for the same parts, for it takes as long as a small product."""
+        made = self._made
+        if made is None or made[1].name != self.backend or not all(map(is_, self._buffers.values(), made[2])):
+            made = self._made = self.packed(), load_backend(self.backend), (*self._buffers.values(),)
+        return made[:2]
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs as the scheme rounds them."""
@@ -222,7 +233,9 @@ class PackedLinear(Shell):
         return self.awaited["weight"] if self.awaited else _kept(self.packed_weight("dense"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.packed_weight("linear", x, self.bias)
+        # Not by a call of the module, which takes as long as a small product; accelerate's hooks are in `forward`.
+        weight: Any = self._modules["packed_weight"]
+        found: torch.Tensor = weight.forward("linear", x, self._parameters["bias"])
         return found
 
 

@@ -33,9 +33,31 @@ def _weight(
 
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, *weight: Any) -> torch.Tensor:
     (packed, runs), turned = _weight(*weight), weight[5]
-    flat = x.reshape(-1, x.shape[-1])
-    out = runs.linear(flat, packed, bias, turned) if len(flat) else _like(flat, bias, *weight)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return multiplied(x, bias, packed, runs, turned)
+
+
+def multiplied(x: torch.Tensor, bias: torch.Tensor | None, packed: Packed, runs: Backend, turned: bool) -> torch.Tensor:
+    """x [..., inputs] -> [..., outputs]: what `packed_linear` computes."""
+    *leading, inputs = x.shape
+    flat = x if len(leading) == 1 else x.reshape(-1, inputs)
+    outputs = packed.columns if turned else packed.rows
+    # Not len(flat), which is written in Python.
+    out = runs.linear(flat, packed, bias, turned) if flat.shape[0] else flat.new_empty(0, outputs)
+    return out if len(leading) == 1 else out.view(*leading, outputs)
+
+
+def needs_operator(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether something but the numbers is asked of a product: gradients, a graph, a trace. Else `multiplied` does, without the
+    operator's call, which takes as long as a small product."""
+    return (
+        type(x) is not torch.Tensor
+        or x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _input_gradient(gradient: torch.Tensor, *weight: Any) -> torch.Tensor:

@@ -61,13 +61,14 @@ class Simd(Fused):
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        if len(x) > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else _TOKENS_IN_FP32):
+        tokens = x.shape[0]
+        if tokens > _TOKENS_IN_FP32 and tokens > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else 0):
             return by_chunks(self, x, packed, bias)
         out = self.product(x, packed, bias)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
 
     def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-        x, out = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(len(x), packed.rows)
+        x, out = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(x.shape[0], packed.rows)
         library().product(weight_of(packed), x, None if bias is None else bias.to(x.dtype).contiguous(), out)
         return out
 
@@ -93,16 +94,17 @@ _KEPT_AT_MOST = 1 << 14
 
 def weight_of(packed: Packed) -> CWeight:
     """A prepared weight as the library gets it. It has the addresses of its parts, which must outlive it."""
+    if (made := packed.made.get("simd")) is not None:
+        return made  # type: ignore[no-any-return]
     places, names = tuple([part.data_ptr() for part in packed.parts.values()]), (*packed.parts,)
     kept = _KEPT.get(places)
     # A tensor of another model may lie where one of these has lain.
-    if kept is not None and kept[0] is packed.state and kept[1:4] == (packed.rows, packed.columns, names):
-        return kept[4]
-    if len(_KEPT) >= _KEPT_AT_MOST:
-        _KEPT.clear()
-    made = _weight(packed)
-    _KEPT[places] = packed.state, packed.rows, packed.columns, names, made
-    return made
+    if kept is None or kept[0] is not packed.state or kept[1:4] != (packed.rows, packed.columns, names):
+        if len(_KEPT) >= _KEPT_AT_MOST:
+            _KEPT.clear()
+        kept = _KEPT[places] = packed.state, packed.rows, packed.columns, names, _weight(packed)
+    packed.made["simd"] = kept[4]
+    return kept[4]
 
 
 def _weight(packed: Packed) -> CWeight:

@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "weight.h"
+#include "attention.h"
 
 struct Rows {
   const Weight* weight;
@@ -20,6 +20,8 @@ extern "C" int product_neon(const Weight*, const Work*);
 extern "C" int product_plain(const Weight*, const Work*);
 extern "C" void expand_neon(Rows*);
 extern "C" void expand_plain(Rows*);
+extern "C" int attend_neon(const Attention*);
+extern "C" int attend_plain(const Attention*);
 
 static uint32_t state = 1;
 static uint32_t bits() { return state = state * 1664525u + 1013904223u; }
@@ -92,6 +94,30 @@ int main() {
         }
         free(tiles), free(scale), free(minimum), free(zero);
       }
+  for (int dtype : {F32, F16, BF16})
+    for (int64_t keys : {1, 17, 300}) {
+      const int64_t H = 6, G = 2, D = 48, E = 80, size = dtype == F32 ? 4 : 2;
+      char *x = (char*)malloc((H * D + G * keys * (D + E)) * size);
+      float one[H * E], two[H * E];
+      for (int64_t i = 0; i < H * D + G * keys * (D + E); i++)
+        if (dtype == F32) ((float*)x)[i] = uniform();
+        else ((uint16_t*)x)[i] = (bits() >> 16 & 0x83ff) | (dtype == F16 ? 0x3800 : 0x3f00);
+      char *key = x + H * D * size, *value = key + G * keys * D * size;
+      Attention job{x, key, value, one, nullptr, 1, H, G, keys, D, E, 0, D, 0, keys * D, D, 0, keys * E, E, 0, 0.1f, dtype, 1, nullptr};
+      if (attend_neon(&job)) return 2;
+      job.out = two;
+      if (attend_plain(&job)) return 2;
+      compared++;
+      for (int64_t i = 0; i < H * E; i++) {
+        const double a = dtype == F32 ? one[i] : ((uint16_t*)one)[i], b = dtype == F32 ? two[i] : ((uint16_t*)two)[i];
+        // In half precision the last bit of a number may differ.
+        if (!(fabs(a - b) <= (dtype == F32 ? 2e-6 : 1))) {
+          failed++, printf("attention, dtype %d keys %ld: %ld\n", dtype, (long)keys, (long)i);
+          break;
+        }
+      }
+      free(x);
+    }
   printf("%d comparisons, %d differ\n", compared, failed);
   return failed != 0 || compared < 100;
 }

@@ -1,0 +1,83 @@
+"""Attention: single queries on a CPU by our kernel, all else by transformers' own.
+
+Decoding has one query a head, for which torch's attention takes ten times as long as reading keys and values does. The function
+is registered with transformers under NAME, and a packed model that is loaded on the CPU is set to it where it would have `sdpa`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from compress.errors import Refusal
+from compress.kernels.cpu.library import DTYPES, LANES, MOST, library
+
+NAME = "compress_sdpa"
+_BESIDE = ("softcap", "s_aux", "position_bias")
+"""Arguments that change what attention is."""
+
+
+def attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, **more: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """query [batch, heads, queries, size], key and value [batch, groups, keys, size] -> [batch, queries, heads, size].
+
+    As transformers' `sdpa_attention_forward`, which it calls for all but a single query without dropout and gradients.
+    """
+    if (
+        query.shape[2] == 1
+        and not dropout
+        and _computes(query, key, value)
+        and not any(more.get(name) is not None for name in _BESIDE)
+    ):
+        mask = attention_mask
+        if mask is None or _masks_keys(mask, query, key):
+            mask = mask if mask is None else mask[:, 0, 0].expand(len(query), -1)
+            size = query.shape[-1]
+            found = library().attend(query[:, :, 0], key, value, size**-0.5 if scaling is None else scaling, mask)
+            return found[:, None], None
+    options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, **more}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+
+
+def _computes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are plain tensors that the kernel takes."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in (query, key, value):
+        plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
+        if not plain or tensor.dtype != query.dtype or tensor.stride(-1) != 1 or tensor.shape[-1] % LANES:
+            return False
+    fits = query.dtype in DTYPES and query.shape[-1] == key.shape[-1] <= MOST and key.shape[2] > 0
+    return fits and len(query) == len(key) == len(value) and not query.shape[1] % key.shape[1]
+
+
+def _masks_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether a mask tells which keys count, alike for all heads."""
+    return (
+        mask.dtype == torch.bool
+        and mask.shape[1:] == (1, 1, key.shape[2])
+        and len(mask) in (1, len(query))
+        and mask.stride(-1) == 1
+    )
+
+
+def attend_by_kernel(model: Any) -> None:
+    """Sets a model to our attention if it is on the CPU and would use `sdpa`; leaves it where there are no kernels."""
+    if any(weight.device.type != "cpu" for weight in (*model.parameters(), *model.buffers())):
+        return
+    try:
+        library()
+    except Refusal:
+        return
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
