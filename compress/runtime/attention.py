@@ -1,4 +1,4 @@
-"""Attention: single queries on a CPU by our kernel, all else by transformers' own.
+"""Attention: single queries on CPUs by our kernel, all else by transformers.
 
 Decoding has one query a head, for which torch's attention takes ten times as long as reading keys and values does. The function
 is registered with transformers under NAME, and a packed model that is loaded on the CPU is set to it where it would have `sdpa`.
