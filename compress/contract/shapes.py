@@ -106,6 +106,10 @@ class ObservingPass(TargetedPass):
         """With two streams: whether it is also shown how far the residual streams are apart where outputs are added to them."""
         return False
 
+    def weighs_outputs(self) -> bool:
+        """Whether it is given the Gram matrices of gradients by outputs, from a gradient sweep before its own."""
+        return False
+
     def observes(self) -> bool:
         """Whether it needs statistics with these options; if not, the pass is streamed."""
         return True

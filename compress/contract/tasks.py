@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -57,6 +58,8 @@ class MatrixTask:
     value: torch.Tensor
     codes: QTensor | None = None
     """For a CompensatingPass: the codes of `value`, in the rows and columns of the quantized form."""
+    grams: Sequence[torch.Tensor] | None = None
+    """Where outputs are weighed: the mean of g g^T of each segment of its rows (numerics/output_feedback.py)."""
 
 
 @dataclass(frozen=True)

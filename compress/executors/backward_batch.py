@@ -75,6 +75,8 @@ class BackwardBatch:
         self.hooks, self.offload, self.spill = hooks, offload, spill
         self.forward = StepwiseForward(meta_model, batch.inputs)
         self.call: Call | None = None
+        self.seed: int | None = None
+        """Labels are drawn with it from what the model predicts; without it they are the next tokens."""
         self.stops: list[_Stop] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._outputs: list[Any] = []
@@ -154,10 +156,12 @@ class BackwardBatch:
         grad, loss = logits.detach(), 0.0
         flat = grad.flatten(0, 1)
         step = max(1, _LOGITS // flat.shape[-1])
-        for rows, wanted in zip(places.split(step), labels.split(step), strict=True):
+        draw = None if self.seed is None else torch.Generator(grad.device).manual_seed(self.seed)
+        for rows, following in zip(places.split(step), labels.split(step), strict=True):
             log_p = torch.log_softmax(flat[rows].float(), dim=-1)
-            loss -= float(log_p.gather(1, wanted[:, None]).sum())
+            loss -= float(log_p.gather(1, following[:, None]).sum())
             p = log_p.exp_()
+            wanted = following if draw is None else torch.multinomial(p, 1, generator=draw)[:, 0]
             p[torch.arange(len(rows), device=p.device), wanted] -= 1
             flat[rows] = p.mul_(weight).to(grad.dtype)
         flat[~self.batch.scored.flatten()] = 0

@@ -60,7 +60,7 @@ class GradientSweep:
         undo = self._require_outside()
         try:
             with ForwardHooks(self.meta_model) as hooks:
-                walks = [BackwardBatch(n, batch, self.meta_model, hooks, offload, spill) for n, batch in enumerate(batches)]
+                walks = [self._walk(n, batch, self.meta_model, hooks, offload, spill) for n, batch in enumerate(batches)]
                 blocks, every, loss = self._forward(walks, 1 / total)
                 self._backward(walks, blocks, every, take)
             self._take(self._outside, sorted(self._paths), take)
@@ -72,6 +72,9 @@ class GradientSweep:
             with suppress(OSError):
                 self.folder.rmdir()
         return self._sum(loss) / total
+
+    def _walk(self, number: int, *more: Any) -> BackwardBatch:
+        return BackwardBatch(number, *more)
 
     def _forward(self, walks: list[BackwardBatch], weight: float) -> tuple[list[Block], int, float]:
         """(blocks in order, distance of blocks whose arguments are stored, this process's sum of losses)."""

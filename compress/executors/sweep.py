@@ -27,6 +27,7 @@ from compress.errors import CoverageError, InputError
 from compress.executors.across import add_up
 from compress.executors.anomalies import watch
 from compress.executors.input_peaks import InputPeaks
+from compress.executors.output_grams import KeptGrams, output_grams
 from compress.executors.solved import Part, dense_of, facts_of, joined, stacks_of
 from compress.executors.step_run import StepRun
 from compress.executors.stream import check_mask, stream
@@ -53,12 +54,14 @@ def sweep(run: StepRun) -> dict[str, float]:
 def sweep_by(run: StepRun, kind: type[Sweep]) -> dict[str, float]:
     """`sweep` with another class of Sweep."""
     stream(run.untouched())
+    ctx, grams = run.ctx, output_grams(run)
     meta_model = model_of(run)
-    ctx = run.ctx
     batches = cut(run.corpus().tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, meta_model.device)
     with torch.no_grad(), ForwardHooks(meta_model) as hooks:
         made = kind(run, meta_model, hooks, batches)
+        made.grams = grams
         made.all_blocks(run.touched)
+    grams.drop(ctx)
     trim_memory()
     return {name: round(seconds, 3) for name, seconds in made.seconds.items()}
 
@@ -74,6 +77,7 @@ class Sweep:
     phase: ClassVar[str] = "solve"
     input_peaks = InputPeaks([], CPU)
     """Of the weights that are solved now; at first they measure nothing."""
+    grams = KeptGrams()
 
     def __init__(self, run: StepRun, meta_model: MetaModel, hooks: ForwardHooks, batches: list[Batch]) -> None:
         assert isinstance(run.pass_, ObservingPass)
@@ -325,7 +329,8 @@ class Sweep:
         """One matrix of a weight to solve; for a CompensatingPass with its codes."""
         after = self.step.after[weight.name]
         if self.dense_parent is None:
-            return MatrixTask(self.peaks.of(weight), after, self.matrix(weight, expert))
+            grams = self.grams.read(weight, self.meta_model.device)
+            return MatrixTask(self.peaks.of(weight), after, self.matrix(weight, expert), grams=grams)
         dense, q = self.dense_parent.read(weight), self.meta_model.dense_view.qtensor(weight.name)
         assert q is not None
         if weight.experts is not None:

@@ -156,6 +156,20 @@ def reverse_bytes(
     return resident + (128 << 20), (-(-len(blocks) // every) + every + 1) * state
 
 
+def outputs_bytes(
+    weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+) -> tuple[int, int]:
+    """The same of one that sums products of gradients by outputs: fp64 sums of a block, and fp32 means of all on disk."""
+    from compress.numerics.output_feedback import gram_numbers
+
+    resident, scratch = reverse_bytes(weights, [], config, tokens, element_bytes)
+    sums: dict[tuple[str, int | None], int] = defaultdict(int)
+    for weight in touched:
+        if weight.experts is None and weight.kind != "expert":
+            sums[weight.stack, weight.block] += gram_numbers(weight.out_features)
+    return resident + 8 * max(sums.values(), default=0), scratch + 4 * sum(sums.values())
+
+
 def train_bytes(
     pass_: TrainPass, weights: list[Weight], touched: list[Weight], states: dict[str, State], config: dict[str, Any],
     teacher: int, sample: int, element_bytes: int,

@@ -23,6 +23,7 @@ from compress.layerwise.memory_estimate import (
     MAX_WORKERS,
     blocks_bytes,
     computing,
+    outputs_bytes,
     reverse_bytes,
     slice_bytes,
     sweep_bytes,
@@ -97,6 +98,9 @@ def needs_of(
     scratch = there = 0
     if isinstance(worker, ObservingPass) and worker.observes():
         there = sweep_bytes(worker, around.weights, alike, config, around.tokens, size)
+        if worker.weighs_outputs():
+            needed, scratch = outputs_bytes(around.weights, touched, config, around.tokens, size)
+            there = max(there, needed)
     allocator = pass_.allocator()
     if isinstance(allocator, InputAllocator):
         there = max(there, sweep_bytes(allocator, around.weights, alike, config, around.tokens, size))

@@ -16,13 +16,17 @@ calibration tokens, as a regression is, and other texts want more `damping` than
 SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model of 8 M, w2a16g32, 64 x 256 tokens, 0.0058,
 0.0056 and 0.0057 on such texts for the first three, on sources in Python 0.060, 0.048 and 0.046.
 
+With `feedback=both` (YAQA, 2505.22988) errors of outputs count as the KL of the model's predictions does, to second order: a gradient
+sweep over the unchanged model sums products of gradients by a weight's outputs, and rows that are rounded later make up for those
+before them, as columns do (compress/numerics/output_feedback.py). It adds to either correction.
+
 GPTAQ (2504.02692) lowers the same error as qronos, but hands what a column's inputs have changed by to later columns alone; the
 correction here has all columns make up for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -36,7 +40,12 @@ from compress.spec.sparsity import Sparsity
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
+    import torch
+
+    from compress.numerics.gptq import Solved
     from compress.numerics.hessian import Hessian, Prepared
+    from compress.numerics.qtensor import QTensor
+    from compress.spec.scheme import Scheme
 
 
 class Gptq(QuantizingPass, LinearPass):
@@ -67,6 +76,15 @@ class Gptq(QuantizingPass, LinearPass):
         description="what outputs are compared with: those for the inputs as they now are, or of the unchanged model (qronos), "
         "where they are added to the residual stream with what it has lost before (residual)",
     )
+    feedback: Literal["inputs", "both"] = Field(
+        "inputs",
+        description="errors are made up for by later columns (inputs), or by later rows, too (both, YAQA), as gradients of the "
+        "loss by outputs tell, for which a gradient sweep comes first",
+    )
+    output_damping: float | None = Field(
+        None, gt=0, le=100,
+        description="with feedback=both, added to the diagonal of what weighs outputs, as a share of its mean; without it 0.3",
+    )  # fmt: skip
     sparsity: Sparsity | None = Field(
         None, description="prune by the same Hessian, as prune.sparsegpt does: a share of zeros, e.g. 0.5, or n:m, e.g. 2:4"
     )
@@ -77,6 +95,10 @@ class Gptq(QuantizingPass, LinearPass):
             raise ValueError("outliers: not with sparsity, which has no outliers beside codes")
         if self.outliers and self.correct != "none":
             raise ValueError(f"outliers: not with correct={self.correct}, for they stay the numbers that they were")
+        if self.weighs_outputs() and (self.sparsity is not None or self.outliers):
+            raise ValueError("feedback: not both with sparsity or outliers, which are chosen for all rows before any is rounded")
+        if self.output_damping is not None and not self.weighs_outputs():
+            raise ValueError("output_damping: only with feedback=both")
         return self
 
     def becomes(self, weight: Weight, state: State) -> State:
@@ -84,6 +106,10 @@ class Gptq(QuantizingPass, LinearPass):
         if after.scheme is not None and after.scheme.scales == "k" and weight.transposed and weight.experts is None:
             reason = f"groups of a Conv1D run along its outputs, where this pass fits no super-blocks of {after.scheme}"
             raise Refusal(reason, "use quantize.rtn for it")
+        if self.weighs_outputs() and after.scheme is not None and after.scheme.scales in ("tensor", "block", "k"):
+            raise Refusal(f"{after.scheme} has scales that rows share, which feedback=both rounds in turn", "leave feedback out")
+        if self.weighs_outputs() and weight.transposed and weight.experts is None:
+            raise Refusal("groups of a Conv1D run along its outputs, which feedback=both rounds in turn", "leave feedback out")
         if self.sparsity is None:
             return after
         refuse_zeros(self.scheme)
@@ -108,6 +134,9 @@ class Gptq(QuantizingPass, LinearPass):
     def corrects_residual(self) -> bool:
         return self.correct == "residual"
 
+    def weighs_outputs(self) -> bool:
+        return self.feedback == "both"
+
     def prepare(self, statistic: Hessian) -> Prepared:
         from compress.numerics.hessian import prepare
 
@@ -128,7 +157,7 @@ class Gptq(QuantizingPass, LinearPass):
         for number, task in enumerate(tasks):
             # Scales of a Conv1D run along its outputs, and some schemes share scales among rows: these cannot be stacked.
             shared = task.after.scheme is not None and task.after.scheme.scales in ("tensor", "block", "e4m3")
-            alone = number if shared or _along(task) == "outputs" else None
+            alone = number if shared or _along(task) == "outputs" or task.grams is not None else None
             stacks.setdefault((task.after, task.value.dtype, alone), []).append(task)
         found = {id(task): solution for stack in stacks.values() for task, solution in self._stack(stack, prepared)}
         return [found[id(task)] for task in tasks]
@@ -141,7 +170,7 @@ class Gptq(QuantizingPass, LinearPass):
         from compress.numerics.gptq_task import Settings
         from compress.numerics.hessian import errors
         from compress.numerics.outliers import split
-        from compress.numerics.qtensor import along_inputs, integers
+        from compress.numerics.qtensor import along_inputs
         from compress.numerics.refit import refit
         from compress.numerics.sparsegpt import prune
 
@@ -163,17 +192,25 @@ class Gptq(QuantizingPass, LinearPass):
             rest, mask = w.masked_fill(out, 0), ~out if mask is None else mask & ~out
         settings = Settings(self.clip, self.signed, self.least_zero, self.sweeps, along=_along(tasks[0]))
         peak = tasks[0].weight.peak
-        found = solve(rest, prepared.factor, prepared.hessian, scheme, dtype, settings, mask=mask, peak=peak)
+
+        def each(part: torch.Tensor, rows: slice = slice(None)) -> Solved:
+            zeros = None if mask is None else mask[rows]
+            return solve(part, prepared.factor, prepared.hessian, scheme, dtype, settings, mask=zeros, peak=peak)
+
+        if (grams := tasks[0].grams) is None:
+            found = each(rest)
+        else:
+            damping = self.output_damping or 0.3
+            found = _rows_in_turn(rest, grams, damping, each, scheme, prepared.hessian)
+        note = prepared.note
+        if note is None and self.weighs_outputs() and grams is None:
+            note = "by inputs alone", "gradients by the outputs of routed experts are not measured"
         norms = ((w @ prepared.hessian) * w).sum(1) if kept else found.norms
         start = 0
         for number, task in enumerate(tasks):
             rows = slice(start, start + len(task.value))
-            zero, own = found.zero, rows if len(tasks) > 1 else slice(None)
-            if found.levels is not None:
-                q = found.levels.of(scheme, found.codes[own], own)
-            else:
-                q = integers(scheme, found.codes[own], found.scale[own], None if zero is None else zero[own])
-                q = replace(q, tensor_scale=found.tensor_scale)
+            own = rows if len(tasks) > 1 else slice(None)
+            q = _quantized(found, scheme, own)
             q = replace(q, outliers=kept[number]) if kept else q
             weights = float(found.errors[rows].sum()), float(w[rows].square().sum())
             if prepared.correction is not None:
@@ -182,14 +219,53 @@ class Gptq(QuantizingPass, LinearPass):
             outputs = float(found.losses[rows].sum()), float(norms[rows].sum())
             if self.sparsity is not None:
                 meant = along_inputs(task.weight, q.dequantize())
-                yield task, Solution(q, *errors(task.value, meant, prepared.hessian), prepared.note)
+                yield task, Solution(q, *errors(task.value, meant, prepared.hessian), note)
             else:
-                yield task, Solution(q, *weights, *outputs, prepared.note)
+                yield task, Solution(q, *weights, *outputs, note)
             start = rows.stop
 
     def workspace_bytes(self, weight: Weight) -> int:
         # fp32 weights, errors, what codes mean, and a product; before that, what pruning takes.
         return (16 if self.sparsity is None else 40) * weight.out_features * weight.in_features
+
+
+def _quantized(found: Solved, scheme: Scheme, rows: slice) -> QTensor:
+    """Some rows of a solution."""
+    from compress.numerics.qtensor import integers
+
+    if found.levels is not None:
+        return found.levels.of(scheme, found.codes[rows], rows)
+    q = integers(scheme, found.codes[rows], found.scale[rows], None if found.zero is None else found.zero[rows])
+    return replace(q, tensor_scale=found.tensor_scale)
+
+
+def _rows_in_turn(
+    w: torch.Tensor, grams: Sequence[torch.Tensor], damping: float, solve: Callable[[torch.Tensor, slice], Solved],
+    scheme: Scheme,
+    hessian: torch.Tensor,
+) -> Solved:  # fmt: skip
+    """Rounds rows in turn, each making up for the errors of those before it; errors are told of W itself."""
+    import torch
+
+    from compress.numerics.gptq import Solved
+    from compress.numerics.hessian import energies
+    from compress.numerics.output_feedback import round_in_turn
+
+    parts: list[Solved] = []
+    d = torch.empty_like(w)
+
+    def rounded(aim: torch.Tensor, rows: slice) -> torch.Tensor:
+        parts.append(solve(aim, rows))
+        q = _quantized(parts[-1], scheme, slice(None)).dequantize().float()
+        d[rows] = w[rows] - q
+        return q
+
+    round_in_turn(w, grams, damping, rounded)
+    codes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
+    zero = None if parts[0].zero is None else torch.cat([part.zero for part in parts if part.zero is not None])
+    losses, norms = energies(d.T, hessian), energies(w.T, hessian)
+    identity = sum(part.identity for part in parts)
+    return Solved(codes, scale, zero, losses, norms, d.square().sum(1), identity, parts[0].tensor_scale)
 
 
 def _along(task: MatrixTask) -> Literal["inputs", "outputs"]:

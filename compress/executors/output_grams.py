@@ -1,0 +1,138 @@
+"""Output Grams: sums of g g^T for every weight of a sweep, g the gradient of the loss by its outputs.
+
+A gradient sweep (gradients.py) over the unchanged model, one block in memory, before anything is solved. Labels are drawn from
+what the model predicts, so the sum is the Fisher matrix of a layer's outputs (Kronecker's factor of it, as in K-FAC), and the
+Hessian of the KL. It is kept beside the step until that is done: a crash afterwards costs a block, and before it this sweep.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.checkpoint.atomic import write_text
+from compress.context import Context
+from compress.contract.shapes import ObservingPass
+from compress.device import CPU, device_of
+from compress.errors import InputError
+from compress.executors.backward_batch import BackwardBatch
+from compress.executors.gradients import GradientSweep, Take
+from compress.executors.step_run import StepRun
+from compress.freed_memory import trim_memory
+from compress.layerwise.batches import cut
+from compress.layerwise.dense_view import DenseView
+from compress.layerwise.logits import is_masked, label_of
+from compress.layerwise.memory_estimate import batch_tokens, computing
+from compress.layerwise.meta_model import Block, MetaModel
+from compress.numerics.output_feedback import OutputGrams
+from compress.spec.weight_state import Weight
+
+FOLDER, DONE = ".outputs", "done"
+
+
+class KeptGrams:
+    """The Gram matrices of a step's weights, on disk."""
+
+    def __init__(self, folder: Path = Path(FOLDER), weights: Sequence[Weight] = ()) -> None:
+        self.folder = folder
+        self.files = {weight.name: folder / f"{number}.safetensors" for number, weight in enumerate(weights)}
+
+    def read(self, weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
+        """G of each segment of a weight's rows; None for one that has none."""
+        file = self.files.get(weight.name)
+        if file is None:
+            return None
+        parts = load_file(file)
+        return [parts[str(number)].to(device) for number in range(len(parts))]
+
+    def write(self, weight: Weight, grams: list[torch.Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({str(number): gram.to(CPU) for number, gram in enumerate(grams)}, self.files[weight.name])
+
+    def drop(self, ctx: Context) -> None:
+        """Removes them, once all processes are through."""
+        ctx.barrier()
+        if self.files and ctx.is_main:
+            shutil.rmtree(self.folder)
+
+
+def output_grams(run: StepRun) -> KeptGrams:
+    """The Gram matrices for a step that weighs outputs, computed unless an interrupted run has done so; else none.
+
+    Raises CompressError.
+    """
+    assert isinstance(run.pass_, ObservingPass)
+    if not run.pass_.weighs_outputs():
+        return KeptGrams()
+    weights, ctx = [weight for weight in run.touched if weight.experts is None and weight.kind != "expert"], run.ctx
+    kept = KeptGrams(run.writer.path / FOLDER, weights)
+    done = kept.folder / DONE
+    if not ctx.broadcast(done.is_file()):
+        device = device_of(ctx)
+        meta_model = MetaModel(DenseView(run.source), computing(ctx.dtype, run.source.config, device), device)
+        kind = type(meta_model.module).__name__
+        if meta_model.module.get_output_embeddings() is None or is_masked(kind):
+            do = "leave feedback=both out"
+            raise InputError(label_of(run.source), "a language model that predicts the next token", kind, do)
+        most = batch_tokens(run.source.config)
+        batches = cut(run.corpus().tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
+        named = replace(ctx, events=lambda event: ctx.events({**event, "step": run.step.name}))
+
+        def take(weight: Weight, grams: Any) -> None:
+            if ctx.is_main:
+                kept.write(weight, grams)
+
+        OutputSweep(meta_model, weights, run.writer.path / ".gradients", named).run(batches, take)
+        if ctx.is_main:
+            write_text(done, "")
+        ctx.barrier()
+        trim_memory()
+    return kept
+
+
+class OutputSweep(GradientSweep):
+    """Hands over a list of Gram matrices for each weight instead of its gradient."""
+
+    def _walk(self, number: int, *more: Any) -> BackwardBatch:
+        walk = super()._walk(number, *more)
+        walk.seed = (self.ctx.rank << 32) + number
+        return walk
+
+    def _one_block(self, walks: list[BackwardBatch], block: Block, step: int, take: Take) -> None:
+        mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
+        held = {weight.name: OutputGrams(weight.out_features) for weight in mine}
+        hooks = [
+            self.meta_model.module_at(path).register_forward_hook(_watches(held[weight.name]))
+            for weight in mine
+            for path in self.meta_model.readers(weight.name)
+        ]
+        for walk in walks:
+            walk.go_back(block, step)
+        for hook in hooks:
+            hook.remove()
+        for weight in mine:
+            for part in held[weight.name].sums:
+                for tensor in (tokens := torch.tensor(part.tokens), *part.parts()):
+                    self.ctx.add_up(tensor)
+                part.tokens = int(tokens)
+            take(weight, held.pop(weight.name).means())  # type: ignore[arg-type]
+
+
+def _watches(grams: OutputGrams) -> Callable[..., torch.Tensor | None]:
+    """A forward hook that adds the gradients of a module's outputs."""
+
+    def hook(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        # In the first block nothing before a linear needs a gradient.
+        found = output if output.requires_grad else output.detach().requires_grad_()
+        found.register_hook(lambda gradient: grams.add(gradient.flatten(0, -2).detach()))
+        return found
+
+    return hook
