@@ -65,10 +65,10 @@ class KeptGrams:
 def output_grams(run: StepRun) -> KeptGrams:
     """The Gram matrices for a step that weighs outputs, computed unless an interrupted run has done so; else none.
 
-    Raises CompressError.
+    None either where an interrupted run has solved everything. Raises CompressError.
     """
     assert isinstance(run.pass_, ObservingPass)
-    if not run.pass_.weighs_outputs():
+    if not run.pass_.weighs_outputs() or all(run.writer.is_done(weight.name) for weight in run.touched):
         return KeptGrams()
     weights, ctx = [weight for weight in run.touched if weight.experts is None and weight.kind != "expert"], run.ctx
     kept = KeptGrams(run.writer.path / FOLDER, weights)

@@ -16,9 +16,9 @@ calibration tokens, as a regression is, and other texts want more `damping` than
 SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model of 8 M, w2a16g32, 64 x 256 tokens, 0.0058,
 0.0056 and 0.0057 on such texts for the first three, on sources in Python 0.060, 0.048 and 0.046.
 
-With `feedback=both` (YAQA, 2505.22988) errors of outputs count as the KL of the model's predictions does, to second order: a gradient
-sweep over the unchanged model sums products of gradients by a weight's outputs, and rows that are rounded later make up for those
-before them, as columns do (compress/numerics/output_feedback.py). It adds to either correction.
+With `feedback=both` (YAQA, 2505.22988) errors of outputs count by what they cost in KL, to second order: a gradient sweep over
+the unchanged model sums products of gradients by a weight's outputs, and rows that are rounded later make up for those before
+them, as columns do (compress/numerics/output_feedback.py). It adds to either correction.
 
 GPTAQ (2504.02692) lowers the same error as qronos, but hands what a column's inputs have changed by to later columns alone; the
 correction here has all columns make up for all of them.

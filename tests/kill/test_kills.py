@@ -19,6 +19,7 @@ RECIPES = {
     "stream and pack": "quantize.rtn(scheme=w4a16g32) | pack",
     "sweep": f"{CALIBRATE} | prune.wanda(sparsity=2:4) | quantize.gptq(scheme=w4a16g32) | pack",
     "residual": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32, correct=residual) | pack",
+    "outputs": f"{CALIBRATE} | quantize.gptq(scheme=w4a16g32, feedback=both) | pack",
     "quik": f"{CALIBRATE} | quantize.quik | pack(format=native)",
     "owl": f"{CALIBRATE} | prune.sparsegpt(sparsity=0.5, owl=true, refit=true)",
     "train": f"{CALIBRATE} | quantize.rtn(scheme=w3a16g32) | distill.logits(epochs=1, batch=2, micro_batch=2, save_every=3) | pack",

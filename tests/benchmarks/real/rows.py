@@ -93,6 +93,7 @@ def beside_peers() -> Iterator[Row]:
             yield Row(f"gptq-{name}", f"quantize.gptq(scheme={scheme})")
         residual = f"quantize.gptq(scheme={scheme}, correct=residual)"
         yield Row(f"gptq-{name}-residual", residual)
+        yield Row(f"gptq-{name}-both", f"quantize.gptq(scheme={scheme}, correct=residual, feedback=both)")
         yield Row(f"gptq-{name}-residual-scales", f"{residual} | {SCALES}")
 
 
