@@ -29,12 +29,8 @@ def attention(
 
     As transformers' `sdpa_attention_forward`, which it calls for all but a single query without dropout and gradients.
     """
-    if (
-        query.shape[2] == 1
-        and not dropout
-        and _computes(query, key, value)
-        and not any(more.get(name) is not None for name in _BESIDE)
-    ):
+    plain = not dropout and all(more.get(name) is None for name in _BESIDE)
+    if plain and query.shape[2] == 1 and _computes(query, key, value):
         mask = attention_mask
         if mask is None or _masks_keys(mask, query, key):
             mask = mask if mask is None else mask[:, 0, 0].expand(len(query), -1)
@@ -59,12 +55,8 @@ def _computes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
 
 def _masks_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether a mask tells which keys count, alike for all heads."""
-    return (
-        mask.dtype == torch.bool
-        and mask.shape[1:] == (1, 1, key.shape[2])
-        and len(mask) in (1, len(query))
-        and mask.stride(-1) == 1
-    )
+    fits = mask.shape[1:] == (1, 1, key.shape[2]) and len(mask) in (1, len(query))
+    return fits and mask.dtype == torch.bool and mask.stride(-1) == 1
 
 
 def attend_by_kernel(model: Any) -> None:
@@ -75,7 +67,7 @@ def attend_by_kernel(model: Any) -> None:
         library()
     except Refusal:
         return
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
 
 

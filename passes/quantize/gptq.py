@@ -18,7 +18,8 @@ SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model 
 
 With `feedback=both` (YAQA, 2505.22988) errors of outputs count by what they cost in KL, to second order: a gradient sweep over
 the unchanged model sums products of gradients by a weight's outputs, and rows that are rounded later make up for those before
-them, as columns do (compress/numerics/output_feedback.py). It adds to either correction.
+them, as columns do (compress/numerics/output_feedback.py). It adds to either correction: SmolLM2-135M, w3a16g64, correct=residual,
+64 x 512 tokens, 0.193 instead of 0.210, and 0.305 instead of 0.318 on texts of another kind.
 
 GPTAQ (2504.02692) lowers the same error as qronos, but hands what a column's inputs have changed by to later columns alone; the
 correction here has all columns make up for all of them.
@@ -83,7 +84,7 @@ class Gptq(QuantizingPass, LinearPass):
     )
     output_damping: float | None = Field(
         None, gt=0, le=100,
-        description="with feedback=both, added to the diagonal of what weighs outputs, as a share of its mean; without it 0.3",
+        description="with feedback=both, added to the diagonal of what weighs outputs, as a share of its mean; without it 0.1",
     )  # fmt: skip
     sparsity: Sparsity | None = Field(
         None, description="prune by the same Hessian, as prune.sparsegpt does: a share of zeros, e.g. 0.5, or n:m, e.g. 2:4"
@@ -200,7 +201,7 @@ class Gptq(QuantizingPass, LinearPass):
         if (grams := tasks[0].grams) is None:
             found = each(rest)
         else:
-            damping = self.output_damping or 0.3
+            damping = self.output_damping or 0.1
             found = _rows_in_turn(rest, grams, damping, each, scheme, prepared.hessian)
         note = prepared.note
         if note is None and self.weighs_outputs() and grams is None:

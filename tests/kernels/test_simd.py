@@ -38,8 +38,24 @@ from support import SHARED, logits, run
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("isa", USABLE)
-@pytest.mark.parametrize("text", SCHEMES)
+SOME = (
+    "w2a16g32-asym",
+    "w3a16g64-asym",
+    "w4a16g32-min",
+    "w5a16g32",
+    "w6a16g64",
+    "w8a16",
+    "nf4g64",
+    "fp8-e5m2",
+    "fp8-block",
+    "nvfp4",
+)
+EACH = [
+    pytest.param(text, isa, marks=[] if isa == BEST or text in SOME else [pytest.mark.slow]) for text in SCHEMES for isa in USABLE
+]
+
+
+@pytest.mark.parametrize(("text", "isa"), EACH)
 def test_every_scheme_by_every_instruction_set(text: str, isa: str) -> None:
     assert list(differences(Library(simd.library().path, isa), text)) == []
 
