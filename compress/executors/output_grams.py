@@ -33,15 +33,17 @@ from compress.layerwise.meta_model import Block, MetaModel
 from compress.numerics.output_feedback import OutputGrams
 from compress.spec.weight_state import Weight
 
-FOLDER, DONE = ".outputs", "done"
+FOLDER, GRADIENTS, DONE = ".outputs", ".gradients", "done"
+"""In the .tmp of a step: the matrices, what the gradient sweep sets aside, and that it is through."""
 
 
 class KeptGrams:
     """The Gram matrices of a step's weights, on disk."""
 
-    def __init__(self, folder: Path = Path(FOLDER), weights: Sequence[Weight] = ()) -> None:
-        self.folder = folder
-        self.files = {weight.name: folder / f"{number}.safetensors" for number, weight in enumerate(weights)}
+    def __init__(self, step: Path | None = None, weights: Sequence[Weight] = ()) -> None:
+        """`step` is the directory that the step writes; none for a step that weighs no outputs."""
+        self.folders = [] if step is None else [step / FOLDER, step / GRADIENTS]
+        self.files = {weight.name: self.folders[0] / f"{number}.safetensors" for number, weight in enumerate(weights)}
 
     def read(self, weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
         """G of each segment of a weight's rows; None for one that has none."""
@@ -52,14 +54,14 @@ class KeptGrams:
         return [parts[str(number)].to(device) for number in range(len(parts))]
 
     def write(self, weight: Weight, grams: list[torch.Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files[weight.name].parent.mkdir(parents=True, exist_ok=True)
         save_file({str(number): gram.to(CPU) for number, gram in enumerate(grams)}, self.files[weight.name])
 
     def drop(self, ctx: Context) -> None:
         """Removes them, once all processes are through."""
         ctx.barrier()
-        if self.files and ctx.is_main:
-            shutil.rmtree(self.folder)
+        for folder in self.folders if ctx.is_main else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def output_grams(run: StepRun) -> KeptGrams:
@@ -68,11 +70,12 @@ def output_grams(run: StepRun) -> KeptGrams:
     None either where an interrupted run has solved everything. Raises CompressError.
     """
     assert isinstance(run.pass_, ObservingPass)
-    if not run.pass_.weighs_outputs() or all(run.writer.is_done(weight.name) for weight in run.touched):
+    if not run.pass_.weighs_outputs():
         return KeptGrams()
+    if all(run.writer.is_done(weight.name) for weight in run.touched):
+        return KeptGrams(run.writer.path)
     weights, ctx = [weight for weight in run.touched if weight.experts is None and weight.kind != "expert"], run.ctx
-    kept = KeptGrams(run.writer.path / FOLDER, weights)
-    done = kept.folder / DONE
+    kept, done = KeptGrams(run.writer.path, weights), run.writer.path / FOLDER / DONE
     if not ctx.broadcast(done.is_file()):
         device = device_of(ctx)
         meta_model = MetaModel(DenseView(run.source), computing(ctx.dtype, run.source.config, device), device)
@@ -88,7 +91,7 @@ def output_grams(run: StepRun) -> KeptGrams:
             if ctx.is_main:
                 kept.write(weight, grams)
 
-        OutputSweep(meta_model, weights, run.writer.path / ".gradients", named).run(batches, take)
+        OutputSweep(meta_model, weights, run.writer.path / GRADIENTS, named).run(batches, take)
         if ctx.is_main:
             write_text(done, "")
         ctx.barrier()

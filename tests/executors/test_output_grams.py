@@ -104,7 +104,8 @@ def kl(model: Path, out: Path) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_a_crash_after_it_costs_no_second_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [5, 14], ids=["within", "after the last weight"])
+def test_a_crash_after_it_costs_no_second_sweep(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_llama(tmp_path / "model")
     do(source, tmp_path / "whole", f"{CALIBRATE} | {BOTH}")
     sweeps: list[int] = []
@@ -118,10 +119,10 @@ def test_a_crash_after_it_costs_no_second_sweep(tmp_path: Path, monkeypatch: pyt
     keep, kept = Sweep.keep, []
 
     def dies(self: Sweep, *arguments: Any) -> torch.Tensor:
-        kept.append(1)
-        if len(kept) == 5:
+        kept.append(keep(self, *arguments))
+        if len(kept) == at:
             raise KeyboardInterrupt
-        return keep(self, *arguments)
+        return kept[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "keep", dies)
