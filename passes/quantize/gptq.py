@@ -19,7 +19,7 @@ SmolLM2-135M, w3a16g64, 64 x 512 tokens, 0.234, 0.225, 0.210 and 0.214; a model 
 With `feedback=both` (YAQA, 2505.22988) errors of outputs count by what they cost in KL, to second order: a gradient sweep over
 the unchanged model sums products of gradients by a weight's outputs, and rows that are rounded later make up for those before
 them, as columns do (compress/numerics/output_feedback.py). It adds to either correction: SmolLM2-135M, w3a16g64, 64 x 512 tokens,
-correct=residual, KL 0.193 instead of 0.213, and 0.305 instead of 0.324 on texts of another kind.
+correct=residual, KL 0.200 instead of 0.213, and 0.301 instead of 0.324 on texts of another kind.
 
 GPTAQ (2504.02692) lowers the same error as qronos, but hands what a column's inputs have changed by to later columns alone; the
 correction here has all columns make up for all of them.
