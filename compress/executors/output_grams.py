@@ -1,4 +1,4 @@
-"""Output Grams: sums of g g^T for every weight of a sweep, g the gradient of the loss by its outputs.
+"""Output Grams: sums of g g^T, g the gradient of the loss by a weight's outputs.
 
 A gradient sweep (gradients.py) over the unchanged model, one block in memory, before anything is solved. Labels are drawn from
 what the model predicts, so the sum is the Fisher matrix of a layer's outputs (Kronecker's factor of it, as in K-FAC), and the

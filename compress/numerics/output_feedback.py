@@ -1,4 +1,4 @@
-"""Output feedback: rows are rounded a few at a time, each making up for those before.
+"""Output feedback: rows rounded a few at a time, each making up for those before.
 
 YAQA (Tseng et al., 2505.22988). Legend as in gptq.py: W [rows, n], D = W - Q, H [n, n] of the inputs; G [rows, rows] the mean of
 g g^T over tokens, g the gradient of the loss by a weight's outputs, lambda its damping; F the feedback of G + lambda I.

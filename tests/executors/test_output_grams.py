@@ -83,14 +83,15 @@ def test_grams_are_those_of_plain_autograd(name: str, source: Callable[[str], Pa
 
 
 def test_it_gains_on_a_trained_model(tmp_path: Path) -> None:
-    """Less KL on another text than the one that was calibrated on."""
+    """Less KL on another text than the one that was calibrated on; so few tokens want more damping than 0.1."""
     model = SHARED / "models" / "tiny-llama-3m"
     if not model.is_dir():
         pytest.skip("no trained models beside this checkout")
-    calibrate, kls = f"calibrate(data=['{SHARED / 'data' / 'wiki.train.jsonl'}'], samples=16, length=256)", []
-    for feedback in ("inputs", "both"):
-        run(model, tmp_path / feedback, f"{calibrate} | quantize.gptq(scheme=w3a16g32, correct=residual, feedback={feedback})")
-        kls.append(kl(model, tmp_path / feedback))
+    calibrate, kls = f"calibrate(data=['{SHARED / 'data' / 'wiki.train.jsonl'}'], samples=32, length=256)", []
+    for feedback in ("inputs", "both, output_damping=0.3"):
+        out = tmp_path / feedback[:4]
+        run(model, out, f"{calibrate} | quantize.gptq(scheme=w3a16g32, correct=residual, feedback={feedback})")
+        kls.append(kl(model, out))
     assert kls[1] < 0.9 * kls[0]
 
 
