@@ -20,7 +20,6 @@ from compress.checkpoint.atomic import write_text
 from compress.checkpoint.reader import ALLOCATION, Checkpoint
 from compress.context import Context
 from compress.contract.allocator import Allocator, InputAllocator, Offer, offers_of, read_table, rows_of
-from compress.errors import InputError
 from compress.numerics import qtensor
 from compress.spec.weight_state import State, Weight
 
@@ -60,22 +59,13 @@ def by_gradients(
     ctx: Context,
 ) -> list[Offer]:  # fmt: skip
     """The offers with their costs from gradients; `folder` holds hidden states during the sweep."""
-    assert tokens is not None
-    from compress.corpus import Corpus
-    from compress.device import device_of
-    from compress.executors.gradients import GradientSweep
-    from compress.layerwise.batches import cut
-    from compress.layerwise.dense_view import DenseView
-    from compress.layerwise.logits import is_masked, label_of
-    from compress.layerwise.memory_estimate import batch_tokens, computing
-    from compress.layerwise.meta_model import MetaModel
+    from compress.executors.gradients import GradientSweep, begun
+    from compress.layerwise.memory_estimate import batch_tokens
 
-    device = device_of(ctx)
-    meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config, device), device)
-    kind = type(meta_model.module).__name__
-    if meta_model.module.get_output_embeddings() is None or is_masked(kind):
-        do = "use a pass that needs no gradients, or give a table that was made elsewhere"
-        raise InputError(label_of(source), "a language model that predicts the next token", kind, do)
+    # Squares are those of samples.
+    most = 1 if allocator.squares else batch_tokens(source.config)
+    do = "use a pass that needs no gradients, or give a table that was made elsewhere"
+    meta_model, batches, named = begun(source, tokens, step.name, most, do, ctx)
     wanted = {offer.weight.name: offer for offer in offers}
     costs: dict[str, tuple[float, ...]] = {}
 
@@ -83,11 +73,6 @@ def by_gradients(
         value = qtensor.as_matrix(weight, meta_model.stored(weight.name))
         costs[weight.name] = allocator.costs(wanted[weight.name], value, qtensor.as_matrix(weight, gradient))
 
-    # Squares are those of samples.
-    most = 1 if allocator.squares else batch_tokens(source.config)
-    # GradientSweep does not know the step's name.
-    named = replace(ctx, events=lambda event: ctx.events({**event, "step": step.name}))
-    batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
     sweep = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named, allocator.squares)
     loss = sweep.run(batches, take)
     ctx.tell("sensed", step=step.name, loss=loss, weights=len(offers))

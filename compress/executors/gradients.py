@@ -13,26 +13,51 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.spill import Spill
 from compress.context import Context
+from compress.corpus import Corpus
+from compress.device import device_of
 from compress.errors import CoverageError, InputError
 from compress.executors.backward_batch import BackwardBatch
 from compress.executors.train.student import Conversion
 from compress.freed_memory import trim_memory
-from compress.layerwise.batches import Batch
+from compress.layerwise.batches import Batch, cut
+from compress.layerwise.dense_view import DenseView
 from compress.layerwise.hidden_state_offload import HiddenStateOffload
-from compress.layerwise.memory_estimate import BETWEEN_BYTES, stride
+from compress.layerwise.logits import is_masked, label_of
+from compress.layerwise.memory_estimate import BETWEEN_BYTES, computing, stride
 from compress.layerwise.meta_model import Block, MetaModel
 from compress.layerwise.stepwise import ForwardHooks
 from compress.spec.weight_state import Weight
 
 Take = Callable[[Weight, torch.Tensor], None]
 """Receives the gradient of a weight, fp32 in its stored shape."""
+
+
+def begun(
+    source: Checkpoint, tokens: Path | None, step: str, most: int, do: str, ctx: Context
+) -> tuple[MetaModel, list[Batch], Context]:
+    """The model that a sweep reads, batches of at most `most` tokens, and a context that names the step.
+
+    Raises InputError for a model that predicts no next token; `do` is what to do instead.
+    """
+    assert tokens is not None
+    device = device_of(ctx)
+    meta_model = MetaModel(DenseView(source), computing(ctx.dtype, source.config, device), device)
+    kind = type(meta_model.module).__name__
+    if meta_model.module.get_output_embeddings() is None or is_masked(kind):
+        raise InputError(label_of(source), "a language model that predicts the next token", kind, do)
+    # GradientSweep does not know the step's name.
+    named = replace(ctx, events=lambda event: ctx.events({**event, "step": step}))
+    batches = cut(Corpus.load(tokens).tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
+    return meta_model, batches, named
 
 
 class GradientSweep:

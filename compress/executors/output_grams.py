@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,14 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint.atomic import write_text
 from compress.context import Context
 from compress.contract.shapes import ObservingPass
-from compress.device import CPU, device_of
-from compress.errors import InputError
+from compress.device import CPU
+from compress.executors.across import add_up
 from compress.executors.backward_batch import BackwardBatch
-from compress.executors.gradients import GradientSweep, Take
+from compress.executors.gradients import GradientSweep, Take, begun
 from compress.executors.step_run import StepRun
 from compress.freed_memory import trim_memory
-from compress.layerwise.batches import cut
-from compress.layerwise.dense_view import DenseView
-from compress.layerwise.logits import is_masked, label_of
-from compress.layerwise.memory_estimate import batch_tokens, computing
-from compress.layerwise.meta_model import Block, MetaModel
+from compress.layerwise.memory_estimate import batch_tokens
+from compress.layerwise.meta_model import Block
 from compress.numerics.output_feedback import OutputGrams
 from compress.spec.weight_state import Weight
 
@@ -77,15 +73,8 @@ def output_grams(run: StepRun) -> KeptGrams:
     weights, ctx = [weight for weight in run.touched if weight.experts is None and weight.kind != "expert"], run.ctx
     kept, done = KeptGrams(run.writer.path, weights), run.writer.path / FOLDER / DONE
     if not ctx.broadcast(done.is_file()):
-        device = device_of(ctx)
-        meta_model = MetaModel(DenseView(run.source), computing(ctx.dtype, run.source.config, device), device)
-        kind = type(meta_model.module).__name__
-        if meta_model.module.get_output_embeddings() is None or is_masked(kind):
-            do = "leave feedback=both out"
-            raise InputError(label_of(run.source), "a language model that predicts the next token", kind, do)
-        most = batch_tokens(run.source.config)
-        batches = cut(run.corpus().tensors, meta_model.module, ctx.rank, ctx.world_size, meta_model.dtype, device, most)
-        named = replace(ctx, events=lambda event: ctx.events({**event, "step": run.step.name}))
+        most, do = batch_tokens(run.source.config), "leave feedback=both out"
+        meta_model, batches, named = begun(run.source, run.tokens, run.step.name, most, do, ctx)
 
         def take(weight: Weight, grams: Any) -> None:
             if ctx.is_main:
@@ -121,9 +110,7 @@ class OutputSweep(GradientSweep):
             hook.remove()
         for weight in mine:
             for part in held[weight.name].sums:
-                for tensor in (tokens := torch.tensor(part.tokens), *part.parts()):
-                    self.ctx.add_up(tensor)
-                part.tokens = int(tokens)
+                add_up(self.ctx, part)
             take(weight, held.pop(weight.name).means())  # type: ignore[arg-type]
 
 

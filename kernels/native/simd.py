@@ -61,8 +61,7 @@ class Simd(Fused):
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        tokens = x.shape[0]
-        if tokens > _TOKENS_IN_FP32 and tokens > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else 0):
+        if x.shape[0] > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else _TOKENS_IN_FP32):
             return by_chunks(self, x, packed, bias)
         out = self.product(x, packed, bias)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))

@@ -242,8 +242,7 @@ def _quantized(found: Solved, scheme: Scheme, rows: slice) -> QTensor:
 
 def _rows_in_turn(
     w: torch.Tensor, grams: Sequence[torch.Tensor], damping: float, solve: Callable[[torch.Tensor, slice], Solved],
-    scheme: Scheme,
-    hessian: torch.Tensor,
+    scheme: Scheme, hessian: torch.Tensor,
 ) -> Solved:  # fmt: skip
     """Rounds rows in turn, each making up for the errors of those before it; errors are told of W itself."""
     import torch
