@@ -30,6 +30,7 @@ from compress.kernels.third_party_backends import Call, Other, others
 from compress.numerics import lowrank, masks
 from compress.numerics.inputs import rounded_inputs
 from compress.numerics.rounding import nearest
+from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State, Weight
 
 LAYERS = {
@@ -42,6 +43,8 @@ HEAD = (
 )  # fmt: skip
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
 """Largest difference from fp32, as a share of the largest output."""
+ROUNDED = 2e-2
+"""The same of a product that rounds activations to 8 bits."""
 WEIGHT_BYTES = 160 << 20
 """Bytes of the equal weights together; more than any cache holds."""
 DENSE = "dense"
@@ -107,6 +110,8 @@ class Product:
     exact: Call
     """The exact product, in fp32."""
     ours: bool
+    rounds: bool = False
+    """Whether it rounds activations to 8 bits that the scheme leaves alone."""
 
 
 def parse_state(text: str) -> State:
@@ -188,8 +193,10 @@ def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype,
         held = replace(packed, parts=taken.prepare(packed))
         size = sum(part.nbytes for part in held.parts.values())
         # Some round their inputs by themselves, and what has been rounded once more.
-        own = (lambda x: exact(rounded_inputs(x, scheme))) if taken.rounds_inputs and scheme is not None else exact
-        found.append(_product(name, size, partial(_copied, taken, held), own, True))
+        own, rounds = exact, taken.rounds_inputs
+        if rounds and scheme is not None and scheme.inputs:
+            own, rounds = partial(_of_rounded, exact, scheme), False
+        found.append(_product(name, size, partial(_copied, taken, held), own, True, rounds))
     if backend is None:
         found += [_other(what, make, exact) for what, make in others(packed, dtype)]
     return found
@@ -213,8 +220,8 @@ def random_weight(state: State, rows: int, columns: int, dtype: torch.dtype, exp
     return Packed(state, rows, columns, {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()})
 
 
-def _product(what: str, weight_bytes: int, copy: Callable[[], Call], exact: Call, ours: bool) -> Product:
-    return Product(what, weight_bytes, [copy() for _ in range(-(-WEIGHT_BYTES // weight_bytes))], exact, ours)
+def _product(what: str, weight_bytes: int, copy: Callable[[], Call], exact: Call, ours: bool, rounds: bool = False) -> Product:
+    return Product(what, weight_bytes, [copy() for _ in range(-(-WEIGHT_BYTES // weight_bytes))], exact, ours, rounds)
 
 
 def _other(what: str, make: Callable[[], Other], exact: Call) -> Product:
@@ -224,6 +231,10 @@ def _other(what: str, make: Callable[[], Other], exact: Call) -> Product:
         return _product(what, other.weight_bytes, other.copy, other.exact or exact, False)
     except Exception as error:
         return Product(what, 0, [partial(_raise, error)], exact, False)
+
+
+def _of_rounded(exact: Call, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
+    return exact(rounded_inputs(x, scheme))
 
 
 def _raise(error: Exception, x: torch.Tensor) -> torch.Tensor:
@@ -264,7 +275,7 @@ def _checked(row: Row, product: Product, x: torch.Tensor) -> Row:
         return replace(row, fault=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     exact = product.exact(x)
     difference = float((out.float() - exact).abs().max() / exact.abs().max())
-    allowed = ALLOWED[x.dtype]
+    allowed = max(ALLOWED[x.dtype], ROUNDED if product.rounds else 0)
     # Written so that a NaN is a fault.
     fault = "" if difference <= allowed else f"off by {difference:.2g} of the largest output, where {allowed:g} is allowed"
     return replace(row, difference=difference, fault=fault)

@@ -129,5 +129,10 @@ if __name__ == "__main__":
     held = Library(Path(sys.argv[1]), sys.argv[2])
     found = [line for scheme in SCHEMES for line in differences(held, scheme)]
     found += [line for dtype in ROUNDING for line in attends(held, dtype)]
-    print("\n".join(found) or f"{len(SCHEMES)} schemes and attention by {held.isa}: as fp64 has them")
+    from integers_oracle import INTEGERS, integer_differences
+
+    found += [line for scheme in INTEGERS for line in integer_differences(held, scheme)]
+    print(
+        "\n".join(found) or f"{len(SCHEMES)} schemes, {len(INTEGERS)} by integers, and attention by {held.isa}: as fp64 has them"
+    )
     sys.exit(1 if found else 0)

@@ -118,7 +118,7 @@ def time_model(artifact: str, against: str | None, data: str | None, settings: S
         f"and values; {settings.rounds} rounds, all models in each"
     )
     name = bench.dtype_name(subjects[0].model)
-    allowed = bench.ALLOWED[name]
+    allowed = subjects[0].allowed
     if as_json:
         print(json.dumps({
             "model": checkpoints[0].name, "against": against, "device": runs_on(settings.device), "dtype": name,
@@ -132,7 +132,8 @@ def time_model(artifact: str, against: str | None, data: str | None, settings: S
     print(f"model:    {label(checkpoints[0])}" + (f"\nagainst:  {label(checkpoints[1])}" if against else ""))
     print(f"backends: {', '.join(f'{count} weights {backend}' for backend, count in subjects[0].backends.items())}")
     print(f"device:   {runs_on(settings.device)}, {name}")
-    print(f"checked:  logits are within {difference:.2g} of what the codes mean in fp32 (relative; {allowed:g} is allowed)")
+    why = ", as activations are rounded to 8 bits" if subjects[0].rounds else ""
+    print(f"checked:  logits are within {difference:.2g} of what the codes mean in fp32 (relative; {allowed:g} is allowed{why})")
     print(f"protocol: {protocol}")
 
 

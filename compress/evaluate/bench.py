@@ -27,6 +27,7 @@ from compress.errors import CompressError, FormatError, InputError, UsageError
 from compress.evaluate.backend_report import check_device
 from compress.freed_memory import trim_memory
 from compress.importers import method_of
+from compress.kernels.native.modules import PackedWeight
 from compress.layerwise.eval_windows import token_windows, tokenizer_folder
 from compress.layerwise.logits import Forward, label_of
 from compress.pipeline.build_manifest import peak_resident_bytes
@@ -40,6 +41,8 @@ ALLOWED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
 """Allowed |packed - meant| / |meant| of logits, by the packed model's dtype; `meant` are dequantized weights in fp32."""
 MARGIN = 2.0
 """How many times the same of a dense model in that dtype is allowed, if that is more: some models amplify any rounding."""
+ROUNDED, ROUNDED_MARGIN = 0.1, 8.0
+"""Both where a backend that was asked for rounds activations to 8 bits which the scheme leaves as they are."""
 PACKED, DENSE = "packed", "dense"
 PROMPT, DECODE = "prompt", "decode"
 _CHECKED = 32
@@ -89,6 +92,18 @@ class Subject:
     memory: Memory
     backends: dict[str, int] = field(default_factory=dict)
     """How many packed weights each backend runs."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a backend rounds activations that the scheme leaves as they are."""
+        packed = [module for module in self.model.modules() if isinstance(module, PackedWeight)]
+        return any(one.rounds_inputs and one.work.state.scheme and not one.work.state.scheme.inputs for one in packed)
+
+    @property
+    def allowed(self) -> float:
+        """The difference of logits that rounding explains in most models."""
+        usual = ALLOWED[dtype_name(self.model)]
+        return max(usual, ROUNDED) if self.rounds else usual
 
 
 @dataclass(frozen=True)
@@ -198,10 +213,11 @@ def check(checkpoint: Checkpoint, subject: Subject, ids: torch.Tensor) -> float:
     some = ids[:1, :_CHECKED]
     meant = _dense_logits(Forward(checkpoint, rounded=False), some)
     found = subject.model(input_ids=some.to(subject.model.device), use_cache=False).logits.float().cpu()
-    difference, allowed = float((found - meant).norm() / meant.norm()), ALLOWED[dtype_name(subject.model)]
+    difference, allowed = float((found - meant).norm() / meant.norm()), subject.allowed
     if not difference <= allowed and subject.model.dtype != torch.float32:
         dense = _dense_logits(Forward(checkpoint, dtype=subject.model.dtype), some)
-        allowed = max(allowed, MARGIN * float((dense - meant).norm() / meant.norm()))
+        margin = ROUNDED_MARGIN if subject.rounds else MARGIN
+        allowed = max(allowed, margin * float((dense - meant).norm() / meant.norm()))
     # Written so that a NaN is refused as well.
     if not difference <= allowed:
         expected = f"logits within {allowed:g} of what its codes mean (relative, {dtype_name(subject.model)})"

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISAS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"avx512bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "plain": ()},
+    "x86_64": {"avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"), "avx512": _AVX512, "avx2": _AVX2, "plain": ()},
     "aarch64": {"neon": ()},
 }
 """Options of the compiler for each instruction set, the best first."""
@@ -34,7 +34,7 @@ OPTIONS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )  # fmt: skip
-UNITS = ("product", "expand", "attention")
+UNITS = ("product", "integers", "expand", "attention")
 """Sources that are compiled once for each instruction set."""
 GLIBC = (2, 28)
 """The newest version of glibc of which the shipped library may need a symbol."""

@@ -9,16 +9,6 @@
 
 namespace {
 
-struct Rows {
-  const Weight* weight;
-  const int64_t* index;  // [count], or none: the rows from `first` on, which begins a tile
-  int64_t first, count;
-  void* out;             // [count, K]
-  int32_t dtype, threads;
-  Parallel parallel;
-  int64_t next;
-};
-
 U rounded(F v) {
   U bits = (U)v;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

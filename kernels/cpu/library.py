@@ -55,8 +55,14 @@ class CWork(ctypes.Structure):
     )
 
 
+class CRounding(ctypes.Structure):
+    """`Rounding` of weight.h."""
+
+    _fields_ = (("sums", c_void_p), *((name, c_int32) for name in ("bits", "asymmetric", "span", "wide")))
+
+
 class CRows(ctypes.Structure):
-    """`Rows` of expand.cpp."""
+    """`Rows` of weight.h."""
 
     _fields_ = (
         ("weight", ctypes.POINTER(CWeight)), ("index", c_void_p), ("first", c_int64), ("count", c_int64), ("out", c_void_p),
@@ -85,34 +91,49 @@ class Library:
             held.isa.restype = held.sources.restype = ctypes.c_char_p
             self.path, self.isa, self.sources = path, isa or held.isa().decode(), held.sources().decode()
             self._product: Callable[..., int] = getattr(held, f"product_{self.isa}")
+            self._integers: Callable[..., int] = getattr(held, f"integers_{self.isa}")
             self._expand: Any = getattr(held, f"expand_{self.isa}")
+            self._integer_rows: Any = getattr(held, f"integer_rows_{self.isa}")
             self._attend: Callable[..., int] = getattr(held, f"attend_{self.isa}")
         except (OSError, AttributeError) as error:
             raise MachineError(str(path), "a library of kernels", str(error), "install compress again") from None
-        self._expand.restype = None
+        self._expand.restype = self._integer_rows.restype = None
         self.parallel = _parallel()
 
     def product(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
                 offsets: torch.Tensor | None = None) -> None:  # fmt: skip
         """x [tokens, columns], with neighbouring columns, by a matrix; or by those of a stack, tokens of each from offsets on."""
+        if self._product(ctypes.byref(weight), ctypes.byref(self._asked(weight, x, bias, out, offsets))):
+            raise MemoryError(f"activations of {x.shape[0]} tokens")
+
+    def integers(self, weight: CWeight, rounding: CRounding, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+                 offsets: torch.Tensor | None = None) -> None:  # fmt: skip
+        """The same by whole numbers, once activations are rounded to such; codes in the order of integers.cpp."""
+        asked = self._asked(weight, x, bias, out, offsets)
+        if self._integers(ctypes.byref(weight), ctypes.byref(asked), ctypes.byref(rounding)):
+            raise MemoryError(f"activations of {x.shape[0]} tokens")
+
+    def _asked(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+               offsets: torch.Tensor | None) -> CWork:  # fmt: skip
         tokens, experts = x.shape[0], 1 if offsets is None else len(offsets) - 1
-        asked = CWork(
+        return CWork(
             x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
             None if offsets is None else offsets.data_ptr(), tokens, x.stride(0), experts, DTYPES[x.dtype],
             min(torch.get_num_threads(), 1 + weight.rows * weight.columns * tokens // _ALONE), self.parallel,
         )  # fmt: skip
-        if self._product(ctypes.byref(weight), ctypes.byref(asked)):
-            raise MemoryError(f"activations of {tokens} tokens")
 
-    def expand(self, weight: CWeight, rows: slice | torch.Tensor, out: torch.Tensor) -> None:
-        """Dequantized rows into out [n, columns]: of a slice that begins at a tile, or of an index int64 [n]."""
+    def expand(self, weight: CWeight, rows: slice | torch.Tensor, out: torch.Tensor, integers: bool = False) -> None:
+        """Dequantized rows into out [n, columns]: of a slice that begins at a tile, or of an index int64 [n].
+
+        `integers` tells that codes are in the order of integers.cpp.
+        """
         index, first = (None, rows.start) if isinstance(rows, slice) else (rows.contiguous(), 0)
         place = None if index is None else index.data_ptr()
         asked = CRows(
             ctypes.pointer(weight), place, first, len(out), out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads(),
             self.parallel,
         )  # fmt: skip
-        self._expand(ctypes.byref(asked))
+        (self._integer_rows if integers else self._expand)(ctypes.byref(asked))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
                mask: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip

@@ -1,4 +1,4 @@
-// Weight: a packed matrix as kernels get it, and the dtypes of what it is multiplied by.
+// Weight: a packed matrix as kernels get it, and what is asked of it.
 //
 // Legend: M tokens, N rows, K columns; T = ceil(N / 16) tiles of rows; KC columns of a chunk, C chunks; G groups of C KC columns.
 // The bits of a tile are told in tiles.py. What lies beyond N and K is zero bits.
@@ -41,4 +41,24 @@ struct Work {
   int64_t tokens, stride, experts;
   int32_t dtype, threads;
   Parallel parallel;       // none: one thread
+};
+
+// How `integers` rounds activations.
+struct Rounding {
+  const float* sums;   // [experts, N]: sums of the weight's rows, for activations with zero points
+  int32_t bits;        // 8 or 4
+  int32_t asymmetric;  // whether a token has a zero point
+  int32_t span;        // columns that share a scale, a power of two from 32 on; 0: all of a token
+  int32_t wide;        // whether results are fp32, whatever activations are; then there is no bias
+};
+
+// Rows as dense numbers.
+struct Rows {
+  const Weight* weight;
+  const int64_t* index;  // [count], or none: the rows from `first` on, which begins a tile
+  int64_t first, count;
+  void* out;             // [count, K]
+  int32_t dtype, threads;
+  Parallel parallel;
+  int64_t next;
 };

@@ -1,12 +1,12 @@
 """integers backend: whole numbers by whole numbers on the CPU, summed in int32.
 
-Legend: x = s (q - z) per token, with q in int8 or int4 (numerics/inputs.py); w = t c per row, with c = code - middle code;
-y = s t (sum_k q_k c_k - z sum_k c_k), in which only the last two products are rounded. Kept columns are products of their own:
-plain ones, or int8 by int8.
+Legend: x = s (q - z), with q in int8 or int4; w = t (c - o) for a code c and its zero point o; y = sum over groups of
+s t (sum_k q_k (c_k - o) - z sum_k (c_k - o)), in which only products by s and t are rounded. Kept columns are products of their
+own: plain ones, or int8 by int8.
 
-It rounds inputs by itself, because q cannot be told from s (q - z). Codes are kept as int8 [rows, columns], in plain order, and
-the sums of their rows: faster than to expand them, but twice the memory where codes have 4 bits. So it takes what has kept
-columns, and other weights only if it is asked for.
+It rounds inputs by itself, because q cannot be told from s (q - z): as the scheme does (numerics/inputs.py), or, for a scheme
+that does not and only if it is asked for, to int8 with a scale for each token and SPAN columns. Codes take as many bytes as
+they are stored in, in the order that kernels/cpu/integers.cpp tells.
 """
 
 from __future__ import annotations
@@ -16,68 +16,135 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from compress.errors import Refusal
-from compress.kernels.dispatch import Work
-from compress.kernels.native.cpu import Cpu
+from compress.kernels.cpu.library import DTYPES, SCALES, CRounding, library
+from compress.kernels.dispatch import Backend, Work
+from compress.kernels.native.fused import deltas
 from compress.kernels.native.packed import Packed
+from compress.kernels.native.simd import weight_of
 from compress.numerics.inputs import in_integers
 from compress.numerics.qtensor import with_beside
 
+BLOCK, LANES = 32, 16
+"""Columns and rows of a block."""
+SPAN = 64
+"""The most columns of a token that share a scale where the scheme does not say; a power of two."""
 
-class Integers(Cpu):
-    """Symmetric integers with a scale per row, and activations in integers."""
+
+class Integers(Backend):
+    """Integers in groups of 32, 64, 128, ..., or with a scale per row."""
 
     name = "integers"
     rounds_inputs: ClassVar[bool] = True
     keeps_columns: ClassVar[bool] = True
 
     def refuse(self, work: Work) -> None:
-        super().refuse(work)
-        scheme = work.state.scheme
-        if scheme is None or not scheme.inputs.startswith("int"):
-            raise Refusal(f"{work.state} does not round activations to integers", "use another backend")
-        if not (scheme.integer and scheme.symmetric and scheme.group is None):
-            raise Refusal(f"{scheme} is not symmetric with a scale per row", "use another backend")
-        if work.looked_up:
-            raise Refusal("its rows are looked up as well", "use another backend")
-        if work.state.outliers is not None or work.state.lowrank is not None:
-            raise Refusal("it has outliers or low-rank factors", "use another backend")
-        if work.state.columns is None and not work.asked:
-            wide = scheme.bits < 8
-            reason = f"{scheme} would take 8 bits in memory" if wide else "int8pack and cpu come first for such weights"
-            raise Refusal(reason, "ask for integers by name where speed is worth that")
+        scheme, state = work.state.scheme, work.state
+        if work.device != "cpu":
+            raise Refusal(f"the weight lies on {work.device}", "load the model on the CPU")
+        rounded = scheme is not None and (scheme.inputs.startswith("int") or (work.asked and not scheme.inputs))
+        if scheme is None or not rounded:
+            raise Refusal(f"{state} does not round activations to integers", "ask for integers by name if they may be rounded")
+        if not scheme.integer or scheme.minimum:
+            raise Refusal(f"{scheme} is not in integers with zero points or none", "use another backend")
+        group = scheme.group or BLOCK
+        if group < BLOCK or group & (group - 1):
+            raise Refusal(f"groups of {group} columns are no power of two from {BLOCK} on", "use another backend")
+        if scheme.inputs and (state.outliers is not None or state.lowrank is not None):
+            raise Refusal("outliers or low-rank factors would be multiplied by unrounded activations", "use another backend")
+        if work.turned:
+            raise Refusal("a Conv1D adds over its rows", "leave the backend to be chosen")
+        if work.dtype not in DTYPES or work.scales not in SCALES:
+            raise Refusal(f"activations are {str(work.dtype)[6:]}, scales {str(work.scales)[6:]}", "use cpu or reference")
+        library()
 
     def prepare(self, packed: Packed) -> dict[str, torch.Tensor]:
-        codes = torch.empty(packed.rows, packed.columns, dtype=torch.int8)
-        scale = torch.empty(packed.rows, dtype=packed.parts["scale"].dtype)
+        packed = packed.whole()
+        parts, bits = dict(packed.parts), packed.scheme.bits
+        shape = -(-packed.rows // LANES), -(-packed.columns // BLOCK), bits, LANES, 4
+        blocks, sums = torch.empty(shape, dtype=torch.uint8), torch.empty(packed.rows)
         for rows in self.chunks(packed):
             q = packed.take(rows)
-            # In bytes the subtraction wraps to the right code.
-            codes[rows], scale[rows] = (q.codes - q.scheme.middle).view(torch.int8), q.scale[:, 0]
-        kept = {name: part for name, part in packed.parts.items() if name.startswith("kept_")}
-        if kept:
-            codes[:, kept["kept_columns"].long()] = 0
-        return {"int8": codes, "scale": scale, "sums": codes.sum(1, dtype=torch.int32), **kept}
+            blocks[rows.start // LANES : -(-rows.stop // LANES)] = in_blocks(q.codes, bits)
+            if packed.scheme.inputs.endswith("-asym"):
+                sums[rows] = q.values().sum(1)
+        parts["tiles"] = blocks
+        if packed.scheme.inputs.endswith("-asym"):
+            parts["sums"] = sums
+        if packed.state.outliers is not None:
+            parts["outlier_deltas"] = deltas(packed)
+        return parts
 
     def rows(self, packed: Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        codes = packed.parts["int8"][rows].view(torch.uint8) + packed.scheme.middle
-        q = with_beside(packed.state, codes, packed.parts["scale"][rows, None], None, packed.parts)
-        return replace(q, kept=None if q.kept is None else q.kept.take(rows)).dequantize().to(dtype)
+        return _expanded(packed, rows, rows.stop - rows.start).to(dtype)
+
+    def lookup(self, packed: Packed, ids: torch.Tensor) -> torch.Tensor:
+        return _expanded(packed, ids, len(ids))
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        parts, scheme = packed.parts, packed.scheme
-        columns = parts["kept_columns"].long() if "kept_columns" in parts else None
-        rest = x if columns is None else x.index_fill(-1, columns, 0)
-        q, s, z = in_integers(rest, scheme.input_bits, scheme.inputs.endswith("-asym"))
-        total = torch._int_mm(q.to(torch.int8), parts["int8"].T)
-        if z is not None:
-            total -= z.to(torch.int32) * parts["sums"]
-        out = total.float() * s.float() * parts["scale"].float()
-        if columns is not None:
-            out += _kept(x[:, columns], parts)
-        return (out if bias is None else out + bias.float()).to(x.dtype)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        if packed.state.columns is not None:
+            return _with_kept(x, packed, bias)
+        out = x.new_empty(x.shape[0], packed.rows)
+        library().integers(weight_of(packed), rounding(packed), x, None if bias is None else bias.to(x.dtype).contiguous(), out)
+        return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
+
+    def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
+        # What is beside codes belongs to single matrices.
+        if packed.state.beside():
+            return super().grouped(x, packed, offsets)
+        x, out = x.contiguous(), x.new_empty(len(x), packed.rows)
+        library().integers(weight_of(packed), rounding(packed), x, None, out, offsets.int().contiguous())
+        return out
+
+
+def in_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [rows, columns] as [tiles, blocks, bits, 16, 4], zeros where there are none; see integers.cpp."""
+    rows, columns = codes.shape
+    padded = pad(codes, (0, -columns % BLOCK, 0, -rows % LANES))
+    steps = padded.view(-1, LANES, padded.shape[1] // BLOCK, 8, 4).permute(0, 2, 3, 1, 4)
+    low = {3: 2, 5: 4, 6: 4}.get(bits, bits)
+    parts = [_joined(steps & ((1 << low) - 1), low)] + ([_joined(steps >> low, bits - low)] if bits > low else [])
+    return torch.cat(parts, 2)
+
+
+def _joined(steps: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of some bits, uint8 [tiles, blocks, 8, 16, 4], those of 8 / bits steps in a byte."""
+    tiles, blocks = steps.shape[:2]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
+    return (steps.reshape(tiles, blocks, bits, 8 // bits, LANES, 4) << shifts).sum(3, dtype=torch.uint8)
+
+
+def rounding(packed: Packed) -> CRounding:
+    """How inputs of a weight are rounded, as the library gets it; made once."""
+    if (made := packed.made.get("rounding")) is None:
+        inputs, sums = packed.scheme.inputs, packed.parts.get("sums")
+        made = packed.made["rounding"] = CRounding(
+            None if sums is None else sums.data_ptr(), 4 if inputs.startswith("int4") else 8, sums is not None,
+            0 if inputs else SPAN, packed.state.columns is not None,
+        )  # fmt: skip
+    return made
+
+
+def _expanded(packed: Packed, rows: slice | torch.Tensor, count: int) -> torch.Tensor:
+    """Some rows, fp32 [count, columns], with all that is beside codes."""
+    values = torch.empty(count, packed.columns)
+    library().expand(weight_of(packed), rows, values, integers=True)
+    q = with_beside(packed.state, values, packed.parts["scale"], None, dict(packed.parts))
+    index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    values = values if q.outliers is None else q.outliers.take(index).put(values)
+    values = values if q.kept is None else q.kept.take(index).put(values)
+    return values if q.lowrank is None else values.add_(replace(q.lowrank, left=q.lowrank.left[index]).product())
+
+
+def _with_kept(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of a weight with kept columns, whose inputs are not rounded with the others."""
+    columns, out = packed.parts["kept_columns"].long(), torch.empty(len(x), packed.rows)
+    library().integers(weight_of(packed), rounding(packed), x.index_fill(-1, columns, 0), None, out)
+    out += _kept(x[:, columns], packed.parts)
+    return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
 def _kept(x: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

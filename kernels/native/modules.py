@@ -72,7 +72,7 @@ class PackedWeight(nn.Module):
     def _keep(self, packed: Packed | Stack) -> None:
         """Chooses a backend, and keeps the tensors that it prepares."""
         chosen = choose(self.work, self.asked)
-        self.backend = chosen.name
+        self.backend, self.rounds_inputs = chosen.name, chosen.rounds_inputs
         kept = _prepared(chosen, packed)
         for name, part in kept.items():
             self.register_buffer(name, part)
@@ -112,7 +112,7 @@ class PackedWeight(nn.Module):
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs as the scheme rounds them."""
         scheme, columns = self.work.state.scheme, self.work.state.columns
-        if load_backend(self.backend).rounds_inputs:
+        if self.rounds_inputs:
             return x
         assert scheme is not None
         divisor, kept = (self._buffers.get(name) for name in ("input_scale", "kept_columns"))

@@ -56,7 +56,7 @@ class Packed:
     rows: int
     columns: int
     parts: Mapping[str, torch.Tensor]
-    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What backends have made of these parts, by their names."""
 
     @property
@@ -84,7 +84,7 @@ class Packed:
         codes = sparse.unpack(self.parts, self.rows, self.columns, self.scheme.middle)
         scale = self.parts["scale"][..., : groups_of(self.scheme, self.columns), :].contiguous()
         parts = {name: part for name, part in self.parts.items() if name != "indices"}
-        return replace(self, made={}, parts={**parts, "tiles": tiles.pack(codes, self.scheme.bits), "scale": scale})
+        return replace(self, parts={**parts, "tiles": tiles.pack(codes, self.scheme.bits), "scale": scale})
 
     def unpack(self) -> QTensor:
         """The inverse of `pack`, bit for bit."""
@@ -108,7 +108,7 @@ class Packed:
 
     def expert(self, index: int) -> Packed:
         """One matrix of fused experts."""
-        return replace(self, made={}, parts={name: part[index] for name, part in self.parts.items()})
+        return replace(self, parts={name: part[index] for name, part in self.parts.items()})
 
     def take(self, rows: slice | torch.Tensor) -> QTensor:
         """Some rows of a matrix as a QTensor with scales per row: a slice that begins at a tile, or an index int64 [n]."""

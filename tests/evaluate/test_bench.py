@@ -66,11 +66,13 @@ def test_every_product_of_a_case_is_of_one_weight_and_each_copy_of_it(text: str)
     x = torch.randn(3, 64)
     half = kernels.random_weight(state, 512, 64, torch.float32).values()
     for product in products:
-        given = rounded_inputs(x, state.scheme) if product.what == "integers" and state.scheme is not None else x
+        told = product.what == "integers" and state.scheme is not None and state.scheme.inputs
+        given = rounded_inputs(x, state.scheme) if told and state.scheme is not None else x
+        assert product.rounds is (product.what == "integers" and not told)
         wanted = linear(given, torch.cat([half, half]))
         assert len(product.calls) * product.weight_bytes >= kernels.WEIGHT_BYTES
         for call in product.calls:
-            torch.testing.assert_close(call(x), wanted, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(call(x), wanted, rtol=1e-4, atol=0.3 if product.rounds else 1e-3)
         torch.testing.assert_close(product.exact(x), wanted)
     for row in rows(text):
         assert not row.fault
@@ -291,6 +293,9 @@ def test_a_model_is_checked_before_it_is_timed(packed: Path, model: Path) -> Non
         (label, batch, phase) for batch in (1, 3) for label in (PACKED, DENSE) for phase in ("prompt", DECODE)
     ]
     assert all(len(s.rates) == 2 and s.best >= s.median > 0 for s in speeds)
+    whole = bench.load_packed(checkpoints[0], Settings(dtype="float32", backend="integers"))
+    assert (whole.rounds, whole.allowed, exact.rounds) == (True, bench.ROUNDED, False)
+    assert 1e-4 < bench.check(checkpoints[0], whole, ids) < 0.05
     exact.model.model.layers[1].mlp.up_proj.packed_weight.get_buffer("tiles").zero_()
     with pytest.raises(FormatError, match="nothing was timed"):
         bench.check(checkpoints[0], exact, ids)

@@ -5,19 +5,14 @@
 #include <stdlib.h>
 
 #include "attention.h"
-
-struct Rows {
-  const Weight* weight;
-  const int64_t* index;
-  int64_t first, count;
-  void* out;
-  int32_t dtype, threads;
-  Parallel parallel;
-  int64_t next;
-};
+#include "weight.h"
 
 extern "C" int product_neon(const Weight*, const Work*);
 extern "C" int product_plain(const Weight*, const Work*);
+extern "C" int integers_neon(const Weight*, const Work*, const Rounding*);
+extern "C" int integers_plain(const Weight*, const Work*, const Rounding*);
+extern "C" void integer_rows_neon(const Rows*);
+extern "C" void integer_rows_plain(const Rows*);
 extern "C" void expand_neon(Rows*);
 extern "C" void expand_plain(Rows*);
 extern "C" int attend_neon(const Attention*);
@@ -93,6 +88,45 @@ int main() {
           free(one), free(two);
         }
         free(tiles), free(scale), free(minimum), free(zero);
+      }
+  for (int bits_ : {2, 3, 4, 5, 6, 8})
+    for (int shift : {5, 7, 31})
+      for (int how = 0; how < 3; how++) {  // by spans; by token; by token with zero points
+        const int64_t T = (N + 15) / 16, B = (K + 31) / 32, G = shift == 31 ? 1 : (B * 32 + (1ll << shift) - 1) >> shift;
+        uint8_t *codes = (uint8_t*)malloc(T * B * bits_ * 64), *zero = (uint8_t*)malloc(T * G * 16);
+        float *scale = (float*)malloc(T * G * 16 * 4), sums[37];
+        for (int64_t i = 0; i < T * B * bits_ * 64; i++) codes[i] = bits() >> 24;
+        for (int64_t i = 0; i < T * G * 16; i++) scale[i] = uniform(), zero[i] = bits() >> 24 & ((1 << bits_) - 1);
+        for (float& v : sums) v = uniform();
+        Weight w{};
+        w.tiles = (uint16_t*)codes, w.scale = scale, w.zero = how == 1 ? zero : nullptr, w.rows = N, w.columns = K, w.groups = G;
+        w.bits = bits_, w.grid = INTEGER, w.scales = F32, w.shift = shift, w.middle = 1 << (bits_ - 1);
+        const Rounding rounding{sums, how == 2 ? 4 : 8, how == 2, how ? 0 : 64, 0};
+        for (int tokens : {1, 2, 13}) {
+          float *x = (float*)malloc(tokens * K * 4), *one = (float*)malloc(tokens * N * 4), *two = (float*)malloc(tokens * N * 4);
+          for (int64_t i = 0; i < tokens * K; i++) x[i] = uniform();
+          Work work{x, nullptr, one, nullptr, tokens, K, 1, F32, 1, nullptr};
+          if (integers_neon(&w, &work, &rounding)) return 2;
+          work.out = two;
+          if (integers_plain(&w, &work, &rounding)) return 2;
+          double most = 0, off = 0;
+          for (int64_t i = 0; i < tokens * N; i++) most = fmax(most, fabs(two[i])), off = fmax(off, fabs(one[i] - two[i]));
+          compared++;
+          if (!(off <= 1e-5 * most)) failed++, printf("integers, bits %d shift %d how %d tokens %d: %g of %g\n", bits_, shift, how, tokens, off, most);
+          free(x), free(one), free(two);
+        }
+        float *one = (float*)malloc(N * K * 4), *two = (float*)malloc(N * K * 4);
+        Rows rows{&w, nullptr, 0, N, one, F32, 1, nullptr, 0};
+        integer_rows_neon(&rows);
+        rows.out = two;
+        integer_rows_plain(&rows);
+        compared++;
+        for (int64_t i = 0; i < N * K; i++)
+          if (one[i] != two[i]) {
+            failed++, printf("integers, bits %d shift %d: number %ld\n", bits_, shift, (long)i);
+            break;
+          }
+        free(one), free(two), free(codes), free(zero), free(scale);
       }
   for (int dtype : {F32, F16, BF16})
     for (int64_t keys : {1, 17, 300}) {

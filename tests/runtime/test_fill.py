@@ -244,7 +244,9 @@ def second_version(directory: Path) -> None:
 def test_other_artifacts_are_packed_while_they_load(name: str, recipe: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", recipe)
     model = compress.load(tmp_path / "out", "float32", repack=True)
-    torch.testing.assert_close(logits(model), meant(tmp_path / "out"), rtol=0, atol=5e-6 if name == "gpt_oss" else 0)
+    torch.testing.assert_close(
+        logits(model), meant(tmp_path / "out"), rtol=0, atol=5e-6 if name == "gpt_oss" or "a8" in recipe else 0
+    )
     assert sum(artifact.backends(model).values()) == len(DenseView(open_checkpoint(tmp_path / "out")).weights)
     if "compressed-tensors" in recipe and "fp4" not in recipe:
         torch.testing.assert_close(logits(load_dense(tmp_path / "out", dtype=torch.float32)), logits(model), rtol=0, atol=1e-5)
