@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +39,10 @@ def command(
     rounds: Annotated[int, typer.Option(help="How often each model or product is timed.", min=1)] = 3,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to take prompts from; random tokens without it.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random tokens.", min=0)] = 0,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Also time llama.cpp on SOURCE in as many bits, one prompt, in an environment of its own."),
+    ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time products by single weights instead of a model.")] = False,
     schemes: Annotated[
         str | None, typer.Option(metavar="SCHEME,...", help="With --kernels: schemes, or states such as codes(...)+masked(2:4).")
@@ -62,7 +68,12 @@ def command(
     options.one_of("--dtype", dtype, options.DTYPES)
     options.one_of("--device", device, options.DEVICES)
     wrong = (
-        {"ARTIFACT": artifact, "--against": against, "--repack": "given" if repack else None}
+        {
+            "ARTIFACT": artifact,
+            "--against": against,
+            "--repack": "given" if repack else None,
+            "--peers": "given" if peers else None,
+        }
         if kernels
         else {"--schemes": schemes, "--shapes": shapes, "--activations": activations}
     )
@@ -78,12 +89,15 @@ def command(
         with compute_threads(threads):
             time_kernels(schemes, shapes, activations, backend, where, dtype, json_)
         return
+    if peers and (against is None or where == "cuda"):
+        got = "no --against" if against is None else f"--device {where}"
+        raise UsageError("--peers", "the dense model, from which llama.cpp's file is made, and the CPU", got)
     from compress.evaluate.bench import Settings
 
     assert artifact is not None
     settings = Settings(prompt, new or new_tokens, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
     with compute_threads(threads):
-        time_model(artifact, against, data, settings, json_)
+        time_model(artifact, against, data, settings, json_, peers)
 
 
 def numbers(option: str, text: str, between: str = ",") -> tuple[int, ...]:
@@ -94,7 +108,7 @@ def numbers(option: str, text: str, between: str = ",") -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def time_model(artifact: str, against: str | None, data: str | None, settings: Settings, as_json: bool) -> None:
+def time_model(artifact: str, against: str | None, data: str | None, settings: Settings, as_json: bool, peers: bool) -> None:
     """Checks the models, times them and prints the speeds."""
     from transformers.utils import logging
 
@@ -112,6 +126,11 @@ def time_model(artifact: str, against: str | None, data: str | None, settings: S
     dtype = subjects[0].model.dtype
     subjects += [bench.load_dense(checkpoint, settings, dtype) for checkpoint in checkpoints[1:]]
     speeds = bench.timed(subjects, ids, settings)
+    if peers:
+        from compress.evaluate import llama_cpp_speed
+
+        scheme = llama_cpp_speed.scheme_for(subjects[0].model)
+        speeds += llama_cpp_speed.speeds(checkpoints[1], scheme, settings, partial(print, file=sys.stderr))
     drawn = data or f"random, seed {settings.seed}"
     protocol = (
         f"prompts of {settings.prompt} tokens ({drawn}) in one forward, then {settings.new} tokens, greedy, with a cache of keys "
@@ -142,16 +161,27 @@ def label(checkpoint: Checkpoint) -> str:
 
 
 def show_speeds(speeds: list[Speed]) -> None:
-    """Prints tokens a second; ratios are of medians."""
+    """Prints tokens a second; ratios are of medians, above 1 where the packed model is faster."""
     from compress.evaluate.bench import DENSE, PACKED
 
     found = {(speed.batch, speed.phase, speed.label): speed for speed in speeds}
+    # In the order in which they were timed; a column for each that stands beside the packed model.
+    others = list(dict.fromkeys([DENSE, *(speed.label for speed in speeds if speed.label != PACKED)]))
     rows = []
     for batch, phase in dict.fromkeys((speed.batch, speed.phase) for speed in speeds):
-        packed, dense = found[batch, phase, PACKED], found.get((batch, phase, DENSE))
-        cells = [f"{speed.median:,.1f} ({speed.best:,.1f})" if speed else "-" for speed in (packed, dense)]
-        rows.append((batch, phase, *cells, f"{packed.median / dense.median:.2f}x" if dense else "-", packed.how))
-    console.table(("batch", "phase", "packed tokens/s, median (best)", "dense", "ratio", "how"), rows)
+        packed, cells = found[batch, phase, PACKED], []
+        for label in others:
+            other = found.get((batch, phase, label))
+            cells += [_rate(other), f"{packed.median / other.median:.2f}x" if other else "-"]
+        rows.append((batch, phase, _rate(packed), *cells, packed.how))
+    heads = [word for label in others for word in (label, "ratio")]
+    console.table(("batch", "phase", "packed tokens/s, median (best)", *heads, "how"), rows)
+    for label, how in dict.fromkeys((speed.label, speed.how) for speed in speeds if speed.label not in (PACKED, DENSE)):
+        print(f"{label}: {how}; only the last token's logits of a prompt, as here")
+
+
+def _rate(speed: Speed | None) -> str:
+    return f"{speed.median:,.1f} ({speed.best:,.1f})" if speed else "-"
 
 
 def show_memory(subjects: list[Subject]) -> None:

@@ -48,7 +48,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: list[str], trusted: bool) -> Callable[[Any], Any]:
     """Ids [1, length] -> logits [1, length, vocabulary], arrays of numpy."""
-    library, errors = _library()
+    library, errors = library_and_errors()
     file = artifact / "model.gguf"
     if not file.is_file():
         pointer = artifact / _POINTER
@@ -89,7 +89,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
     return forward
 
 
-def _library() -> tuple[Any, list[str]]:
+def library_and_errors() -> tuple[Any, list[str]]:
     """llama.cpp's library, and the list that its errors go to."""
     # Imported by name, because it is not installed where types are checked.
     package = Path(str(importlib.import_module("xllamacpp").__file__)).parent
