@@ -59,6 +59,7 @@ BY_NAME = {
     ("model.py", "getattr(torch, dtype)"): "a dtype, checked where it is given",
     ("probe.py", "getattr(torch, request['dtype'])"): "the same, handed to a reader's process",
     ("probe.py", "runpy.run_path(script)"): "a script of ours, beside it",
+    ("time_llama_cpp.py", "runpy.run_path(str(Path(__file__).with_name('probe_llama_cpp.py')))"): "a script of ours, beside it",
     ("probe_auto_gptq.py", "importlib.import_module('auto_gptq')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('gptqmodel')"): "one name",
     ("probe_gptqmodel.py", "importlib.import_module('torch')"): "one name",

@@ -42,7 +42,8 @@ def main(file: str, *numbers: str) -> None:
             batch.seq_id[i][0] = 0
         if status := library.llama_decode(context, batch):
             sys.exit(f"it ends with status {status}: " + " ".join(errors)[-500:])
-        numpy = __import__("numpy")
+        import numpy
+
         return int(numpy.ctypeslib.as_array(library.llama_get_logits_ith(context, len(tokens) - 1), (width,)).argmax())
 
     rates: dict[str, list[float]] = {"prompt": [], "decode": []}
