@@ -18,6 +18,7 @@ from compress.errors import InputError, UsageError
 from compress.kernels.native.modules import Shell
 from compress.kernels.native.packed import PARTS
 from compress.runtime.attention import attend_by_kernel
+from compress.runtime.decode_step import quicken
 from compress.runtime.fill import PackedWeights
 
 _PACKED = re.compile(r"\.packed_weights?\.")
@@ -75,6 +76,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         self.filling.fill()
         attend_by_kernel(model)
+        quicken(model)
         self.packed = self.filling.tensors()
         del self.filling
 

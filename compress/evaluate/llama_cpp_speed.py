@@ -1,7 +1,8 @@
 """llama.cpp's speed on the same model in as many bits.
 
-It runs in a process of its own, on the same machine. Its file is made from the dense model by rounding to nearest, in a type of GGUF that has the bits of most packed weights: speed
-does not depend on what codes say. Embeddings and head stay as they are, as they do in a packed model by default.
+It runs in a process of its own, on the same machine. Its file is made from the dense model by rounding to nearest, in a type of
+GGUF that has the bits of most packed weights: speed does not depend on what codes say. Embeddings and head stay as they are, as
+they do in a packed model by default.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def attention(
     if plain and query.shape[2] == 1 and _computes(query, key, value):
         mask = attention_mask
         if mask is None or _masks_keys(mask, query, key):
-            mask = mask if mask is None else mask[:, 0, 0].expand(len(query), -1)
+            mask = mask if mask is None else mask[:, 0, 0].expand(query.shape[0], -1)
             size = query.shape[-1]
             found = library().attend(query[:, :, 0], key, value, size**-0.5 if scaling is None else scaling, mask)
             return found[:, None], None
@@ -50,12 +50,12 @@ def _computes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
         if not plain or tensor.dtype != query.dtype or tensor.stride(-1) != 1 or tensor.shape[-1] % LANES:
             return False
     fits = query.dtype in DTYPES and query.shape[-1] == key.shape[-1] <= MOST and key.shape[2] > 0
-    return fits and len(query) == len(key) == len(value) and not query.shape[1] % key.shape[1]
+    return fits and query.shape[0] == key.shape[0] == value.shape[0] and not query.shape[1] % key.shape[1]
 
 
 def _masks_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether a mask tells which keys count, alike for all heads."""
-    fits = mask.shape[1:] == (1, 1, key.shape[2]) and len(mask) in (1, len(query))
+    fits = mask.shape[1:] == (1, 1, key.shape[2]) and mask.shape[0] in (1, query.shape[0])
     return fits and mask.dtype == torch.bool and mask.stride(-1) == 1
 
 

@@ -44,6 +44,18 @@ inline float read(const void* x, int64_t i, int32_t dtype) {
   return dtype == BF16 ? from_bits((uint32_t)h << 16) : half_to_float(h);
 }
 
+typedef uint16_t Narrow __attribute__((vector_size(2 * W)));
+
+// W neighbouring numbers as fp32.
+template <int32_t DTYPE>
+F numbers(const void* x, int64_t i) {
+  if (DTYPE == F32) return load((const float*)x + i);
+  Narrow h;
+  memcpy(&h, (const uint16_t*)x + i, sizeof h);
+  const U high = __builtin_convertvector(h, U) << 16;
+  return DTYPE == BF16 ? (F)high : from_half(high);
+}
+
 // The columns from `from` on of a chunk, padded with zeros, as fp32; if `split`, of each 2 W the even ones, then the odd ones.
 void arranged(const Work& work, int64_t m, int64_t from, int64_t count, int64_t padded, bool split, float* out) {
   const int64_t base = m * work.stride + from;

@@ -19,34 +19,6 @@ struct Run {
   int64_t next;
 };
 
-typedef uint16_t Narrow __attribute__((vector_size(2 * W)));
-
-// W neighbouring numbers as fp32.
-template <int32_t DTYPE>
-F numbers(const void* x, int64_t i) {
-  if (DTYPE == F32) return load((const float*)x + i);
-  Narrow h;
-  memcpy(&h, (const uint16_t*)x + i, sizeof h);
-  const U high = __builtin_convertvector(h, U) << 16;
-  return DTYPE == BF16 ? (F)high : from_half(high);
-}
-
-inline F chosen(S first, F a, F b) { return (F)(((U)a & (U)first) | ((U)b & ~(U)first)); }
-
-// exp(x) for x <= 0 to 1e-7 of it, and 0 below -87; a NaN stays one.
-inline F exponential(F x) {
-  const F low = splat(-87.0f);
-  const S below = x < low;
-  x = chosen(below, low, x);
-  const F moved = fma(x, splat(1.44269504f), splat(12582912.0f)), n = moved - splat(12582912.0f);  // rounds to an integer
-  const F r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
-  const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  F p = splat(1.0f / 5040);
-  for (float factor : factors) p = fma(p, r, splat(factor));
-  const S power = ((S)moved - (S)splat(12582912.0f) + 127) << 23;
-  return chosen(below, F{}, p * (F)power);
-}
-
 // Adds weights [count, QUERIES] by values [count, VECTORS * W] to out [QUERIES, stride].
 template <int32_t DTYPE, int QUERIES, int VECTORS>
 void add_values(const void* value, int64_t at, int64_t row, const float* weights, int64_t count, float* out, int64_t stride) {

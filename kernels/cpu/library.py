@@ -81,6 +81,31 @@ class CAttention(ctypes.Structure):
     )  # fmt: skip
 
 
+class CNorm(ctypes.Structure):
+    """`Norm` of steps.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "out")), ("rows", c_int64), ("width", c_int64), ("epsilon", c_float),
+        ("plus_one", c_int32), ("dtype", c_int32),
+    )  # fmt: skip
+
+
+class CRotary(ctypes.Structure):
+    """`Rotary` of steps.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "key", "cos", "sin")),
+        *((name, c_int64) for name in ("batch", "heads", "groups", "size", "angles")),
+        ("dtype", c_int32),
+    )
+
+
+class CGate(ctypes.Structure):
+    """`Gate` of steps.h."""
+
+    _fields_ = (*((name, c_void_p) for name in ("gate", "up", "out")), ("count", c_int64), ("dtype", c_int32))
+
+
 class Library:
     """The kernels of one instruction set."""
 
@@ -95,9 +120,11 @@ class Library:
             self._expand: Any = getattr(held, f"expand_{self.isa}")
             self._integer_rows: Any = getattr(held, f"integer_rows_{self.isa}")
             self._attend: Callable[..., int] = getattr(held, f"attend_{self.isa}")
+            self._norm, self._rotary, self._gate = (getattr(held, f"{name}_{self.isa}") for name in ("norm", "rotary", "gate"))
         except (OSError, AttributeError) as error:
             raise MachineError(str(path), "a library of kernels", str(error), "install compress again") from None
-        self._expand.restype = self._integer_rows.restype = None
+        for function in (self._expand, self._integer_rows, self._norm, self._rotary, self._gate):
+            function.restype = None
         self.parallel = _parallel()
 
     def product(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
@@ -152,6 +179,30 @@ class Library:
         )  # fmt: skip
         if self._attend(ctypes.byref(ask)):
             raise MemoryError(f"attention over {keys} keys")
+        return out
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool) -> torch.Tensor:
+        """x [..., width] over the root of its mean square plus epsilon, by the weight [width], or by the weight plus one."""
+        out, width = torch.empty_like(x), weight.numel()
+        job = CNorm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, epsilon, plus_one, DTYPES[x.dtype]
+        )
+        self._norm(ctypes.byref(job))
+        return out
+
+    def rotary(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, size: int) -> None:
+        """Rotates query [batch, heads size] and key [batch, groups size] in place, by angles [batch or 1, ..., size]."""
+        batch, angles = query.shape[0], 0 if cos.shape[0] == 1 else size
+        job = CRotary(
+            query.data_ptr(), key.data_ptr(), cos.data_ptr(), sin.data_ptr(), batch, query.shape[1] // size, key.shape[1] // size,
+            size, angles, DTYPES[query.dtype],
+        )  # fmt: skip
+        self._rotary(ctypes.byref(job))
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) up, of any shape."""
+        out = torch.empty_like(gate)
+        self._gate(ctypes.byref(CGate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), DTYPES[gate.dtype])))
         return out
 
     def __str__(self) -> str:

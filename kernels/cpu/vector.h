@@ -98,6 +98,22 @@ inline F from_half(U v) {
 #endif
 }
 
+inline F chosen(S first, F a, F b) { return (F)(((U)a & (U)first) | ((U)b & ~(U)first)); }
+
+// exp(x) for x <= 0 to 1e-7 of it, and 0 below -87; a NaN stays one.
+inline F exponential(F x) {
+  const F low = splat(-87.0f);
+  const S below = x < low;
+  x = chosen(below, low, x);
+  const F moved = fma(x, splat(1.44269504f), splat(12582912.0f)), n = moved - splat(12582912.0f);  // rounds to an integer
+  const F r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+  const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  F p = splat(1.0f / 5040);
+  for (float factor : factors) p = fma(p, r, splat(factor));
+  const S power = ((S)moved - (S)splat(12582912.0f) + 127) << 23;
+  return chosen(below, F{}, p * (F)power);
+}
+
 // The sums of 16 accumulators.
 inline void sums(const F* from, float* out) {
 #if W == 16

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "steps.h"
 #include "weight.h"
 
 extern "C" int product_neon(const Weight*, const Work*);
@@ -15,6 +16,12 @@ extern "C" void integer_rows_neon(const Rows*);
 extern "C" void integer_rows_plain(const Rows*);
 extern "C" void expand_neon(Rows*);
 extern "C" void expand_plain(Rows*);
+extern "C" void norm_neon(const Norm*);
+extern "C" void norm_plain(const Norm*);
+extern "C" void rotary_neon(const Rotary*);
+extern "C" void rotary_plain(const Rotary*);
+extern "C" void gate_neon(const Gate*);
+extern "C" void gate_plain(const Gate*);
 extern "C" int attend_neon(const Attention*);
 extern "C" int attend_plain(const Attention*);
 
@@ -89,6 +96,21 @@ int main() {
         }
         free(tiles), free(scale), free(minimum), free(zero);
       }
+  for (int plus_one : {0, 1}) {
+    float x[3 * 37], weight[37], angle[6], one[3 * 37], two[3 * 37], three[3 * 37], four[3 * 37];
+    for (float& v : x) v = uniform();
+    for (float& v : weight) v = uniform();
+    for (float& v : angle) v = uniform();
+    norm_neon(new Norm{x, weight, one, 3, 37, 1e-5f, plus_one, F32}), norm_plain(new Norm{x, weight, two, 3, 37, 1e-5f, plus_one, F32});
+    gate_neon(new Gate{x, one, three, 3 * 37, F32}), gate_plain(new Gate{x, one, four, 3 * 37, F32});
+    rotary_neon(new Rotary{one, three, angle, angle, 1, 6, 6, 6, 0, F32}), rotary_plain(new Rotary{two, four, angle, angle, 1, 6, 6, 6, 0, F32});
+    compared++;
+    for (int i = 0; i < 3 * 37; i++)
+      if (!(fabs(one[i] - two[i]) <= 2e-6 && fabs(three[i] - four[i]) <= 2e-6)) {
+        failed++, printf("steps, plus one %d: %d\n", plus_one, i);
+        break;
+      }
+  }
   for (int bits_ : {2, 3, 4, 5, 6, 8})
     for (int shift : {5, 7, 31})
       for (int how = 0; how < 3; how++) {  // by spans; by token; by token with zero points

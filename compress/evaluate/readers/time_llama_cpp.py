@@ -1,4 +1,4 @@
-"""Times llama.cpp on a GGUF file: prompts and greedy decoding, in tokens a second.
+"""Times llama.cpp on a GGUF file: prompts and greedy decoding, tokens a second.
 
 Run by path in its environment: python -P time_llama_cpp.py FILE THREADS PROMPT NEW ROUNDS SEED. Prints one JSON object.
 """

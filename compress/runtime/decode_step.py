@@ -1,0 +1,215 @@
+"""Decode step: what lies between the products of a token, in fewer calls.
+
+A token of a small model spends more time between kernels than in them: a norm is six operations of torch, a rotation of queries
+and keys nine. Here norms, rotations and gated products are each one call of ours, for one token of a few texts, on a CPU and
+without gradients; all else goes to the module's own code. Modules are found by what they are made of, and taken only if they
+compute what their own code computes, on numbers that are large enough for every term to count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import Refusal
+from compress.kernels.cpu.library import DTYPES, library
+from compress.kernels.native.modules import PackedLinear
+from compress.kernels.native.op import needs_operator
+from compress.layerwise.growing_cache import GrowingCache, argument
+from compress.runtime.attention import NAME, attention
+
+MOST = 16
+"""Texts up to which one thread is faster than torch's many."""
+ALIKE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Largest difference from a module's own code, as a share of the norm: its own rounding."""
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_EPSILONS = ("variance_epsilon", "eps", "epsilon")
+_LOG = logging.getLogger("compress")
+
+
+def _takes(x: Any, like: torch.Tensor) -> bool:
+    """Whether x is one token of each of a few texts, in plain numbers of that dtype on the CPU."""
+    return (
+        not needs_operator(x, None)
+        and x.dtype == like.dtype
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and x.dim() > 1
+        and x.shape[-2] == 1
+        and 0 < x.numel() <= MOST * x.shape[-1]
+    )
+
+
+class QuickNorm(nn.Module):
+    """Mixed into a norm by the root of the mean square."""
+
+    weight: torch.Tensor
+    quick_epsilon: float
+    quick_plus_one: bool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if not _takes(x, weight) or (weight.requires_grad and torch.is_grad_enabled()):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return library().norm(x, weight, self.quick_epsilon, self.quick_plus_one)
+
+
+class QuickGated(nn.Module):
+    """Mixed into down(silu(gate(x)) up(x))."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules: Any = self._modules
+        if not _takes(x, x):
+            return super().forward(x)  # type: ignore[no-any-return]
+        gate, up = _called(modules["gate_proj"], x), _called(modules["up_proj"], x)
+        return _called(modules["down_proj"], library().gate(gate, up))
+
+
+class QuickAttention(nn.Module):
+    """Mixed into attention of rotated queries over a cache, of one token for each text."""
+
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    training: bool
+    quick_cache: str
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        x: Any = named.get("hidden_states")
+        angles: Any = named.get("position_embeddings")
+        held: Any = named.get(self.quick_cache)
+        quick = (
+            not given
+            and held is not None
+            and angles is not None
+            and not self.training
+            and self.config._attn_implementation == NAME
+        )
+        if not quick or x.dim() != 3 or x.shape[1] != 1 or not _takes(x, angles[0]) or not _rotates(angles, x, self.head_dim):
+            return super().forward(*given, **named)
+        modules: Any = self._modules
+        texts, size = x.shape[0], self.head_dim
+        flat = x.view(texts, -1)
+        query, key, value = _called(modules["q_proj"], flat), _called(modules["k_proj"], flat), _called(modules["v_proj"], flat)
+        if any(one.dtype != x.dtype or not one.is_contiguous() for one in (query, key)):  # an adapter's
+            return super().forward(*given, **named)
+        library().rotary(query, key, angles[0], angles[1], size)
+        keys, values = held.update(key.view(texts, -1, 1, size), value.view(texts, -1, 1, size), self.layer_idx)
+        mask = named.get("attention_mask")
+        out, _ = attention(self, query.view(texts, -1, 1, size), keys, values, mask, scaling=self.scaling)
+        return _called(modules["o_proj"], out.reshape(texts, 1, -1)), None
+
+
+def _called(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a module returns; without hooks by its forward alone, for its call takes a fifth of a small product."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    found: torch.Tensor = linear(x) if hooked else linear.forward(x)
+    return found
+
+
+def _rotates(angles: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, size: int) -> bool:
+    """Whether angles [batch or 1, 1, size] are those of one token for each text."""
+    return all(
+        one.dim() == 3 and one.shape[1:] == (1, size) and one.shape[0] in (1, x.shape[0]) and one.is_contiguous()
+        for one in angles
+    )
+
+
+def quicken(model: Any) -> int:
+    """Gives the modules of a packed model on the CPU their quick forwards; returns how many took one."""
+    if any(weight.device.type != "cpu" for weight in (*model.parameters(), *model.buffers())):
+        return 0
+    try:
+        library()
+    except Refusal:
+        return 0
+    trial = _Trial(argument(model), model.dtype)
+    with torch.no_grad():
+        return sum(trial.quickened(module) for module in list(model.modules()))
+
+
+class _Trial:
+    """Tries modules with and without their quick forwards, `cache_name` being what forwards call a cache."""
+
+    def __init__(self, cache_name: str, dtype: torch.dtype) -> None:
+        self.cache_name, self.dtype, self.drawn = cache_name, dtype, torch.Generator().manual_seed(0)
+
+    def quickened(self, module: nn.Module) -> bool:
+        """Whether it took a quick forward."""
+        children, own = {*module._modules}, {*module._parameters}
+        if type(module).__name__.endswith("RMSNorm") and not children and own == {"weight"}:
+            return self._norm(module)
+        if own or not all(isinstance(module._modules.get(name), PackedLinear) for name in children - {"act_fn"}):
+            return False
+        if children == {*_GATED, "act_fn"}:
+            return self._becomes(module, QuickGated, module, self._texts(module, "gate_proj"))
+        # sdpa leaves out a bound on scores, and what is left out cannot be tried.
+        bound = any("softcap" in name and value is not None for name, value in vars(module).items())
+        whole = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "scaling") and not bound
+        if children == {*_PROJECTIONS} and whole:
+            vars(module)["quick_cache"] = self.cache_name
+            return self._becomes(module, QuickAttention, partial(self._attended, module), self._texts(module, "q_proj"))
+        return False
+
+    def _norm(self, module: Any) -> bool:
+        epsilon = next((value for name in _EPSILONS if isinstance(value := vars(module).get(name), float)), None)
+        if epsilon is None or module.weight.dtype not in DTYPES:
+            return False
+        x = self._numbers(module.weight.numel(), (1.0, 1e-3), module.weight.dtype)
+        for plus_one in (False, True):
+            vars(module).update(quick_epsilon=epsilon, quick_plus_one=plus_one)
+            if self._becomes(module, QuickNorm, module, x):
+                return True
+        return False
+
+    def _texts(self, module: nn.Module, projection: str) -> torch.Tensor:
+        """A token of usual numbers, and one of large ones, where what bounds or bends them counts."""
+        linear: Any = module._modules[projection]
+        return self._numbers(linear.in_features, (1.0, 4.0), self.dtype)
+
+    def _numbers(self, width: int, scales: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
+        by = torch.tensor(scales)[:, None, None]
+        return (torch.randn(len(scales), 1, width, generator=self.drawn) * by).to(dtype)
+
+    def _attended(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """What comes of two tokens of each text."""
+        held, found = GrowingCache(module.config), []
+        for number in (1, 2):
+            angle = torch.arange(module.head_dim // 2) * 0.1 * number + number
+            angles = [turn(torch.cat([angle, angle]))[None, None].to(x.dtype) for turn in (torch.cos, torch.sin)]
+            more = {"hidden_states": x * number, "position_embeddings": (*angles,), "attention_mask": None, self.cache_name: held}
+            found.append(module(**more)[0])
+        return torch.cat(found, -1)
+
+    def _becomes(self, module: nn.Module, mixin: type[nn.Module], run: Callable[[Any], torch.Tensor], x: torch.Tensor) -> bool:
+        """Mixes it in if the module computes the same with it as without it."""
+        own = type(module)
+        try:
+            meant = run(x).float()
+            module.__class__ = _mixed(mixin, own)
+            found = run(x).float()
+        except Exception as error:  # other people's modules may raise anything; this one stays as it is
+            _LOG.debug("%s stays as it is: %s", own.__name__, error)
+            module.__class__ = own
+            return False
+        if ((found - meant).norm(dim=-1) <= ALIKE[x.dtype] * meant.norm(dim=-1)).all():
+            return True
+        module.__class__ = own
+        return False
+
+
+def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    if (mixin, cls) not in _MIXED:
+        _MIXED[mixin, cls] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    return _MIXED[mixin, cls]
+
+
+_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
