@@ -154,7 +154,7 @@ class _Trial:
         # sdpa leaves out a bound on scores, and what is left out cannot be tried.
         bound = any("softcap" in name and value is not None for name, value in vars(module).items())
         whole = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "scaling") and not bound
-        if children == {*_PROJECTIONS} and whole:
+        if children == {*_PROJECTIONS} and whole and getattr(vars(module).get("config"), "_attn_implementation", "") == NAME:
             vars(module)["quick_cache"] = self.cache_name
             return self._becomes(module, QuickAttention, partial(self._attended, module), self._texts(module, "q_proj"))
         return False
@@ -191,7 +191,8 @@ class _Trial:
 
     def _becomes(self, module: nn.Module, mixin: type[nn.Module], run: Callable[[Any], torch.Tensor], x: torch.Tensor) -> bool:
         """Mixes it in if the module computes the same with it as without it."""
-        own = type(module)
+        own, training = type(module), module.training
+        module.train(False)
         try:
             meant = run(x).float()
             module.__class__ = _mixed(mixin, own)
@@ -200,6 +201,8 @@ class _Trial:
             _LOG.debug("%s stays as it is: %s", own.__name__, error)
             module.__class__ = own
             return False
+        finally:
+            module.train(training)
         if ((found - meant).norm(dim=-1) <= ALIKE[x.dtype] * meant.norm(dim=-1)).all():
             return True
         module.__class__ = own

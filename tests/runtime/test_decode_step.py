@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import compress
+from compress.kernels.cpu.library import Library
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime import decode_step
 from compress.runtime.decode_step import QuickAttention, QuickGated, QuickNorm, quicken
@@ -122,6 +123,31 @@ def test_what_computes_something_else_stays_as_it_is(tmp_path: Path) -> None:
     assert counted(model) == (4, 1, 0)
     assert isinstance(first.self_attn, QuickAttention)
     assert quicken(model.to("meta")) == 0
+
+
+@pytest.mark.parametrize(("name", "taken"), [("norm", (0, 2, 2)), ("rotary", (5, 0, 2)), ("gate", (5, 2, 0))])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_kernel_would_get_wrong_is_not_taken(
+    name: str, taken: tuple[int, ...], training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own: Any = getattr(Library, name)
+
+    def wrong(self: Library, first: torch.Tensor, *more: Any) -> Any:
+        out = own(self, first, *more)
+        return first.mul_(1.1) if out is None else out * 1.1
+
+    monkeypatch.setattr(Library, name, wrong)
+    model = slow(compress.load(packed("llama", tmp_path), "float32")).train(training)
+    assert quicken(model) == sum(taken)
+    assert counted(model) == taken
+    assert all(module.training is training for module in model.modules())
+
+
+def test_other_attention_is_left_alone(tmp_path: Path) -> None:
+    model = slow(compress.load(packed("llama", tmp_path), "float32"))
+    model.set_attn_implementation("eager")
+    quicken(model)
+    assert counted(model) == (5, 0, 2)
 
 
 def test_a_trained_model_says_the_same(tmp_path: Path) -> None:
