@@ -9,6 +9,7 @@ compute what their own code computes, on numbers that are large enough for every
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -125,7 +126,8 @@ def _rotates(angles: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, size: i
 
 def quicken(model: Any) -> int:
     """Gives the modules of a packed model on the CPU their quick forwards; returns how many took one."""
-    if any(weight.device.type != "cpu" for weight in (*model.parameters(), *model.buffers())):
+    held = (*model.parameters(), *model.buffers())
+    if model.dtype not in ALIKE or any(weight.device.type != "cpu" for weight in held):
         return 0
     try:
         library()
@@ -133,7 +135,10 @@ def quicken(model: Any) -> int:
         return 0
     trial = _Trial(argument(model), model.dtype)
     with torch.no_grad():
-        return sum(trial.quickened(module) for module in list(model.modules()))
+        taken = [module for module in list(model.modules()) if "forward" not in vars(module) and trial.quickened(module)]
+    kinds = Counter(type(module).__name__ for module in taken)
+    _LOG.info("one call each for a token: %s", ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing")
+    return len(taken)
 
 
 class _Trial:
