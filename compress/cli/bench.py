@@ -152,7 +152,9 @@ def time_model(artifact: str, against: str | None, data: str | None, settings: S
     print(f"backends: {', '.join(f'{count} weights {backend}' for backend, count in subjects[0].backends.items())}")
     print(f"device:   {runs_on(settings.device)}, {name}")
     why = ", as activations are rounded to 8 bits" if subjects[0].rounds else ""
-    print(f"checked:  logits are within {difference:.2g} of what the codes mean in fp32 (relative; {allowed:g} is allowed{why})")
+    print(
+        f"checked:  logits are within {difference:.2g} of what the codes mean in fp32 (relative; {allowed:.2g} is allowed{why})"
+    )
     print(f"protocol: {protocol}")
 
 

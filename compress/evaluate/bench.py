@@ -92,18 +92,14 @@ class Subject:
     memory: Memory
     backends: dict[str, int] = field(default_factory=dict)
     """How many packed weights each backend runs."""
+    allowed: float = 0.0
+    """The difference of logits that rounding explains, once `check` has found it."""
 
     @property
     def rounds(self) -> bool:
         """Whether a backend rounds activations that the scheme leaves as they are."""
         packed = [module for module in self.model.modules() if isinstance(module, PackedWeight)]
         return any(one.rounds_inputs and one.work.state.scheme and not one.work.state.scheme.inputs for one in packed)
-
-    @property
-    def allowed(self) -> float:
-        """The difference of logits that rounding explains in most models."""
-        usual = ALLOWED[dtype_name(self.model)]
-        return max(usual, ROUNDED) if self.rounds else usual
 
 
 @dataclass(frozen=True)
@@ -213,11 +209,13 @@ def check(checkpoint: Checkpoint, subject: Subject, ids: torch.Tensor) -> float:
     some = ids[:1, :_CHECKED]
     meant = _dense_logits(Forward(checkpoint, rounded=False), some)
     found = subject.model(input_ids=some.to(subject.model.device), use_cache=False).logits.float().cpu()
-    difference, allowed = float((found - meant).norm() / meant.norm()), subject.allowed
+    difference, allowed = float((found - meant).norm() / meant.norm()), ALLOWED[dtype_name(subject.model)]
+    allowed = max(allowed, ROUNDED) if subject.rounds else allowed
     if not difference <= allowed and subject.model.dtype != torch.float32:
         dense = _dense_logits(Forward(checkpoint, dtype=subject.model.dtype), some)
         margin = ROUNDED_MARGIN if subject.rounds else MARGIN
         allowed = max(allowed, margin * float((dense - meant).norm() / meant.norm()))
+    subject.allowed = allowed
     # Written so that a NaN is refused as well.
     if not difference <= allowed:
         expected = f"logits within {allowed:g} of what its codes mean (relative, {dtype_name(subject.model)})"
