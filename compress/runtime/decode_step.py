@@ -191,7 +191,8 @@ class _Trial:
             angle = torch.arange(module.head_dim // 2) * 0.1 * number + number
             angles = [turn(torch.cat([angle, angle]))[None, None].to(x.dtype) for turn in (torch.cos, torch.sin)]
             more = {"hidden_states": x * number, "position_embeddings": (*angles,), "attention_mask": None, self.cache_name: held}
-            found.append(module(**more)[0])
+            out, _ = module(**more)
+            found.append(out)
         return torch.cat(found, -1)
 
     def _becomes(self, module: nn.Module, mixin: type[nn.Module], run: Callable[[Any], torch.Tensor], x: torch.Tensor) -> bool:
