@@ -138,7 +138,8 @@ def test_backends_multiply_by_what_codes_mean(text: str, shape: tuple[int, int],
             held = Packed(packed.state, *shape, backend.prepare(packed))
             found = backend.linear(x, held, bias, False)
             assert found.dtype == dtype
-            assert (found - exact).abs().max() <= (2e-2 if dtype == torch.bfloat16 else 2e-6) * exact.abs().max()
+            allowed = 2e-2 if dtype == torch.bfloat16 or backend.rounds_inputs else 2e-6
+            assert (found - exact).abs().max() <= allowed * exact.abs().max()
             again = torch.cat([backend.rows(held, rows, torch.float32) for rows in backend.chunks(held)])
             assert torch.equal(again, dense)
 
