@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -215,9 +215,15 @@ class _Trial:
         return False
 
 
-def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+def _mixed(mixin: Any, cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward has the signature of its own, which others look at."""
     if (mixin, cls) not in _MIXED:
-        _MIXED[mixin, cls] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+        @wraps(cls.forward)
+        def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
+            return mixin.forward(self, *given, **named)
+
+        _MIXED[mixin, cls] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "forward": forward})
     return _MIXED[mixin, cls]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def test_hooks_and_gradients_are_kept(tmp_path: Path) -> None:
     model(inputs_embeds=given).logits.sum().backward()
     assert given.grad is not None
     assert layer.input_layernorm.weight.grad is not None
+
+
+def test_signatures_are_those_of_their_own_forwards(tmp_path: Path) -> None:
+    model: Any = compress.load(packed("llama", tmp_path), "float32")
+    own, layers = slow(model), list(model.modules())
+    for quick, module in zip(layers, own.modules(), strict=True):
+        assert inspect.signature(quick.forward) == inspect.signature(module.forward)
 
 
 def test_what_computes_something_else_stays_as_it_is(tmp_path: Path) -> None:
