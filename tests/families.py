@@ -330,7 +330,9 @@ def build(name: str, directory: Path) -> Path:
     sizes = {} if "text_config" in family.config else _SIZES
     config = transformers.AutoConfig.for_model(family.model_type, **{**sizes, **family.config})
     cls = getattr(transformers, family.cls) if family.cls else transformers.AutoModelForCausalLM
-    model = cls(config) if family.cls else cls.from_config(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # vectors that a family draws, and that are kept below, do not depend on what was drawn before
+        model = cls(config) if family.cls else cls.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
