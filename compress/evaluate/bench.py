@@ -210,10 +210,11 @@ def check(checkpoint: Checkpoint, subject: Subject, ids: torch.Tensor) -> float:
     meant = _dense_logits(Forward(checkpoint, rounded=False), some)
     found = subject.model(input_ids=some.to(subject.model.device), use_cache=False).logits.float().cpu()
     difference, allowed = float((found - meant).norm() / meant.norm()), ALLOWED[dtype_name(subject.model)]
-    allowed = max(allowed, ROUNDED) if subject.rounds else allowed
+    margin = MARGIN
+    if subject.rounds:
+        margin, allowed = ROUNDED_MARGIN, max(allowed, ROUNDED)
     if not difference <= allowed and subject.model.dtype != torch.float32:
         dense = _dense_logits(Forward(checkpoint, dtype=subject.model.dtype), some)
-        margin = ROUNDED_MARGIN if subject.rounds else MARGIN
         allowed = max(allowed, margin * float((dense - meant).norm() / meant.norm()))
     subject.allowed = allowed
     # Written so that a NaN is refused as well.

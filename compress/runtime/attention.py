@@ -59,15 +59,20 @@ def _masks_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> b
     return fits and mask.dtype == torch.bool and mask.stride(-1) == 1
 
 
-def attend_by_kernel(model: Any) -> None:
-    """Sets a model to our attention if it is on the CPU and would use `sdpa`; leaves it where there are no kernels."""
+def has_kernels(model: Any) -> bool:
+    """Whether a model lies on the CPU, and there are kernels for it."""
     if any(weight.device.type != "cpu" for weight in (*model.parameters(), *model.buffers())):
-        return
+        return False
     try:
         library()
     except Refusal:
-        return
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        return False
+    return True
+
+
+def attend_by_kernel(model: Any) -> None:
+    """Sets a model to our attention if it is on the CPU and would use `sdpa`; leaves it where there are no kernels."""
+    if has_kernels(model) and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
 
 

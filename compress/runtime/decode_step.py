@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.errors import Refusal
 from compress.kernels.cpu.library import DTYPES, library
 from compress.kernels.native.modules import PackedLinear
 from compress.kernels.native.op import needs_operator
 from compress.layerwise.growing_cache import GrowingCache, argument
-from compress.runtime.attention import NAME, attention
+from compress.runtime.attention import NAME, attention, has_kernels
 
 MOST = 16
 """Texts up to which one thread is faster than torch's many."""
@@ -126,12 +125,7 @@ def _rotates(angles: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, size: i
 
 def quicken(model: Any) -> int:
     """Gives the modules of a packed model on the CPU their quick forwards; returns how many took one."""
-    held = (*model.parameters(), *model.buffers())
-    if model.dtype not in ALIKE or any(weight.device.type != "cpu" for weight in held):
-        return 0
-    try:
-        library()
-    except Refusal:
+    if model.dtype not in ALIKE or not has_kernels(model):
         return 0
     trial = _Trial(argument(model), model.dtype)
     with torch.no_grad():

@@ -44,6 +44,18 @@ inline float read(const void* x, int64_t i, int32_t dtype) {
   return dtype == BF16 ? from_bits((uint32_t)h << 16) : half_to_float(h);
 }
 
+inline void write(void* x, int64_t i, float v, int32_t dtype) {
+  if (dtype == F32)
+    ((float*)x)[i] = v;
+  else
+    ((uint16_t*)x)[i] = dtype == BF16 ? bf16_of(v) : half_of(v);
+}
+
+// Rounded to a dtype.
+inline float as(float v, int32_t dtype) {
+  return dtype == F32 ? v : dtype == BF16 ? from_bits((uint32_t)bf16_of(v) << 16) : half_to_float(half_of(v));
+}
+
 typedef uint16_t Narrow __attribute__((vector_size(2 * W)));
 
 // W neighbouring numbers as fp32.
@@ -97,13 +109,8 @@ void add_outliers(const Weight& w, const Work& work, int64_t m, int64_t row, int
 }
 
 void put(const Work& work, int64_t at, int64_t row, const float* sums, int rows) {
-  for (int r = 0; r < rows; r++) {
-    const float v = sums[r] + (work.bias ? read(work.bias, row + r, work.dtype) : 0);
-    if (work.dtype == F32)
-      ((float*)work.out)[at + r] = v;
-    else
-      ((uint16_t*)work.out)[at + r] = work.dtype == BF16 ? bf16_of(v) : half_of(v);
-  }
+  for (int r = 0; r < rows; r++)
+    write(work.out, at + r, sums[r] + (work.bias ? read(work.bias, row + r, work.dtype) : 0), work.dtype);
 }
 
 }  // namespace

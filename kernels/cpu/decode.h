@@ -56,12 +56,10 @@ struct Float8 {
   static U upper(U words, U) { return words; }
 };
 
-// What `then` makes of the kind of codes that a weight has.
+// What `then` makes of codes of so many bits.
 template <class Then>
-auto by_codes(const Weight& w, Then then) {
-  if (w.grid == E4M3) return then(Float8<true>{});
-  if (w.grid == E5M2) return then(Float8<false>{});
-  switch (w.bits) {
+auto by_bits(int bits, Then then) {
+  switch (bits) {
     case 2: return then(Codes<2>{});
     case 3: return then(Codes<3>{});
     case 4: return then(Codes<4>{});
@@ -69,6 +67,14 @@ auto by_codes(const Weight& w, Then then) {
     case 6: return then(Codes<6>{});
     default: return then(Codes<8>{});
   }
+}
+
+// What `then` makes of the kind of codes that a weight has.
+template <class Then>
+auto by_codes(const Weight& w, Then then) {
+  if (w.grid == E4M3) return then(Float8<true>{});
+  if (w.grid == E5M2) return then(Float8<false>{});
+  return by_bits(w.bits, then);
 }
 
 // The upper bits of W pairs of a row from pair `first` on.

@@ -172,18 +172,6 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, float* gri
   tokens<BITS, 1>(run, expert, t, tiles, codes, grid, m, until);
 }
 
-template <class Then>
-void by_bits(int bits, Then then) {
-  switch (bits) {
-    case 2: return then(Codes<2>{});
-    case 3: return then(Codes<3>{});
-    case 4: return then(Codes<4>{});
-    case 5: return then(Codes<5>{});
-    case 6: return then(Codes<6>{});
-    default: return then(Codes<8>{});
-  }
-}
-
 float* room_for(Run& run, int64_t count) {
   float* room = (float*)aligned_alloc(64, (4 * count + 63) / 64 * 64);
   if (!room) __atomic_store_n(&run.failed, 1, __ATOMIC_RELAXED);
@@ -259,11 +247,7 @@ EXPORT void NAME(integer_rows, ISA)(const Rows* rows) {
         float scale;
         stored(w.scale, place, 1, w.scales, &scale);
         const float v = (float)(code - (w.zero ? w.zero[place] : w.middle)) * scale;
-        const int64_t to = i * w.columns + column;
-        if (rows->dtype == F32)
-          ((float*)rows->out)[to] = v;
-        else
-          ((uint16_t*)rows->out)[to] = rows->dtype == BF16 ? bf16_of(v) : half_of(v);
+        write(rows->out, i * w.columns + column, v, rows->dtype);
       }
     }
   });

@@ -8,23 +8,6 @@
 
 namespace {
 
-// Rounded to a dtype.
-template <int32_t DTYPE>
-float as(float v) {
-  return DTYPE == F32 ? v : DTYPE == BF16 ? from_bits((uint32_t)bf16_of(v) << 16) : half_to_float(half_of(v));
-}
-
-template <int32_t DTYPE>
-float get(const void* x, int64_t i) {
-  return read(x, i, DTYPE);
-}
-
-template <int32_t DTYPE>
-void set(void* x, int64_t i, float v) {
-  if (DTYPE == F32) ((float*)x)[i] = v;
-  else ((uint16_t*)x)[i] = DTYPE == BF16 ? bf16_of(v) : half_of(v);
-}
-
 template <int32_t DTYPE>
 void norm(const Norm& job) {
   for (int64_t m = 0; m < job.rows; m++) {
@@ -37,63 +20,58 @@ void norm(const Norm& job) {
     }
     float sum = 0;
     for (int l = 0; l < W; l++) sum += many[l];
-    for (; i < job.width; i++) sum += get<DTYPE>(job.x, at + i) * get<DTYPE>(job.x, at + i);
+    for (; i < job.width; i++) sum += read(job.x, at + i, DTYPE) * read(job.x, at + i, DTYPE);
     const float by = 1 / __builtin_sqrtf(sum / job.width + job.epsilon);
     for (i = 0; i < job.width; i++) {
-      const float x = get<DTYPE>(job.x, at + i) * by, w = get<DTYPE>(job.weight, i);
-      set<DTYPE>(job.out, at + i, job.plus_one ? x * (1 + w) : as<DTYPE>(x) * w);
+      const float x = read(job.x, at + i, DTYPE) * by, w = read(job.weight, i, DTYPE);
+      write(job.out, at + i, job.plus_one ? x * (1 + w) : as(x, DTYPE) * w, DTYPE);
     }
   }
 }
 
-// x cos + (its halves swapped, the first one negated) sin; `from` may be `to`.
+// Each of a text's heads becomes x cos + (its halves swapped, the first one negated) sin.
 template <int32_t DTYPE>
-void rotate(const void* from, int64_t at, const void* cos, const void* sin, int64_t angle, void* to, int64_t place, int64_t size) {
-  const int64_t half = size / 2;
-  for (int64_t i = 0; i < half; i++) {
-    const float a = get<DTYPE>(from, at + i), b = get<DTYPE>(from, at + half + i);
-    const float first = as<DTYPE>(a * get<DTYPE>(cos, angle + i)) + as<DTYPE>(-b * get<DTYPE>(sin, angle + i));
-    const float second = as<DTYPE>(b * get<DTYPE>(cos, angle + half + i)) + as<DTYPE>(a * get<DTYPE>(sin, angle + half + i));
-    set<DTYPE>(to, place + i, first), set<DTYPE>(to, place + half + i, second);
-  }
+void rotate(void* x, int64_t heads, const Rotary& job) {
+  const int64_t half = job.size / 2;
+  for (int64_t b = 0; b < job.batch; b++)
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t at = (b * heads + h) * job.size, angle = b * job.angles;
+      for (int64_t i = 0; i < half; i++) {
+        const float first = read(x, at + i, DTYPE), second = read(x, at + half + i, DTYPE);
+        const auto turned = [&](int64_t k, float own, float other) {
+          return as(own * read(job.cos, angle + k, DTYPE), DTYPE) + as(other * read(job.sin, angle + k, DTYPE), DTYPE);
+        };
+        write(x, at + i, turned(i, first, -second), DTYPE), write(x, at + half + i, turned(half + i, second, first), DTYPE);
+      }
+    }
 }
 
 template <int32_t DTYPE>
 void rotary(const Rotary& job) {
-  for (int64_t b = 0; b < job.batch; b++) {
-    for (int64_t h = 0; h < job.heads; h++) {
-      const int64_t at = (b * job.heads + h) * job.size;
-      rotate<DTYPE>(job.query, at, job.cos, job.sin, b * job.angles, job.query, at, job.size);
-    }
-    for (int64_t g = 0; g < job.groups; g++) {
-      const int64_t at = (b * job.groups + g) * job.size;
-      rotate<DTYPE>(job.key, at, job.cos, job.sin, b * job.angles, job.key, at, job.size);
-    }
-  }
+  rotate<DTYPE>(job.query, job.heads, job);
+  rotate<DTYPE>(job.key, job.groups, job);
 }
 
 template <int32_t DTYPE>
 void gate(const Gate& job) {
-  const auto put = [&](int64_t i, float x, float sigmoid) { set<DTYPE>(job.out, i, as<DTYPE>(x * sigmoid) * get<DTYPE>(job.up, i)); };
   for (int64_t i = 0; i < job.count; i += W) {
     alignas(64) float x[W] = {}, found[W];
     const int64_t left = job.count - i < W ? job.count - i : W;
-    for (int64_t l = 0; l < left; l++) x[l] = get<DTYPE>(job.gate, i + l);
+    for (int64_t l = 0; l < left; l++) x[l] = read(job.gate, i + l, DTYPE);
     const F v = load(x), e = exponential(chosen(v < F{}, v, F{} - v));
     store(found, chosen(v < F{}, e, splat(1)) / (splat(1) + e));
-    for (int64_t l = 0; l < left; l++) put(i + l, x[l], found[l]);
+    for (int64_t l = 0; l < left; l++) write(job.out, i + l, as(x[l] * found[l], DTYPE) * read(job.up, i + l, DTYPE), DTYPE);
   }
 }
 
 }  // namespace
 
-#define FOR_DTYPES(name, Kind)                                    \
-  EXPORT void NAME(name, ISA)(const Kind* job) {                  \
-    if (job->dtype == F32) return ::name<F32>(*job);              \
-    if (job->dtype == BF16) return ::name<BF16>(*job);            \
-    ::name<F16>(*job);                                            \
+#define STEP(name, Kind)                         \
+  EXPORT void NAME(name, ISA)(const Kind* job) { \
+    if (job->dtype == F32) return name<F32>(*job);   \
+    if (job->dtype == BF16) return name<BF16>(*job); \
+    name<F16>(*job);                             \
   }
-#define STEP(name, Kind) FOR_DTYPES(name, Kind)
 
 STEP(norm, Norm)
 STEP(rotary, Rotary)

@@ -18,11 +18,6 @@ struct Whole {
   float* lean;            // [M]: scale times zero point
 };
 
-// Rounded to a dtype.
-inline float as(float v, int32_t dtype) {
-  return dtype == F32 ? v : dtype == BF16 ? from_bits((uint32_t)bf16_of(v) << 16) : half_to_float(half_of(v));
-}
-
 inline float not_zero(float s, int32_t dtype) {
   return s != 0 ? s : dtype == F32 ? 0x1p-23f : dtype == BF16 ? 0x1p-7f : 0x1p-10f;
 }

@@ -24,6 +24,7 @@ from compress.kernels.dispatch import Backend, Work
 from compress.kernels.native.fused import deltas
 from compress.kernels.native.packed import Packed
 from compress.kernels.native.simd import weight_of
+from compress.kernels.native.tiles import low_bits
 from compress.numerics.inputs import in_integers
 from compress.numerics.qtensor import with_beside
 
@@ -64,15 +65,14 @@ class Integers(Backend):
         packed = packed.whole()
         parts, bits = dict(packed.parts), packed.scheme.bits
         shape = -(-packed.rows // LANES), -(-packed.columns // BLOCK), bits, LANES, 4
-        blocks, sums = torch.empty(shape, dtype=torch.uint8), torch.empty(packed.rows)
+        parts["tiles"] = blocks = torch.empty(shape, dtype=torch.uint8)
+        if packed.scheme.inputs.endswith("-asym"):
+            parts["sums"] = torch.empty(packed.rows)
         for rows in self.chunks(packed):
             q = packed.take(rows)
             blocks[rows.start // LANES : -(-rows.stop // LANES)] = in_blocks(q.codes, bits)
-            if packed.scheme.inputs.endswith("-asym"):
-                sums[rows] = q.values().sum(1)
-        parts["tiles"] = blocks
-        if packed.scheme.inputs.endswith("-asym"):
-            parts["sums"] = sums
+            if "sums" in parts:
+                parts["sums"][rows] = q.values().sum(1)
         if packed.state.outliers is not None:
             parts["outlier_deltas"] = deltas(packed)
         return parts
@@ -105,7 +105,7 @@ def in_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes.shape
     padded = pad(codes, (0, -columns % BLOCK, 0, -rows % LANES))
     steps = padded.view(-1, LANES, padded.shape[1] // BLOCK, 8, 4).permute(0, 2, 3, 1, 4)
-    low = {3: 2, 5: 4, 6: 4}.get(bits, bits)
+    low = low_bits(bits)
     parts = [_joined(steps & ((1 << low) - 1), low)] + ([_joined(steps >> low, bits - low)] if bits > low else [])
     return torch.cat(parts, 2)
 

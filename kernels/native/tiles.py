@@ -32,7 +32,7 @@ _CHUNK = 1 << 20
 
 def chunk(bits: int) -> int:
     """Columns of a chunk."""
-    return WORDS * 16 // _low(bits)
+    return WORDS * 16 // low_bits(bits)
 
 
 def words(bits: int) -> int:
@@ -45,7 +45,7 @@ def shape(rows: int, columns: int, bits: int) -> tuple[int, int, int, int]:
     return -(-rows // ROWS), -(-columns // chunk(bits)), ROWS, words(bits)
 
 
-def _low(bits: int) -> int:
+def low_bits(bits: int) -> int:
     return {3: 2, 5: 4, 6: 4}.get(bits, bits)
 
 
@@ -94,7 +94,7 @@ def by_rows(tiled: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
 
 def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [n, C, KC] -> words int16 [n, C, 32 to 48]."""
-    low, wide = _low(bits), codes.to(torch.int32)
+    low, wide = low_bits(bits), codes.to(torch.int32)
     planes = (wide & ((1 << low) - 1)).unflatten(-1, (-1, WORDS))
     joined = planes[..., 0, :].clone()
     for p in range(1, 16 // low):
@@ -111,7 +111,7 @@ def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def split(found: torch.Tensor, bits: int) -> torch.Tensor:
     """Words int16 [..., 32 to 48] -> uint8 codes [..., KC]."""
-    low = _low(bits)
+    low = low_bits(bits)
     planes = [(found[..., :WORDS] >> (low * p)) & ((1 << low) - 1) for p in range(16 // low)]
     if bits == 3:
         r = torch.arange(WORDS, device=found.device)

@@ -74,10 +74,7 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
             raise ValueError(f"{len(row)} tokens, of which it takes {longest}")
         library.llama_memory_clear(library.llama_get_memory(context), True)
         batch = library.llama_batch_init(len(row), 0, 1)
-        batch.n_tokens = len(row)
-        for i, token in enumerate(row):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-            batch.seq_id[i][0] = 0
+        fill(batch, row, 0)
         status = library.llama_decode(context, batch)
         library.llama_batch_free(batch)
         if status:
@@ -87,6 +84,15 @@ def load(artifact: Path, scratch: Path, base: Path | None, dtype: Any, notes: li
         )[None]
 
     return forward
+
+
+def fill(batch: _Batch, tokens: list[int], at: int, last: bool = False) -> None:
+    """Puts tokens of one text, from position `at` on, into a batch; logits are computed of all, or of the last one."""
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, at + i, 1
+        batch.logits[i] = not last or i == len(tokens) - 1
+        batch.seq_id[i][0] = 0
 
 
 def library_and_errors() -> tuple[Any, list[str]]:

@@ -36,10 +36,7 @@ def main(file: str, *numbers: str) -> None:
 
     def decode(batch: Any, tokens: list[int], at: int) -> int:
         """The next token; only the last one's logits are computed."""
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, at + i, 1, i == len(tokens) - 1
-            batch.seq_id[i][0] = 0
+        probe["fill"](batch, tokens, at, last=True)
         if status := library.llama_decode(context, batch):
             sys.exit(f"it ends with status {status}: " + " ".join(errors)[-500:])
         import numpy
