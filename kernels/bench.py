@@ -120,7 +120,7 @@ def parse_state(text: str) -> State:
         state = State.parse(text if "(" in text else f"codes({text})")
     except ValueError as error:
         raise UsageError("schemes", "schemes such as w4a16g128, or codes(w4a16g64)+masked(2:4)", str(error)) from None
-    if state == State() or state.beside():
+    if state == State() or state.needs():
         raise UsageError("schemes", "codes with nothing beside them, or masked(2:4)", f"'{text}'")
     return state
 

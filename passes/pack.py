@@ -28,6 +28,7 @@ _REMEDIES = {
     "outliers": "pack as native or peft, keep the canonical form, or quantize without outliers",
     "columns": "pack as native, keep the canonical form, or use quantize.gptq, which keeps none",
     "lowrank": "pack as native or peft, or keep the canonical form",
+    "rotation": "pack as native, keep the canonical form, or use a scheme without -h",
 }
 
 
@@ -63,7 +64,7 @@ class Pack(TensorPass):
 
     def becomes(self, weight: Weight, state: State) -> State:
         fmt = _asked(self.format, self.dequantize)
-        for word, part in state.beside().items():
+        for word, part in state.needs().items():
             if word not in fmt.holds:
                 raise Refusal(f"no reader of {fmt.name} takes {word}({part}) beside codes", _REMEDIES[word])
         try:
@@ -106,6 +107,6 @@ def _holding(weight: Weight, state: State) -> list[str]:
         except Refusal:
             continue
         # A format that expands codes is only suggested for low-rank factors, which PEFT adds.
-        if state.beside().keys() <= fmt.holds and (not fmt.expands or state.lowrank is not None):
+        if state.needs().keys() <= fmt.holds and (not fmt.expands or state.lowrank is not None):
             found.append(name)
     return found

@@ -21,13 +21,13 @@ class QLearned(QLinear):
     def expand(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The weight that the codes would have if they were rounded now."""
         factors = self.factors()
-        stored = self.stored_dtype if factors is None else torch.float32
+        stored = self.stored_dtype if self.rounded_at_once(factors) else torch.float32
         dense: torch.Tensor = LearnedRounding.apply(  # type: ignore[no-untyped-call]
             self.offset, self.current_scale(), self.position, self.zero, self.minimum, self.scheme, stored
         )
         if (outliers := self.outliers()) is not None:
             dense = outliers.put(dense)
-        dense = dense.to(self.compute_dtype) if factors is None else self.with_factors(dense, factors)
+        dense = dense.to(self.compute_dtype) if self.rounded_at_once(factors) else self.completed(dense, factors)
         return dense if rows is None else dense[rows]
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from compress.numerics.columns import KeptColumns
+from compress.numerics.input_rotation import rotated
 from compress.numerics.inputs import InputRounding
 from compress.numerics.lowrank import Factors
 from compress.numerics.outliers import Sparse
@@ -67,17 +68,22 @@ class QLinear(nn.Module):
             outliers = None if outliers is None else outliers.take(rows)
             kept = None if kept is None else kept.take(rows)
             factors = None if factors is None else replace(factors, left=factors.left[rows])
-        # Rounded once, after the factors are added.
-        dtypes = (self.stored_dtype, self.compute_dtype) if factors is None else (torch.float32, torch.float32)
+        dtypes = (self.stored_dtype, self.compute_dtype) if self.rounded_at_once(factors) else (torch.float32, torch.float32)
         dense: torch.Tensor = _Expanded.apply(*parts, self.scheme, outliers, *dtypes)  # type: ignore[no-untyped-call]
         # Codes of kept columns mean zero, so that no scale has a gradient from them.
         dense = dense if kept is None else kept.put(dense)
-        return dense if factors is None else self.with_factors(dense, factors)
+        return dense if self.rounded_at_once(factors) else self.completed(dense, factors)
 
-    def with_factors(self, dense: torch.Tensor, factors: Factors) -> torch.Tensor:
-        """The expanded codes, fp32 and not yet rounded, with the product of low-rank factors, rounded."""
+    def rounded_at_once(self, factors: Factors | None) -> bool:
+        """Whether what codes mean is the weight itself, so that nothing is computed of it before it is rounded."""
+        return factors is None and not self.scheme.hadamard
+
+    def completed(self, dense: torch.Tensor, factors: Factors | None) -> torch.Tensor:
+        """What codes mean, fp32 and not yet rounded, rotated as inputs are, with the product of low-rank factors, rounded."""
         with torch.autocast(dense.device.type, enabled=False):
-            rounded: torch.Tensor = _Rounded.apply(dense + factors.product(), self.stored_dtype)  # type: ignore[no-untyped-call]
+            dense = rotated(dense, self.scheme.hadamard)
+            dense = dense if factors is None else dense + factors.product()
+            rounded: torch.Tensor = _Rounded.apply(dense, self.stored_dtype)  # type: ignore[no-untyped-call]
             return rounded.to(self.compute_dtype)
 
     def outliers(self) -> Sparse | None:
@@ -181,7 +187,7 @@ def with_codes(module: nn.Module, q: QTensor, stored_dtype: torch.dtype, compute
 
 
 class _Expanded(torch.autograd.Function):
-    """Expands codes to weights; keeps nothing but the codes for the backward pass."""
+    """Expands codes to weights, not yet rotated; keeps nothing but the codes for the backward pass."""
 
     @staticmethod
     def forward(
@@ -190,7 +196,9 @@ class _Expanded(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(codes, zero)
         ctx.scheme, ctx.scale, ctx.outliers = scheme, (scale.shape, scale.dtype), outliers
-        return QTensor(scheme, codes, scale, zero, None, outliers, minimum=minimum).dequantize().to(stored).to(compute)
+        dense = QTensor(scheme, codes, scale, zero, minimum=minimum).values()
+        dense = dense if outliers is None else outliers.put(dense)
+        return dense.to(stored).to(compute)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -199,7 +207,7 @@ class _Expanded(torch.autograd.Function):
         # v: the weights at a scale of one, without minima.
         ones = torch.ones(shape, device=codes.device)
         none = torch.zeros_like(ones) if ctx.scheme.minimum else None
-        steps = QTensor(ctx.scheme, codes, ones, zero, minimum=none).dequantize()
+        steps = QTensor(ctx.scheme, codes, ones, zero, minimum=none).values()
         if ctx.outliers is not None:
             steps = ctx.outliers.clear(steps)
         product = blocked(steps.mul_(grads[0]), ctx.scheme)

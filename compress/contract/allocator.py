@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from compress.contract.step_plan import StepPlan
     from compress.contract.tasks import Statistic
+    from compress.numerics.hessian import Hessian
 
 _ENTRY_BYTES = 256
 """Most bytes that headers and index need for a tensor, besides its name."""
@@ -63,6 +64,23 @@ class Allocator(ABC):
     def squares(self) -> bool:
         """Whether `costs` gets sums over samples of the squares of gradients instead of the mean gradient."""
         return False
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether it is shown what a weight reads and gradients by its outputs (`costs_by_both`), not gradients of the weight."""
+        return False
+
+    def prepare_inputs(self, statistic: Hessian) -> Any:
+        """What `costs_by_both` needs of the inputs that several weights read; once for these."""
+        return statistic.mean()
+
+    def costs_by_both(self, offer: Offer, value: torch.Tensor, inputs: Any, outputs: Sequence[torch.Tensor]) -> tuple[float, ...]:
+        """What each offered state of a matrix [out, in] adds to the KL, in nats per token.
+
+        `inputs` is what `prepare_inputs` returned, `outputs` are means over tokens of g g^T, g the gradient of a token's loss by
+        the weight's outputs, for each segment of rows (numerics/output_feedback.py).
+        """
+        return ()
 
     @abstractmethod
     def offers(self, weight: Weight, state: State) -> tuple[State, ...]:

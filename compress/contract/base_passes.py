@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,6 +48,28 @@ def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
         raise Refusal(f"blocks of {BLOCK} do not divide the {weight.in_features} inputs that {scheme} rounds", "skip it")
 
 
+def refuse_rotation(weight: Weight, scheme: Scheme) -> None:
+    """Raises Refusal if the scheme rotates inputs but nothing would rotate those of this weight when the model runs."""
+    where = "an expert's" if weight.kind == "expert" else f"a {weight.kind}'s"
+    if weight.kind != "linear":
+        raise Refusal(f"{scheme} rotates inputs, which nothing here does with {where}", "use a scheme without -h for it")
+    if weight.transposed or weight.converted:
+        reason = "it is a Conv1D" if weight.transposed else "transformers fuses or splits it while loading"
+        raise Refusal(f"{reason}, and what it reads is not rotated", "use a scheme without -h for it")
+    if weight.in_features % scheme.hadamard:
+        raise Refusal(
+            f"blocks of {scheme.hadamard} do not divide the {weight.in_features} inputs that {scheme} rotates", "skip it"
+        )
+
+
+def refuse_in_turn(weight: Weight, after: State) -> None:
+    """Raises Refusal if rows cannot be rounded one after the other, as feedback=both does."""
+    if after.scheme is not None and after.scheme.scales in ("tensor", "block", "k"):
+        raise Refusal(f"{after.scheme} has scales that rows share, which feedback=both rounds in turn", "leave feedback out")
+    if weight.transposed and weight.experts is None:
+        raise Refusal("groups of a Conv1D run along its outputs, which feedback=both rounds in turn", "leave feedback out")
+
+
 def refuse_columns(state: State) -> None:
     """Raises Refusal if codes cannot be chosen anew because of what stands beside them."""
     if state.columns is not None:
@@ -73,6 +95,9 @@ class CodeOptions(SparingPass):
         0.0, ge=0, lt=1, description="share of a matrix's entries, the largest ones, that are kept unrounded next to the codes"
     )
 
+    rotates: ClassVar[bool] = False
+    """Whether it rounds what a weight is where its inputs are rotated, as a scheme with -h asks."""
+
     def coded(self, weight: Weight, state: State, scheme: Scheme, outliers: float | None = None) -> State:
         """A weight's state in codes of a scheme; `outliers` replaces the option of that name. Raises Refusal."""
         refuse_no_matrix(weight)
@@ -80,6 +105,9 @@ class CodeOptions(SparingPass):
             raise Refusal(f"it is already {state}; quantizing twice would round rounded values", "skip it in one of the passes")
         if scheme.inputs:
             refuse_inputs(weight, scheme)
+        if scheme.hadamard:
+            refuse_rotation(weight, scheme)
+            self._refuse_rotated(state, scheme, outliers)
         if state.sparsity is not None:
             refuse_zeros(scheme)
         scheme, share = fitting(scheme, weight, self.ragged), self.outliers if outliers is None else outliers
@@ -87,6 +115,15 @@ class CodeOptions(SparingPass):
             reason = f"{scheme} has a scale for all of what readers fuse, which no outlier can be taken out of"
             raise Refusal(reason, "use a scheme with scales of rows, or no outliers for it")
         return State(scheme, state.sparsity, Outliers(share) if share else None)
+
+    def _refuse_rotated(self, state: State, scheme: Scheme, outliers: float | None) -> None:
+        """Raises Refusal for what is chosen in the columns of a weight as it is, which are mixed where its inputs are."""
+        if not self.rotates:
+            raise Refusal(f"{self.pass_name()} rounds weights as they are, and {scheme} rotates them", "use quantize.gptq or rtn")
+        if state.sparsity is not None:
+            raise Refusal(f"it is {state}, and {scheme} would mix its zeros with what is kept", "use a scheme without -h")
+        if self.outliers if outliers is None else outliers:
+            raise Refusal(f"{scheme} mixes outliers with other weights, so that none is left to keep", "leave outliers out")
 
 
 class SchemeOption(TargetedPass):

@@ -37,7 +37,7 @@ class Format:
     renames: ClassVar[bool] = False
     """Whether every tensor has another name in it, dense ones too; such an artifact is read like another tool's."""
     holds: ClassVar[frozenset[str]] = frozenset()
-    """What it can store next to codes: outliers, columns, lowrank; and cache, scales of keys and values next to all weights."""
+    """What its reader knows besides codes: outliers, columns, lowrank, rotation; and cache, scales of keys and values."""
 
     def __init__(self, dequantize: bool = False) -> None:
         self.dequantize = dequantize

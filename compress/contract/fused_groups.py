@@ -43,12 +43,14 @@ class Peaks:
             if scheme is not None and scheme.scales in ("tensor", "e4m3") and weight.experts is None:
                 self._members[f"{together(weight.name)} {scheme}"].append(weight.name)
         self._places = {name: group for group, names in self._members.items() for name in names}
+        self._rotated = {name: scheme.hadamard for name in self._places if (scheme := after[name].scheme) is not None}
         self._read, self._found, self._lock = read, dict[str, float](), Lock()
 
     def of(self, weight: Weight) -> Weight:
         """The weight, with the largest magnitude of its group as `peak` if its scheme needs it."""
         import torch
 
+        from compress.numerics.input_rotation import rotated
         from compress.numerics.rounding import largest
 
         group = self._places.get(weight.name)
@@ -56,6 +58,7 @@ class Peaks:
             return weight
         with self._lock:
             if group not in self._found:
-                found = torch.tensor([largest(self._read(name)) for name in self._members[group]])
+                names = self._members[group]
+                found = torch.tensor([largest(rotated(self._read(name), self._rotated[name])) for name in names])
                 self._found[group] = float(found.max())
         return replace(weight, peak=self._found[group])

@@ -62,6 +62,8 @@ def by_gradients(
     from compress.executors.gradients import GradientSweep, begun
     from compress.layerwise.memory_estimate import batch_tokens
 
+    if allocator.weighs_outputs:
+        return by_both(step, allocator, offers, source, tokens, folder, ctx)
     # Squares are those of samples.
     most = 1 if allocator.squares else batch_tokens(source.config)
     do = "use a pass that needs no gradients, or give a table that was made elsewhere"
@@ -75,6 +77,30 @@ def by_gradients(
 
     sweep = GradientSweep(meta_model, [offer.weight for offer in offers], folder, named, allocator.squares)
     loss = sweep.run(batches, take)
+    ctx.tell("sensed", step=step.name, loss=loss, weights=len(offers))
+    return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
+
+
+def by_both(
+    step: StepPlan, allocator: Allocator, offers: Sequence[Offer], source: Checkpoint, tokens: Path | None, folder: Path,
+    ctx: Context,
+) -> list[Offer]:  # fmt: skip
+    """The offers with their costs from inputs and from gradients by outputs; `folder` holds hidden states during the sweep."""
+    from compress.executors.both_grams import BothSweep
+    from compress.executors.gradients import begun
+    from compress.layerwise.memory_estimate import batch_tokens
+
+    do = "use another mode, or give a table that was made elsewhere"
+    meta_model, batches, named = begun(source, tokens, step.name, batch_tokens(source.config), do, ctx)
+    wanted = {offer.weight.name: offer for offer in offers}
+    costs: dict[str, tuple[float, ...]] = {}
+
+    def take(weight: Weight, inputs: Any, outputs: list[torch.Tensor]) -> None:
+        value = qtensor.as_matrix(weight, meta_model.stored(weight.name))
+        costs[weight.name] = allocator.costs_by_both(wanted[weight.name], value, inputs, outputs)
+
+    sweep = BothSweep(meta_model, [offer.weight for offer in offers], folder, named)
+    loss = sweep.run_both(batches, allocator.prepare_inputs, take)
     ctx.tell("sensed", step=step.name, loss=loss, weights=len(offers))
     return [replace(offer, costs=costs[offer.weight.name]) for offer in offers]
 

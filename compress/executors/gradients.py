@@ -71,6 +71,8 @@ class GradientSweep:
             block.path: sum(w.nbytes for w in meta_model.model.weights if w.module.startswith(f"{block.path}."))
             for block in meta_model.blocks
         }
+        self.total = 0.0
+        """Scored tokens of all processes, over which the loss is a mean."""
         self._sums: dict[str, torch.Tensor] = {}
         self._required: list[torch.nn.Parameter] = []
         self._paths = {path for weight in self._outside for path in self._made_of(weight)}
@@ -78,6 +80,7 @@ class GradientSweep:
     def run(self, batches: list[Batch], take: Take) -> float:
         """Hands the gradient of every weight to `take`; returns the loss. Raises CoverageError, InputError, MachineError."""
         total = self._sum(sum(int(batch.scored.sum()) for batch in batches))
+        self.total = total
         if not total:
             raise InputError("calibration", "a token to predict", "none", "calibrate on longer texts")
         spill = Spill(self.folder / str(self.ctx.rank))

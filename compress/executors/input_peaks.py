@@ -10,6 +10,7 @@ import torch
 from compress.context import Context
 from compress.contract.tasks import Solution
 from compress.executors.across import largest
+from compress.numerics.input_rotation import rotated
 from compress.numerics.inputs import input_divisor
 from compress.numerics.qtensor import QTensor
 from compress.spec.weight_state import State
@@ -19,14 +20,16 @@ class InputPeaks:
     """The largest magnitude among the inputs of weights that read one tensor, if what divides their scales follows from it."""
 
     def __init__(self, states: Iterable[State], device: torch.device) -> None:
-        measured = any(state.scheme is not None and state.scheme.input_divisor for state in states)
+        schemes = [state.scheme for state in states if state.scheme is not None and state.scheme.input_divisor]
+        measured = bool(schemes)
+        self._hadamard = schemes[0].hadamard if schemes else 0
         self.peak = torch.zeros((), device=device) if measured else None
         """fp32 []; None where it is not needed."""
 
     def see(self, rows: torch.Tensor) -> None:
         """Adds inputs [tokens, width]."""
         if self.peak is not None and len(rows):
-            self.peak = torch.maximum(self.peak, rows.abs().amax().float())
+            self.peak = torch.maximum(self.peak, rotated(rows, self._hadamard).abs().amax().float())
 
     def add_up(self, ctx: Context) -> None:
         """Takes the largest of all processes."""

@@ -98,6 +98,14 @@ class OutputSweep(GradientSweep):
 
     def _one_block(self, walks: list[BackwardBatch], block: Block, step: int, take: Take) -> None:
         mine = [weight for weight in self.weights if weight.module.startswith(f"{block.path}.")]
+        held = self._watched(mine, walks, block, step)
+        for weight in mine:
+            for part in held[weight.name].sums:
+                add_up(self.ctx, part)
+            take(weight, held.pop(weight.name).means())  # type: ignore[arg-type]
+
+    def _watched(self, mine: list[Weight], walks: list[BackwardBatch], block: Block, step: int) -> dict[str, OutputGrams]:
+        """Goes back through a block, and adds up what its weights are felt by."""
         held = {weight.name: OutputGrams(weight.out_features) for weight in mine}
         hooks = [
             self.meta_model.module_at(path).register_forward_hook(_watches(held[weight.name]))
@@ -105,13 +113,13 @@ class OutputSweep(GradientSweep):
             for path in self.meta_model.readers(weight.name)
         ]
         for walk in walks:
-            walk.go_back(block, step)
+            self._go_back(walk, block, step)
         for hook in hooks:
             hook.remove()
-        for weight in mine:
-            for part in held[weight.name].sums:
-                add_up(self.ctx, part)
-            take(weight, held.pop(weight.name).means())  # type: ignore[arg-type]
+        return held
+
+    def _go_back(self, walk: BackwardBatch, block: Block, step: int) -> None:
+        walk.go_back(block, step)
 
 
 def _watches(grams: OutputGrams) -> Callable[..., torch.Tensor | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.reader import size_of
 from compress.contract.block_training import BlockTrainPass
+from compress.contract.fused_groups import together
 from compress.contract.tasks import Observer
 from compress.contract.train_pass import TrainPass
 from compress.errors import UsageError
@@ -160,14 +161,35 @@ def outputs_bytes(
     weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> tuple[int, int]:
     """The same of one that sums products of gradients by outputs: fp64 sums of a block, and fp32 means of all on disk."""
+    resident, scratch = reverse_bytes(weights, [], config, tokens, element_bytes)
+    sums = _gram_numbers(touched)
+    return resident + 8 * max(sums.values(), default=0), scratch + 4 * sum(sums.values())
+
+
+def _gram_numbers(touched: list[Weight]) -> dict[tuple[str, int | None], int]:
+    """Numbers of the Gram matrices by outputs, for each block."""
     from compress.numerics.output_feedback import gram_numbers
 
-    resident, scratch = reverse_bytes(weights, [], config, tokens, element_bytes)
     sums: dict[tuple[str, int | None], int] = defaultdict(int)
     for weight in touched:
         if weight.experts is None and weight.kind != "expert":
             sums[weight.stack, weight.block] += gram_numbers(weight.out_features)
-    return resident + 8 * max(sums.values(), default=0), scratch + 4 * sum(sums.values())
+    return sums
+
+
+def both_bytes(
+    weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
+) -> tuple[int, int]:
+    """The same where inputs are added up as well, and each of a block's weights is solved as soon as that is through."""
+    resident, scratch = outputs_bytes(weights, touched, config, tokens, element_bytes)
+    sums: dict[tuple[str, int | None], dict[str, int]] = defaultdict(dict)
+    for weight in touched:
+        # fp64 sums; then the fp32 mean and its factor, of all that a block's weights read.
+        sums[weight.stack, weight.block][together(weight.name)] = 16 * weight.in_features**2
+    work = max((24 * weight.numel for weight in touched), default=0)
+    return resident + work + max((sum(block.values()) for block in sums.values()), default=0), scratch - 4 * sum(
+        _gram_numbers(touched).values()
+    )
 
 
 def train_bytes(

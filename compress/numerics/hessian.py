@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from compress.numerics.input_rotation import rotated, rotated_both
 from compress.numerics.products import in_bfloat16
 
 Order = Literal["none", "activation"]
@@ -136,8 +137,13 @@ class Prepared(NamedTuple):
         return moved if self.addition is None else moved + self.addition
 
 
-def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: str, together: int = 1) -> Prepared:
-    """Factors the mean of a statistic; with fewer tokens than `least`, the identity, with which a solver does `instead`."""
+def prepare(
+    statistic: Hessian, damp: float, order: Order, least: int, instead: str, together: int = 1, hadamard: int = 0
+) -> Prepared:
+    """Factors the mean of a statistic; with fewer tokens than `least`, the identity, with which a solver does `instead`.
+
+    Inputs are rotated in blocks of `hadamard`, if it is not 0 (input_rotation.py): what is found is of x R and W R.
+    """
     if statistic.tokens < max(1, least):
         alone = torch.eye(len(statistic.matrix), device=statistic.matrix.device)
         few = ("fallback", f"fewer than {least} calibration tokens: {instead}")
@@ -147,15 +153,16 @@ def prepare(statistic: Hessian, damp: float, order: Order, least: int, instead: 
     note: tuple[str, str] | None = None
     if isinstance(statistic, PairedHessian):
         cross = (statistic.cross / statistic.paired).to(statistic.dtype) if statistic.paired else None
+        cross = None if cross is None else rotated_both(cross, hadamard)
         note = None if statistic.paired else ("uncorrected", "a routed expert gets other tokens in the unchanged model")
-    hessian = statistic.mean()
+    hessian = rotated_both(statistic.mean(), hadamard)
     found = factor(hessian, damp, order, together)
     if found.damping > damp:
         note = "damping", f"a Hessian that needed more damping than {damp:g}"
     if cross is None:
         return Prepared(hessian, found, note)
     assert isinstance(statistic, PairedHessian)
-    residual = None if statistic.residual is None else statistic.residual / statistic.paired
+    residual = None if statistic.residual is None else rotated(statistic.residual / statistic.paired, hadamard)
     return Prepared(hessian, found, note, *corrected(cross, residual, hessian, found.ridge))
 
 

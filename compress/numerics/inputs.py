@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from compress.numerics.floats import decode, encode
+from compress.numerics.input_rotation import rotated
 from compress.numerics.qtensor import QTensor
 from compress.numerics.scales import divisor, fit, steps
 from compress.spec.scheme import BLOCK, Scheme
@@ -43,6 +44,14 @@ class InputRounding(NamedTuple):
         return cls(q.scheme, q.input_scale, *(() if q.kept is None else (q.kept.columns, q.kept.scale is not None)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs as the weight that codes mean reads them; what is rounded are rotated ones, where the scheme rotates them."""
+        return rotated(self.of_codes(x), self.scheme.hadamard)
+
+    def of_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs as codes are multiplied by them: rotated, and rounded."""
+        x = rotated(x, self.scheme.hadamard)
+        if not self.scheme.inputs:
+            return x
         if self.columns is None:
             return rounded_inputs(x, self.scheme, self.divisor)
         kept = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from compress.numerics.floats import decode
+from compress.numerics.input_rotation import rotated
 from compress.numerics.qtensor import QTensor
 from compress.numerics.scales import blocked, spread
 from compress.spec.scheme import Scheme
@@ -79,6 +80,7 @@ def positions(q: QTensor, dense: torch.Tensor | None) -> torch.Tensor:
         return i
     rows, columns = i.shape[-2:]
     x = dense.float() if q.lowrank is None else dense.float() - q.lowrank.product()
+    x = rotated(x, q.scheme.hadamard)
     if q.minimum is not None:
         x = x - spread(q.minimum.float(), q.scheme, rows, columns)
     x = x / spread(q.steps(), q.scheme, rows, columns)

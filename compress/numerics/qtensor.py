@@ -127,11 +127,15 @@ class QTensor:
     def base(self) -> torch.Tensor:
         """The fp32 weights without low-rank factors."""
         dense = self.values()
+        if self.scheme.hadamard:
+            from compress.numerics.input_rotation import rotated
+
+            dense = rotated(dense, self.scheme.hadamard)
         dense = dense if self.outliers is None else self.outliers.put(dense)
         return dense if self.kept is None else self.kept.put(dense)
 
     def values(self) -> torch.Tensor:
-        """The fp32 values of the codes alone."""
+        """The fp32 values of the codes alone; of W R where inputs are rotated by R (numerics/input_rotation.py)."""
         if self.scheme.whole:
             from compress.numerics.grid import dequantize
 

@@ -13,6 +13,7 @@ import torch
 from compress.numerics import kquants, minimum
 from compress.numerics.floats import decode, encode
 from compress.numerics.grid import round_to_nearest
+from compress.numerics.input_rotation import rotated
 from compress.numerics.lowrank import Factors
 from compress.numerics.outliers import Sparse, split
 from compress.numerics.qtensor import QTensor, integers
@@ -48,6 +49,7 @@ def nearest(
     `least_code` is the smallest code of integers that is used.
     Outliers are split off before anything is fitted, and stored next to the codes.
     """
+    w = rotated(w, scheme.hadamard)
     if outliers is not None:
         rest, _, sparse = split(w, outliers)
         sparse = replace(sparse, values=sparse.values.to(dtype))
@@ -88,6 +90,7 @@ def _two_levels(w: torch.Tensor, scheme: Scheme, clip: str) -> Rounded:
 
 def on_grid(w: torch.Tensor, q: QTensor) -> QTensor:
     """`w` [experts?, rows, columns] rounded to nearest with the scales and zero points or minima of `q`."""
+    w = rotated(w, q.scheme.hadamard)
     s = spread(q.steps(), q.scheme, *w.shape[-2:])
     if (lows := q.lows()) is not None:
         m = spread(lows, q.scheme, *w.shape[-2:])

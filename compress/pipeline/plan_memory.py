@@ -22,6 +22,7 @@ from compress.layerwise.memory_estimate import (
     DEVICE_BYTES,
     MAX_WORKERS,
     blocks_bytes,
+    both_bytes,
     computing,
     outputs_bytes,
     reverse_bytes,
@@ -105,7 +106,9 @@ def needs_of(
     if isinstance(allocator, InputAllocator):
         there = max(there, sweep_bytes(allocator, around.weights, alike, config, around.tokens, size))
     if allocator is not None and allocator.reads_gradients:
-        needed, scratch = reverse_bytes(around.weights, touched, config, around.tokens, size)
+        bytes_of = both_bytes if allocator.weighs_outputs else reverse_bytes
+        needed, taken = bytes_of(around.weights, touched, config, around.tokens, size)
+        scratch = max(scratch, taken)
         there = max(there, needed)
     return Needs(max(resident, there), scratch, there and there + DEVICE_BYTES)
 

@@ -146,7 +146,7 @@ class PackedWeights:
             source = self.linears[self.ties.get(name, name)].sources[0]
             module: Any = self.module_at(name.rpartition(".")[0])
             scheme = self.weights[source][1].scheme
-            hollow(module, scheme is not None and bool(scheme.inputs))
+            hollow(module, scheme is not None and bool(scheme.inputs or scheme.hadamard))
             module.awaited_bytes = self._nbytes(source) if name in self.linears else 0
         stacks: dict[str, list[str]] = defaultdict(list)
         for name in self.experts:

@@ -2,7 +2,7 @@
 
 Grammar (parses and prints back to the same text; names of other tools, such as W4A16, are in presets.py):
 
-    scheme  = integer | float [ "-afp8" ] | "q" (2 | 3 | 4 | 5 | 6) "_k"
+    scheme  = ( integer | float [ "-afp8" ] ) [ "-h" size ] | "q" (2 | 3 | 4 | 5 | 6) "_k"
     integer = "w" bits "a" (16 | 8 | 4) [ "g" group ] [ "-asym" | "-min" ] [ "-afp8" | "-aasym" ]
     float   = "fp8" [ "-e5m2" ] [ "-tensor" | "-block" ]     E4M3 or E5M2, one scale per output channel, for the
                                                              whole matrix, or per block of 128 rows and columns
@@ -14,6 +14,7 @@ Grammar (parses and prints back to the same text; names of other tools, such as 
     rule    = ( "-m1" | "-m2" ) [ "-ceil" ]                  scales of a row a power of two apart (ZeroQuant-FP)
     bits    = 2 | 3 | 4 | 5 | 6 | 8                          integer codes
     group   = columns that share one scale; without it one scale per output channel
+    size    = 16 | 32 | 64 | 128                             inputs that a Hadamard matrix mixes before they are multiplied
 
 `w4a16g128` is symmetric 4-bit with groups of 128 along the input dimension, `w3a16g64-asym` has an integer zero point
 per group, `w4a16g32-min` a minimum in the weight's dtype, scale * code + minimum (MLX's affine codes, GGUF's Q4_1), which
@@ -23,6 +24,9 @@ unless they are rounded to int8 (`w8a8`, `w4a8g128`), to int4 (`w4a4`, `w3a4g64`
 expect. `-aasym` gives integer activations a zero point per token as well (`w4a4-aasym`). `mxfp4-amxfp4` and `nvfp4-anvfp4` round
 activations in blocks like their weights: E2M1 with a dynamic scale for 32 or 16 inputs of a token, and for nvfp4 a number for all
 inputs of a weight, which is measured on calibration tokens.
+
+`-h32` has codes of W R, where R mixes each 32 inputs by a Hadamard matrix: as the model runs inputs are multiplied by R, too,
+before they are rounded, if they are. So no input and no weight of these 32 stands out (numerics/input_rotation.py).
 
 The K-quants of GGUF, `q2_k` to `q6_k`, are whole codes with scales of two levels: small whole numbers for 16 or 32 columns, times
 one in fp16 for 256; all but q3_k and q6_k have minima. What they mean: compress/numerics/kquants.py. Where 256 does not divide
@@ -39,7 +43,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,12 +58,16 @@ SUPER = 256
 """Columns that share the upper level of a K-quant's scales."""
 BLOCK = 128
 """Rows and columns of a block of `fp8-block`."""
+ROTATED = (16, 32, 64, 128)
+"""Inputs that a Hadamard matrix may mix."""
 _GROUP = r"(?:g(?P<group>\d{1,7}))?"
+_ROTATED = rf"(?:-h(?P<hadamard>{'|'.join(map(str, ROTATED))}))?"
 _INTEGER = re.compile(
-    rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<kind>-asym|-min)?(?:-a(?P<inputs>fp8|asym))?", re.ASCII
+    rf"w(?P<bits>\d{{1,3}})a(?P<act>\d{{1,3}}){_GROUP}(?P<kind>-asym|-min)?(?:-a(?P<inputs>fp8|asym))?{_ROTATED}",
+    re.ASCII,
 )
 _FLOATS = tuple(
-    re.compile(text if "<inputs>" in text else text + r"(?:-a(?P<inputs>fp8))?", re.ASCII)
+    re.compile((text if "<inputs>" in text else text + r"(?:-a(?P<inputs>fp8))?") + _ROTATED, re.ASCII)
     for text in (
         r"(?P<grid>fp8)(?P<rule>-e5m2)?(?:-(?P<scales>tensor|block))?",
         rf"(?P<grid>nf[234]){_GROUP}",
@@ -93,6 +101,8 @@ class Scheme(TextForm):
     """Rounding of activations as the model runs: empty for none; int8, int4, int8-asym or int4-asym, fp8, mxfp4, nvfp4."""
     minimum: bool = False
     """Whether each scale has a minimum, the value of code 0, instead of an integer zero point."""
+    hadamard: int = 0
+    """Inputs that a Hadamard matrix mixes before they are multiplied by codes; 0 for none."""
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
@@ -117,16 +127,23 @@ class Scheme(TextForm):
             )
         if found.group is not None and found.group < 8:
             raise UsageError(f"scheme '{text}'", "a group of at least 8 columns", f"g{found.group}")
+        if found.hadamard and (found.scales in ("tensor", "block") or found.grid == "iq4"):
+            raise UsageError(f"scheme '{text}'", "scales of rows or groups beside -h", str(replace(found, hadamard=0)))
         return found
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.bits, self.group, self.symmetric, self.grid, self.scales, self.rule, self.inputs, self.minimum))
+        return hash(
+            (self.bits, self.group, self.symmetric, self.grid, self.scales, self.rule, self.inputs, self.minimum, self.hadamard)
+        )
 
     def __hash__(self) -> int:
         return self._hash
 
     def __str__(self) -> str:
+        return self._unrotated() + (f"-h{self.hadamard}" if self.hadamard else "")
+
+    def _unrotated(self) -> str:
         group = f"g{self.group}" if self.group and self.scales == "row" else ""
         inputs = "" if self.inputs in ("", "int8", "int4") else f"-a{self.inputs.rpartition('-')[2]}"
         rule = f"-{self.rule}" if self.rule else ""
@@ -249,20 +266,20 @@ def _integer(text: str, match: re.Match[str]) -> Scheme:
     whole = f"int{activation}" if activation != "16" else ""
     inputs = {"fp8": "fp8", "asym": f"{whole}-asym"}.get(match["inputs"] or "", whole)
     group, kind = int(match["group"]) if match["group"] else None, match["kind"]
-    return Scheme(bits, group, kind is None, inputs=inputs, minimum=kind == "-min")
+    return Scheme(bits, group, kind is None, inputs=inputs, minimum=kind == "-min", hadamard=int(match["hadamard"] or 0))
 
 
 def _float(match: re.Match[str]) -> Scheme:
     parts = match.groupdict()
     grid, rule = parts["grid"], (parts.get("rule") or "").removeprefix("-").removeprefix("rceil")
     group = int(parts["group"]) if parts.get("group") else None
-    inputs = parts["inputs"] or ""
+    inputs, mixed = parts["inputs"] or "", int(parts["hadamard"] or 0)
     if grid in _FIXED:
         group, grid, scales = _FIXED[grid]
-        return Scheme(4, group, True, grid, scales, rule, inputs)
+        return Scheme(4, group, True, grid, scales, rule, inputs, hadamard=mixed)
     if grid == "fp8":
         scales = parts["scales"] or "row"
-        return Scheme(8, BLOCK if scales == "block" else None, True, rule or "e4m3", scales, "", inputs)
+        return Scheme(8, BLOCK if scales == "block" else None, True, rule or "e4m3", scales, "", inputs, hadamard=mixed)
     if grid.startswith("nf"):
-        return Scheme(int(grid[2]), group, True, "nf", "row", "", inputs)
-    return Scheme(4, group, True, "e2m1" if grid == "fp4" else "e3m0", "row", rule, inputs)
+        return Scheme(int(grid[2]), group, True, "nf", "row", "", inputs, hadamard=mixed)
+    return Scheme(4, group, True, "e2m1" if grid == "fp4" else "e3m0", "row", rule, inputs, hadamard=mixed)

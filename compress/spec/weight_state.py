@@ -171,6 +171,11 @@ class State:
         words = {"outliers": self.outliers, "columns": self.columns, "lowrank": self.lowrank}
         return {word: part for word, part in words.items() if part is not None}
 
+    def needs(self) -> dict[str, object]:
+        """What a reader has to know besides codes, by its word."""
+        mixed = self.scheme.hadamard if self.scheme is not None else 0
+        return self.beside() | ({"rotation": f"h{mixed}"} if mixed else {})
+
     def __str__(self) -> str:
         words = {"codes": self.scheme, "masked": self.sparsity, **self.beside()}
         return "+".join(f"{word}({part})" for word, part in words.items() if part is not None) or "dense"

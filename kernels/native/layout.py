@@ -48,7 +48,9 @@ WIDER = 4
 """The version in which codes may have 5 or 6 bits, and minima in the place of zero points."""
 FEWER = 5
 """The version in which activations may be rounded to 4 bits or with zero points, and columns be kept beside codes."""
-_VERSIONS = (VERSION, HALVED, NARROW, WIDER, FEWER)
+ROTATED = 6
+"""The version in which inputs may be rotated before they are multiplied by codes."""
+_VERSIONS = (VERSION, HALVED, NARROW, WIDER, FEWER, ROTATED)
 _LEAST_GROUP = 16
 
 
@@ -56,7 +58,7 @@ class Native(Format):
     """Codes of 2, 3, 4, 5, 6 and 8 bits, integers or floats, with all corrections."""
 
     name = NATIVE
-    holds = frozenset({"outliers", "columns", "lowrank"})
+    holds = frozenset({"outliers", "columns", "lowrank", "rotation"})
     _there: frozenset[str] | None = None
     """When reading a checkpoint: the weights of which half is left out."""
     _cut: frozenset[str] | None = None
@@ -177,6 +179,8 @@ class Native(Format):
     def _version(self, weight: Weight, state: State) -> int:
         """The first version of the layout that has what a packed weight needs."""
         scheme = state.scheme
+        if scheme is not None and scheme.hadamard:
+            return ROTATED
         if state.columns is not None or (scheme is not None and scheme.inputs not in ("", "int8", "fp8")):
             return FEWER
         if scheme is not None and (scheme.minimum or scheme.bits in (5, 6)):

@@ -23,6 +23,7 @@ from compress.errors import UsageError
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
 from compress.kernels.native.op import Arguments, multiplied, needs_operator
 from compress.kernels.native.packed import Packed
+from compress.numerics.input_rotation import rotated
 from compress.numerics.inputs import InputRounding
 from compress.spec.weight_state import State
 
@@ -59,6 +60,7 @@ class PackedWeight(nn.Module):
             parts = dict(packed.parts)
             self.register_buffer("input_scale", parts.pop("input_scale"))
             packed = replace(packed, parts=parts)
+        packed, self.hadamard = packed.unrotated() if isinstance(packed, Packed) else (packed, 0)
         first = packed.read(0) if isinstance(packed, Stack) else packed
         self.state, self.size, self.turned = str(first.state), (first.rows, first.columns), turned
         self.stored, scale = (*first.parts,), first.parts.get("scale", first.parts["tiles"])
@@ -110,11 +112,12 @@ class PackedWeight(nn.Module):
         return made[:2]
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs as the scheme rounds them."""
+        """Inputs as the scheme rotates and rounds them."""
         scheme, columns = self.work.state.scheme, self.work.state.columns
-        if self.rounds_inputs:
-            return x
         assert scheme is not None
+        x = rotated(x, self.hadamard)
+        if self.rounds_inputs or not scheme.inputs:
+            return x
         divisor, kept = (self._buffers.get(name) for name in ("input_scale", "kept_columns"))
         how = InputRounding(scheme, divisor, kept, columns is not None and columns.int8)
         found: torch.Tensor = RoundedInputs.apply(x, how)  # type: ignore[no-untyped-call]
@@ -134,7 +137,8 @@ class PackedWeight(nn.Module):
         """One matrix, dequantized, [rows, columns]."""
         packed, backend = self.packed(), load_backend(self.backend)
         packed = packed if expert is None else packed.expert(expert)
-        return torch.cat([backend.rows(packed, rows, self.like.dtype) for rows in backend.chunks(packed)])
+        parts = [backend.rows(packed, rows, self.like.dtype) for rows in backend.chunks(packed)]
+        return rotated(torch.cat(parts), self.hadamard)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Moves parts, but never casts them: scales in another dtype would have other values.
@@ -240,7 +244,7 @@ class PackedLinear(Shell):
 
 
 class Rounds(Shell):
-    """Rounds its inputs, as the scheme of its weight says."""
+    """Rotates and rounds its inputs, as the scheme of its weight says."""
 
     packed_weight: PackedWeight
 
@@ -339,7 +343,7 @@ class WatchedExperts(PackedExperts):
 
 
 def hollow(module: nn.Module, rounds: bool) -> None:
-    """Removes the weight of a Linear, Embedding or Conv1D until `fill`. `rounds`: whether inputs are rounded."""
+    """Removes the weight of a Linear, Embedding or Conv1D until `fill`. `rounds`: whether inputs are rotated or rounded."""
     from transformers.pytorch_utils import Conv1D
 
     base: Any = next(kind for kind in (nn.Linear, nn.Embedding, Conv1D) if isinstance(module, kind))

@@ -106,6 +106,13 @@ class Packed:
         left, right = Factors(parts["left"], parts["right"], parts.get("rank_scale")).halves()
         return linear(linear(x, right.to(x.dtype)), left.to(x.dtype))
 
+    def unrotated(self) -> tuple[Packed, int]:
+        """The same codes for inputs that come rotated, of which backends need not know; and the size of their blocks, or 0."""
+        if self.state.scheme is None or not self.scheme.hadamard:
+            return self, 0
+        state = replace(self.state, scheme=replace(self.scheme, hadamard=0))
+        return replace(self, state=state), self.scheme.hadamard
+
     def expert(self, index: int) -> Packed:
         """One matrix of fused experts."""
         return replace(self, parts={name: part[index] for name, part in self.parts.items()})

@@ -45,7 +45,7 @@ class Peft(Format):
 
     name = "peft"
     expands = True
-    holds = frozenset({"outliers", "lowrank"})
+    holds = frozenset({"outliers", "lowrank", "rotation"})
 
     def refuse(self, weight: Weight, state: State) -> None:
         if state.scheme is None:

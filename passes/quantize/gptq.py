@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract.base_passes import Clip, QuantizingPass, pruned, refuse_zeros
+from compress.contract.base_passes import Clip, QuantizingPass, pruned, refuse_in_turn, refuse_zeros
 from compress.contract.shapes import LinearPass
 from compress.contract.tasks import MatrixTask, Solution, Statistic
 from compress.errors import Refusal
@@ -53,6 +53,7 @@ class Gptq(QuantizingPass, LinearPass):
     """Rounds weights so that their outputs change little on the calibration tokens."""
 
     example: ClassVar[str] = "calibrate | quantize.gptq(scheme=w4a16g32)"
+    rotates: ClassVar[bool] = True
 
     order: Literal["activation", "stored"] = Field(
         "activation",
@@ -94,6 +95,8 @@ class Gptq(QuantizingPass, LinearPass):
     def _zeros_or_outliers(self) -> Self:
         if self.sparsity is not None and self.outliers:
             raise ValueError("outliers: not with sparsity, which has no outliers beside codes")
+        if self.sparsity is not None and self.scheme.hadamard:
+            raise ValueError(f"sparsity: not with {self.scheme}, which mixes zeros with what is kept")
         if self.outliers and self.correct != "none":
             raise ValueError(f"outliers: not with correct={self.correct}, for they stay the numbers that they were")
         if self.weighs_outputs() and (self.sparsity is not None or self.outliers):
@@ -107,10 +110,8 @@ class Gptq(QuantizingPass, LinearPass):
         if after.scheme is not None and after.scheme.scales == "k" and weight.transposed and weight.experts is None:
             reason = f"groups of a Conv1D run along its outputs, where this pass fits no super-blocks of {after.scheme}"
             raise Refusal(reason, "use quantize.rtn for it")
-        if self.weighs_outputs() and after.scheme is not None and after.scheme.scales in ("tensor", "block", "k"):
-            raise Refusal(f"{after.scheme} has scales that rows share, which feedback=both rounds in turn", "leave feedback out")
-        if self.weighs_outputs() and weight.transposed and weight.experts is None:
-            raise Refusal("groups of a Conv1D run along its outputs, which feedback=both rounds in turn", "leave feedback out")
+        if self.weighs_outputs():
+            refuse_in_turn(weight, after)
         if self.sparsity is None:
             return after
         refuse_zeros(self.scheme)
@@ -143,7 +144,9 @@ class Gptq(QuantizingPass, LinearPass):
 
         order: Any = "activation" if self.order == "activation" else "none"
         # With the identity as Hessian this is rounding to nearest.
-        return prepare(statistic, self._damping(), order, self.min_tokens, "rounded to nearest", self._together)
+        return prepare(
+            statistic, self._damping(), order, self.min_tokens, "rounded to nearest", self._together, self.scheme.hadamard
+        )
 
     def _damping(self) -> float:
         return self.damping or (0.15 if self.corrects_residual() else 0.01)
@@ -170,6 +173,7 @@ class Gptq(QuantizingPass, LinearPass):
         from compress.numerics.gptq import solve
         from compress.numerics.gptq_task import Settings
         from compress.numerics.hessian import errors
+        from compress.numerics.input_rotation import rotated
         from compress.numerics.outliers import split
         from compress.numerics.qtensor import along_inputs
         from compress.numerics.refit import refit
@@ -177,7 +181,7 @@ class Gptq(QuantizingPass, LinearPass):
 
         scheme, dtype = tasks[0].after.scheme, tasks[0].value.dtype
         assert scheme is not None
-        w = torch.cat([task.value for task in tasks]).float()
+        w = rotated(torch.cat([task.value for task in tasks]).float(), scheme.hadamard)
         w = prepared.target(w)
         mask = torch.cat([task.value for task in tasks]) != 0 if tasks[0].after.sparsity is not None else None
         rest, kept = w, []
@@ -256,7 +260,7 @@ def _rows_in_turn(
 
     def rounded(aim: torch.Tensor, rows: slice) -> torch.Tensor:
         parts.append(solve(aim, rows))
-        q = _quantized(parts[-1], scheme, slice(None)).dequantize().float()
+        q = _quantized(parts[-1], scheme, slice(None)).values()
         d[rows] = w[rows] - q
         return q
 

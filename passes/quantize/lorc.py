@@ -62,6 +62,10 @@ class Lorc(FactoringPass, CompensatingPass, LinearPass):
             raise Refusal(f"it is {state}: nothing was rounded that could be made up for", "quantize it first, or skip it")
         if state.lowrank is not None:
             raise Refusal(f"it is already {state}", "skip it in one of the passes")
+        if state.scheme.hadamard:
+            raise Refusal(
+                f"{state.scheme} rotates inputs, and nothing here multiplies factors by those", "use a scheme without -h"
+            )
         if state.columns is not None:
             raise Refusal(f"it is {state}, and its columns have taken up the errors already", "skip it")
         return replace(state, lowrank=self.lowrank(weight, state))

@@ -27,6 +27,7 @@ class Rtn(AdaptiveGroupPass, TensorPass):
     """Rounds weights to the nearest code."""
 
     example: ClassVar[str] = "quantize.rtn(scheme=w4a16g32, clip=mse)"
+    rotates: ClassVar[bool] = True
 
     clip: Clip = "none"
     grid: Literal["full", "paper"] = Field(

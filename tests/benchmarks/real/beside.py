@@ -23,7 +23,10 @@ SCHEMES = {
     "mxfp4": "MXFP4, weights alone", "w4a8g64": "w4a8g64", "w4a4g64": "w4a4g64",
 }  # fmt: skip
 """As names of rows have them -> the heading."""
-OURS = ("rtn-{}", "gptq-{}", "{}", "gptq-{}-residual", "gptq-{}-both", "gptq-{}-residual-scales")
+OURS = (
+    "rtn-{}", "gptq-{}", "{}", "gptq-{}-residual", "gptq-{}-both", "gptq-{}-residual-scales", "gptq-{}-rotated",
+    "gptq-{}-rotated-both",
+)  # fmt: skip
 """Rows of ours at a scheme, step by step."""
 TOOLS = ("llm-compressor-{}", "gptqmodel-{}", "auto-round-{}")
 HEAD = ("", "MB", "KL to source", "of the best", "on the second text", "of the best", "perplexity", "CPU s", "peak")

@@ -95,6 +95,9 @@ def beside_peers() -> Iterator[Row]:
         yield Row(f"gptq-{name}-residual", residual)
         yield Row(f"gptq-{name}-both", f"quantize.gptq(scheme={scheme}, correct=residual, feedback=both)")
         yield Row(f"gptq-{name}-residual-scales", f"{residual} | {SCALES}")
+        mixed = f"{scheme}-h{16 if scheme == 'nvfp4' else 32 if scheme.endswith(('g32', 'mxfp4')) else 64}"
+        for more, options in {"": "", "-both": ", correct=residual, feedback=both"}.items():
+            yield Row(f"gptq-{name}-rotated{more}", f"quantize.gptq(scheme={mixed}{options})", form="native")
 
 
 def masks() -> Iterator[Row]:
@@ -127,6 +130,11 @@ ROWS = (
     Row("nvfp4", "quantize.gptq(scheme=nvfp4)"),
     Row("llm_mq-3.0", f"quantize.llm_mq(bits=3.0, schemes={MIX})"),
     Row("llm_mq-2.5", f"quantize.llm_mq(bits=2.5, schemes={MIX})"),
+    *(
+        Row(f"llm_mq-{bits}-kl{more}", f"quantize.llm_mq(bits={bits}, schemes={MIX}, mode=kl{options})")
+        for bits in (2.5, 3.0, 3.5)
+        for more, options in {"": ", fused=false", "-both": ", fused=false, correct=residual, feedback=both"}.items()
+    ),
     Row("lorc", "quantize.gptq(scheme=w2a16g32) | quantize.lorc(rank=16, weighted=true)", form="native"),
     Row("loftq", "quantize.loftq(scheme=w2a16g32, rank=16, clip=mse)", data=False, form="native", note="before any fine-tuning"),
     Row("smooth", "quantize.smooth(scheme=w3a16g64) | quantize.gptq(scheme=w3a16g64)"),
