@@ -100,6 +100,12 @@ class CRotary(ctypes.Structure):
     )
 
 
+class CMix(ctypes.Structure):
+    """`Mix` of steps.h."""
+
+    _fields_ = (("x", c_void_p), ("out", c_void_p), ("count", c_int64), ("block", c_int32), ("dtype", c_int32))
+
+
 class CGate(ctypes.Structure):
     """`Gate` of steps.h."""
 
@@ -120,10 +126,12 @@ class Library:
             self._expand: Any = getattr(held, f"expand_{self.isa}")
             self._integer_rows: Any = getattr(held, f"integer_rows_{self.isa}")
             self._attend: Callable[..., int] = getattr(held, f"attend_{self.isa}")
-            self._norm, self._rotary, self._gate = (getattr(held, f"{name}_{self.isa}") for name in ("norm", "rotary", "gate"))
+            self._norm, self._rotary, self._mix, self._gate = (
+                getattr(held, f"{name}_{self.isa}") for name in ("norm", "rotary", "mix", "gate")
+            )
         except (OSError, AttributeError) as error:
             raise MachineError(str(path), "a library of kernels", str(error), "install compress again") from None
-        for function in (self._expand, self._integer_rows, self._norm, self._rotary, self._gate):
+        for function in (self._expand, self._integer_rows, self._norm, self._rotary, self._mix, self._gate):
             function.restype = None
         self.parallel = _parallel()
 
@@ -198,6 +206,12 @@ class Library:
             size, angles, DTYPES[query.dtype],
         )  # fmt: skip
         self._rotary(ctypes.byref(job))
+
+    def mix(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        """x [..., width], neighbours in memory: each `block` numbers by the Hadamard matrix of that order over its root."""
+        out = torch.empty_like(x)
+        self._mix(ctypes.byref(CMix(x.data_ptr(), out.data_ptr(), x.numel(), block, DTYPES[x.dtype])))
+        return out
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) up, of any shape."""

@@ -1,4 +1,4 @@
-// Steps: what lies between the products of a few tokens: norms, rotations of queries and keys, and gated products.
+// Steps: what lies between the products of a few tokens: norms, rotations of queries and keys, mixed inputs, and gated products.
 //
 // Each is rounded where transformers' code rounds: after every operation, in the dtype of activations, but for what that computes in
 // fp32. One thread does it: a call costs more than the numbers of a token.
@@ -53,6 +53,22 @@ void rotary(const Rotary& job) {
 }
 
 template <int32_t DTYPE>
+void mix(const Mix& job) {
+  const float by = 1 / __builtin_sqrtf((float)job.block);
+  alignas(64) float v[128];
+  for (int64_t at = 0; at < job.count; at += job.block) {
+    for (int64_t i = 0; i < job.block; i += W) store(v + i, numbers<DTYPE>(job.x, at + i));
+    for (int64_t half = 1; half < job.block; half *= 2)
+      for (int64_t start = 0; start < job.block; start += 2 * half)
+        for (int64_t i = start; i < start + half; i++) {
+          const float first = v[i], second = v[i + half];
+          v[i] = first + second, v[i + half] = first - second;
+        }
+    for (int64_t i = 0; i < job.block; i++) write(job.out, at + i, v[i] * by, DTYPE);
+  }
+}
+
+template <int32_t DTYPE>
 void gate(const Gate& job) {
   for (int64_t i = 0; i < job.count; i += W) {
     alignas(64) float x[W] = {}, found[W];
@@ -75,4 +91,5 @@ void gate(const Gate& job) {
 
 STEP(norm, Norm)
 STEP(rotary, Rotary)
+STEP(mix, Mix)
 STEP(gate, Gate)

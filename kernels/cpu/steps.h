@@ -21,6 +21,15 @@ struct Rotary {
   int32_t dtype;
 };
 
+// Each `block` numbers by the Hadamard matrix of that order over its root; `block` is a power of two from 16 to 128.
+struct Mix {
+  const void* x;
+  void* out;
+  int64_t count;
+  int32_t block;
+  int32_t dtype;
+};
+
 // silu(gate) up.
 struct Gate {
   const void *gate, *up;

@@ -23,6 +23,7 @@ from compress.errors import UsageError
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
 from compress.kernels.native.op import Arguments, multiplied, needs_operator
 from compress.kernels.native.packed import Packed
+from compress.kernels.native.rotate_inputs import mixed
 from compress.numerics.input_rotation import rotated
 from compress.numerics.inputs import InputRounding
 from compress.spec.weight_state import State
@@ -115,7 +116,7 @@ class PackedWeight(nn.Module):
         """Inputs as the scheme rotates and rounds them."""
         scheme, columns = self.work.state.scheme, self.work.state.columns
         assert scheme is not None
-        x = rotated(x, self.hadamard)
+        x = mixed(x, self.hadamard)
         if self.rounds_inputs or not scheme.inputs:
             return x
         divisor, kept = (self._buffers.get(name) for name in ("input_scale", "kept_columns"))

@@ -14,15 +14,16 @@ the method that rounds in the end. With g the gradient and D = W - Q(W):
                            Kronecker factors (K-FAC; YAQA, 2505.22988): H of inputs, G of gradients by outputs, of labels
                            that the model predicts itself. D is what GPTQ leaves, so that each scheme is solved for
 
-abs is the default: rounded by GPTQ, on a model of 2.6 M parameters at 3 bits it had a KL to the source of 0.0142 (paper
-0.0258, 3 bits everywhere 0.0192), and 0.0378 at 2.5 (paper 0.0469). Calibrated on encyclopedic text alone, abs and fisher
-choose alike there at 3 bits (0.0128, 3 bits everywhere 0.0181), and at 2.5 fisher has 0.0316, abs 0.0311. On a model of 0.26 M
-in five blocks nothing beats 3 bits everywhere (0.34; abs 0.38, paper 0.59): there is little to win there, for even costs that
-were measured, a group at a time, gained 6 % (rounded to nearest). On one of 135 M `bits=3` loses too (abs 0.390, fisher 0.385,
-3 bits everywhere 0.353): abs grows with the error where the loss grows with its square, and neither sees what GPTQ makes up
-for. `mode=kl` does: 0.292 there with `fused=false`, which gives values more bits than queries, and 0.344 where q, k and v share a
-scheme; on the embedded model 0.067 and 0.071 (3 bits everywhere 0.079). By abs at `bits=2.5`, 0.67 with 2.75 bits stored for a weight, it is better than a line between 2 bits in groups of 32 (1.07 with
-2.5) and 3 bits (0.353 with 3.25), which has 0.74 there.
+abs is the default: rounded by GPTQ, on a model of 2.6 M parameters at 3 bits it had a KL to the source of 0.0142 (paper 0.0258,
+3 bits everywhere 0.0192), and 0.0378 at 2.5 (paper 0.0469). Calibrated on encyclopedic text alone, abs and fisher choose alike
+there at 3 bits (0.0128, 3 bits everywhere 0.0181), and at 2.5 fisher has 0.0316, abs 0.0311. On a model of 0.26 M in five
+blocks nothing beats 3 bits everywhere (0.34; abs 0.38, paper 0.59): there is little to win there, for even costs that were
+measured, a group at a time, gained 6 % (rounded to nearest). On one of 135 M `bits=3` loses too (abs 0.390, fisher 0.385, 3
+bits everywhere 0.353): abs grows with the error where the loss grows with its square, and neither sees what GPTQ makes up for.
+`mode=kl` does: 0.292 there with `fused=false`, which gives values more bits than queries, and 0.344 where q, k and v share a
+scheme; on the embedded model 0.067 and 0.071 (3 bits everywhere 0.079). By abs at `bits=2.5`, 0.67 with 2.75 bits stored for a
+weight, it is better than a line between 2 bits in groups of 32 (1.07 with 2.5) and 3 bits (0.353 with 3.25), which has 0.74
+there.
 """
 
 from __future__ import annotations

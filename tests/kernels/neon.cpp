@@ -20,6 +20,8 @@ extern "C" void norm_neon(const Norm*);
 extern "C" void norm_plain(const Norm*);
 extern "C" void rotary_neon(const Rotary*);
 extern "C" void rotary_plain(const Rotary*);
+extern "C" void mix_neon(const Mix*);
+extern "C" void mix_plain(const Mix*);
 extern "C" void gate_neon(const Gate*);
 extern "C" void gate_plain(const Gate*);
 extern "C" int attend_neon(const Attention*);
@@ -104,6 +106,10 @@ int main() {
     norm_neon(new Norm{x, weight, one, 3, 37, 1e-5f, plus_one, F32}), norm_plain(new Norm{x, weight, two, 3, 37, 1e-5f, plus_one, F32});
     gate_neon(new Gate{x, one, three, 3 * 37, F32}), gate_plain(new Gate{x, one, four, 3 * 37, F32});
     rotary_neon(new Rotary{one, three, angle, angle, 1, 6, 6, 6, 0, F32}), rotary_plain(new Rotary{two, four, angle, angle, 1, 6, 6, 6, 0, F32});
+    float mixed[96], plainly[96];
+    mix_neon(new Mix{x, mixed, 96, 16 << plus_one, F32}), mix_plain(new Mix{x, plainly, 96, 16 << plus_one, F32});
+    for (int i = 0; i < 96; i++)
+      if (!(fabs(mixed[i] - plainly[i]) <= 2e-6)) failed++, printf("mixed, block %d: %d\n", 16 << plus_one, i);
     compared++;
     for (int i = 0; i < 3 * 37; i++)
       if (!(fabs(one[i] - two[i]) <= 2e-6 && fabs(three[i] - four[i]) <= 2e-6)) {

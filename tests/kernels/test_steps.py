@@ -1,4 +1,4 @@
-"""What lies between products: norms, rotations and gated products of a few tokens, against torch's operations."""
+"""What lies between products of a few tokens: norms, rotations, mixed inputs, gated products; against torch's operations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import torch
 from torch.nn.functional import silu
 
 from compress.kernels.cpu.library import Library, library
+from compress.kernels.native.rotate_inputs import mixed
+from compress.numerics.input_rotation import rotated as mixed_in_blocks
+from compress.spec.scheme import ROTATED
 from simd_oracle import ROUNDING, USABLE, at_the_end_of_a_page
 
 
@@ -54,6 +57,35 @@ def test_rotations_are_the_same_bits(runs: Library, batch: int, heads: int, grou
         runs.rotary(q, k, cos, sin, size)
         assert torch.equal(q, meant[0])
         assert torch.equal(k, meant[1])
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("block", ROTATED)
+def test_mixed_inputs(runs: Library, block: int, dtype: torch.dtype) -> None:
+    """Up to the rounding of sums in another order, of magnitudes that add up to `total`, and of the result."""
+    for rows in (1, 3):
+        x, _ = at_the_end_of_a_page((torch.randn(rows, 3 * block) * 8).to(dtype))
+        found, meant = runs.mix(x, block), mixed_in_blocks(x, block)
+        total = x.float().abs().view(rows, 3, block).sum(-1, keepdim=True) / block**0.5
+        allowed = 2 * ROUNDING[dtype] * meant.float().abs().view(rows, 3, block) + 16 * 2**-24 * total
+        assert bool(((found.float() - meant.float()).view(rows, 3, block).abs() <= allowed).all())
+    x[0, 1] = torch.nan
+    assert runs.mix(x, block).isnan()[0].nonzero()[:, 0].tolist() == [*range(block)]
+
+
+def test_many_numbers_are_mixed_by_torch_and_few_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = torch.randn(2, 128), torch.randn(600, 128)
+    calls: list[int] = []
+    real = Library.mix
+    monkeypatch.setattr(Library, "mix", lambda self, x, n: calls.append(len(x)) or real(self, x, n))
+    torch.testing.assert_close(mixed(few, 32), mixed_in_blocks(few, 32))
+    assert torch.equal(mixed(many, 32), mixed_in_blocks(many, 32))
+    assert torch.equal(mixed(few[:, ::2], 32), mixed_in_blocks(few[:, ::2], 32))
+    assert mixed(few, 0) is few
+    asked = few.clone().requires_grad_()
+    mixed(asked, 32).sum().backward()
+    assert asked.grad is not None
+    assert calls == [2]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)

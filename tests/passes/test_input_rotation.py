@@ -18,6 +18,7 @@ from compress.context import Context
 from compress.errors import CompressError, FormatError, UsageError
 from compress.evaluate.verify import verify_bytes
 from compress.executors.train.student import Student
+from compress.kernels.native import rotate_inputs
 from compress.kernels.native.modules import PackedLinear
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.logits import Forward
@@ -148,8 +149,11 @@ def test_gptq_beats_rounding_with_rotated_inputs(tmp_path: Path, options: str) -
 
 
 @pytest.mark.parametrize("text", SCHEMES)
-def test_the_native_artifact_runs_what_codes_mean(wide: Path, tmp_path: Path, text: str) -> None:
+def test_the_native_artifact_runs_what_codes_mean(wide: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By our backends, which multiply codes by rotated inputs, and by `eval`, which multiplies what they mean."""
+    if Scheme.parse(text).inputs:
+        # Sums in another order may be rounded to another number; tests/kernels/test_steps.py has the kernel.
+        monkeypatch.setattr(rotate_inputs, "MOST", 0)
     begin = f"{BEGIN} | " if "nvfp4" in text else ""
     pass_ = "gptq" if begin else "rtn"
     do(wide, tmp_path / "out", f"{begin}quantize.{pass_}(scheme={text}) | pack(format=native)")
