@@ -68,7 +68,7 @@ class BothSweep(OutputSweep):
                 return
             x = given[0].detach()
             # What is held is not freed, so that no other tensor gets its address.
-            owner, _ = self._seen.setdefault((x.data_ptr(), x.shape, x._version), (weight.name, x))
+            owner, _held = self._seen.setdefault((x.data_ptr(), x.shape, x._version), (weight.name, x))
             self._readers[weight.name] = owner
             if owner != weight.name:
                 return

@@ -49,7 +49,8 @@ def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
     run = row.get("run") or row.get("made")
     of = {text: f"{kl(row, text) / best[text]:.2f}" if best else "" for text in ("text", "also")}
     passes = [words for words in row.get("recipe", "").split(" | ") if words != "pack" and not words.startswith("calibrate")]
-    label = f"`{' | '.join(passes)}`" if row["kind"] == "ours" else row["asked"]
+    # A bar would end the cell.
+    label = "`" + " \\| ".join(passes) + "`" if row["kind"] == "ours" else row["asked"]
     return (
         label, f"{row['tensor_bytes'] / 1e6:.1f}", estimate(row["quality"]["kl"], ".4f"), of["text"],
         estimate(row["also"]["quality"]["kl"], ".4f"), of["also"], estimate(row["quality"]["perplexity"], ".2f"),
