@@ -20,6 +20,7 @@ from compress.kernels.native.packed import PARTS
 from compress.runtime.attention import attend_by_kernel
 from compress.runtime.decode_step import quicken
 from compress.runtime.fill import PackedWeights
+from compress.runtime.generation_cache import grow_caches
 
 _PACKED = re.compile(r"\.packed_weights?\.")
 
@@ -77,6 +78,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         self.filling.fill()
         attend_by_kernel(model)
         quicken(model)
+        grow_caches(model)
         self.packed = self.filling.tensors()
         del self.filling
 

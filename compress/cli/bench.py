@@ -43,6 +43,9 @@ def command(
         bool,
         typer.Option("--peers", help="Also time llama.cpp on SOURCE in as many bits, one prompt, in an environment of its own."),
     ] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Also time decoding by compiled code, on the CPU; compiling takes a minute or more.")
+    ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time products by single weights instead of a model.")] = False,
     schemes: Annotated[
         str | None, typer.Option(metavar="SCHEME,...", help="With --kernels: schemes, or states such as codes(...)+masked(2:4).")
@@ -73,6 +76,7 @@ def command(
             "--against": against,
             "--repack": "given" if repack else None,
             "--peers": "given" if peers else None,
+            "--compile": "given" if compile_ else None,
         }
         if kernels
         else {"--schemes": schemes, "--shapes": shapes, "--activations": activations}
@@ -92,10 +96,13 @@ def command(
     if peers and (against is None or where == "cuda"):
         got = "no --against" if against is None else f"--device {where}"
         raise UsageError("--peers", "the dense model, from which llama.cpp's file is made, and the CPU", got)
+    if compile_ and where == "cuda":
+        raise UsageError("--compile", "the CPU", f"--device {where}, where a step is a CUDA graph", "leave it out")
     from compress.evaluate.bench import Settings
 
     assert artifact is not None
-    settings = Settings(prompt, new or new_tokens, numbers("--batch", batch), rounds, where, dtype, backend, seed, repack)
+    counts = numbers("--batch", batch)
+    settings = Settings(prompt, new or new_tokens, counts, rounds, where, dtype, backend, seed, repack, compile_)
     with compute_threads(threads):
         time_model(artifact, against, data, settings, json_, peers)
 
@@ -148,14 +155,16 @@ def time_model(artifact: str, against: str | None, data: str | None, settings: S
         return
     show_speeds(speeds)
     show_memory(subjects)
-    print(f"model:    {label(checkpoints[0])}" + (f"\nagainst:  {label(checkpoints[1])}" if against else ""))
-    print(f"backends: {', '.join(f'{count} weights {backend}' for backend, count in subjects[0].backends.items())}")
-    print(f"device:   {runs_on(settings.device)}, {name}")
+    show_compiled(speeds)
+    console.fact("model", label(checkpoints[0]))
+    if against:
+        console.fact("against", label(checkpoints[1]))
+    console.fact("backends", ", ".join(f"{count} weights {backend}" for backend, count in subjects[0].backends.items()))
+    console.fact("device", f"{runs_on(settings.device)}, {name}")
     why = ", as activations are rounded to 8 bits" if subjects[0].rounds else ""
-    print(
-        f"checked:  logits are within {difference:.2g} of what the codes mean in fp32 (relative; {allowed:.2g} is allowed{why})"
-    )
-    print(f"protocol: {protocol}")
+    off = f"logits are within {difference:.2g} of what the codes mean in fp32"
+    console.fact("checked", f"{off} (relative; {allowed:.2g} is allowed{why})")
+    console.fact("protocol", protocol)
 
 
 def label(checkpoint: Checkpoint) -> str:
@@ -164,22 +173,40 @@ def label(checkpoint: Checkpoint) -> str:
 
 def show_speeds(speeds: list[Speed]) -> None:
     """Prints tokens a second; ratios are of medians, above 1 where the packed model is faster."""
-    from compress.evaluate.bench import DENSE, PACKED
+    from compress.evaluate.bench import COMPILED, DENSE, PACKED
 
     found = {(speed.batch, speed.phase, speed.label): speed for speed in speeds}
     # In the order in which they were timed; a column for each that stands beside the packed model.
-    others = list(dict.fromkeys([DENSE, *(speed.label for speed in speeds if speed.label != PACKED)]))
+    others = list(dict.fromkeys(speed.label for speed in speeds if speed.label not in (PACKED, COMPILED)))
     rows = []
     for batch, phase in dict.fromkeys((speed.batch, speed.phase) for speed in speeds):
-        packed, cells = found[batch, phase, PACKED], []
-        for label in others:
-            other = found.get((batch, phase, label))
-            cells += [_rate(other), f"{packed.median / other.median:.2f}x" if other else "-"]
-        rows.append((batch, phase, _rate(packed), *cells, packed.how))
+        for own, name in ((PACKED, phase), (COMPILED, f"{phase}, compiled")):
+            if (packed := found.get((batch, phase, own))) is None:
+                continue
+            cells = []
+            for label in others:
+                other = found.get((batch, phase, label))
+                cells += [_rate(other), f"{packed.median / other.median:.2f}x" if other else "-"]
+            rows.append((batch, name, _rate(packed), *cells, packed.how))
     heads = [word for label in others for word in (label, "ratio")]
-    console.table(("batch", "phase", "packed tokens/s, median (best)", *heads, "how"), rows)
-    for label, how in dict.fromkeys((speed.label, speed.how) for speed in speeds if speed.label not in (PACKED, DENSE)):
-        print(f"{label}: {how}; only the last token's logits of a prompt, as here")
+    told = (
+        "tokens a second, the median of all rounds and the best one"
+        + "; ratio: of medians, packed by the one beside it" * bool(others)
+    )
+    console.table(("batch", "phase", "packed", *heads, "how"), rows, told)
+    for label, how in dict.fromkeys((speed.label, speed.how) for speed in speeds if speed.label not in (PACKED, COMPILED, DENSE)):
+        console.text(f"{label}: {how}; only the last token's logits of a prompt, as here")
+
+
+def show_compiled(speeds: list[Speed]) -> None:
+    """Prints what compiling took, and what it brings."""
+    from compress.evaluate.bench import COMPILED, DECODE, PACKED
+
+    eager = {speed.batch: speed for speed in speeds if (speed.label, speed.phase) == (PACKED, DECODE)}
+    for speed in (speed for speed in speeds if speed.label == COMPILED):
+        brings = f"a token is {speed.median / eager[speed.batch].median:.2f}x as fast as without"
+        prompts = "1 prompt" if speed.batch == 1 else f"{speed.batch} prompts"
+        console.fact("compiled", f"in {speed.compile_seconds:.1f} s for {prompts}; {brings}")
 
 
 def _rate(speed: Speed | None) -> str:

@@ -1,9 +1,9 @@
 """Bench: tokens a second of a packed model, compared with the dense one.
 
 Prompts go through the model in one forward; then tokens are generated greedily, one at a time, with a cache of keys and
-values. On a GPU the cache is static and a step replays a CUDA graph; on the CPU it is one that grows without copies. Every
-round runs all models, one after the other. Before anything is timed, the packed model's logits are compared with those of
-the dequantized weights in fp32, computed with one block in memory.
+values. On a GPU the cache is static and a step replays a CUDA graph; on the CPU it is one that grows without copies, and static
+where a step is compiled. Every round runs all models, one after the other. Before anything is timed, the packed model's logits
+are compared with those of the dequantized weights in fp32, computed with one block in memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +21,9 @@ import torch
 
 from compress.architecture.model_class import model_class
 from compress.checkpoint.reader import Checkpoint
-from compress.errors import CompressError, FormatError, InputError, UsageError
+from compress.errors import FormatError, InputError, UsageError
 from compress.evaluate.backend_report import check_device
+from compress.evaluate.decoder import Decoder
 from compress.freed_memory import trim_memory
 from compress.importers import method_of
 from compress.kernels.native.modules import PackedWeight
@@ -43,12 +42,10 @@ MARGIN = 2.0
 """How many times the same of a dense model in that dtype is allowed, if that is more: some models amplify any rounding."""
 ROUNDED, ROUNDED_MARGIN = 0.1, 8.0
 """Both where a backend that was asked for rounds activations to 8 bits which the scheme leaves as they are."""
-PACKED, DENSE = "packed", "dense"
+PACKED, DENSE, COMPILED = "packed", "dense", "packed, compiled"
 PROMPT, DECODE = "prompt", "decode"
 _CHECKED = 32
 """Tokens whose logits are compared."""
-_WARM = 3
-"""Warm-up steps before a graph is captured."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,8 @@ class Settings:
     seed: int = 0
     repack: bool = False
     """Whether an artifact of another tool is packed while it is loaded."""
+    compile: bool = False
+    """Whether decoding by the packed model is timed by compiled code, too."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second, a number for each round; `how` is graph, eager, or why no graph could be captured."""
+    """Tokens a second, a number for each round; `how` is graph, compiled, eager, or why it is neither of the others."""
 
     label: str
     batch: int
     phase: str
     rates: tuple[float, ...]
     how: str = "eager"
+    compile_seconds: float | None = None
 
     @property
     def best(self) -> float:
@@ -238,89 +238,31 @@ def dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-class Decoder:
-    """Greedy decoding by one model, of prompts of one shape.
-
-    With `static` the cache has a fixed size, which a CUDA graph needs.
-    """
-
-    def __init__(self, model: Any, ids: torch.Tensor, new: int, static: bool) -> None:
-        from transformers import StaticCache
-
-        from compress.layerwise.growing_cache import GrowingCache, argument
-
-        self.model, self.ids = model, ids.to(model.device)
-        most = ids.shape[1] + new + 2 * _WARM
-        self.cache: Any = StaticCache(config=model.config, max_cache_len=most) if static else None
-        self._takes = argument(model)
-        self._dynamic = partial(GrowingCache, model.config)
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-        self.token = torch.zeros(len(ids), 1, dtype=torch.long, device=model.device)
-        self.static, self.how, self.advance = static, "eager", self.step
-
-    def prompt(self) -> None:
-        """Runs the prompts from an empty cache; `token` [batch, 1] is then the next token of each."""
-        if self.static:
-            self.cache.reset()
-        else:
-            self.cache = self._dynamic()
-        self.token.copy_(self._next(self.ids))
-
-    def step(self) -> None:
-        """Replaces `token` by the next one."""
-        self.token.copy_(self._next(self.token))
-
-    def _next(self, ids: torch.Tensor) -> torch.Tensor:
-        found = self.model(input_ids=ids, use_cache=True, **{self._takes: self.cache}, **self._last)
-        best: torch.Tensor = found.logits[:, -1:].argmax(-1)
-        return best
-
-    def capture(self) -> None:
-        """Makes `advance` replay a CUDA graph; if none can be captured, it stays eager and `how` says why."""
-        self.prompt()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.step()
-        except (RuntimeError, CompressError) as error:
-            self.how = f"eager, for no CUDA graph could be captured: {str(error).strip().splitlines()[0]}"
-            return
-        if self._tokens(graph.replay) != self._tokens(self.step):
-            self.how = "eager, for a CUDA graph generates other tokens"
-            return
-        self.advance, self.how = graph.replay, "graph"
-
-    def _tokens(self, advance: Callable[[], None]) -> list[list[int]]:
-        """The first few tokens after each prompt, to compare graph and eager."""
-        self.prompt()
-        found = []
-        for _ in range(_WARM):
-            advance()
-            found.append(self.token.flatten().tolist())
-        return found
-
-
 @torch.no_grad()
 def timed(subjects: Sequence[Subject], ids: torch.Tensor, settings: Settings) -> list[Speed]:
-    """Tokens a second of each model at each batch, of prompts and of decoding; ids [largest batch, prompt]."""
+    """Tokens a second of each model at each batch, of prompts and of decoding; ids [largest batch, prompt].
+
+    Of compiled code decoding alone is timed: prompts are not compiled.
+    """
     found: list[Speed] = []
     for batch in settings.batches:
         decoders = {s.label: _warm(s.model, ids[:batch], settings) for s in subjects}
-        rates: dict[tuple[str, str], list[float]] = {(s.label, phase): [] for s in subjects for phase in (PROMPT, DECODE)}
+        timings = [(label, phase) for label in decoders for phase in (PROMPT, DECODE)]
+        if settings.compile:
+            decoders[COMPILED] = compiled = Decoder(subjects[0].model, ids[:batch], settings.new, static=True)
+            compiled.compile()
+            timings.append((COMPILED, DECODE))
+        rates: dict[tuple[str, str], list[float]] = {timing: [] for timing in timings}
         for _ in range(settings.rounds):
             for label, decoder in decoders.items():
-                rates[label, PROMPT].append(batch * settings.prompt / _seconds(decoder.prompt, 1, settings.device))
+                seconds = _seconds(decoder.prompt, 1, settings.device)
+                if (label, PROMPT) in rates:
+                    rates[label, PROMPT].append(batch * settings.prompt / seconds)
                 rates[label, DECODE].append(batch * settings.new / _seconds(decoder.advance, settings.new, settings.device))
-        found += [
-            Speed(label, batch, phase, tuple(numbers), "eager" if phase == PROMPT else decoders[label].how)
-            for (label, phase), numbers in rates.items()
-        ]
+        for (label, phase), numbers in rates.items():
+            decoder = decoders[label]
+            how = "eager" if phase == PROMPT else decoder.how
+            found.append(Speed(label, batch, phase, tuple(numbers), how, decoder.compile_seconds))
     return found
 
 

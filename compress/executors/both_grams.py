@@ -1,4 +1,4 @@
-"""Both Grams: sums of x x^T of weights' inputs and of g g^T by their outputs, block by block.
+"""Both Grams: sums of x x^T of inputs and of g g^T by outputs, block by block.
 
 The sweep of output_grams.py, which runs every block again anyway: what its weights read is added up on the way. Weights that
 read one tensor share a sum. Nothing is kept: each weight is handed on with its sums as soon as its block is through.

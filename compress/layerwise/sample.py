@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 def sample(
     checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0,
-    packed: Callable[[], Any] | None = None, device: torch.device = CPU,
+    packed: Callable[[], Any] | None = None, device: torch.device = CPU, cache: Callable[[Any, int], Any] | None = None,
 ) -> str:  # fmt: skip
     """The prompt and up to `tokens` more; for an encoder-decoder only its answer. Raises CompressError.
 
     The model is the one that `packed` loads, or else the checkpoint's, in fp32 on `device`, with codes expanded when used.
+    `cache` makes a cache for a model and so many tokens; by default it is one that grows.
     """
     if not math.isfinite(temperature):
         raise UsageError(
@@ -58,7 +59,7 @@ def sample(
     if temperature:
         draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if device == CPU and not model.config.is_encoder_decoder and model._supports_default_dynamic_cache():
-        draws[argument(model)] = GrowingCache(model.config)
+        draws[argument(model)] = cache(model, used) if cache else GrowingCache(model.config)
 
     def check(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool(scores.isnan().any()):

@@ -34,8 +34,8 @@ def attention(
         mask = attention_mask
         if mask is None or _masks_keys(mask, query, key):
             mask = mask if mask is None else mask[:, 0, 0].expand(query.shape[0], -1)
-            size = query.shape[-1]
-            found = library().attend(query[:, :, 0], key, value, size**-0.5 if scaling is None else scaling, mask)
+            size, runs = query.shape[-1], torch.ops.compress.attend if torch.compiler.is_compiling() else _attend
+            found = runs(query[:, :, 0], key, value, size**-0.5 if scaling is None else scaling, mask)
             return found[:, None], None
     options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, **more}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
@@ -43,14 +43,22 @@ def attention(
 
 def _computes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether these are plain tensors that the kernel takes."""
-    if torch.compiler.is_compiling():
-        return False
     for tensor in (query, key, value):
         plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
         if not plain or tensor.dtype != query.dtype or tensor.stride(-1) != 1 or tensor.shape[-1] % LANES:
             return False
     fits = query.dtype in DTYPES and query.shape[-1] == key.shape[-1] <= MOST and key.shape[2] > 0
     return fits and query.shape[0] == key.shape[0] == value.shape[0] and not query.shape[1] % key.shape[1]
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None
+) -> torch.Tensor:  # fmt: skip
+    return library().attend(query, key, value, scale, mask)
+
+
+def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[-1])
 
 
 def _masks_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -76,5 +84,12 @@ def attend_by_kernel(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
+# For compiled code, which calls kernels as operators.
+_LIBRARY = torch.library.Library("compress", "FRAGMENT")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, float scale, Tensor? mask) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("compress::attend", _like, lib=_LIBRARY)
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

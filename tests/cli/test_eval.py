@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress import device
 from compress.checkpoint.reader import open_checkpoint
 from compress.cli.app import build
 from compress.errors import InputError
 from compress.evaluate import records
 from compress.layerwise.sample import sample
+from compress.runtime import compiled_step
 from families import build as build_family
 from forked import compress
 from support import run, step_of
@@ -154,6 +156,35 @@ def test_generate_goes_on_from_a_prompt(demo_model: Path, packed: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("tokens", [12, 1])
+def test_generate_compiles_what_runs_packed(
+    tokens: int, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where graphs are run by torch as they are: no C++ is compiled."""
+    monkeypatch.setattr(compiled_step, "BACKEND", "eager")
+    run(demo_model, tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=native)")
+    said = []
+    for more in ([], ["--compile"]):
+        words = ["generate", str(tmp_path / "out"), "--prompt", "import os\n", "--new-tokens", str(tokens), "--packed", *more]
+        build(words)(words, standalone_mode=False)
+        said.append(capsys.readouterr())
+    assert said[1].out == said[0].out
+    assert said[0].err == ""
+    told = r"compiled: a step of one token, in \d+\.\d s\n" if tokens > 1 else "compiled: nothing: all that is new .*\n"
+    assert re.fullmatch(told, said[1].err)
+
+
+def test_generate_compiles_for_the_cpu_only(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "resolve", lambda name: torch.device("cuda:0"))
+    words = ["generate", str(demo_model), "--prompt", "a", "--packed", "--compile", "--device", "cuda"]
+    with pytest.raises(SystemExit) as stopped:
+        build(words)(words, standalone_mode=False)
+    assert stopped.value.code == 2
+    assert "--compile" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("family", "said"), [("t5", None), ("bert", "BertForMaskedLM"), ("whisper", "WhisperFor")])
 def test_models_of_other_kinds(family: str, said: str | None, demo_model: Path, tmp_path: Path) -> None:
     source = build_family(family, tmp_path)
@@ -196,6 +227,7 @@ WRONG = {
     "generate: no such model": (["generate", "./nowhere", "--prompt", "a"], 3, "no such directory"),
     "generate: beyond the positions": (["generate", "{model}", "--prompt", "a", "--new-tokens", "512"], 2, "at most 512"),
     "generate: a backend without --packed": (["generate", "{model}", "--prompt", "a", "--backend", "cpu"], 2, "--packed beside it"),
+    "generate: compiled without --packed": (["generate", "{model}", "--prompt", "a", "--compile"], 2, "--packed beside it"),
     "generate: nothing packed": (["generate", "{model}", "--prompt", "a", "--packed"], 3, "native format"),
     "generate: an unknown dtype": (["generate", "{model}", "--prompt", "a", "--packed", "--dtype", "int9"], 2, "one of auto"),
     "generate: negative temperature": (["generate", "{model}", "--prompt", "a", "--temperature", "-1"], 2, "--temperature"),

@@ -59,6 +59,7 @@ VERBS = {
     "formats ls --details": ["formats", "ls", "--details"],
     "formats ls of a scheme": ["formats", "ls", "--scheme", "w4a16g128-asym"],
     "eval": ["eval", "out", "--against", "model", "--data", "text.jsonl", "--tokens", "256", "--length", "64"],
+    "bench": ["bench", "out", "--against", "model", "--prompt", "8", "--new-tokens", "2", "--batch", "1,32", "--device", "cpu"],
     "diff": ["diff", "model", "out"],
     "diff --details": ["diff", "model", "out", "--details", "--worst"],
     "recipes ls": ["recipes", "ls"],
@@ -97,6 +98,7 @@ def test_every_column_is_told_of(typed) -> None:
         "show": ("bits:", "weight error: |W-W'|/|W|", "output error:"),
         "diff": ("A, B:", "weight error: |A-B|/|A|"),
         "eval": ("+-: the standard error",),
+        "bench": ("tokens a second", "ratio: of medians"),
     }
     for verb, words in told.items():
         said = " ".join(typed(*VERBS[verb]).split())

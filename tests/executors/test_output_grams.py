@@ -82,6 +82,7 @@ def test_grams_are_those_of_plain_autograd(name: str, source: Callable[[str], Pa
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.slow
 def test_it_gains_on_a_trained_model(tmp_path: Path) -> None:
     """Less KL on another text than the one that was calibrated on; so few tokens want more damping than 0.1."""
     model = SHARED / "models" / "tiny-llama-3m"
