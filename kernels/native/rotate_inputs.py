@@ -1,4 +1,4 @@
-"""Rotate inputs: what codes of W R are multiplied by; of few tokens on a CPU by a kernel of ours."""
+"""Rotate inputs: as codes of W R want them; few tokens by a kernel of ours."""
 
 from __future__ import annotations
 
