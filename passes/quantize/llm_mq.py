@@ -20,7 +20,7 @@ there at 3 bits (0.0128, 3 bits everywhere 0.0181), and at 2.5 fisher has 0.0316
 blocks nothing beats 3 bits everywhere (0.34; abs 0.38, paper 0.59): there is little to win there, for even costs that were
 measured, a group at a time, gained 6 % (rounded to nearest). On one of 135 M `bits=3` loses too (abs 0.390, fisher 0.385, 3
 bits everywhere 0.353): abs grows with the error where the loss grows with its square, and neither sees what GPTQ makes up for.
-`mode=kl` does: 0.292 there with `fused=false`, which gives values more bits than queries, and 0.344 where q, k and v share a
+`mode=kl` does: 0.301 there with `fused=false`, which gives values more bits than queries, and 0.344 where q, k and v share a
 scheme; on the embedded model 0.067 and 0.071 (3 bits everywhere 0.079). By abs at `bits=2.5`, 0.67 with 2.75 bits stored for a
 weight, it is better than a line between 2 bits in groups of 32 (1.07 with 2.5) and 3 bits (0.353 with 3.25), which has 0.74
 there.
