@@ -50,7 +50,7 @@ def refuse_inputs(weight: Weight, scheme: Scheme) -> None:
 
 def refuse_rotation(weight: Weight, scheme: Scheme) -> None:
     """Raises Refusal if the scheme rotates inputs but nothing would rotate those of this weight when the model runs."""
-    where = "an expert's" if weight.kind == "expert" else f"a {weight.kind}'s"
+    where = f"{'an' if weight.kind[0] in 'aeiou' else 'a'} {weight.kind}'s"
     if weight.kind != "linear":
         raise Refusal(f"{scheme} rotates inputs, which nothing here does with {where}", "use a scheme without -h for it")
     if weight.transposed or weight.converted:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State, Weight
 
 if TYPE_CHECKING:
@@ -37,14 +38,13 @@ class Peaks:
     """Measures fused weights whose scheme after a step has one scale for a whole matrix. `read` gives a dense weight by name."""
 
     def __init__(self, weights: Iterable[Weight], after: Mapping[str, State], read: Callable[[str], torch.Tensor]) -> None:
-        self._members: dict[str, list[str]] = defaultdict(list)
+        self._members: dict[tuple[str, Scheme], list[str]] = defaultdict(list)
         for weight in weights:
             scheme = after[weight.name].scheme
             if scheme is not None and scheme.scales in ("tensor", "e4m3") and weight.experts is None:
-                self._members[f"{together(weight.name)} {scheme}"].append(weight.name)
+                self._members[together(weight.name), scheme].append(weight.name)
         self._places = {name: group for group, names in self._members.items() for name in names}
-        self._rotated = {name: scheme.hadamard for name in self._places if (scheme := after[name].scheme) is not None}
-        self._read, self._found, self._lock = read, dict[str, float](), Lock()
+        self._read, self._found, self._lock = read, dict[tuple[str, Scheme], float](), Lock()
 
     def of(self, weight: Weight) -> Weight:
         """The weight, with the largest magnitude of its group as `peak` if its scheme needs it."""
@@ -58,7 +58,7 @@ class Peaks:
             return weight
         with self._lock:
             if group not in self._found:
-                names = self._members[group]
-                found = torch.tensor([largest(rotated(self._read(name), self._rotated[name])) for name in names])
+                size = group[1].hadamard
+                found = torch.tensor([largest(rotated(self._read(name), size)) for name in self._members[group]])
                 self._found[group] = float(found.max())
         return replace(weight, peak=self._found[group])

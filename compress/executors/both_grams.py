@@ -29,12 +29,12 @@ class BothSweep(OutputSweep):
 
     def run_both(self, batches: list[Batch], prepare: Callable[[Hessian], Any], take: TakeBoth) -> float:
         """As `run`; `prepare` is called once for each tensor that weights read. Returns the loss."""
-        self._prepare, self._readers = prepare, dict[str, str]()
+        self._readers: dict[str, str] = {}
 
         def both(weight: Weight, grams: Any) -> None:
             owner = self._readers[weight.name]
             if owner not in self._ready:
-                self._ready[owner] = self._prepare(self._inputs.pop(owner))
+                self._ready[owner] = prepare(self._inputs.pop(owner))
             # Gradients are those of a mean over all scored tokens.
             take(weight, self._ready[owner], [gram * self.total**2 for gram in grams])
 

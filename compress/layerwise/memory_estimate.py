@@ -181,15 +181,14 @@ def both_bytes(
     weights: list[Weight], touched: list[Weight], config: dict[str, Any], tokens: int, element_bytes: int
 ) -> tuple[int, int]:
     """The same where inputs are added up as well, and each of a block's weights is solved as soon as that is through."""
-    resident, scratch = outputs_bytes(weights, touched, config, tokens, element_bytes)
+    resident, scratch = reverse_bytes(weights, [], config, tokens, element_bytes)
+    resident += 8 * max(_gram_numbers(touched).values(), default=0)
     sums: dict[tuple[str, int | None], dict[str, int]] = defaultdict(dict)
     for weight in touched:
         # fp64 sums; then the fp32 mean and its factor, of all that a block's weights read.
         sums[weight.stack, weight.block][together(weight.name)] = 16 * weight.in_features**2
     work = max((24 * weight.numel for weight in touched), default=0)
-    return resident + work + max((sum(block.values()) for block in sums.values()), default=0), scratch - 4 * sum(
-        _gram_numbers(touched).values()
-    )
+    return resident + work + max((sum(block.values()) for block in sums.values()), default=0), scratch
 
 
 def train_bytes(

@@ -202,8 +202,7 @@ class LlmMq(CodeOptions, DelegatingPass, Allocator):
     @cached_property
     def _rounder(self) -> LinearPass:
         """GPTQ without corrections, by which each scheme is tried."""
-        options = {"scheme": self.schemes[0], "clip": self.clip, "least_zero": self.least_zero}
-        made: Any = load_pass("quantize.gptq").model_validate(options)
+        made: Any = self.model_copy(update={"correct": "none", "feedback": "inputs"}).worker()
         return made  # type: ignore[no-any-return]
 
     def _left(self, weight: Weight, state: State, value: torch.Tensor, inputs: Prepared) -> torch.Tensor:

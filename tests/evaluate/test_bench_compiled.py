@@ -12,19 +12,6 @@ import pytest
 from compress.cli.app import build
 from compress.evaluate.bench import COMPILED, DECODE
 from compress.runtime import compiled_step
-from support import run, tiny_llama
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("bench") / "model")
-
-
-@pytest.fixture(scope="module")
-def packed(model: Path) -> Path:
-    run(model, model.parent / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=native)")
-    return model.parent / "out"
-
 
 COMPILE = ["--prompt", "8", "--new-tokens", "2", "--batch", "2", "--rounds", "1", "--device", "cpu", "--compile"]
 

@@ -19,18 +19,6 @@ from compress.evaluate.llama_cpp_speed import NAME, TYPES, scheme_for, speeds
 from compress.evaluate.readers.environment import cache_folder
 from compress.runtime import artifact
 from compress.spec.scheme import Scheme
-from support import run, tiny_llama
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("speed") / "model")
-
-
-@pytest.fixture(scope="module")
-def packed(model: Path) -> Path:
-    run(model, model.parent / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=native)")
-    return model.parent / "out"
 
 
 @pytest.fixture
