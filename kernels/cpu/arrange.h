@@ -108,7 +108,27 @@ void add_outliers(const Weight& w, const Work& work, int64_t m, int64_t row, int
       out[r] += w.outliers[i] * read(work.x, m * work.stride + (w.wide ? wide[i] : narrow[i]), work.dtype);
 }
 
+// W numbers into neighbours of a dtype.
+template <int32_t DTYPE>
+void put_numbers(void* x, int64_t i, F v) {
+  if (DTYPE == F32) return store((float*)x + i, v);
+  const U bits = (U)v, plain = bits + 0x7fff + (bits >> 16 & 1), special = (U)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Narrow h = __builtin_convertvector(((plain & ~special) | ((bits | 0x400000) & special)) >> 16, Narrow);
+  memcpy((uint16_t*)x + i, &h, sizeof h);
+}
+
+template <int32_t DTYPE>
+void put_tile(const Work& work, int64_t at, int64_t row, const float* sums) {
+  for (int r = 0; r < 16; r += W) {
+    F v = load(sums + r);
+    if (work.bias) v += numbers<DTYPE>(work.bias, row + r);
+    put_numbers<DTYPE>(work.out, at + r, v);
+  }
+}
+
 void put(const Work& work, int64_t at, int64_t row, const float* sums, int rows) {
+  if (rows == 16 && work.dtype == BF16) return put_tile<BF16>(work, at, row, sums);
+  if (rows == 16 && work.dtype == F32) return put_tile<F32>(work, at, row, sums);
   for (int r = 0; r < rows; r++)
     write(work.out, at + r, sums[r] + (work.bias ? read(work.bias, row + r, work.dtype) : 0), work.dtype);
 }

@@ -75,7 +75,7 @@ void put_rows(Rows& rows) {
     if (from >= rows.count) break;
     const int64_t row = rows.index ? rows.index[from] : rows.first + from, tile = row / 16, lane = row % 16;
     const int64_t left = rows.count - from < 16 ? rows.count - from : 16, count = rows.index ? 1 : left;
-    scales_of(w, tile, 0, scale);
+    scales_of(w, tile, divisor_of(w, 0), scale);
     if (shift) added(w, tile, shift);
     for (int64_t c = 0; c < w.chunks; c++)
       for (int64_t r = 0; r < count; r++) {

@@ -163,7 +163,7 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, float* gri
     const int64_t at = expert * run.tiles + t + (i < tiles ? i : 0), apart = 16 * w.groups;  // the last may be alone
     float *scale = grid + 2 * i * apart, *zero = scale + apart;
     codes[i] = (const uint8_t*)w.tiles + at * run.blocks * BITS * 64;
-    scales_of(w, at, expert, scale);
+    scales_of(w, at, divisor_of(w, expert), scale);
     for (int64_t n = 0; w.zero && n < apart; n++) zero[n] = (float)(w.zero[at * apart + n] - LESS<BITS>);
   }
   tokens<BITS, BLOCK>(run, expert, t, tiles, codes, grid, m, until);

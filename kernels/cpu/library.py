@@ -52,6 +52,7 @@ class CWork(ctypes.Structure):
         *((name, c_int64) for name in ("tokens", "stride", "experts")),
         *((name, c_int32) for name in ("dtype", "threads")),
         ("parallel", c_void_p),
+        ("rounded", c_int32),
     )
 
 
@@ -136,9 +137,12 @@ class Library:
         self.parallel = _parallel()
 
     def product(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
-                offsets: torch.Tensor | None = None) -> None:  # fmt: skip
-        """x [tokens, columns], with neighbouring columns, by a matrix; or by those of a stack, tokens of each from offsets on."""
-        if self._product(ctypes.byref(weight), ctypes.byref(self._asked(weight, x, bias, out, offsets))):
+                offsets: torch.Tensor | None = None, rounded: bool = False) -> None:  # fmt: skip
+        """x [tokens, columns], with neighbouring columns, by a matrix; or by those of a stack, tokens of each from offsets on.
+
+        `rounded` tells that values may be rounded to x's dtype first, as `expand` rounds them.
+        """
+        if self._product(ctypes.byref(weight), ctypes.byref(self._asked(weight, x, bias, out, offsets, rounded))):
             raise MemoryError(f"activations of {x.shape[0]} tokens")
 
     def integers(self, weight: CWeight, rounding: CRounding, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
@@ -149,12 +153,12 @@ class Library:
             raise MemoryError(f"activations of {x.shape[0]} tokens")
 
     def _asked(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
-               offsets: torch.Tensor | None) -> CWork:  # fmt: skip
+               offsets: torch.Tensor | None, rounded: bool = False) -> CWork:  # fmt: skip
         tokens, experts = x.shape[0], 1 if offsets is None else len(offsets) - 1
         return CWork(
             x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
             None if offsets is None else offsets.data_ptr(), tokens, x.stride(0), experts, DTYPES[x.dtype],
-            min(torch.get_num_threads(), 1 + weight.rows * weight.columns * tokens // _ALONE), self.parallel,
+            min(torch.get_num_threads(), 1 + weight.rows * weight.columns * tokens // _ALONE), self.parallel, rounded,
         )  # fmt: skip
 
     def expand(self, weight: CWeight, rows: slice | torch.Tensor, out: torch.Tensor, integers: bool = False) -> None:

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int JOINED = 3;  // tokens from which it pays to join halves of integers decoded as fp32
 constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
-constexpr int MOST = 192;  // tokens at a time, by panels
+constexpr int FEWER = 8;   // the same of what panels have at half the size, once it is rounded
+constexpr int MOST = 512;  // tokens at a time, by panels
 
 struct Chunk {
   int columns, words;  // words of a row
@@ -21,6 +22,7 @@ struct Chunk {
 struct Run {
   Job job;
   bool few;
+  bool undivided;  // whether sums are divided, and not scales
   AddRows rows;
   AddPanels panels;
   int64_t next;  // the tiles that are next in turn
@@ -28,9 +30,10 @@ struct Run {
 };
 
 // What a tile's sums for token m become.
-void finish(const Job& job, const float* shift, int64_t t, int64_t m, float* sums) {
+void finish(const Job& job, float divisor, const float* shift, int64_t t, int64_t m, float* sums) {
   const Weight& w = job.weight;
   const int rows = w.rows - 16 * t < 16 ? (int)(w.rows - 16 * t) : 16;
+  for (int r = 0; divisor != 1 && r < 16; r++) sums[r] /= divisor;
   if (job.totals) {
     const float* total = job.totals + m * w.groups;
     for (int64_t g = 0; g < w.groups; g++)
@@ -49,11 +52,13 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, f
   if (from == until) return;
   const int64_t at = expert * job.tiles + t, grid = 16 * w.groups;
   float* shift = scale + TILES * grid;
+  const float divisor = divisor_of(w, expert);
   for (int i = 0; i < tiles; i++) {
-    scales_of(w, at + i, expert, scale + i * grid);
+    scales_of(w, at + i, run.undivided ? 1 : divisor, scale + i * grid);
     if (job.totals) shifts_of(w, at + i, scale + i * grid, shift + i * grid);
   }
   const uint16_t* codes = w.tiles + at * job.words;
+  const int64_t size = work.dtype == F32 ? 4 : 2;
   for (int64_t first = from; first < until;) {
     const int most = run.few ? FEW : MOST, count = until - first < most ? (int)(until - first) : most;
     if (run.few) {
@@ -62,13 +67,15 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, f
       for (int m = 0; m < count; m++) {
         alignas(64) float out[16];
         sums(room + m * 16, out);
-        finish(job, shift, t, first + m, out);
+        finish(job, run.undivided ? divisor : 1, shift, t, first + m, out);
       }
     } else {
       memset((void*)room, 0, sizeof(F) * NV * count);
       run.panels(job, codes, tiles, scale, grid, first, count, room);
-      for (int i = 0; i < tiles; i++)
-        for (int m = 0; m < count; m++) finish(job, shift + i * grid, t + i, first + m, (float*)room + (m * TILES + i) * 16);
+      for (int m = 0; m < count; m++) {
+        __builtin_prefetch((char*)work.out + ((first + m + 8) * w.rows + 16 * t) * size, 1);
+        for (int i = 0; i < tiles; i++) finish(job, run.undivided ? divisor : 1, shift + i * grid, t + i, first + m, (float*)room + (m * TILES + i) * 16);
+      }
     }
     first += count;
   }
@@ -100,17 +107,31 @@ void worker(void* given) {
 // Multiplies. Returns 0, or 1 if there is no memory for activations or sums.
 EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   const Weight& w = *weight;
+  if (!work->offsets && work->tokens > MOST) {
+    const int64_t size = work->dtype == F32 ? 4 : 2;
+    int failed = 0;
+    for (int64_t from = 0; from < work->tokens && !failed; from += MOST) {
+      Work some = *work;
+      some.x = (const char*)work->x + from * work->stride * size;
+      some.out = (char*)work->out + from * w.rows * size;
+      some.tokens = work->tokens - from < MOST ? work->tokens - from : MOST;
+      failed = NAME(product, ISA)(weight, &some);
+    }
+    return failed;
+  }
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
-  const bool few = each <= FEW;
+  const bool few = each <= (work->rounded && !w.exact ? FEWER : FEW), totals = w.zero || w.minimum;
 #if defined(__AVX512BF16__)
-  const bool pairs = work->dtype == BF16 && w.exact && (w.bits < 8 || w.grid != INTEGER || each >= JOINED);
+  // With scales of few bits values are bfloat16 numbers, too. Others may have to be rounded, which is faster where groups are small.
+  const bool product = w.exact && (w.scales == BYTE_E8M0 || (w.scales == BYTE_E4M3 && w.grid == TABLE));
+  const bool scaled = work->dtype == BF16 && !few && !totals && (product || (work->rounded && (!w.exact || w.shift < 8)));
+  const bool pairs = scaled || (work->dtype == BF16 && w.exact && (w.bits < 8 || w.grid != INTEGER || each >= JOINED));
 #else
-  const bool pairs = false;
+  const bool scaled = false, pairs = false;
 #endif
   const auto [chunk, words] = by_codes(w, [](auto codes) { return Chunk{decltype(codes)::COLUMNS, decltype(codes)::WORDS}; });
   const int columns = few ? chunk : SPAN;
   const int64_t parts = (w.chunks * chunk + columns - 1) / columns;
-  const bool totals = w.zero || w.minimum;
   const int64_t bytes = (work->tokens * parts * columns * (pairs ? 2 : 4) + 63) / 64 * 64;
   char* room = (char*)aligned_alloc(64, bytes + (totals ? (work->tokens * w.groups * 4 + 63) / 64 * 64 : 0));
   if (!room) return 1;
@@ -126,7 +147,8 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
     }
     if (totals) totalled(*work, m, w, sums + m * w.groups);
   }
-  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, rows_for(w, pairs), panels_for(w, pairs), 0, 0};
+  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, scaled && w.exact,
+          rows_for(w, pairs), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
   if (work->parallel && work->threads > 1)
     work->parallel(worker, &run, work->threads, 0);
   else

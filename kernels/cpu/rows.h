@@ -2,6 +2,7 @@
 #pragma once
 
 #include "job.h"
+#include "pairs.h"
 
 namespace {  // each instruction set has its own
 
@@ -33,24 +34,23 @@ struct Pairs {
   static F more(V a, V b, F c) { return dot(a, b, c); }
 };
 
-// Of up to 6 bits, looked up.
+// Of up to 6 bits.
 template <class D, int FOLD>
 struct InPairs : Pairs<D, FOLD> {
   using typename Pairs<D, FOLD>::V;
-  V table, above, word, shift, byte;
+  const Looked<D> with;
+  V word, shift, byte;
 
-  explicit InPairs(const Weight& w) {
-    uint16_t values[64], words[32], shifts[32];
+  explicit InPairs(const Weight& w) : with(w) {
+    uint16_t words[32], shifts[32];
     uint8_t bytes[64];
-    for (int i = 0; i < 64; i++) values[i] = bits_of(D::BITS <= 4 ? w.table[i & 15] : (i & ((1 << D::BITS) - 1)) - w.middle) >> 16;
     // As in tiles.py: the word of a column's upper bits, and how far from its end they are; of 3 bits, whether its bytes are swapped.
     for (int r = 0; r < 32; r++) {
       words[r] = D::BITS == 3 ? 4 * (r / 8) + 2 * (r % 8 / 4) + r % 2 : D::BITS == 5 ? r / 4 : r / 2;
       shifts[r] = D::BITS == 5 ? 4 * (r % 4) : 8 * (r % 2);
     }
     for (int i = 0; i < 64; i++) bytes[i] = i % 16 ^ (i / 4 % 2);
-    table = _mm512_loadu_si512(values), above = _mm512_loadu_si512(values + 32), word = _mm512_loadu_si512(words);
-    shift = _mm512_loadu_si512(shifts), byte = _mm512_loadu_si512(bytes);
+    word = _mm512_loadu_si512(words), shift = _mm512_loadu_si512(shifts), byte = _mm512_loadu_si512(bytes);
   }
 
   void decode(const uint16_t* row, V* out) const {
@@ -60,41 +60,20 @@ struct InPairs : Pairs<D, FOLD> {
       high = _mm512_permutexvar_epi16(word, _mm512_maskz_loadu_epi16((1u << count) - 1, row + 32));
       high = D::BITS == 3 ? _mm512_shuffle_epi8(high, byte) : _mm512_srlv_epi16(high, shift);
     }
-    for (int p = 0; p < D::PLANES; p++) {
-      V code = _mm512_srli_epi16(low, D::LOW * p);
-      if constexpr (D::PAIRS) {
-        // Where the upper bits lie, less where they belong; a lookup passes over what is above them.
-        const int off = D::BITS == 3 ? 2 * (p % 4) + p / 4 : D::MORE * p - 4;
-        V upper = off < 0 ? _mm512_slli_epi16(high, off < 0 ? -off : 0) : _mm512_srli_epi16(high, off < 0 ? 0 : off);
-        code = _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << D::LOW) - 1), code, upper, 0xca);  // the first chooses
-      }
-      out[p] = D::BITS == 6 ? _mm512_permutex2var_epi16(table, code, above) : _mm512_permutexvar_epi16(code, table);
-    }
+    for (int p = 0; p < D::PLANES; p++) out[p] = with.value(low, high, p);
   }
 };
 
-// The same of FP8: the bits behind the sign are moved to where a bfloat16 has them, and what has no leading one is looked up.
+// The same of FP8.
 template <class D, int FOLD>
 struct Bytes : Pairs<D, FOLD> {
   using typename Pairs<D, FOLD>::V;
-  static constexpr int FRACTION = D::FRACTION, BIAS = (1 << (6 - FRACTION)) - 1;
-  V small;
-
-  explicit Bytes(const Weight&) {
-    uint16_t values[32];
-    for (int i = 0; i < 32; i++) values[i] = bits_of((float)i / (1 << (BIAS - 1 + FRACTION))) >> 16;
-    small = _mm512_loadu_si512(values);
-  }
+  const Moved<D> with;
+  explicit Bytes(const Weight& w) : with(w) {}
 
   void decode(const uint16_t* row, V* out) const {
     V low = _mm512_loadu_si512(row);
-    for (int p = 0; p < 2; p++) {
-      V byte = p ? _mm512_srli_epi16(low, 8) : low, rest = _mm512_and_si512(byte, _mm512_set1_epi16(127));
-      V found = _mm512_add_epi16(_mm512_slli_epi16(rest, 7 - FRACTION), _mm512_set1_epi16((127 - BIAS) << 7));
-      found = _mm512_mask_permutexvar_epi16(found, _mm512_cmplt_epu16_mask(rest, _mm512_set1_epi16(1 << FRACTION)), rest, small);
-      V sign = p ? low : _mm512_slli_epi16(low, 8);
-      out[p] = _mm512_ternarylogic_epi32(found, sign, _mm512_set1_epi16((int16_t)0x8000), 0xf8);  // with the sign's bit
-    }
+    for (int p = 0; p < 2; p++) out[p] = with.value(low, V{}, p);
   }
 };
 

@@ -39,10 +39,11 @@ inline F halves(float low, float high) {
 #endif
 }
 
-void scales_of(const Weight& w, int64_t tile, int64_t expert, float* scale) {
+inline float divisor_of(const Weight& w, int64_t expert) { return w.divisor ? w.divisor[expert] : 1; }
+
+void scales_of(const Weight& w, int64_t tile, float divisor, float* scale) {
   stored(w.scale, tile * w.groups * 16, w.groups * 16, w.scales, scale);
-  const float divisor = w.divisor ? w.divisor[expert] : 1;
-  for (int64_t i = 0; w.divisor && i < w.groups * 16; i++) scale[i] /= divisor;
+  for (int64_t i = 0; divisor != 1 && i < w.groups * 16; i++) scale[i] /= divisor;
 }
 
 // What decoded integers lack of what they are less their zero points; or minima.

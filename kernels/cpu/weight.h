@@ -41,6 +41,7 @@ struct Work {
   int64_t tokens, stride, experts;
   int32_t dtype, threads;
   Parallel parallel;       // none: one thread
+  int32_t rounded;         // whether values may be rounded to x's dtype before they are multiplied
 };
 
 // How `integers` rounds activations.

@@ -21,6 +21,7 @@ from compress.architecture.experts import forward, watched
 from compress.architecture.qlinear import RoundedInputs
 from compress.errors import UsageError
 from compress.kernels.dispatch import Backend, Work, choose, load_backend
+from compress.kernels.native.expanded import expanded
 from compress.kernels.native.op import Arguments, multiplied, needs_operator
 from compress.kernels.native.packed import Packed
 from compress.kernels.native.rotate_inputs import mixed
@@ -71,6 +72,10 @@ class PackedWeight(nn.Module):
         # An empty tensor, which `to` casts, holds the dtype that the weight expands to.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device or scale.device), persistent=False)
         self._keep(packed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of it has: everything but what was made of the addresses of its own parts."""
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
 
     def _keep(self, packed: Packed | Stack) -> None:
         """Chooses a backend, and keeps the tensors that it prepares."""
@@ -235,7 +240,7 @@ class PackedLinear(Shell):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.awaited["weight"] if self.awaited else _kept(self.packed_weight("dense"))
+        return self.awaited["weight"] if self.awaited else expanded(self.packed_weight("dense"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Not by a call of the module, which takes as long as a small product; accelerate's hooks are in `forward`.
@@ -333,7 +338,7 @@ class PackedExperts(Shell):
         weights: Any = self.packed_weights[name]
         experts, turned = self.places[name]
         dense = torch.stack([torch.cat([weights[number]("dense", index) for number, index in parts]) for parts in experts])
-        return _kept(dense.mT if turned else dense)
+        return expanded(dense.mT if turned else dense)
 
 
 class WatchedExperts(PackedExperts):
@@ -361,26 +366,6 @@ def hollow_experts(module: nn.Module, names: list[str]) -> None:
     mixin = WatchedExperts if watched(module) else PackedExperts
     held = {name: property(partial(_expanded, name)) for name in names}
     _become(module, type(f"Packed{type(module).__name__}", (mixin, type(module)), held), names)
-
-
-class Expanded(torch.Tensor):
-    """A dequantized packed weight, which cannot be assigned to."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def data(self) -> torch.Tensor:
-        return super().data
-
-    @data.setter
-    def data(self, values: torch.Tensor) -> None:
-        do = "keep the adapter beside it, or merge it into the dense model that `compress unpack --to dense` writes"
-        raise UsageError("weight.data of a packed weight", "a weight that is read", "other values for it", do)
-
-
-def _kept(dense: torch.Tensor) -> torch.Tensor:
-    # Compiled code never assigns to weights, so a plain tensor will do.
-    return dense if torch.compiler.is_compiling() else dense.as_subclass(Expanded)
 
 
 def _expanded(name: str, module: PackedExperts) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """simd backend: our C++ kernels for CPUs, on the layout as it is stored.
 
 Few tokens are multiplied by codes directly, exactly within the formats: values of codes are fp32, or bfloat16 where they are
-bfloat16 numbers and activations too, and sums of a group are in fp32. For many tokens a chunk of rows is expanded first, as
-the cpu backend does it, and multiplied by torch.
+bfloat16 numbers and activations too, and sums of a group are in fp32. For many tokens values are rounded to the dtype of
+activations first, as in a dense weight: by the same kernels where they multiply pairs of bfloat16 numbers, else a chunk of rows
+is expanded, as the cpu backend does it, and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from compress.spec.corrections import SHORT
 from compress.spec.scheme import FP8, Scheme
 from compress.spec.weight_state import State
 
-_TOKENS, _TOKENS_IN_FP32 = 96, 24
-"""The most tokens for which products by codes are faster than expanding the weight first; the second where torch multiplies in
-half precision, and codes are no bfloat16 numbers."""
+_TOKENS, _TOKENS_IN_FP32, _TOKENS_IN_PAIRS = 96, 24, 8
+"""The most tokens for which exact products are faster than those by rounded values. The second where torch multiplies in half
+precision, and values of codes are no bfloat16 numbers; the third there, where kernels of ours multiply what is rounded."""
 
 
 class Simd(Fused):
@@ -61,23 +62,40 @@ class Simd(Fused):
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        if x.shape[0] > (_TOKENS if x.dtype == torch.float32 or weight_of(packed).exact else _TOKENS_IN_FP32):
+        many = x.shape[0] > _exact_up_to(packed, x.dtype)
+        if many and not _pairs(x.dtype):
             return by_chunks(self, x, packed, bias)
-        out = self.product(x, packed, bias)
+        out = self.product(x, packed, bias, rounded=many)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
 
-    def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, rounded: bool = False) -> torch.Tensor:
         x, out = x if x.stride(1) == 1 else x.contiguous(), x.new_empty(x.shape[0], packed.rows)
-        library().product(weight_of(packed), x, None if bias is None else bias.to(x.dtype).contiguous(), out)
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        library().product(weight_of(packed), x, bias, out, rounded=rounded)
         return out
 
     def grouped(self, x: torch.Tensor, packed: Packed, offsets: torch.Tensor) -> torch.Tensor:
         # Outliers and low-rank factors belong to single matrices.
-        if packed.state.beside() or _most(offsets) > _TOKENS:
+        if packed.state.beside():
+            return super().grouped(x, packed, offsets)
+        many = _most(offsets) > _exact_up_to(packed, x.dtype)
+        if many and not _pairs(x.dtype):
             return super().grouped(x, packed, offsets)
         x, out = x.contiguous(), x.new_empty(len(x), packed.rows)
-        library().product(weight_of(packed), x, None, out, offsets.int().contiguous())
+        library().product(weight_of(packed), x, None, out, offsets.int().contiguous(), rounded=many)
         return out
+
+
+def _exact_up_to(packed: Packed, dtype: torch.dtype) -> int:
+    """The most tokens by which values are multiplied unrounded."""
+    if dtype == torch.float32 or weight_of(packed).exact:
+        return _TOKENS
+    return _TOKENS_IN_PAIRS if _pairs(dtype) else _TOKENS_IN_FP32
+
+
+def _pairs(dtype: torch.dtype) -> bool:
+    """Whether products by many tokens are left to our kernels, and not to torch, which alone knows AMX."""
+    return dtype == torch.bfloat16 and library().isa == "avx512bf16" and not torch.cpu._is_amx_tile_supported()
 
 
 def _most(offsets: torch.Tensor) -> int:

@@ -72,7 +72,7 @@ int main() {
         for (int tokens : {1, 2, 13, 31}) {
           float *x = (float*)malloc(tokens * K * 4), *one = (float*)malloc(tokens * N * 4), *two = (float*)malloc(tokens * N * 4);
           for (int64_t i = 0; i < tokens * K; i++) x[i] = uniform();
-          Work work{x, nullptr, one, nullptr, tokens, K, 1, F32, 1, nullptr};
+          Work work{x, nullptr, one, nullptr, tokens, K, 1, F32, 1, nullptr, 0};
           if (product_neon(&w, &work)) return 2;
           work.out = two;
           if (product_plain(&w, &work)) return 2;
@@ -133,7 +133,7 @@ int main() {
         for (int tokens : {1, 2, 13}) {
           float *x = (float*)malloc(tokens * K * 4), *one = (float*)malloc(tokens * N * 4), *two = (float*)malloc(tokens * N * 4);
           for (int64_t i = 0; i < tokens * K; i++) x[i] = uniform();
-          Work work{x, nullptr, one, nullptr, tokens, K, 1, F32, 1, nullptr};
+          Work work{x, nullptr, one, nullptr, tokens, K, 1, F32, 1, nullptr, 0};
           if (integers_neon(&w, &work, &rounding)) return 2;
           work.out = two;
           if (integers_plain(&w, &work, &rounding)) return 2;

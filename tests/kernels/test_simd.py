@@ -104,6 +104,29 @@ def test_nothing_is_read_or_written_beyond_its_end(text: str, isa: str) -> None:
     assert torch.equal(whole, dense.bfloat16())
 
 
+@pytest.mark.parametrize("text", ["w4a16g64", "w8a16g32-asym", "nf4g64"])
+@pytest.mark.parametrize("isa", USABLE)
+def test_many_tokens_are_multiplied_a_part_at_a_time(text: str, isa: str) -> None:
+    held, dense = prepared(Scheme.parse(text), 33, 256, torch.bfloat16)
+    weight, used = simd.weight_of(held), Library(simd.library().path, isa)
+    x, bias = torch.randn(1100, 264).bfloat16()[:, :256], torch.randn(33).bfloat16()
+    out, part = torch.empty(1100, 33).bfloat16(), torch.empty(76, 33).bfloat16()
+    used.product(weight, x, bias, out, rounded=True)
+    used.product(weight, x[1024:], bias, part, rounded=True)
+    assert torch.equal(out[1024:], part)
+    exact = x.double() @ dense.double().T + bias.double()
+    assert (out.double() - exact).norm() <= 2.0**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("text", ["w4a16g64", "nf4g64", "fp8"])
+def test_what_rounds_values_is_no_further_off_than_a_dense_weight(text: str) -> None:
+    held, dense = prepared(Scheme.parse(text), 64, 512, torch.bfloat16)
+    x = torch.randn(300, 512).bfloat16()
+    exact = x.double() @ dense.double().T
+    ours = (simd.Simd().linear(x, held, None, False).double() - exact).norm()
+    assert ours <= 1.02 * ((x @ dense.bfloat16().T).double() - exact).norm()
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_threads_change_no_bit(tokens: int) -> None:
     held, _ = prepared(Scheme.parse("w4a16g64-asym"), 272, 768, torch.bfloat16)

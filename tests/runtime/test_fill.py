@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import logging
@@ -363,7 +364,20 @@ def test_another_device_has_another_backend() -> None:
         weight.to("cpu")
 
 
-# Saving
+# Copies and saving
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_that_has_run_is_copied(name: str, packed: Any) -> None:
+    model = compress.load(packed(name), "bfloat16")
+    before = logits(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), before)
+    for module in other.modules():
+        for part in module._buffers.values() if isinstance(module, PackedWeight) else ():
+            part.zero_()  # type: ignore[union-attr]
+    assert not torch.equal(logits(other), before)
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "mixtral", "gpt_oss"])
