@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -273,3 +274,14 @@ def each_is_refused(
         with pytest.raises(InputError) as error:
             DenseView(open_checkpoint(out)).dense(name)
         assert name in str(error.value), case
+
+
+def shared(*axes: list[Any], one_in: int = 2) -> list[Any]:
+    """All combinations, all but one in so many as slow: each value meets as many of each other axis, as squares of a colour do."""
+    places = itertools.product(*(range(len(axis)) for axis in axes))
+    return [
+        pytest.param(
+            *(axis[at] for axis, at in zip(axes, place, strict=True)), marks=[pytest.mark.slow] * bool(sum(place) % one_in)
+        )
+        for place in places
+    ]

@@ -295,20 +295,25 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_two_processes_equal_one(source: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "recipes"), [
+    ("llama", (RESIDUAL, *SMOOTH)),
+    ("mixtral", ("prune.wanda(sparsity=2:4)", GPTQ)),
+    pytest.param("llama", ("prune.wanda(sparsity=2:4)", GPTQ), marks=pytest.mark.slow),
+    pytest.param("mixtral", (RESIDUAL, *SMOOTH), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_two_processes_equal_one(name: str, recipes: tuple[str, ...], source: Any, tmp_path: Path) -> None:
     """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""
-    cases = [(name, recipe) for name in ("llama", "mixtral") for recipe in ("prune.wanda(sparsity=2:4)", GPTQ, RESIDUAL, *SMOOTH)]
     for ranks in (1, 2):
-        for number, (name, recipe) in enumerate(cases):
+        for number, recipe in enumerate(recipes):
             passes = f"{CALIBRATE.format(ready_inputs(360), 360)} | {recipe}"
             how = ("--dtype", "float32", "--threads", 1, "--quiet")
             done = compress("run", source(name), tmp_path / f"{ranks}-{number}", "-p", passes, *how, ranks=ranks)
             assert done.returncode == 0, done.stderr
-    for number, case in enumerate(cases):
+    for number, recipe in enumerate(recipes):
         manifest = open_checkpoint(tmp_path / f"2-{number}").manifest
         assert manifest is not None
         assert manifest.measured["ranks"] == 2
-        assert tree(tmp_path / f"1-{number}") == tree(tmp_path / f"2-{number}"), case
+        assert tree(tmp_path / f"1-{number}") == tree(tmp_path / f"2-{number}"), recipe
 
 
 def test_calibration_travels_until_it_is_packed(source: Any, tmp_path: Path) -> None:

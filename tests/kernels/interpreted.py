@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from compress.numerics.rounding import nearest
 from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
+from support import shared
 
 SCHEMES = [
     "w4a16", "w4a16g128", "w4a16g64-asym", "w4a16g32-asym", "w4a16g256", "w4a16g16", "w3a16", "w3a16g64-asym", "w3a16g16-asym", "w2a16g256",
@@ -33,15 +33,6 @@ SCHEMES = [
     "fp8", "fp8-e5m2", "fp8-tensor", "fp8-block",
 ]  # fmt: skip
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-
-
-def shared(*axes: list[Any]) -> list[Any]:
-    """All combinations, every other one as slow: each value meets half of each other axis, as white squares do on a chessboard."""
-    places = product(*(range(len(axis)) for axis in axes))
-    return [
-        pytest.param(*(axis[at] for axis, at in zip(axes, place, strict=True)), marks=[pytest.mark.slow] * (sum(place) % 2))
-        for place in places
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +73,11 @@ def test_every_kind_where_nothing_is_even(text: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    shared(["w4a16g128", "w3a16g64-asym", "w2a16g32", "w8a16", "nf4g64", "mxfp4", "nvfp4", "fp8-block"], [0, 1, 17, 33, 65, 130]),
+    shared(
+        ["w4a16g128", "w3a16g64-asym", "w2a16g32", "w8a16", "nf4g64", "mxfp4", "nvfp4", "fp8-block"],
+        [0, 1, 17, 33, 65, 130],
+        one_in=3,
+    ),
 )
 def test_every_tile(text: str, tokens: int) -> None:
     packed, dense = packed_of(text, (130, 256), torch.float16)

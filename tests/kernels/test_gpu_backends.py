@@ -31,7 +31,7 @@ from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from emulated import Emulator
-from support import packed_weight, prepared
+from support import packed_weight, prepared, shared
 
 if TYPE_CHECKING:
     from conftest import Libcuda
@@ -246,15 +246,14 @@ def near(found: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.
     return bool(((found - exact).abs() <= torch.finfo(found.dtype).eps * exact.abs() + 1e-6 * magnitude).all())
 
 
-@pytest.mark.parametrize("text", [
+@pytest.mark.parametrize(("text", "shape", "dtype"), shared([
     "w4a16g32", "w4a16g128-asym", "w4a16", "w3a16g64", "w2a16g64-asym", "w8a16",
     "fp4g128", "mxfp4", "nvfp4", "fp8", "fp8-tensor", "fp8-block",
-])  # fmt: skip
-@pytest.mark.parametrize(("rows", "columns"), [(33, 200), (16, 4096)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+], [(33, 200), (16, 4096)], [torch.bfloat16, torch.float16]))  # fmt: skip
 def test_the_whole_call_computes_what_codes_mean(
-    gpu_here: Libcuda, text: str, rows: int, columns: int, dtype: torch.dtype
+    gpu_here: Libcuda, text: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
+    rows, columns = shape
     packed = packed_weight(text, rows, columns, dtype=dtype)
     held, dense, bias = prepared("cuda", packed), packed.unpack().dequantize(), torch.randn(rows).to(dtype)
     backend = load_backend("cuda")

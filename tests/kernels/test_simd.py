@@ -33,7 +33,7 @@ from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from simd_oracle import BEST, SCHEMES, USABLE, at_the_end_of_a_page, differences, prepared, wrong
-from support import SHARED, logits, run
+from support import SHARED, logits, run, shared
 
 HERE = Path(__file__).parent
 
@@ -168,8 +168,10 @@ print(before, len(os.listdir("/proc/self/task")), runs.parallel is not None)
     assert (before, pool) == (after, "True")
 
 
-@pytest.mark.parametrize("name", ["stories260k", "tiny-llama-3m", "tiny-mixtral-9m"])
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g32-asym", "w2a16g16-asym", "nf4g64", "fp4g32", "fp8"])
+@pytest.mark.parametrize(("name", "scheme"), shared(
+    ["stories260k", "tiny-llama-3m", "tiny-mixtral-9m"],
+    ["w4a16g32", "w3a16g32-asym", "w2a16g16-asym", "nf4g64", "fp4g32", "fp8"], one_in=3,
+))  # fmt: skip
 def test_trained_models_run_by_it(name: str, scheme: str, tmp_path: Path) -> None:
     if not (SHARED / "models" / name).is_dir():
         pytest.skip("no trained models beside this checkout")

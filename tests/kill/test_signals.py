@@ -122,7 +122,7 @@ time.gmtime = lambda *given, made=time.gmtime: made(*(given or (max(0, time.time
 """
 
 
-@pytest.mark.parametrize("seconds", [3600, -3600, 40 * 365 * 86400])
+@pytest.mark.parametrize("seconds", [-3600, *(pytest.param(ahead, marks=pytest.mark.slow) for ahead in (3600, 40 * 365 * 86400))])
 def test_a_clock_that_jumps_changes_no_byte(seconds: int, model: Path, reference: Path, server: Server, tmp_path: Path) -> None:
     """In the middle of a run, and between a kill and what goes on; files from the future are no other files either."""
     command = ["run", model, tmp_path / "out", "-p", RECIPE, "--json"]

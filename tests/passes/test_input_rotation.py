@@ -134,7 +134,10 @@ def test_gptq_of_a_weight_is_gptq_of_the_rotated_one(wide: Path, tmp_path: Path)
     assert lost[0] == pytest.approx(lost[1], rel=0.01)
 
 
-@pytest.mark.parametrize("options", ["", ", correct=residual", ", correct=qronos, feedback=both", ", order=stored"])
+@pytest.mark.parametrize("options", [
+    "", ", correct=qronos, feedback=both",
+    pytest.param(", correct=residual", marks=pytest.mark.slow), pytest.param(", order=stored", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_gptq_beats_rounding_with_rotated_inputs(tmp_path: Path, options: str) -> None:
     """On the trained model that ships, each of GPTQ's additions has less KL than rounding with the same codes."""
     from compress import demo
@@ -213,7 +216,8 @@ def test_scales_get_the_gradient_of_rotated_codes(wide: Path, tmp_path: Path) ->
     torch.testing.assert_close(gain.grad, share, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("line", ["distill.logits(data='{text}', samples=8, length=64, batch=4, micro_batch=2, epochs=2)",
+@pytest.mark.parametrize("line", [pytest.param("distill.logits(data='{text}', samples=8, length=64, batch=4, micro_batch=2, epochs=2)",
+                                               marks=pytest.mark.slow),
                                   "distill.logits(data='{text}', samples=8, length=64, batch=4, micro_batch=2, epochs=2, latent=true, lr=1e-3)",
                                   "quantize.learned(epochs=4, batch=2, micro_batch=1)"])  # fmt: skip
 def test_what_trains_codes_trains_rotated_ones(tmp_path: Path, line: str) -> None:

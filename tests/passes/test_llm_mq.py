@@ -367,6 +367,7 @@ def test_the_plot_has_every_kind_of_weight(tmp_path: Path) -> None:
         allocation(tmp_path / "x.svg", [], "")
 
 
+@pytest.mark.slow
 def test_gradients_beat_a_uniform_scheme_of_the_same_size(demo_model: Path, tmp_path: Path) -> None:
     """On trained weights, rounded by either method; and the signed sum of the paper does not."""
 

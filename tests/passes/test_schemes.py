@@ -29,7 +29,7 @@ from compress.numerics.qtensor import as_matrix
 from compress.numerics.rounding import nearest
 from compress.spec.scheme import Scheme
 from families import build as build_family
-from support import dense_meaning, do, load, logits, ready_inputs, step_of, tiny_llama
+from support import dense_meaning, do, load, logits, ready_inputs, shared, step_of, tiny_llama
 
 SCHEMES = ["nf4g32", "fp8", "mxfp4", "nvfp4"]
 FAMILIES = ["llama", "mixtral", "gpt_oss", "gpt2", "bert", "t5"]
@@ -62,8 +62,7 @@ def test_rounding_to_nearest_is_reloaded_and_run(models: Any, tmp_path: Path, fa
     assert torch.equal(ours, logits(build(open_checkpoint(dense_meaning(tmp_path / "out", tmp_path / "dense")))))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "scheme"), shared(FAMILIES, SCHEMES))
 def test_gptq_beats_rounding_on_its_own_tokens(models: Any, tmp_path: Path, family: str, scheme: str) -> None:
     begin = f"calibrate(data={ready_inputs()}, samples=6, length=24)"
     do(models(family), tmp_path / "gptq", f"{begin} | quantize.gptq(scheme={scheme}, min_tokens=1)")
@@ -75,8 +74,10 @@ def test_gptq_beats_rounding_on_its_own_tokens(models: Any, tmp_path: Path, fami
     verify_bytes(open_checkpoint(tmp_path / "gptq"), Context())
 
 
-@pytest.mark.parametrize("rounded", ["rtn(scheme=w3a16g32)", "gptq(scheme=w3a16g32)", "rtn(scheme=nf4g32)", "rtn(scheme=fp8)"])
-@pytest.mark.parametrize("family", ["bert", "t5", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("family", "rounded"), shared(
+    ["bert", "t5", "gpt2", "mixtral"],
+    ["rtn(scheme=w3a16g32)", "gptq(scheme=w3a16g32)", "rtn(scheme=nf4g32)", "rtn(scheme=fp8)"],
+))  # fmt: skip
 def test_what_rounding_cost_is_made_up_for_in_every_kind_of_model(models: Any, tmp_path: Path, family: str, rounded: str) -> None:
     begin = f"calibrate(data={ready_inputs()}, samples=6, length=24) | quantize.{rounded}"
     do(models(family), tmp_path / "codes", begin)

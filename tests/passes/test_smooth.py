@@ -92,7 +92,13 @@ def rough(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("smooth", ["quantize.smooth(scheme=w4a16)", "quantize.smooth(method=smoothquant)"])
+@pytest.mark.parametrize(
+    "smooth",
+    [
+        "quantize.smooth(scheme=w4a16)",
+        pytest.param("quantize.smooth(method=smoothquant)", marks=pytest.mark.slow),
+    ],
+)
 def test_rough_weights_round_almost_as_well_as_smooth_ones(smooth: str, rough: Path, demo_model: Path, tmp_path: Path) -> None:
     do(demo_model, tmp_path / "even", "quantize.rtn(scheme=w4a16)")
     do(rough, tmp_path / "rough", "quantize.rtn(scheme=w4a16)")
@@ -102,6 +108,7 @@ def test_rough_weights_round_almost_as_well_as_smooth_ones(smooth: str, rough: P
     assert mended < 1.5 * even
 
 
+@pytest.mark.slow
 def test_gptq_is_helped_as_well(rough: Path, tmp_path: Path) -> None:
     do(rough, tmp_path / "gptq", f"{CALIBRATE} | quantize.gptq(scheme=w3a16)")
     do(rough, tmp_path / "both", f"{CALIBRATE} | quantize.smooth(scheme=w3a16) | quantize.gptq(scheme=w3a16)")

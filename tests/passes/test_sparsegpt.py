@@ -25,6 +25,7 @@ FEW = CALIBRATE.replace("samples=32", "samples=12")
 READY = f"calibrate(data='{ready_inputs()}', samples=6)"
 
 
+@pytest.mark.slow
 def test_it_is_ahead_of_wanda_and_a_refit_of_both(demo_model: Path, tmp_path: Path) -> None:
     """On trained weights, by KL to the source."""
     found = {}

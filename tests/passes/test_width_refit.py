@@ -116,6 +116,7 @@ def test_it_comes_nearer_to_the_source(name: str, tmp_path: Path) -> None:
     assert errors[1] < errors[0], errors
 
 
+@pytest.mark.slow
 def test_trained_weights_lose_less(demo_model: Path, tmp_path: Path) -> None:
     """By the KL to the source; the head is tied to the embedding, so it stays as it is."""
     for options, most in (("hidden=96", 0.85), ("ffn=256", 0.6)):

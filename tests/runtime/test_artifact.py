@@ -23,7 +23,7 @@ from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.runtime import artifact
 from families import build as build_family
-from support import SHARED, load, logits, run, step_of, tiny_llama
+from support import SHARED, load, logits, run, shared, step_of, tiny_llama
 
 Source = Callable[[str], Path]
 NATIVE = "pack(format=native)"
@@ -42,15 +42,14 @@ def bytes_of(model: torch.nn.Module) -> int:
     return sum(held.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(
-    "recipe",
+@pytest.mark.parametrize(("name", "recipe"), shared(
+    FAMILIES,
     [
         "quantize.rtn(scheme=w4a16g32)",
         "quantize.rtn(scheme=w3a16g32-asym, targets=['linear', 're:.*(embed_tokens|wte|word_embeddings|shared)\\.weight'])",
         "quantize.rtn(scheme=nf4g16, outliers=0.01, targets=attention) | quantize.rtn(scheme=fp8, skip=attention)",
     ],
-)
+))  # fmt: skip
 def test_it_computes_what_it_means(name: str, recipe: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", f"{recipe} | {NATIVE}")
     dense_view = logits(build(open_checkpoint(tmp_path / "out"), rounded=False))
@@ -120,8 +119,10 @@ def test_text_is_that_of_the_dense_view(name: str, scheme: str, source: Source, 
     same_text(tmp_path / "out", tmp_path / "dense", torch.tensor([[1, 5, 9, 20]]))
 
 
-@pytest.mark.parametrize("name", ["stories260k", "tiny-llama-3m", "tiny-mixtral-9m"])
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g32-asym", "w2a16g16-asym", "nf4g64", "fp4g32", "fp8"])
+@pytest.mark.parametrize(("name", "scheme"), shared(
+    ["stories260k", "tiny-llama-3m", "tiny-mixtral-9m"],
+    ["w4a16g32", "w3a16g32-asym", "w2a16g16-asym", "nf4g64", "fp4g32", "fp8"], one_in=3,
+))  # fmt: skip
 def test_trained_models(name: str, scheme: str, tmp_path: Path) -> None:
     if not (SHARED / "models" / name).is_dir():
         pytest.skip("no trained models beside this checkout")

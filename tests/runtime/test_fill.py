@@ -442,11 +442,12 @@ def test_adapters_are_trained_saved_and_not_merged(name: str, packed: Any, tmp_p
     ("name", "recipe", "dtype"),
     [
         ("llama", "quantize.rtn(scheme=w4a16g32)", "bfloat16"),
-        pytest.param("mixtral", MIXED, "float32", marks=pytest.mark.slow),
-        pytest.param("tied", "quantize.rtn(scheme=w4a8g32)", "float32", marks=pytest.mark.slow),
-        pytest.param("mixtral", "quantize.rtn(scheme=w3a16g32-asym)", "float32", marks=pytest.mark.slow),
+        ("mixtral", MIXED, "float32"),
+        ("tied", "quantize.rtn(scheme=w4a8g32)", "float32"),
+        ("mixtral", "quantize.rtn(scheme=w3a16g32-asym)", "float32"),
     ],
 )
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_whole_model_is_one_graph(name: str, recipe: str, dtype: str, packed: Any) -> None:
     model: Any = compress.load(packed(name, recipe), dtype)
