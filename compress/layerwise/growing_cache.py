@@ -31,6 +31,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if key_states.requires_grad or value_states.requires_grad:
             found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *more, **options)
             return found
+        had, until, key_room, value_room = self.more(key_states, value_states)
+        key_room[..., had:until, :], value_room[..., had:until, :] = key_states, value_states
+        return self.keys, self.values
+
+    def more(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+        """Makes `keys` and `values` longer by as many tokens as these have, for someone to write them: (from, until, rooms)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         had = self.get_seq_length()
@@ -42,9 +48,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
                 key_room[..., :had, :], value_room[..., :had, :] = self.keys, self.values
             self._rooms = key_room, value_room
         key_room, value_room = self._rooms
-        key_room[..., had:until, :], value_room[..., had:until, :] = key_states, value_states
         self.keys, self.values = key_room[..., :until, :], value_room[..., :until, :]
-        return self.keys, self.values
+        return had, until, key_room, value_room
 
     def _is_here(self) -> bool:
         """Whether keys and values are still views: beams and batches that are chosen from are tensors of their own."""

@@ -32,7 +32,7 @@ def attention(
     plain = not dropout and all(more.get(name) is None for name in _BESIDE)
     if plain and query.shape[2] == 1 and _computes(query, key, value):
         mask = attention_mask
-        if mask is None or _masks_keys(mask, query, key):
+        if mask is None or masks_keys(mask, query.shape[0], key.shape[2]):
             mask = mask if mask is None else mask[:, 0, 0].expand(query.shape[0], -1)
             size, runs = query.shape[-1], torch.ops.compress.attend if torch.compiler.is_compiling() else _attend
             found = runs(query[:, :, 0], key, value, size**-0.5 if scaling is None else scaling, mask)
@@ -61,9 +61,9 @@ def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     return query.new_empty(*query.shape[:2], value.shape[-1])
 
 
-def _masks_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+def masks_keys(mask: torch.Tensor, texts: int, keys: int) -> bool:
     """Whether a mask tells which keys count, alike for all heads."""
-    fits = mask.shape[1:] == (1, 1, key.shape[2]) and mask.shape[0] in (1, query.shape[0])
+    fits = mask.shape[1:] == (1, 1, keys) and mask.shape[0] in (1, texts)
     return fits and mask.dtype == torch.bool and mask.stride(-1) == 1
 
 

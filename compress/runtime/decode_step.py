@@ -19,31 +19,15 @@ from torch import nn
 
 from compress.kernels.cpu.library import DTYPES, library
 from compress.kernels.native.modules import PackedLinear
-from compress.kernels.native.op import needs_operator
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime.attention import NAME, attention, has_kernels
+from compress.runtime.decode_block import ATTENTION, GATED, NORMS, QuickBlock, block_of
+from compress.runtime.one_token import takes, takes_rotated
 
-MOST = 16
-"""Texts up to which one thread is faster than torch's many."""
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest difference from a module's own code, as a share of the norm: its own rounding."""
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_GATED = ("gate_proj", "up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _LOG = logging.getLogger("compress")
-
-
-def _takes(x: Any, like: torch.Tensor) -> bool:
-    """Whether x is one token of each of a few texts, in plain numbers of that dtype on the CPU."""
-    return (
-        not needs_operator(x, None)
-        and x.dtype == like.dtype
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-        and x.dim() > 1
-        and x.shape[-2] == 1
-        and 0 < x.numel() <= MOST * x.shape[-1]
-    )
 
 
 class QuickNorm(nn.Module):
@@ -56,7 +40,7 @@ class QuickNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        if not _takes(x, weight) or (weight.requires_grad and torch.is_grad_enabled()):
+        if not takes(x, weight) or (weight.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)  # type: ignore[no-any-return]
         return library().norm(x, weight, self.quick_epsilon, self.quick_plus_one)
 
@@ -66,7 +50,7 @@ class QuickGated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules: Any = self._modules
-        if not _takes(x, x):
+        if not takes(x, x):
             return super().forward(x)  # type: ignore[no-any-return]
         gate, up = _called(modules["gate_proj"], x), _called(modules["up_proj"], x)
         return _called(modules["down_proj"], library().gate(gate, up))
@@ -86,14 +70,8 @@ class QuickAttention(nn.Module):
         x: Any = named.get("hidden_states")
         angles: Any = named.get("position_embeddings")
         held: Any = named.get(self.quick_cache)
-        quick = (
-            not given
-            and held is not None
-            and angles is not None
-            and not self.training
-            and self.config._attn_implementation == NAME
-        )
-        if not quick or x.dim() != 3 or x.shape[1] != 1 or not _takes(x, angles[0]) or not _rotates(angles, x, self.head_dim):
+        quick = not given and held is not None and not self.training and self.config._attn_implementation == NAME
+        if not quick or not takes_rotated(x, angles, self.head_dim):
             return super().forward(*given, **named)
         modules: Any = self._modules
         texts, size = x.shape[0], self.head_dim
@@ -115,21 +93,15 @@ def _called(linear: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _rotates(angles: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, size: int) -> bool:
-    """Whether angles [batch or 1, 1, size] are those of one token for each text."""
-    return all(
-        one.dim() == 3 and one.shape[1:] == (1, size) and one.shape[0] in (1, x.shape[0]) and one.is_contiguous()
-        for one in angles
-    )
-
-
 def quicken(model: Any) -> int:
     """Gives the modules of a packed model on the CPU their quick forwards; returns how many took one."""
     if model.dtype not in ALIKE or not has_kernels(model):
         return 0
     trial = _Trial(argument(model), model.dtype)
     with torch.no_grad():
-        taken = [module for module in list(model.modules()) if "forward" not in vars(module) and trial.quickened(module)]
+        # A block after what it has.
+        modules = [module for module in list(model.modules())[::-1] if "forward" not in vars(module)]
+        taken = [module for module in modules if trial.quickened(module)]
     kinds = Counter(type(module).__name__ for module in taken)
     _LOG.info("one call each for a token: %s", ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing")
     return len(taken)
@@ -144,18 +116,21 @@ class _Trial:
     def quickened(self, module: nn.Module) -> bool:
         """Whether it took a quick forward."""
         children, own = {*module._modules}, {*module._parameters}
+        if children == {"self_attn", "mlp", *NORMS} and not own:
+            return self._block(module)
         if type(module).__name__.endswith("RMSNorm") and not children and own == {"weight"}:
             return self._norm(module)
         if own or not all(isinstance(module._modules.get(name), PackedLinear) for name in children - {"act_fn"}):
             return False
-        if children == {*_GATED, "act_fn"}:
+        if children == {*GATED, "act_fn"}:
             return self._becomes(module, QuickGated, module, self._texts(module, "gate_proj"))
         # sdpa leaves out a bound on scores, and what is left out cannot be tried.
         bound = any("softcap" in name and value is not None for name, value in vars(module).items())
         whole = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "scaling") and not bound
-        if children == {*_PROJECTIONS} and whole and getattr(vars(module).get("config"), "_attn_implementation", "") == NAME:
+        if children == {*ATTENTION} and whole and getattr(vars(module).get("config"), "_attn_implementation", "") == NAME:
             vars(module)["quick_cache"] = self.cache_name
-            return self._becomes(module, QuickAttention, partial(self._attended, module), self._texts(module, "q_proj"))
+            run = partial(self._attended, module, config=module.config, size=module.head_dim)
+            return self._becomes(module, QuickAttention, run, self._texts(module, "q_proj"))
         return False
 
     def _norm(self, module: Any) -> bool:
@@ -169,6 +144,16 @@ class _Trial:
                 return True
         return False
 
+    def _block(self, module: Any) -> bool:
+        """Of one whose modules have quick forwards already."""
+        parts = [module._modules[name] for name in ("self_attn", "mlp", *NORMS)]
+        quick = all(isinstance(part, kind) for part, kind in zip(parts, (QuickAttention, QuickGated, QuickNorm, QuickNorm)))
+        if not quick or block_of(module) is None:
+            return False
+        vars(module)["quick_cache"] = self.cache_name
+        run = partial(self._attended, module, config=parts[0].config, size=parts[0].head_dim)
+        return self._becomes(module, QuickBlock, run, self._texts(parts[0], "q_proj"))
+
     def _texts(self, module: nn.Module, projection: str) -> torch.Tensor:
         """A token of usual numbers, and one of large ones, where what bounds or bends them counts."""
         linear: Any = module._modules[projection]
@@ -178,15 +163,15 @@ class _Trial:
         by = torch.tensor(scales)[:, None, None]
         return (torch.randn(len(scales), 1, width, generator=self.drawn) * by).to(dtype)
 
-    def _attended(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+    def _attended(self, module: Any, x: torch.Tensor, config: Any, size: int) -> torch.Tensor:
         """What comes of two tokens of each text."""
-        held, found = GrowingCache(module.config), []
+        held, found = GrowingCache(config), []
         for number in (1, 2):
-            angle = torch.arange(module.head_dim // 2) * 0.1 * number + number
+            angle = torch.arange(size // 2) * 0.1 * number + number
             angles = [turn(torch.cat([angle, angle]))[None, None].to(x.dtype) for turn in (torch.cos, torch.sin)]
             more = {"hidden_states": x * number, "position_embeddings": (*angles,), "attention_mask": None, self.cache_name: held}
-            out, _ = module(**more)
-            found.append(out)
+            out = module(**more)
+            found.append(out[0] if isinstance(out, tuple) else out)
         return torch.cat(found, -1)
 
     def _becomes(self, module: nn.Module, mixin: type[nn.Module], run: Callable[[Any], torch.Tensor], x: torch.Tensor) -> bool:

@@ -113,6 +113,27 @@ class CGate(ctypes.Structure):
     _fields_ = (*((name, c_void_p) for name in ("gate", "up", "out")), ("count", c_int64), ("dtype", c_int32))
 
 
+class CLinear(ctypes.Structure):
+    """`Linear` of block.h."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("exact", c_int64))
+
+
+class CBlock(ctypes.Structure):
+    """`Block` of block.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "out", "cos", "sin", "mask", "keys", "values")),
+        *((name, c_int64) for name in ("batch", "count", "room", "mask_batch", "angles")),
+        *((name, CLinear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("first_norm", c_void_p), ("second_norm", c_void_p),
+        *((name, c_float) for name in ("first_epsilon", "second_epsilon", "scale")),
+        ("first_plus_one", c_int32), ("second_plus_one", c_int32),
+        *((name, c_int64) for name in ("heads", "groups", "size", "alone")),
+        ("dtype", c_int32), ("threads", c_int32), ("parallel", c_void_p),
+    )  # fmt: skip
+
+
 class Library:
     """The kernels of one instruction set."""
 
@@ -127,6 +148,7 @@ class Library:
             self._expand: Any = getattr(held, f"expand_{self.isa}")
             self._integer_rows: Any = getattr(held, f"integer_rows_{self.isa}")
             self._attend: Callable[..., int] = getattr(held, f"attend_{self.isa}")
+            self._block: Callable[..., int] = getattr(held, f"block_{self.isa}")
             self._norm, self._rotary, self._mix, self._gate = (
                 getattr(held, f"{name}_{self.isa}") for name in ("norm", "rotary", "mix", "gate")
             )
@@ -222,6 +244,12 @@ class Library:
         out = torch.empty_like(gate)
         self._gate(ctypes.byref(CGate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), DTYPES[gate.dtype])))
         return out
+
+    def block(self, job: CBlock) -> None:
+        """A decoder block of one token of each text; `alone`, `threads` and `parallel` are set here."""
+        job.alone, job.threads, job.parallel = _ALONE, torch.get_num_threads(), self.parallel
+        if self._block(ctypes.byref(job)):
+            raise MemoryError(f"a block of {job.batch} tokens")
 
     def __str__(self) -> str:
         threads = f"{torch.get_num_threads()} threads of torch's OpenMP" if self.parallel else "one thread: torch has no OpenMP"

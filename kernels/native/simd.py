@@ -62,7 +62,7 @@ class Simd(Fused):
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        many = x.shape[0] > _exact_up_to(packed, x.dtype)
+        many = x.shape[0] > exact_up_to(packed, x.dtype)
         if many and not _pairs(x.dtype):
             return by_chunks(self, x, packed, bias)
         out = self.product(x, packed, bias, rounded=many)
@@ -78,7 +78,7 @@ class Simd(Fused):
         # Outliers and low-rank factors belong to single matrices.
         if packed.state.beside():
             return super().grouped(x, packed, offsets)
-        many = _most(offsets) > _exact_up_to(packed, x.dtype)
+        many = _most(offsets) > exact_up_to(packed, x.dtype)
         if many and not _pairs(x.dtype):
             return super().grouped(x, packed, offsets)
         x, out = x.contiguous(), x.new_empty(len(x), packed.rows)
@@ -86,7 +86,7 @@ class Simd(Fused):
         return out
 
 
-def _exact_up_to(packed: Packed, dtype: torch.dtype) -> int:
+def exact_up_to(packed: Packed, dtype: torch.dtype) -> int:
     """The most tokens by which values are multiplied unrounded."""
     if dtype == torch.float32 or weight_of(packed).exact:
         return _TOKENS

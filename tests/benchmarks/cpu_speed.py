@@ -96,7 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompressError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
-    found: dict[str, Any] = {"model": model.name, "sha256": digest(model / "config.json", *sorted(model.glob("*.safetensors"))), "new_tokens": NEW, "rounds": ROUNDS, "rows": []}
+    found: dict[str, Any] = {
+        "model": model.name,
+        "sha256": digest(model / "config.json", *sorted(model.glob("*.safetensors"))),
+        "new_tokens": NEW,
+        "rounds": ROUNDS,
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory(prefix="compress-cpu-speed-") as scratch:
         for number, name in enumerate(names, 1):
             tell(f"[{number}/{len(names)}] {name}")

@@ -1,0 +1,30 @@
+// Block: what a kernel gets of a whole decoder block of a Llama, for one token of each text.
+//
+// Legend: B texts, H heads of queries, G of keys, D numbers of each; K keys in the cache, the new one among them.
+#pragma once
+
+#include "weight.h"
+
+// y = x w^T + bias.
+struct Linear {
+  const Weight* weight;
+  const void* bias;    // or none
+  int64_t exact;       // tokens up to which values are multiplied unrounded
+};
+
+struct Block {
+  const void* x;  // [B, width]
+  void* out;      // [B, width]
+  const void *cos, *sin;   // [B or 1, D]
+  const uint8_t* mask;     // [B, K], or none
+  void *keys, *values;     // [B, G, room, D]
+  int64_t batch, count, room, mask_batch, angles;  // B, K, room; numbers from one text's to the next one's
+  Linear query, key, value, output, gate, up, down;
+  const void *first_norm, *second_norm;  // [width]
+  float first_epsilon, second_epsilon, scale;
+  int32_t first_plus_one, second_plus_one;
+  int64_t heads, groups, size;  // H, G, D
+  int64_t alone;                // products of two numbers that a further thread must have
+  int32_t dtype, threads;
+  Parallel parallel;
+};

@@ -1,0 +1,149 @@
+"""Whole blocks of one token as one call: the bits of the modules', whatever becomes of their parts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import compress
+from compress.kernels.cpu.library import Library
+from compress.layerwise.growing_cache import GrowingCache, argument
+from compress.runtime.decode_block import QuickBlock, block_of
+from compress.runtime.decode_step import quicken
+from families import build as build_family
+from support import SHARED, run
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch() -> None:
+    """Here products are those of the backend simd, which blocks are made of."""
+
+
+def packed(name: str, tmp_path: Path, scheme: str = "w4a16g32") -> Path:
+    run(build_family(name, tmp_path), tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | pack(format=native)")
+    return tmp_path / "out"
+
+
+def blocks(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, QuickBlock)]
+
+
+def by_modules(model: Any) -> Any:
+    """A copy whose blocks call their modules."""
+    found = copy.deepcopy(model)
+    for block in blocks(found):
+        block.__class__ = type(block).__mro__[2]
+    return found
+
+
+@torch.no_grad()
+def said(model: Any, texts: int, mask: torch.Tensor | None = None, kind: Any = GrowingCache) -> torch.Tensor:
+    """Logits of six tokens after a prompt, one at a time, the same tokens for every model."""
+    ids = torch.randint(3, 100, (texts, 15), generator=torch.Generator().manual_seed(1))
+    held, found = kind(config=model.config), []
+    for start, end in ((0, 9), *((9 + i, 10 + i) for i in range(6))):
+        given: Any = {argument(model): held, "attention_mask": None if mask is None else mask[:, :end]}
+        found.append(model(input_ids=ids[:, start:end], **given).logits[:, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("name", "taken"), [
+    ("llama", 2), ("mistral", 2), ("qwen2", 2), ("qwen3", 0), ("gemma2", 0), ("mixtral", 0), ("gpt2", 0),
+])  # fmt: skip
+def test_which_families_have_such_blocks(name: str, taken: int, tmp_path: Path) -> None:
+    assert len(blocks(compress.load(packed(name, tmp_path), "bfloat16"))) == taken
+
+
+@pytest.mark.parametrize(("name", "scheme", "dtype"), [
+    ("llama", "w4a16g32", "bfloat16"), ("llama", "nf4g32", "bfloat16"), ("llama", "fp8", "float32"), ("qwen2", "w3a16g32-asym", "float16"),
+    ("qwen2", "w2a16g32, outliers=0.01", "bfloat16"), ("mistral", "nvfp4", "bfloat16"),
+])  # fmt: skip
+def test_a_block_has_the_bits_of_its_modules(name: str, scheme: str, dtype: str, tmp_path: Path) -> None:
+    model, mask = compress.load(packed(name, tmp_path, scheme), dtype), torch.ones(3, 20, dtype=torch.long)
+    assert len(blocks(model)) == 2
+    own = by_modules(model)
+    mask[1, :4] = 0
+    for texts, masked in ((1, None), (3, mask), (13, None)):
+        assert torch.equal(said(model, texts, masked), said(own, texts, masked))
+
+
+def test_blocks_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, own = compress.load(packed("llama", tmp_path), "bfloat16"), list[int](), Library.block
+    monkeypatch.setattr(Library, "block", lambda self, job: (calls.append(job.count), own(self, job))[1])
+    said(model, 2)
+    assert calls == [10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15]
+
+
+def test_a_block_follows_its_parts(tmp_path: Path) -> None:
+    """Weights that are changed in place, replaced, moved into adapters, and modules that someone listens to."""
+    model: Any = compress.load(packed("llama", tmp_path), "bfloat16")
+    found, layer = [said(model, 1)], model.model.layers[0]
+
+    def changed() -> None:
+        found.append(said(model, 1))
+        assert torch.equal(found[-1], said(by_modules(model), 1))
+        assert not torch.equal(found[-1], found[-2])
+
+    weight = layer.mlp.up_proj.packed_weight
+    weight._buffers["scale"].mul_(2)
+    changed()
+    weight._buffers["scale"] = weight._buffers["scale"] * 2
+    changed()
+    layer.input_layernorm.weight = nn.Parameter(layer.input_layernorm.weight * 2)
+    changed()
+    layer.self_attn.v_proj = nn.Sequential(layer.self_attn.v_proj, nn.Dropout(1.0).train())
+    changed()
+    assert block_of(layer) is None
+    assert block_of(model.model.layers[1]) is not None
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, given, out: out * 0)
+    assert block_of(model.model.layers[1]) is None
+    changed()
+
+
+def test_other_caches_and_gradients_go_by_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = compress.load(packed("llama", tmp_path), "bfloat16")
+    monkeypatch.setattr(Library, "block", lambda *given: pytest.fail("a block was called"))
+    assert torch.equal(said(model, 1, kind=DynamicCache), said(by_modules(model), 1, kind=DynamicCache))
+    held = GrowingCache(model.config)
+    for ids in (torch.ones(1, 5, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)):
+        logits = model(input_ids=ids, **{argument(model): held}).logits
+    logits.sum().backward()
+    assert model.model.norm.weight.grad is not None
+
+
+def test_a_block_with_rotated_inputs_or_factors_calls_its_modules(tmp_path: Path) -> None:
+    for number, recipe in enumerate(
+        ("quantize.rtn(scheme=w4a16g32-h32)", "quantize.loftq(scheme=w4a16g32, rank=4)", "quantize.rtn(scheme=w4a8g32)")
+    ):
+        run(build_family("llama", tmp_path / str(number)), tmp_path / f"out{number}", f"{recipe} | pack(format=native)")
+        assert not blocks(compress.load(tmp_path / f"out{number}", "bfloat16"))
+
+
+def test_a_kernel_that_is_wrong_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = by_modules(compress.load(packed("llama", tmp_path), "float32")), Library.block
+
+    def wrong(self: Library, job: Any) -> None:
+        job.first_epsilon += 1
+        own(self, job)
+
+    monkeypatch.setattr(Library, "block", wrong)
+    quicken(model)
+    assert not blocks(model)
+
+
+def test_a_trained_model_writes_the_same_text(tmp_path: Path) -> None:
+    source = SHARED / "models" / "tiny-llama-8m"
+    if not source.is_dir():
+        pytest.skip("no trained models beside this checkout")
+    run(source, tmp_path / "out", "quantize.rtn(scheme=w4a16g32, ragged=channel) | pack(format=native)")
+    model = compress.load(tmp_path / "out", "bfloat16")
+    assert len(blocks(model)) == 8
+    ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(3))
+    texts = [one.generate(ids, max_new_tokens=300, do_sample=False) for one in (model, by_modules(model))]
+    assert torch.equal(*texts)
