@@ -1,4 +1,4 @@
-"""Decode block: a decoder block of a Llama for one token of each text, as one call.
+"""Decode block: a decoder block of a Llama for a token of each text, in one call.
 
 Norms, products, rotation, cache, attention and gated products are the kernels that modules would call, so that a block has the
 same bits; what is saved is Python between them, which in a small model takes longer than the products. Adapters, hooks, weights
@@ -118,7 +118,8 @@ class QuickBlock(nn.Module):
 
     def forward(self, *given: Any, **named: Any) -> Any:
         x: Any = given[0] if len(given) == 1 else named.get("hidden_states")
-        held, angles = named.get(self.quick_cache), named.get("position_embeddings")
+        held: Any = named.get(self.quick_cache)
+        angles: Any = named.get("position_embeddings")
         attention: Any = self._modules["self_attn"]
         quick = x is not None and len(given) < 2 and held is not None and not self.training and not torch.is_grad_enabled()
         if quick and attention.config._attn_implementation == NAME and takes_rotated(x, angles, attention.head_dim):
@@ -130,7 +131,7 @@ class QuickBlock(nn.Module):
 
 def _run(layer: Any, x: torch.Tensor, angles: Any, layers: Any, number: int, mask: torch.Tensor | None) -> torch.Tensor | None:
     """What a block makes of x [texts, 1, width]; None if a module has to be called."""
-    cache = layers[number] if number < len(layers) else None
+    cache: Any = layers[number] if number < len(layers) else None
     job = block_of(layer) if type(cache) is GrowingLayer else None
     if job is None or DTYPES[x.dtype] != job.dtype:
         return None
