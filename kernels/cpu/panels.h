@@ -149,10 +149,13 @@ void add_panels(const Job& job, const uint16_t* tile, int tiles, const float* sc
         for (int v = 0; v < 16 / W; v++)
           scales[i][t * (16 / W) + v] = FORM == SCALED ? splat(1) : load(scale + t * apart + (g + i) * 16 + v * W);
     }
+    // Columns beyond the last one are left out.
+    const int64_t left = ((w.columns - c * D::COLUMNS) * STEPS + SPAN - 1) / SPAN;
+    const int all = left < chunks * EACH ? (int)left : chunks * EACH;
     const float* x = (const float*)job.x + (c / CHUNKS * job.work.tokens + first) * STEPS;
     for (int b = 0, m = 0, next; b < blocks; b++, m = next) {
       next = count * (b + 1) / blocks;
-      multiply_some<FORM>(next - m, panel, x + m * STEPS, scales, steps, chunks * EACH, totals + m * NV);
+      multiply_some<FORM>(next - m, panel, x + m * STEPS, scales, steps, all, totals + m * NV);
     }
   }
 }

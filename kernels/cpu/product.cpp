@@ -13,6 +13,7 @@ namespace {
 constexpr int JOINED = 3;  // tokens from which it pays to join halves of integers decoded as fp32
 constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
 constexpr int FEWER = 8;   // the same of what panels have at half the size, once it is rounded
+constexpr int TURN = 16;   // tokens that a thread arranges in its turn
 constexpr int MOST = 512;  // tokens at a time, by panels
 
 struct Chunk {
@@ -21,13 +22,40 @@ struct Chunk {
 
 struct Run {
   Job job;
-  bool few;
+  char* room;            // arranged activations
+  float* totals;         // sums of them by groups, or none
+  int64_t columns, parts;  // of a part of a token, and how many
+  bool few, pairs;
   bool undivided;  // whether sums are divided, and not scales
   AddRows rows;
   AddPanels panels;
-  int64_t next;  // the tiles that are next in turn
+  int64_t next;  // the tokens, then the tiles that are next in turn
   int failed;    // whether a thread had no memory for its sums
 };
+
+void arrange_token(const Run& run, int64_t m) {
+  const Weight& w = run.job.weight;
+  const Work& work = run.job.work;
+  for (int64_t c = 0; c < run.parts; c++) {
+    const int64_t at = (c * work.tokens + m) * run.columns, left = w.columns - c * run.columns;
+    const int64_t count = left < 0 ? 0 : left < run.columns ? left : run.columns;
+    if (run.pairs)
+      copied(work, m, c * run.columns, count, run.columns, (uint16_t*)run.room + at);
+    else
+      arranged(work, m, c * run.columns, count, run.columns, run.few, (float*)run.room + at);
+  }
+  if (run.totals) totalled(work, m, w, run.totals + m * w.groups);
+}
+
+void arranger(void* given) {
+  Run& run = *(Run*)given;
+  const int64_t all = run.job.work.tokens;
+  for (;;) {
+    const int64_t from = __atomic_fetch_add(&run.next, TURN, __ATOMIC_RELAXED);
+    if (from >= all) break;
+    for (int64_t m = from; m < from + TURN && m < all; m++) arrange_token(run, m);
+  }
+}
 
 // What a tile's sums for token m become.
 void finish(const Job& job, float divisor, const float* shift, int64_t t, int64_t m, float* sums) {
@@ -107,18 +135,6 @@ void worker(void* given) {
 // Multiplies. Returns 0, or 1 if there is no memory for activations or sums.
 EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   const Weight& w = *weight;
-  if (!work->offsets && work->tokens > MOST) {
-    const int64_t size = work->dtype == F32 ? 4 : 2;
-    int failed = 0;
-    for (int64_t from = 0; from < work->tokens && !failed; from += MOST) {
-      Work some = *work;
-      some.x = (const char*)work->x + from * work->stride * size;
-      some.out = (char*)work->out + from * w.rows * size;
-      some.tokens = work->tokens - from < MOST ? work->tokens - from : MOST;
-      failed = NAME(product, ISA)(weight, &some);
-    }
-    return failed;
-  }
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
   const bool few = each <= (work->rounded && !w.exact ? FEWER : FEW), totals = w.zero || w.minimum;
 #if defined(__AVX512BF16__)
@@ -136,23 +152,17 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   char* room = (char*)aligned_alloc(64, bytes + (totals ? (work->tokens * w.groups * 4 + 63) / 64 * 64 : 0));
   if (!room) return 1;
   float* sums = totals ? (float*)(room + bytes) : nullptr;
-  for (int64_t m = 0; m < work->tokens; m++) {
-    for (int64_t c = 0; c < parts; c++) {
-      const int64_t at = (c * work->tokens + m) * columns, left = w.columns - c * columns;
-      const int64_t count = left < 0 ? 0 : left < columns ? left : columns;
-      if (pairs)
-        copied(*work, m, c * columns, count, columns, (uint16_t*)room + at);
-      else
-        arranged(*work, m, c * columns, count, columns, few, (float*)room + at);
-    }
-    if (totals) totalled(*work, m, w, sums + m * w.groups);
-  }
-  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, few, scaled && w.exact,
-          rows_for(w, pairs), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
-  if (work->parallel && work->threads > 1)
-    work->parallel(worker, &run, work->threads, 0);
-  else
-    worker(&run);
+  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, room, sums, columns, parts, few, pairs,
+          scaled && w.exact, rows_for(w, pairs), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
+  const auto runs = [&](void (*does)(void*), bool together) {
+    run.next = 0;
+    if (together && work->parallel && work->threads > 1)
+      work->parallel(does, &run, work->threads, 0);
+    else
+      does(&run);
+  };
+  runs(arranger, !few);
+  runs(worker, true);
   free(room);
   return run.failed;
 }

@@ -2,8 +2,8 @@
 
 Few tokens are multiplied by codes directly, exactly within the formats: values of codes are fp32, or bfloat16 where they are
 bfloat16 numbers and activations too, and sums of a group are in fp32. For many tokens values are rounded to the dtype of
-activations first, as in a dense weight: by the same kernels where they multiply pairs of bfloat16 numbers, else a chunk of rows
-is expanded, as the cpu backend does it, and multiplied by torch.
+activations first, as in a dense weight: by the same kernels where they multiply pairs of bfloat16 numbers, up to as many as a prompt has; else
+a chunk of rows is expanded, as the cpu backend does it, and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from compress.spec.weight_state import State
 _TOKENS, _TOKENS_IN_FP32, _TOKENS_IN_PAIRS = 96, 24, 8
 """The most tokens for which exact products are faster than those by rounded values. The second where torch multiplies in half
 precision, and values of codes are no bfloat16 numbers; the third there, where kernels of ours multiply what is rounded."""
+_TOKENS_ROUNDED = 512
+"""The most tokens for which kernels of ours multiply what is rounded faster than torch does."""
 
 
 class Simd(Fused):
@@ -62,10 +64,11 @@ class Simd(Fused):
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
-        many = x.shape[0] > exact_up_to(packed, x.dtype)
-        if many and not _pairs(x.dtype):
+        tokens = x.shape[0]
+        rounded = tokens > exact_up_to(packed, x.dtype)
+        if rounded and (tokens > _TOKENS_ROUNDED or not _pairs(x.dtype)):
             return by_chunks(self, x, packed, bias)
-        out = self.product(x, packed, bias, rounded=many)
+        out = self.product(x, packed, bias, rounded)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
 
     def product(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, rounded: bool = False) -> torch.Tensor:
@@ -78,11 +81,12 @@ class Simd(Fused):
         # Outliers and low-rank factors belong to single matrices.
         if packed.state.beside():
             return super().grouped(x, packed, offsets)
-        many = _most(offsets) > exact_up_to(packed, x.dtype)
-        if many and not _pairs(x.dtype):
+        most = _most(offsets)
+        rounded = most > exact_up_to(packed, x.dtype)
+        if rounded and (most > _TOKENS_ROUNDED or not _pairs(x.dtype)):
             return super().grouped(x, packed, offsets)
         x, out = x.contiguous(), x.new_empty(len(x), packed.rows)
-        library().product(weight_of(packed), x, None, out, offsets.int().contiguous(), rounded=many)
+        library().product(weight_of(packed), x, None, out, offsets.int().contiguous(), rounded)
         return out
 
 
@@ -94,7 +98,7 @@ def exact_up_to(packed: Packed, dtype: torch.dtype) -> int:
 
 
 def _pairs(dtype: torch.dtype) -> bool:
-    """Whether products by many tokens are left to our kernels, and not to torch, which alone knows AMX."""
+    """Whether kernels of ours multiply what is rounded. Torch alone has AMX, where there is such."""
     return dtype == torch.bfloat16 and library().isa == "avx512bf16" and not torch.cpu._is_amx_tile_supported()
 
 
