@@ -5,7 +5,7 @@
 Each row is a recipe and two fresh processes of `compress bench`: one prompt of 512 tokens and 32 more, and 32 tokens each for 8 and
 64 texts after prompts of 32. Every number is a ratio to the dense model in the same rounds, so rows can be compared though the
 machine is not as fast all the time. Experts are those of a Mixtral with random weights, made for the run. Says which rows were
-timed while other processes were at work. Quarter of an hour on 2 cores.
+timed while other processes were at work. Half an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="patterns of rows")
     parser.add_argument("--model", type=Path, help="a checkpoint other than SmolLM2-135M")
+    parser.add_argument("--again", action="store_true", help="put these rows in the place of those that the JSON file has")
     parser.add_argument("--no-peers", action="store_true", help="leave llama.cpp out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
@@ -107,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, name in enumerate(names, 1):
             tell(f"[{number}/{len(names)}] {name}")
             found["rows"].append(time_row(name, ROWS[name], model, Path(scratch), name in PEERS and not asked.no_peers))
+    if asked.again:
+        before, now = json.loads(asked.json.read_text()), {row["name"]: {**row, "again": True} for row in found["rows"]}
+        found = {**before, "rows": [now.get(row["name"], row) for row in before["rows"]]}
     text = page(found)
     print(text)
     if asked.json:
@@ -177,6 +181,8 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"Experts: a Mixtral with random weights, {', '.join(f'{key} {value}' for key, value in MIXTRAL.items())}.")
     if busy := [row["name"] for row in made if row["busy"]]:
         lines.append(f"Other processes were at work while these were timed: {', '.join(busy)}.")
+    if again := [row["name"] for row in made if row.get("again")]:
+        lines.append(f"Timed again after the others, because the machine was slower for a while: {', '.join(again)}.")
     lines += [f"{row['name']}: {' '.join(row['error'])}" for row in found["rows"] if "error" in row]
     return "\n".join(lines) + "\n"
 
