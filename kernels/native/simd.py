@@ -2,8 +2,8 @@
 
 Few tokens are multiplied by codes directly, exactly within the formats: values of codes are fp32, or bfloat16 where they are
 bfloat16 numbers and activations too, and sums of a group are in fp32. For many tokens values are rounded to the dtype of
-activations first, as in a dense weight: by the same kernels where they multiply pairs of bfloat16 numbers, up to as many as a prompt has; else
-a chunk of rows is expanded, as the cpu backend does it, and multiplied by torch.
+activations first, as in a dense weight: by the same kernels where they multiply pairs of bfloat16 numbers, up to as many as a
+prompt has; else a chunk of rows is expanded, as the cpu backend does it, and multiplied by torch.
 """
 
 from __future__ import annotations
