@@ -1,4 +1,4 @@
-"""One token: which inputs the quick forwards of decode_step.py and decode_block.py take."""
+"""One token: which inputs are taken by forwards that are one call of ours."""
 
 from __future__ import annotations
 

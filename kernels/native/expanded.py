@@ -1,4 +1,4 @@
-"""Expanded: the dequantized weight that other code gets from a packed module, which nothing can be assigned to."""
+"""Expanded: the dequantized weight that other code gets from a packed module."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import compress
-from compress.kernels.cpu.library import Library
+from compress.kernels.cpu.library import CBlock, Library
 from compress.kernels.native import simd
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime import attention
@@ -64,15 +64,20 @@ def test_numbers_that_are_none_stay_so(isa: str) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The keys of each call of the kernel."""
+    """The keys of each call of the kernel, by itself or in a block."""
     found: list[int] = []
-    plain = Library.attend
+    plain, whole = Library.attend, Library.block
 
     def attend(self: Library, query: torch.Tensor, key: torch.Tensor, *more: Any) -> torch.Tensor:
         found.append(key.shape[2])
         return plain(self, query, key, *more)
 
+    def block(self: Library, job: CBlock) -> None:
+        found.append(job.count)
+        whole(self, job)
+
     monkeypatch.setattr(Library, "attend", attend)
+    monkeypatch.setattr(Library, "block", block)
     return found
 
 
