@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from compress.errors import CompressError, UsageError
 from compress.kernels.dispatch import BACKENDS, Backend, Work, ask
 from compress.kernels.native.layout import Native
+from compress.kernels.native.narrow import whole
 from compress.kernels.native.packed import Packed
 from compress.kernels.third_party_backends import Call, Other, others
 from compress.numerics import lowrank, masks
@@ -217,7 +218,9 @@ def random_weight(state: State, rows: int, columns: int, dtype: torch.dtype, exp
             value = replace(value, lowrank=lowrank.stored(*factors, state.lowrank))
     weight = Weight("w", _STORED[dtype], shape, "linear" if experts is None else "expert")
     tensors = Native().encode_as(weight, state, value)
-    return Packed(state, rows, columns, {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()})
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    # On disk the last chunk of columns may be cut off.
+    return Packed(state, rows, columns, parts if state.scheme is None else whole(parts, state.scheme, columns))
 
 
 def _product(what: str, weight_bytes: int, copy: Callable[[], Call], exact: Call, ours: bool, rounds: bool = False) -> Product:

@@ -14,7 +14,8 @@ constexpr int JOINED = 3;  // tokens from which it pays to join halves of intege
 constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
 constexpr int FEWER = 8;   // the same of what panels have at half the size, once it is rounded
 constexpr int TURN = 16;   // tokens that a thread arranges in its turn
-constexpr int MOST = 512;  // tokens at a time, by panels
+constexpr int64_t LEAST = 64, MOST = 512;  // tokens at a time, by panels,
+constexpr int64_t CACHED = 4 << 20;        // between which so many bytes of them decide
 
 struct Chunk {
   int columns, words;  // words of a row
@@ -88,7 +89,8 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, f
   const uint16_t* codes = w.tiles + at * job.words;
   const int64_t size = work.dtype == F32 ? 4 : 2;
   for (int64_t first = from; first < until;) {
-    const int most = run.few ? FEW : MOST, count = until - first < most ? (int)(until - first) : most;
+    const int64_t most = run.few ? FEW : MOST;
+    const int count = (int)(until - first < most ? until - first : most);
     if (run.few) {
       memset((void*)room, 0, sizeof(F) * 16 * count);
       run.rows(job, codes, scale, first, count, room);
@@ -135,6 +137,22 @@ void worker(void* given) {
 // Multiplies. Returns 0, or 1 if there is no memory for activations or sums.
 EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   const Weight& w = *weight;
+  const int64_t size = work->dtype == F32 ? 4 : 2, fit = CACHED / (size * w.columns);
+  const int64_t most = fit < LEAST ? LEAST : fit < MOST ? fit : MOST;
+  if (!work->offsets && work->tokens > most) {
+    // Every tile goes through all activations, which a cache must hold.
+    const int64_t times = (work->tokens + most - 1) / most;
+    int failed = 0;
+    for (int64_t i = 0; i < times && !failed; i++) {
+      const int64_t from = work->tokens * i / times, until = work->tokens * (i + 1) / times;
+      Work some = *work;
+      some.x = (const char*)work->x + from * work->stride * size;
+      some.out = (char*)work->out + from * w.rows * size;
+      some.tokens = until - from;
+      failed = NAME(product, ISA)(weight, &some);
+    }
+    return failed;
+  }
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
   const bool few = each <= (work->rounded && !w.exact ? FEWER : FEW), totals = w.zero || w.minimum;
 #if defined(__AVX512BF16__)

@@ -58,6 +58,16 @@ def rows(text: str, tokens: int = 3, **options: Any) -> list[kernels.Row]:
     return [*kernels.table([(1024, 64)], [kernels.parse_state(text)], [tokens], "cpu", torch.bfloat16, **options)]
 
 
+@pytest.mark.parametrize("text", ["w2a16g64", "w4a16g64", "nvfp4"])
+def test_columns_that_chunks_do_not_divide_are_timed(text: str) -> None:
+    few = kernels.random_weight(kernels.parse_state(text), 48, 576, torch.bfloat16)
+    assert few.values().shape == (48, 576)
+    products = kernels.made(1536, 576, kernels.parse_state(text), "cpu", torch.bfloat16, "simd")
+    x = torch.randn(2, 576).bfloat16()
+    for product in products:
+        torch.testing.assert_close(product.calls[0](x).float(), product.exact(x), rtol=2e-2, atol=2e-1)
+
+
 @pytest.mark.parametrize("text", ["w4a16g32", "w3a16g16-asym", "fp8-block", "fp8-tensor-afp8", "nvfp4", "w8a8", "masked(2:4)"])
 def test_every_product_of_a_case_is_of_one_weight_and_each_copy_of_it(text: str) -> None:
     state = kernels.parse_state(text)
