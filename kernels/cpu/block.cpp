@@ -50,7 +50,7 @@ void added(const Block& job, const void* x, const void* more, void* out) {
 EXPORT int NAME(block, ISA)(const Block* given) {
   const Block& job = *given;
   const int64_t bytes = job.dtype == F32 ? 4 : 2, width = job.query.weight->columns, inner = job.gate.weight->rows;
-  const int64_t queries = job.heads * job.size, keys = job.groups * job.size, row = (job.size * bytes);
+  const int64_t queries = job.heads * job.size, keys = job.groups * job.size, row = job.size * bytes;
   const int64_t sizes[] = {width, queries, keys, keys, queries, width, inner, inner, inner};
   int64_t all = 0, from[9];
   for (int i = 0; i < 9; i++) from[i] = all, all += (job.batch * sizes[i] * bytes + 63) / 64 * 64;

@@ -10,8 +10,8 @@ namespace {  // each instruction set has its own
 struct Job {
   const Weight& weight;
   const Work& work;
-  const void* x;        // arranged: [C, M, columns of a chunk], or [., M, SPAN] for panels
-  const float* totals;  // [M, G]: sums of activations, or none
+  void* x;              // arranged: [C, M, columns of a chunk], or [., M, SPAN] for panels
+  float* totals;        // [M, G]: sums of activations, or none
   int64_t tiles, words;  // of a matrix; of a tile
 };
 

@@ -23,9 +23,7 @@ struct Chunk {
 
 struct Run {
   Job job;
-  char* room;            // arranged activations
-  float* totals;         // sums of them by groups, or none
-  int64_t columns, parts;  // of a part of a token, and how many
+  int64_t columns, parts;  // of a part of an arranged token, and how many
   bool few, pairs;
   bool undivided;  // whether sums are divided, and not scales
   AddRows rows;
@@ -41,11 +39,11 @@ void arrange_token(const Run& run, int64_t m) {
     const int64_t at = (c * work.tokens + m) * run.columns, left = w.columns - c * run.columns;
     const int64_t count = left < 0 ? 0 : left < run.columns ? left : run.columns;
     if (run.pairs)
-      copied(work, m, c * run.columns, count, run.columns, (uint16_t*)run.room + at);
+      copied(work, m, c * run.columns, count, run.columns, (uint16_t*)run.job.x + at);
     else
-      arranged(work, m, c * run.columns, count, run.columns, run.few, (float*)run.room + at);
+      arranged(work, m, c * run.columns, count, run.columns, run.few, (float*)run.job.x + at);
   }
-  if (run.totals) totalled(work, m, w, run.totals + m * w.groups);
+  if (run.job.totals) totalled(work, m, w, run.job.totals + m * w.groups);
 }
 
 void arranger(void* given) {
@@ -170,7 +168,7 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   char* room = (char*)aligned_alloc(64, bytes + (totals ? (work->tokens * w.groups * 4 + 63) / 64 * 64 : 0));
   if (!room) return 1;
   float* sums = totals ? (float*)(room + bytes) : nullptr;
-  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, room, sums, columns, parts, few, pairs,
+  Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, columns, parts, few, pairs,
           scaled && w.exact, rows_for(w, pairs), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
   const auto runs = [&](void (*does)(void*), bool together) {
     run.next = 0;

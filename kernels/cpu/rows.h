@@ -1,7 +1,6 @@
 // Rows: products with few tokens. A vector has columns of one row, so a tile is read in the order in which it lies in memory.
 #pragma once
 
-#include "job.h"
 #include "pairs.h"
 
 namespace {  // each instruction set has its own
@@ -64,30 +63,16 @@ struct InPairs : Pairs<D, FOLD> {
   }
 };
 
-// The same of FP8.
+// The same of 8 bits.
 template <class D, int FOLD>
 struct Bytes : Pairs<D, FOLD> {
   using typename Pairs<D, FOLD>::V;
-  const Moved<D> with;
+  const AsPairs<D> with;
   explicit Bytes(const Weight& w) : with(w) {}
 
   void decode(const uint16_t* row, V* out) const {
     V low = _mm512_loadu_si512(row);
     for (int p = 0; p < 2; p++) out[p] = with.value(low, V{}, p);
-  }
-};
-
-// The same for integers of 8 bits: decoded as fp32, whose upper halves are joined.
-template <class D, int FOLD>
-struct Joined : Pairs<D, FOLD> {
-  using typename Pairs<D, FOLD>::V;
-  const Context with;
-  explicit Joined(const Weight& w) : with(w) {}
-
-  void decode(const uint16_t* row, V* out) const {
-    F values[2 * D::PLANES];
-    decode_row<D>(row, with, values);
-    for (int p = 0; p < D::PLANES; p++) out[p] = (V)joined(values[2 * p], values[2 * p + 1]);
   }
 };
 #endif
@@ -146,8 +131,7 @@ AddRows rows_for(const Weight& w, [[maybe_unused]] bool pairs) {
     using D = decltype(codes);
 #if defined(__AVX512BF16__)
     if (pairs) {
-      if constexpr (D::FLOAT) return folded<Bytes, D>(planes);
-      else if constexpr (D::BITS == 8) return folded<Joined, D>(planes);
+      if constexpr (D::BITS == 8) return folded<Bytes, D>(planes);
       else return folded<InPairs, D>(planes);
     }
 #endif
