@@ -16,6 +16,7 @@ from compress.kernels.cpu.library import Library
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime.decode_block import QuickBlock, block_of
 from compress.runtime.decode_step import quicken
+from decoding import packed, said
 from families import build as build_family
 from support import SHARED, run
 
@@ -23,11 +24,6 @@ from support import SHARED, run
 @pytest.fixture(autouse=True)
 def products_of_torch() -> None:
     """Here products are those of the backend simd, which blocks are made of."""
-
-
-def packed(name: str, tmp_path: Path, scheme: str = "w4a16g32") -> Path:
-    run(build_family(name, tmp_path), tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | pack(format=native)")
-    return tmp_path / "out"
 
 
 def blocks(model: nn.Module) -> list[Any]:
@@ -40,17 +36,6 @@ def by_modules(model: Any) -> Any:
     for block in blocks(found):
         block.__class__ = type(block).__mro__[2]
     return found
-
-
-@torch.no_grad()
-def said(model: Any, texts: int, mask: torch.Tensor | None = None, kind: Any = GrowingCache) -> torch.Tensor:
-    """Logits of six tokens after a prompt, one at a time, the same tokens for every model."""
-    ids = torch.randint(3, 100, (texts, 15), generator=torch.Generator().manual_seed(1))
-    held, found = kind(config=model.config), []
-    for start, end in ((0, 9), *((9 + i, 10 + i) for i in range(6))):
-        given: Any = {argument(model): held, "attention_mask": None if mask is None else mask[:, :end]}
-        found.append(model(input_ids=ids[:, start:end], **given).logits[:, -1])
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize(("name", "taken"), [

@@ -17,7 +17,7 @@ from compress.kernels.cpu.library import Library
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime import decode_step
 from compress.runtime.decode_step import QuickAttention, QuickGated, QuickNorm, quicken
-from families import build as build_family
+from decoding import packed, said
 from support import SHARED, run
 
 KINDS = (QuickNorm, QuickAttention, QuickGated)
@@ -32,11 +32,6 @@ def counted(model: nn.Module) -> tuple[int, ...]:
     return tuple(sum(isinstance(module, kind) for module in model.modules()) for kind in KINDS)
 
 
-def packed(name: str, tmp_path: Path, scheme: str = "w4a16g32") -> Path:
-    run(build_family(name, tmp_path), tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | pack(format=native)")
-    return tmp_path / "out"
-
-
 def slow(model: Any) -> Any:
     """A copy in which every module has its own forward."""
     found = copy.deepcopy(model)
@@ -45,17 +40,6 @@ def slow(model: Any) -> Any:
             module.__class__ = type(module).__mro__[2]
     assert counted(found) == (0, 0, 0)
     return found
-
-
-@torch.no_grad()
-def said(model: Any, texts: int, mask: torch.Tensor | None = None, tokens: int = 6) -> torch.Tensor:
-    """Logits of tokens after a prompt, one at a time, the same tokens for every model."""
-    ids = torch.randint(3, 100, (texts, 9 + tokens), generator=torch.Generator().manual_seed(1))
-    held, found = GrowingCache(model.config), []
-    for start, end in ((0, 9), *((9 + i, 10 + i) for i in range(tokens))):
-        given: Any = {argument(model): held, "attention_mask": None if mask is None else mask[:, :end]}
-        found.append(model(input_ids=ids[:, start:end], **given).logits[:, -1])
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize("name", TAKEN)
