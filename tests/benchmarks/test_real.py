@@ -67,7 +67,7 @@ def fake_compress(folder: Path, peak: int = 1000) -> str:
 def test_rows_are_chosen_by_name_or_pattern_in_the_order_of_the_table() -> None:
     assert chosen("gptq-w3g?? source", NAMES, []) == ["source", "gptq-w3g64", "gptq-w3g32"]
     assert chosen("auto-round-w?g32 *-mxfp4", NAMES, []) == [
-        "auto-round-w3g32", "auto-round-w2g32", "llm-compressor-mxfp4", "auto-round-mxfp4",
+        "auto-round-w3g32", "auto-round-w2g32", "auto-round-w4g32", "llm-compressor-mxfp4", "auto-round-mxfp4",
     ]  # fmt: skip
     assert chosen("", NAMES, ["source"]) == ["source"]
     with pytest.raises(UsageError, match=r"'gptq-w3g46' \(did you mean 'gptq-w3g64'\?\)"):
@@ -325,7 +325,9 @@ def test_rows_stand_beside_other_tools_at_their_scheme(tmp_path: Path, capsys: p
     }
     found = {"inputs": inputs, "machine": {"python": "3", "transformers": "5"}, "rows": rows}
     (tmp_path / "peers.json").write_text(json.dumps(found))
-    assert beside.main([str(tmp_path / "peers.json"), str(tmp_path / "peers.md")]) == 0
+    small = {**found, "inputs": {**inputs, "model": {"name": "small", "sha256": "1" * 64}}, "rows": [row("rtn-w4g32", 0.1, 0.1)]}
+    (tmp_path / "peers-small.json").write_text(json.dumps(small))
+    assert beside.main([str(tmp_path)]) == 0
     lines = (tmp_path / "peers.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ") and "---" not in line]
     assert [
@@ -342,7 +344,11 @@ def test_rows_stand_beside_other_tools_at_their_scheme(tmp_path: Path, capsys: p
     assert [cell[3] for cell in cells if cell[0].startswith("`gptq-w3g32")] == [""]
     assert [cell[3] for cell in cells if cell[0] == "auto-round 1"] == ["1.00"]
     assert "Failed: `gptqmodel-w2g64`: no" in lines
-    assert lines.index("## w3a16g32") < lines.index("## w2a16g64")
+    assert lines.index("## w3a16g32") < lines.index("## w2a16g64") < lines.index("## w4a16g32, small")
+    assert "small: sha256 1111111111111111." in lines
+    (tmp_path / "peers-small.json").write_text(json.dumps({**small, "inputs": {**small["inputs"], "samples": 5}}))
+    with pytest.raises(SystemExit, match="small: another samples than m has"):
+        beside.main([str(tmp_path)])
     capsys.readouterr()
 
 

@@ -1,9 +1,10 @@
 """Beside: recipes/peers.md, a table for each scheme of ours beside other tools', from rows that were measured.
 
-    python tests/benchmarks/real/beside.py [recipes/peers.json] [recipes/peers.md]
+    python tests/benchmarks/real/beside.py [FOLDER]
 
-Rows are those of `python tests/benchmarks/real --samples 128 --peers --json recipes/peers.json`. `of the best` is a row's KL by the
-lowest of any other tool's at that scheme, on each text.
+FOLDER (recipes) has peers.json, whose rows are those of `python tests/benchmarks/real --samples 128 --peers --json
+recipes/peers.json`, and a peers-MODEL.json for each further model, with the same texts. `of the best` is a row's KL by the lowest of
+any other tool's at that scheme, on each text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.real.page import END, REMARKS, estimate, gigabytes, protocol, re
 
 SCHEMES = {
     "w3g64": "w3a16g64", "w3g32": "w3a16g32", "w2g64": "w2a16g64", "w2g32": "w2a16g32", "nvfp4": "NVFP4, weights alone",
-    "mxfp4": "MXFP4, weights alone", "w4a8g64": "w4a8g64", "w4a4g64": "w4a4g64",
+    "mxfp4": "MXFP4, weights alone", "w4a8g64": "w4a8g64", "w4a4g64": "w4a4g64", "w4g32": "w4a16g32",
 }  # fmt: skip
 """As names of rows have them -> the heading."""
 OURS = (
@@ -58,8 +59,8 @@ def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def tables(found: dict[str, Any]) -> Iterator[str]:
-    """The lines of all tables."""
+def tables(found: dict[str, Any], model: str = "") -> Iterator[str]:
+    """The lines of all tables; `model` stands in their headings."""
     rows = {row["name"]: row for row in found["rows"]}
     for scheme, heading in SCHEMES.items():
         held = of_scheme(rows, scheme)
@@ -67,34 +68,48 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
             continue
         peers = [row for row in held if row["kind"] == "peer"]
         best = {text: min(kl(row, text) for row in peers) for text in ("text", "also")} if peers else {}
-        yield from (f"## {heading}", "", *table(HEAD, [cells(row, best) for row in held]), "")
+        yield from (f"## {heading}{model and f', {model}'}", "", *table(HEAD, [cells(row, best) for row in held]), "")
         missing = [name.format(scheme) for name in (*OURS, *TOOLS) if "error" in rows.get(name.format(scheme), {})]
         yield from (f"Failed: `{name}`: {rows[name]['error']}" for name in missing)
+        yield from [""] if missing else []
 
 
-def page(found: dict[str, Any], remarks: str) -> str:
-    """The whole page; `found` is what the rows were written to as JSON."""
-    measured = {**found, "rows": [row for row in found["rows"] if "quality" in row]}
+def page(first: dict[str, Any], further: list[dict[str, Any]], remarks: str) -> str:
+    """The whole page; `first` and `further` are what the rows of each model were written to as JSON."""
+    texts = {name: value for name, value in first["inputs"].items() if name != "model"}
+    for found in further:
+        if differs := [name for name, value in texts.items() if found["inputs"][name] != value]:
+            raise SystemExit(f"{found['inputs']['model']['name']}: another {differs[0]} than {first['inputs']['model']['name']} has")
+    measured = {**first, "rows": [row for found in (first, *further) for row in found["rows"] if "quality" in row]}
+    models = [found["inputs"]["model"] for found in further]
     lines = [
         "# Beside other tools, scheme by scheme", "",
-        f"{found['inputs']['model']['name']}, each row a fresh process, other tools in environments of their own, on the same token ids",
-        "in the same order. `of the best`: KL by that of the best other tool at the same scheme; below 1 is better. Symmetric integers",
-        "throughout, as these tools make them by default. `CPU s`: seconds of a core that the whole process took, as programs beside it change",
-        "least. Written by `tests/benchmarks/real/beside.py`.", "",
+        f"{first['inputs']['model']['name']}, where no other model is named; each row a fresh process, other tools in environments of their",
+        "own, on the same token ids in the same order. `of the best`: KL by that of the best other tool at the same scheme; below 1 is better.",
+        "Symmetric integers throughout, as these tools make them by default. `CPU s`: seconds of a core that the whole process took, as",
+        "programs beside it change least. Written by `tests/benchmarks/real/beside.py`.", "",
         "```sh",
         "python tests/benchmarks/real --samples 128 --peers --json recipes/peers.json --page build/peers.md",
+        *(
+            f"python tests/benchmarks/real --samples 128 --peers --model {model['name']} --rows '*w4g32*' "
+            f"--json recipes/peers-{model['name']}.json --page build/peers.md"
+            for model in models
+        ),
         "python tests/benchmarks/real/beside.py", "```", "",
         REMARKS, remarks.strip("\n"), END, "",
-        *tables(found), *protocol(measured),
+        *tables(first), *(line for found in further for line in tables(found, found["inputs"]["model"]["name"])),
+        *protocol(measured),
     ]  # fmt: skip
+    lines += ["", *(f"{model['name']}: sha256 {model['sha256'][:16]}." for model in models)] if models else []
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> int:
     """The exit status."""
-    recipes = Path(__file__).parents[3] / "recipes"
-    source, out = (Path(a) for a in (*arguments, *(recipes / "peers.json", recipes / "peers.md")[len(arguments) :]))
-    out.write_text(page(json.loads(source.read_text()), remarks_of(out)))
+    folder = Path(arguments[0]) if arguments else Path(__file__).parents[3] / "recipes"
+    first, *further = (json.loads(file.read_text()) for file in (folder / "peers.json", *sorted(folder.glob("peers-*.json"))))
+    out = folder / "peers.md"
+    out.write_text(page(first, further, remarks_of(out)))
     print(f"written: {out}")
     return 0
 

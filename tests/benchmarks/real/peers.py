@@ -88,7 +88,7 @@ class PeerRow:
 
 
 PEER_ROWS = (
-    *(PeerRow(peer, bits, group) for peer in PEERS for bits, group in ((3, 64), (3, 32), (2, 64), (2, 32))),
+    *(PeerRow(peer, bits, group) for peer in PEERS for bits, group in ((3, 64), (3, 32), (2, 64), (2, 32), (4, 32))),
     *(PeerRow(peer, form=form) for peer in ("llm-compressor", "auto-round") for form in ("nvfp4", "mxfp4")),
     *(PeerRow("llm-compressor", 4, 64, activations=bits) for bits in (8, 4)),
     *(PeerRow("llm-compressor", method=m, sparsity=s) for m in ("sparsegpt", "wanda") for s in ("0.5", "0.7", "2:4")),
