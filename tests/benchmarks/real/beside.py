@@ -25,8 +25,8 @@ SCHEMES = {
 }  # fmt: skip
 """As names of rows have them -> the heading."""
 OURS = (
-    "rtn-{}", "gptq-{}", "{}", "gptq-{}-residual", "gptq-{}-both", "gptq-{}-residual-scales", "gptq-{}-rotated",
-    "gptq-{}-rotated-both",
+    "rtn-{}", "gptq-{}", "{}", "gptq-{}-residual", "gptq-{}-both", "gptq-{}-both-scales", "gptq-{}-rotated",
+    "gptq-{}-rotated-both", "gptq-{}-rotated-both-scales",
 )  # fmt: skip
 """Rows of ours at a scheme, step by step."""
 TOOLS = ("llm-compressor-{}", "gptqmodel-{}", "auto-round-{}")
@@ -79,7 +79,9 @@ def page(first: dict[str, Any], further: list[dict[str, Any]], remarks: str) -> 
     texts = {name: value for name, value in first["inputs"].items() if name != "model"}
     for found in further:
         if differs := [name for name, value in texts.items() if found["inputs"][name] != value]:
-            raise SystemExit(f"{found['inputs']['model']['name']}: another {differs[0]} than {first['inputs']['model']['name']} has")
+            raise SystemExit(
+                f"{found['inputs']['model']['name']}: another {differs[0]} than {first['inputs']['model']['name']} has"
+            )
     measured = {**first, "rows": [row for found in (first, *further) for row in found["rows"] if "quality" in row]}
     models = [found["inputs"]["model"] for found in further]
     lines = [

@@ -14,12 +14,13 @@ QUALITY_HEAD = ("bits/weight", "MB", "KL to source", "on the second text", "perp
 HEAD = ("method", *QUALITY_HEAD, "s", "CPU", "peak", "of plan")
 PEER_HEAD = ("tool", *QUALITY_HEAD, "s", "its own work", "peak")
 OPTION_HEAD = ("gptq-w3g64 with", "KL to source", "perplexity", "s", "s solving")
-GONE = "not measured"
 
 
 def page(found: dict[str, Any], remarks: str = "") -> str:
     """The whole page; `found` is what `make real` has written as JSON."""
-    inputs, rows = found["inputs"], found["rows"]
+    inputs = found["inputs"]
+    rows = [row for row in found["rows"] if "quality" in row or "error" in row]
+    absent = [f"`{row['name']}`" for row in found["rows"] if row not in rows]
     ours = [row for row in rows if row["kind"] == "ours" and not row.get("option")]
     options = [row for row in rows if row.get("option")]
     peers = [row for row in rows if row["kind"] == "peer"]
@@ -34,11 +35,11 @@ def page(found: dict[str, Any], remarks: str = "") -> str:
         *table(HEAD, [ours_cells(row) for row in ours]), "",
     ]  # fmt: skip
     if options:
-        base = next((row for row in ours if row["name"] == "gptq-w3g64"), {})
+        base = [{**row, "option": "defaults"} for row in ours if row["name"] == "gptq-w3g64"]
         lines += [
             "What each option of GPTQ costs and earns: `gptq-w3g64` with one of them changed. Seconds are of the solver alone, summed over",
             "all matrices.", "",
-            *table(OPTION_HEAD, [option_cells(row) for row in ({**base, "option": "defaults"}, *options)]), "",
+            *table(OPTION_HEAD, [option_cells(row) for row in (*base, *options)]), "",
         ]  # fmt: skip
     if peers:
         lines += [
@@ -47,8 +48,9 @@ def page(found: dict[str, Any], remarks: str = "") -> str:
             "and saving: for llm-compressor it is `oneshot`.", "",
             *table(PEER_HEAD, [peer_cells(row) for row in peers]), "",
         ]  # fmt: skip
-    lines += [*notes(rows), *protocol(found)]
-    return "\n".join(lines) + "\n"
+    lines += notes(rows)
+    lines += [f"Not measured: {', '.join(absent)}.", ""] if absent else []
+    return "\n".join([*lines, *protocol(found)]) + "\n"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -90,8 +92,8 @@ def peer_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def blank(row: dict[str, Any], count: int) -> tuple[str, ...]:
-    """Cells of a row without numbers; the first of them says why."""
-    return f"failed: {' '.join(row['error'].split())}".replace("|", "\\|") if "error" in row else GONE, *[""] * (count - 1)
+    """Cells of a row that failed; the first of them says why."""
+    return f"failed: {' '.join(row['error'].split())}".replace("|", "\\|"), *[""] * (count - 1)
 
 
 def quality_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -57,8 +57,8 @@ FLATTERED = "flattered: the source's weights lie on a grid of 4 bits"
 MIX = "[w2a16g64, w3a16g64, w4a16g64]"
 TRAIN = "distill.logits(data=['{text}'], samples=256, length=512, batch=8)"
 """32 steps on 131,072 tokens; the text that the others are calibrated on."""
-SCALES = "distill.logits(data=['{text}'], samples=256, length=512, batch=8, micro_batch=4, scale_lr=0.002)"
-"""Scales, norms and embeddings learn; 32 steps on the same tokens as TRAIN."""
+SCALES = "distill.logits(epochs=2, batch=8, micro_batch=4, scale_lr=0.002)"
+"""Scales, norms and embeddings learn, from the calibration tokens: 32 steps of 128 samples."""
 HEAL = "distill.blocks"
 """Its defaults, on the calibration tokens."""
 OPTIONS = {
@@ -92,13 +92,14 @@ def beside_peers() -> Iterator[Row]:
         if name in ("w2g64", "w4a8g64", "w4a4g64", "w4g32"):
             yield Row(f"rtn-{name}", f"quantize.rtn(scheme={scheme}, clip=mse)", data=False)
             yield Row(f"gptq-{name}", f"quantize.gptq(scheme={scheme})")
-        residual = f"quantize.gptq(scheme={scheme}, correct=residual)"
-        yield Row(f"gptq-{name}-residual", residual)
-        yield Row(f"gptq-{name}-both", f"quantize.gptq(scheme={scheme}, correct=residual, feedback=both)")
-        yield Row(f"gptq-{name}-residual-scales", f"{residual} | {SCALES}")
+        both = "correct=residual, feedback=both"
+        yield Row(f"gptq-{name}-residual", f"quantize.gptq(scheme={scheme}, correct=residual)")
+        yield Row(f"gptq-{name}-both", f"quantize.gptq(scheme={scheme}, {both})")
+        yield Row(f"gptq-{name}-both-scales", f"quantize.gptq(scheme={scheme}, {both}) | {SCALES}")
         mixed = f"{scheme}-h{16 if scheme == 'nvfp4' else 32 if scheme.endswith(('g32', 'mxfp4')) else 64}"
-        for more, options in {"": "", "-both": ", correct=residual, feedback=both"}.items():
-            yield Row(f"gptq-{name}-rotated{more}", f"quantize.gptq(scheme={mixed}{options})", form="native")
+        yield Row(f"gptq-{name}-rotated", f"quantize.gptq(scheme={mixed})", form="native")
+        yield Row(f"gptq-{name}-rotated-both", f"quantize.gptq(scheme={mixed}, {both})", form="native")
+        yield Row(f"gptq-{name}-rotated-both-scales", f"quantize.gptq(scheme={mixed}, {both}) | {SCALES}", form="native")
 
 
 def masks() -> Iterator[Row]:
