@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -274,6 +274,11 @@ def each_is_refused(
         with pytest.raises(InputError) as error:
             DenseView(open_checkpoint(out)).dense(name)
         assert name in str(error.value), case
+
+
+def few(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Every value, those that are not kept as slow."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (value not in kept)) for value in values]
 
 
 def shared(*axes: list[Any], one_in: int = 2) -> list[Any]:

@@ -23,7 +23,7 @@ from compress.pipeline.output_paths import steps_folder
 from compress.pipeline.run import Result
 from families import FAMILIES, RECENT, build
 from forked import compress
-from support import dense_meaning, load, logits, ready_inputs, run
+from support import dense_meaning, load, logits, ready_inputs, run, shared
 
 EXPANDED = {
     "gpt2": "Conv1D",
@@ -228,7 +228,7 @@ NATIVE = {"kimi_linear": "loses it", "glm5_next": "loses it", "llama4_vl": "spli
 """Families that transformers' reader of compressed-tensors does not take, and why; `compress.load` does."""
 
 
-@pytest.mark.parametrize("name", RECENT)
+@pytest.mark.parametrize("name", shared(list(RECENT)))
 def test_recent_families_end_to_end(name: str, source: Source, tmp_path: Path) -> None:
     """Calibrated on text, packed and read with the logits that are meant; what is left alone keeps its bytes, and is counted."""
     recipe = RECALIBRATED

@@ -149,7 +149,7 @@ def test_budgets(target: str, budgets: list[tuple[Kind, int, float]], tmp_path: 
     assert not over, f"{target}: {'; '.join(over)}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS[::3], *(pytest.param(target, marks=pytest.mark.slow) for target in TARGETS[1:3])])
 def test_the_other_kernels_spill_nothing(target: str, tmp_path: Path) -> None:
     for kind in [kind for kind, tokens, _ in BUDGETS if tokens == 1][::6]:
         if runs(kind, target):

@@ -249,7 +249,7 @@ def near(found: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.
 @pytest.mark.parametrize(("text", "shape", "dtype"), shared([
     "w4a16g32", "w4a16g128-asym", "w4a16", "w3a16g64", "w2a16g64-asym", "w8a16",
     "fp4g128", "mxfp4", "nvfp4", "fp8", "fp8-tensor", "fp8-block",
-], [(33, 200), (16, 4096)], [torch.bfloat16, torch.float16]))  # fmt: skip
+], [(33, 200), (16, 4096)], [torch.bfloat16, torch.float16], one_in=4))  # fmt: skip
 def test_the_whole_call_computes_what_codes_mean(
     gpu_here: Libcuda, text: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:

@@ -35,7 +35,7 @@ from compress.runtime import artifact
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State, Weight
 from families import build as build_family
-from support import CALIBRATE, SHARED, each_is_refused, logits, page, run, tiny_llama
+from support import CALIBRATE, SHARED, each_is_refused, logits, page, run, shared, tiny_llama
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SHAPES = [(1, 4), (16, 64), (17, 68), (40, 256), (33, 260), (48, 1024), (3, 20, 132), (2, 16, 512)]
@@ -71,9 +71,7 @@ def slow(parts: dict[str, torch.Tensor], rows: int, columns: int, zero: int) -> 
     return out
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", [None, "w4a16g32", "w4a16"])
+@pytest.mark.parametrize(("shape", "dtype", "scheme"), shared(SHAPES, list(DTYPES), [None, "w4a16g32", "w4a16"]))
 def test_what_is_kept_comes_back_to_its_place(shape: tuple[int, ...], dtype: torch.dtype, scheme: str | None) -> None:
     w = pruned(*shape, dtype=dtype)
     if scheme is None:

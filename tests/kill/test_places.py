@@ -14,7 +14,7 @@ import pytest
 from harness import RECIPES, Ran, Server, same
 
 from compress.pipeline.output_paths import steps_folder
-from support import tiny_llama
+from support import few, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def said(ran: Ran) -> str:
     return "\n".join(ran.words)
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", few(RECIPES, "sweep", "train"))
 def test_a_disk_that_fills_up_while_it_runs(kind: str, model: Path, server: Server, tmp_path: Path) -> None:
     """The rest of a small disk is taken by somebody else in the middle; with room again, the same command goes on."""
     assert server.run(["run", model, tmp_path / "reference", "-p", RECIPES[kind], "--quiet"]).status == 0
@@ -99,7 +99,7 @@ p.run_step = gone
 """
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", few(["generation_config.json", "config.json", "model.safetensors"], "model.safetensors"))
 def test_a_file_of_the_source_that_vanishes(name: str, model: Path, server: Server, tmp_path: Path) -> None:
     """Open files stay; one that is still to be read is named, and with it back the run goes on."""
     source, out = tmp_path / "source", tmp_path / "out"
@@ -120,7 +120,10 @@ def _steps(out: Path) -> Path:
     return steps_folder(out)
 
 
-@pytest.mark.parametrize("which", [_steps, lambda out: next(_steps(out).glob("2-*"))], ids=["all steps", "the step before"])
+@pytest.mark.parametrize("which", [
+    pytest.param(_steps, id="all steps", marks=pytest.mark.slow),
+    pytest.param(lambda out: next(_steps(out).glob("2-*")), id="the step before"),
+])  # fmt: skip
 def test_steps_that_vanish(which: Callable[[Path], Path], model: Path, server: Server, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert server.run(["run", model, tmp_path / "reference", "-p", RECIPES["sweep"], "--quiet"]).status == 0

@@ -14,7 +14,7 @@ import pytest
 from harness import ENVIRONMENT, RECIPES, Server, same
 
 from compress.pipeline.output_paths import steps_folder
-from support import tiny_llama
+from support import few, shared, tiny_llama
 
 RECIPE = RECIPES["sweep"]
 
@@ -31,8 +31,9 @@ def reference(model: Path, server: Server, tmp_path_factory: pytest.TempPathFact
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("phase", ["read", "quantize.gptq: work", "pack: work"])
+@pytest.mark.parametrize(
+    ("phase", "number"), shared(["read", "quantize.gptq: work", "pack: work"], [signal.SIGINT, signal.SIGTERM])
+)
 def test_a_signal_is_answered_with_the_command_that_goes_on(
     number: signal.Signals, phase: str, model: Path, reference: Path, server: Server, tmp_path: Path
 ) -> None:
@@ -47,7 +48,7 @@ def test_a_signal_is_answered_with_the_command_that_goes_on(
     assert same(tmp_path / "out", reference) == []
 
 
-@pytest.mark.parametrize("after", [0.0, 0.3, 1.0, None])
+@pytest.mark.parametrize("after", few([0.0, 0.3, 1.0, None], 0.3, None))
 def test_ctrl_c_of_a_real_process(after: float | None, model: Path, tmp_path: Path) -> None:
     """At any moment, imports included, words and no traceback; in the middle of the work, with the command."""
     command = [sys.executable, "-m", "compress", "run", model, tmp_path / "a b", "-p", RECIPE]

@@ -17,6 +17,7 @@ from compress.numerics.gptq_task import Settings
 from compress.numerics.grid import dequantize, round_to_nearest
 from compress.numerics.hessian import factor
 from compress.spec.scheme import Scheme
+from support import shared
 
 PLAIN: dict[str, Any] = {"clip": "none", "signed": False, "sweeps": 0}
 TEXTS = ["w2a16g32", "w3a16g64", "w4a16g32", "w8a16g64", "w4a16", "w4a16g48", "w4a16g200", "w2a16g32-asym", "w4a16g48-asym", "w3a16-asym", "w3a16g32-min", "w5a16g48-min"]  # fmt: skip
@@ -81,12 +82,11 @@ def test_plain_is_the_published_loop_whatever_the_block(text: str, block: int, m
     assert found.loss == pytest.approx(loss(w, theirs, h), rel=1e-3)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("order", ["none", "activation"])
-@pytest.mark.parametrize("along", ["inputs", "outputs"])
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_losses_are_exact(text: str, order: Any, along: Any, dtype: torch.dtype, rel: float) -> None:
-    (w, h), scheme = problem(dtype=dtype), Scheme.parse(text)
+@pytest.mark.parametrize(("text", "order", "along", "dtype"), shared(
+    TEXTS, ["none", "activation"], ["inputs", "outputs"], [torch.float64, torch.float32],
+))  # fmt: skip
+def test_losses_are_exact(text: str, order: Any, along: Any, dtype: torch.dtype) -> None:
+    (w, h), scheme, rel = problem(dtype=dtype), Scheme.parse(text), 1e-9 if dtype == torch.float64 else 2e-5
     f = factor(h, 0.05, order)
     # Scales stored in the working precision, so that what is returned is what was worked with.
     for options in (PLAIN, {"sweeps": 0}, {"sweeps": 3}):

@@ -13,6 +13,7 @@ from compress.numerics.hessian import factor
 from compress.numerics.qtensor import QTensor
 from compress.numerics.rounding import nearest
 from compress.spec.scheme import Scheme
+from support import shared
 
 PLAIN: dict[str, Any] = {"clip": "none", "sweeps": 0}
 TEXTS = [
@@ -46,9 +47,7 @@ def loss(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> float:
     return float((d @ h.double() * d).sum())
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("along", ["inputs", "outputs"])
-@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize(("text", "along", "order"), shared(TEXTS, ["inputs", "outputs"], ["none", "activation"]))
 def test_losses_are_exact(text: str, along: Along, order: Any) -> None:
     (w, h), scheme = problem(), Scheme.parse(text)
     f = factor(h, 0.05, order)

@@ -112,8 +112,9 @@ def test_transformers_loads_it_by_itself(name: str, source: Source, tmp_path: Pa
     assert verify_bytes(open_checkpoint(tmp_path / "out"), Context()).decoded == sum(artifact.backends(model).values())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g32", "w2a16g32-asym", "nf4g32", "mxfp4", "fp8"])
+@pytest.mark.parametrize(("name", "scheme"), shared(
+    ["llama", "mixtral"], ["w4a16g32", "w3a16g32", "w2a16g32-asym", "nf4g32", "mxfp4", "fp8"],
+))  # fmt: skip
 def test_text_is_that_of_the_dense_view(name: str, scheme: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", f"quantize.rtn(scheme={scheme}) | {NATIVE}")
     same_text(tmp_path / "out", tmp_path / "dense", torch.tensor([[1, 5, 9, 20]]))

@@ -22,7 +22,7 @@ from compress.pipeline.run import run_recipe
 from compress.spec.recipe import parse_one_liner
 from families import build
 from forked import python
-from support import ready_inputs, rows, tree
+from support import few, ready_inputs, rows, tree
 
 RUN = """
 import json, os, signal, sys
@@ -120,7 +120,7 @@ OTHERS = ("distill.features", "distill.squarehead")
 """Passes whose objective learns or measures something besides weights; killed at fewer moments."""
 
 
-@pytest.mark.parametrize("pass_", ["distill.logits", *OTHERS])
+@pytest.mark.parametrize("pass_", few(["distill.logits", *OTHERS], "distill.logits"))
 def test_a_killed_run_ends_at_the_bytes_of_one_that_was_not(pass_: str, tmp_path: Path) -> None:
     """Weights, what an objective learns and has measured, the record of every step, its picture, the fingerprint of it all."""
     before = "quantize.rtn(scheme=w3a16g32-asym, targets=[attention, embeddings])"

@@ -18,7 +18,7 @@ from compress.checkpoint.reader import TRAINING, open_checkpoint
 from compress.evaluate.perplexity_kl import compare
 from compress.layerwise.eval_windows import token_windows
 from families import FAMILIES
-from support import SHARED, dense_meaning, do, load, losses, ready_inputs, rows, step_of, tiny_llama
+from support import SHARED, dense_meaning, do, load, losses, ready_inputs, rows, shared, step_of, tiny_llama
 
 DISTILL = f"distill.logits(data='{ready_inputs()}', samples=6, batch=4, micro_batch=2, epochs=2"
 """Three steps: of 4, 4 and 4 samples; more options and a bracket follow."""
@@ -59,8 +59,10 @@ def test_it_brings_a_trained_model_back_towards_its_source(name: str, demo_model
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "bert", "gte"])
-@pytest.mark.parametrize("before", ["prune.magnitude(sparsity=0.5)", "quantize.rtn(scheme=w2a16g32, ragged=divide)"])
+@pytest.mark.parametrize(("name", "before"), shared(
+    ["llama", "gpt2", "mixtral", "gpt_oss", "bert", "gte"],
+    ["prune.magnitude(sparsity=0.5)", "quantize.rtn(scheme=w2a16g32, ragged=divide)"],
+))  # fmt: skip
 def test_training_lowers_the_loss(name: str, before: str, source: Source, tmp_path: Path) -> None:
     """On the texts it trains on, again and again; every family of parameters that are fused, split or transposed."""
     recipe = f"{before} | distill.logits(data='{ready_inputs()}', samples=6, batch=6, micro_batch=3, epochs=10, lr=3e-3"
