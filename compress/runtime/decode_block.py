@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compress.kernels.cpu.library import DTYPES, LANES, MOST, CBlock, CLinear, library
+from compress.kernels.native.integers import rounding
 from compress.kernels.native.modules import PackedLinear, PackedWeight, Rounds
 from compress.kernels.native.simd import exact_up_to, weight_of
 from compress.layerwise.growing_cache import GrowingLayer
@@ -95,18 +96,23 @@ def _made(held: tuple[Any, ...], attention: Any, gated: Any, *norms: Any) -> Mad
     for field, linear, weight, structure in zip(_FIELDS, linears, weights, structures, strict=True):
         bias = linear._parameters.get("bias")
         place = None if bias is None else bias.data_ptr()
-        setattr(job, field, CLinear(ctypes.addressof(structure), place, exact_up_to(weight, dtype)))
+        rounds = linear._modules["packed_weight"].backend == "integers"
+        how = ctypes.addressof(rounding(weight)) if rounds else None
+        setattr(job, field, CLinear(ctypes.addressof(structure), place, exact_up_to(weight, dtype), how))
     return Made(held, job, (weights, structures))
 
 
 def _takes(linear: Any, dtype: torch.dtype) -> bool:
     """Whether the kernel multiplies by a module's weight, without anything beside it."""
-    if not isinstance(linear, PackedLinear) or isinstance(linear, Rounds) or "forward" in vars(linear):
+    if not isinstance(linear, PackedLinear) or "forward" in vars(linear):
         return False
     weight, bias = linear._modules.get("packed_weight"), linear._parameters.get("bias")
-    if not isinstance(weight, PackedWeight) or weight.backend != "simd" or weight.turned or weight.work.dtype != dtype:
+    if not isinstance(weight, PackedWeight) or weight.backend not in ("simd", "integers") or weight.turned:
         return False
-    plain = weight.work.state.lowrank is None and weight.work.experts is None and "forward" not in vars(weight)
+    if weight.work.dtype != dtype or weight.hadamard or (isinstance(linear, Rounds) and not weight.rounds_inputs):
+        return False
+    state = weight.work.state
+    plain = state.lowrank is None and state.columns is None and weight.work.experts is None and "forward" not in vars(weight)
     return plain and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
 
 

@@ -10,6 +10,7 @@
 #include "steps.h"
 
 EXPORT int NAME(product, ISA)(const Weight*, const Work*);
+EXPORT int NAME(integers, ISA)(const Weight*, const Work*, const Rounding*);
 EXPORT int NAME(attend, ISA)(const Attention*);
 EXPORT void NAME(norm, ISA)(const Norm*);
 EXPORT void NAME(rotary, ISA)(const Rotary*);
@@ -26,7 +27,7 @@ int multiplied(const Block& job, const Linear& linear, const void* x, void* out)
   const Weight& w = *linear.weight;
   const int32_t threads = threads_for(job, w.rows * w.columns * job.batch);
   const Work work{x, linear.bias, out, nullptr, job.batch, w.columns, 1, job.dtype, threads, job.parallel, job.batch > linear.exact};
-  return NAME(product, ISA)(&w, &work);
+  return linear.how ? NAME(integers, ISA)(&w, &work, linear.how) : NAME(product, ISA)(&w, &work);
 }
 
 // out = x + more, rounded.

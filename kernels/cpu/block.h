@@ -10,6 +10,7 @@ struct Linear {
   const Weight* weight;
   const void* bias;    // or none
   int64_t exact;       // tokens up to which values are multiplied unrounded
+  const Rounding* how; // of activations, where whole numbers are multiplied; else none
 };
 
 struct Block {

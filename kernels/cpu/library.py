@@ -116,7 +116,7 @@ class CGate(ctypes.Structure):
 class CLinear(ctypes.Structure):
     """`Linear` of block.h."""
 
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("exact", c_int64))
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("exact", c_int64), ("how", c_void_p))
 
 
 class CBlock(ctypes.Structure):

@@ -47,7 +47,8 @@ def test_which_families_have_such_blocks(name: str, taken: int, tmp_path: Path) 
 
 @pytest.mark.parametrize(("name", "scheme", "dtype"), [
     ("llama", "w4a16g32", "bfloat16"), ("llama", "nf4g32", "bfloat16"), ("llama", "fp8", "float32"), ("qwen2", "w3a16g32-asym", "float16"),
-    ("qwen2", "w2a16g32, outliers=0.01", "bfloat16"), ("mistral", "nvfp4", "bfloat16"),
+    ("qwen2", "w2a16g32, outliers=0.01", "bfloat16"), ("mistral", "nvfp4", "bfloat16"), ("llama", "w4a8g32", "bfloat16"),
+    ("qwen2", "w8a8", "float32"),
 ])  # fmt: skip
 def test_a_block_has_the_bits_of_its_modules(name: str, scheme: str, dtype: str, tmp_path: Path) -> None:
     model, mask = compress.load(packed(name, tmp_path, scheme), dtype), torch.ones(3, 20, dtype=torch.long)
@@ -56,6 +57,12 @@ def test_a_block_has_the_bits_of_its_modules(name: str, scheme: str, dtype: str,
     mask[1, :4] = 0
     for texts, masked in ((1, None), (3, mask), (13, None)):
         assert torch.equal(said(model, texts, masked), said(own, texts, masked))
+
+
+def test_a_block_rounds_activations_where_that_was_asked_for(tmp_path: Path) -> None:
+    model = compress.load(packed("llama", tmp_path), "bfloat16", "integers")
+    assert len(blocks(model)) == 2
+    assert torch.equal(said(model, 2), said(by_modules(model), 2))
 
 
 def test_blocks_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +111,7 @@ def test_other_caches_and_gradients_go_by_modules(tmp_path: Path, monkeypatch: p
 
 def test_a_block_with_rotated_inputs_or_factors_calls_its_modules(tmp_path: Path) -> None:
     for number, recipe in enumerate(
-        ("quantize.rtn(scheme=w4a16g32-h32)", "quantize.loftq(scheme=w4a16g32, rank=4)", "quantize.rtn(scheme=w4a8g32)")
+        ("quantize.rtn(scheme=w4a16g32-h32)", "quantize.loftq(scheme=w4a16g32, rank=4)", "quantize.rtn(scheme=fp8-afp8)")
     ):
         run(build_family("llama", tmp_path / str(number)), tmp_path / f"out{number}", f"{recipe} | pack(format=native)")
         assert not blocks(compress.load(tmp_path / f"out{number}", "bfloat16"))
