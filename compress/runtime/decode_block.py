@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.kernels.cpu.library import DTYPES, LANES, MOST, CBlock, CLinear, library
+from compress.kernels.cpu.library import DTYPES, LANES, MOST, CBlock, CLinear, CScaled, library
 from compress.kernels.native.integers import rounding
 from compress.kernels.native.modules import PackedLinear, PackedWeight, Rounds
 from compress.kernels.native.simd import exact_up_to, weight_of
@@ -27,6 +27,9 @@ from compress.runtime.one_token import takes_rotated
 
 ATTENTION, GATED = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+HEAD_NORMS = ("q_norm", "k_norm")
+"""Of each head of queries and of keys, in families that have them."""
+_NORM_FIELDS = ("first_norm", "second_norm", "query_norm", "key_norm")
 _FIELDS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
@@ -47,8 +50,10 @@ class Made:
 
 def block_of(layer: Any) -> CBlock | None:
     """The arguments of a block whose modules are quick, made once for the same parts; None if a module has to be called."""
-    modules = [layer._modules[name] for name in ("self_attn", "mlp", *NORMS)]
-    linears = [*modules[0]._modules.values(), *modules[1]._modules.values()]
+    attention, gated = layer._modules["self_attn"], layer._modules["mlp"]
+    inner = [attention._modules[name] for name in HEAD_NORMS if name in attention._modules]
+    modules = [attention, gated, *(layer._modules[name] for name in NORMS), *inner]
+    linears = [module for module in chain(attention._modules.values(), gated._modules.values()) if module not in inner]
     if any(module._forward_hooks or module._forward_pre_hooks for module in chain(modules, linears)):
         return None
     made: Made | None = layer.__dict__.get("quick_made")
@@ -74,6 +79,7 @@ def _held(modules: list[Any], linears: list[Any]) -> Iterator[Any]:
 
 
 def _made(held: tuple[Any, ...], attention: Any, gated: Any, *norms: Any) -> Made:
+    """`norms` are those of the block, and of heads if there are such."""
     linears = [attention._modules.get(name) for name in ATTENTION] + [gated._modules.get(name) for name in GATED]
     scales = [norm._parameters["weight"] for norm in norms]
     dtype, size = scales[0].dtype, attention.head_dim
@@ -83,15 +89,14 @@ def _made(held: tuple[Any, ...], attention: Any, gated: Any, *norms: Any) -> Mad
     query, key, value, output, gate, up, down = weights
     inputs = {query.columns, key.columns, value.columns, gate.columns, up.columns, output.rows, down.rows}
     fits = inputs == {scales[0].numel()} == {scales[1].numel()} and gate.rows == up.rows == down.columns
-    fits = fits and key.rows == value.rows and query.rows == output.columns
+    fits = fits and key.rows == value.rows and query.rows == output.columns and all(one.numel() == size for one in scales[2:])
     if not fits or size % LANES or size > MOST or query.rows % size or key.rows % size:
         return Made(held, None)
     job = CBlock(
         heads=query.rows // size, groups=key.rows // size, size=size, scale=attention.scaling, dtype=DTYPES[dtype],
-        first_norm=scales[0].data_ptr(), second_norm=scales[1].data_ptr(),
-        first_epsilon=norms[0].quick_epsilon, second_epsilon=norms[1].quick_epsilon,
-        first_plus_one=norms[0].quick_plus_one, second_plus_one=norms[1].quick_plus_one,
     )  # fmt: skip
+    for field, norm, weight in zip(_NORM_FIELDS, norms, scales):
+        setattr(job, field, CScaled(weight.data_ptr(), norm.quick_epsilon, norm.quick_plus_one))
     structures = [weight_of(weight) for weight in weights]
     for field, linear, weight, structure in zip(_FIELDS, linears, weights, structures, strict=True):
         bias = linear._parameters.get("bias")

@@ -21,7 +21,7 @@ from compress.kernels.cpu.library import DTYPES, library
 from compress.kernels.native.modules import PackedLinear
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime.attention import NAME, attention, has_kernels
-from compress.runtime.decode_block import ATTENTION, GATED, NORMS, QuickBlock, block_of
+from compress.runtime.decode_block import ATTENTION, GATED, HEAD_NORMS, NORMS, QuickBlock, block_of
 from compress.runtime.one_token import takes, takes_rotated
 
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -77,7 +77,10 @@ class QuickAttention(nn.Module):
         texts, size = x.shape[0], self.head_dim
         flat = x.view(texts, -1)
         query, key, value = _called(modules["q_proj"], flat), _called(modules["k_proj"], flat), _called(modules["v_proj"], flat)
-        if any(one.dtype != x.dtype or not one.is_contiguous() for one in (query, key)):  # an adapter's
+        if "q_norm" in modules:
+            query, key = _headed(modules["q_norm"], query, size), _headed(modules["k_norm"], key, size)
+        # An adapter's, or of a norm that learns.
+        if any(one.dtype != x.dtype or not one.is_contiguous() or one.requires_grad for one in (query, key)):
             return super().forward(*given, **named)
         library().rotary(query, key, angles[0], angles[1], size)
         keys, values = held.update(key.view(texts, -1, 1, size), value.view(texts, -1, 1, size), self.layer_idx)
@@ -91,6 +94,15 @@ def _called(linear: Any, x: torch.Tensor) -> torch.Tensor:
     hooked = linear._forward_hooks or linear._forward_pre_hooks
     found: torch.Tensor = linear(x) if hooked else linear.forward(x)
     return found
+
+
+def _headed(norm: Any, x: torch.Tensor, size: int) -> torch.Tensor:
+    """x [texts, heads size] with each head by a norm."""
+    heads = x.reshape(-1, size)
+    hooked, learns = norm._forward_hooks or norm._forward_pre_hooks, norm.weight.requires_grad and torch.is_grad_enabled()
+    if not isinstance(norm, QuickNorm) or hooked or learns or norm.weight.dtype != x.dtype or x.requires_grad:
+        return norm(heads).view(x.shape)  # type: ignore[no-any-return]
+    return library().norm(heads, norm.weight, norm.quick_epsilon, norm.quick_plus_one).view_as(x)
 
 
 def quicken(model: Any) -> int:
@@ -120,14 +132,15 @@ class _Trial:
             return self._block(module)
         if type(module).__name__.endswith("RMSNorm") and not children and own == {"weight"}:
             return self._norm(module)
-        if own or not all(isinstance(module._modules.get(name), PackedLinear) for name in children - {"act_fn"}):
+        if own or not all(isinstance(module._modules.get(name), PackedLinear) for name in children - {"act_fn", *HEAD_NORMS}):
             return False
         if children == {*GATED, "act_fn"}:
             return self._becomes(module, QuickGated, module, self._texts(module, "gate_proj"))
         # sdpa leaves out a bound on scores, and what is left out cannot be tried.
         bound = any("softcap" in name and value is not None for name, value in vars(module).items())
         whole = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "scaling") and not bound
-        if children == {*ATTENTION} and whole and getattr(vars(module).get("config"), "_attn_implementation", "") == NAME:
+        named = children in ({*ATTENTION}, {*ATTENTION, *HEAD_NORMS})
+        if named and whole and getattr(vars(module).get("config"), "_attn_implementation", "") == NAME:
             vars(module)["quick_cache"] = self.cache_name
             run = partial(self._attended, module, config=module.config, size=module.head_dim)
             return self._becomes(module, QuickAttention, run, self._texts(module, "q_proj"))
@@ -147,7 +160,8 @@ class _Trial:
     def _block(self, module: Any) -> bool:
         """Of one whose modules have quick forwards already."""
         parts = [module._modules[name] for name in ("self_attn", "mlp", *NORMS)]
-        quick = all(isinstance(part, kind) for part, kind in zip(parts, (QuickAttention, QuickGated, QuickNorm, QuickNorm)))
+        parts += [parts[0]._modules[name] for name in HEAD_NORMS if name in parts[0]._modules]
+        quick = all(isinstance(part, kind) for part, kind in zip(parts, (QuickAttention, QuickGated, *[QuickNorm] * 4)))
         if not quick or block_of(module) is None:
             return False
         vars(module)["quick_cache"] = self.cache_name

@@ -30,6 +30,11 @@ int multiplied(const Block& job, const Linear& linear, const void* x, void* out)
   return linear.how ? NAME(integers, ISA)(&w, &work, linear.how) : NAME(product, ISA)(&w, &work);
 }
 
+void normed(const Block& job, const Scaled& by, const void* x, int64_t rows, int64_t width, void* out) {
+  const Norm norm{x, by.weight, out, rows, width, by.epsilon, by.plus_one, job.dtype};
+  NAME(norm, ISA)(&norm);
+}
+
 // out = x + more, rounded.
 template <int32_t DTYPE>
 void added(const void* x, const void* more, int64_t count, void* out) {
@@ -57,12 +62,15 @@ EXPORT int NAME(block, ISA)(const Block* given) {
   for (int i = 0; i < 9; i++) from[i] = all, all += (job.batch * sizes[i] * bytes + 63) / 64 * 64;
   char* room = (char*)aligned_alloc(64, all);
   if (!room) return 1;
-  char *normed = room + from[0], *query = room + from[1], *key = room + from[2], *value = room + from[3], *attended = room + from[4];
+  char *input = room + from[0], *query = room + from[1], *key = room + from[2], *value = room + from[3], *attended = room + from[4];
   char *result = room + from[5], *gate = room + from[6], *up = room + from[7], *gated = room + from[8];
 
-  const Norm first{job.x, job.first_norm, normed, job.batch, width, job.first_epsilon, job.first_plus_one, job.dtype};
-  NAME(norm, ISA)(&first);
-  int failed = multiplied(job, job.query, normed, query) | multiplied(job, job.key, normed, key) | multiplied(job, job.value, normed, value);
+  normed(job, job.first_norm, job.x, job.batch, width, input);
+  int failed = multiplied(job, job.query, input, query) | multiplied(job, job.key, input, key) | multiplied(job, job.value, input, value);
+  if (job.query_norm.weight) {
+    normed(job, job.query_norm, query, job.batch * job.heads, job.size, query);
+    normed(job, job.key_norm, key, job.batch * job.groups, job.size, key);
+  }
   const Rotary rotary{query, key, job.cos, job.sin, job.batch, job.heads, job.groups, job.size, job.angles, job.dtype};
   NAME(rotary, ISA)(&rotary);
   const int64_t group = job.room * job.size, text = job.groups * group, last = (job.count - 1) * job.size;
@@ -78,9 +86,8 @@ EXPORT int NAME(block, ISA)(const Block* given) {
   failed |= multiplied(job, job.output, attended, result);
   added(job, job.x, result, job.out);
 
-  const Norm second{job.out, job.second_norm, normed, job.batch, width, job.second_epsilon, job.second_plus_one, job.dtype};
-  NAME(norm, ISA)(&second);
-  failed |= multiplied(job, job.gate, normed, gate) | multiplied(job, job.up, normed, up);
+  normed(job, job.second_norm, job.out, job.batch, width, input);
+  failed |= multiplied(job, job.gate, input, gate) | multiplied(job, job.up, input, up);
   const Gate gates{gate, up, gated, job.batch * inner, job.dtype};
   NAME(gate, ISA)(&gates);
   failed |= multiplied(job, job.down, gated, result);

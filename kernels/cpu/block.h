@@ -13,6 +13,13 @@ struct Linear {
   const Rounding* how; // of activations, where whole numbers are multiplied; else none
 };
 
+// A norm by the root of the mean square.
+struct Scaled {
+  const void* weight;
+  float epsilon;
+  int32_t plus_one;  // as steps.h has it
+};
+
 struct Block {
   const void* x;  // [B, width]
   void* out;      // [B, width]
@@ -21,10 +28,10 @@ struct Block {
   void *keys, *values;     // [B, G, room, D]
   int64_t batch, count, room, mask_batch, angles;  // B, K, room; numbers from one text's to the next one's
   Linear query, key, value, output, gate, up, down;
-  const void *first_norm, *second_norm;  // [width]
-  float first_epsilon, second_epsilon, scale;
-  int32_t first_plus_one, second_plus_one;
+  Scaled first_norm, second_norm;  // of the width
+  Scaled query_norm, key_norm;     // of a head's numbers, or none
   int64_t heads, groups, size;  // H, G, D
+  float scale;
   int64_t alone;                // products of two numbers that a further thread must have
   int32_t dtype, threads;
   Parallel parallel;

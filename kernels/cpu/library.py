@@ -119,6 +119,12 @@ class CLinear(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("exact", c_int64), ("how", c_void_p))
 
 
+class CScaled(ctypes.Structure):
+    """`Scaled` of block.h."""
+
+    _fields_ = (("weight", c_void_p), ("epsilon", c_float), ("plus_one", c_int32))
+
+
 class CBlock(ctypes.Structure):
     """`Block` of block.h."""
 
@@ -126,10 +132,8 @@ class CBlock(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "out", "cos", "sin", "mask", "keys", "values")),
         *((name, c_int64) for name in ("batch", "count", "room", "mask_batch", "angles")),
         *((name, CLinear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        ("first_norm", c_void_p), ("second_norm", c_void_p),
-        *((name, c_float) for name in ("first_epsilon", "second_epsilon", "scale")),
-        ("first_plus_one", c_int32), ("second_plus_one", c_int32),
-        *((name, c_int64) for name in ("heads", "groups", "size", "alone")),
+        *((name, CScaled) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
+        *((name, c_int64) for name in ("heads", "groups", "size")), ("scale", c_float), ("alone", c_int64),
         ("dtype", c_int32), ("threads", c_int32), ("parallel", c_void_p),
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ def by_modules(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "taken"), [
-    ("llama", 2), ("mistral", 2), ("qwen2", 2), ("qwen3", 0), ("gemma2", 0), ("mixtral", 0), ("gpt2", 0),
+    ("llama", 2), ("mistral", 2), ("qwen2", 2), ("qwen3", 2), ("gemma2", 0), ("mixtral", 0), ("gpt2", 0),
 ])  # fmt: skip
 def test_which_families_have_such_blocks(name: str, taken: int, tmp_path: Path) -> None:
     assert len(blocks(compress.load(packed(name, tmp_path), "bfloat16"))) == taken
@@ -48,7 +48,7 @@ def test_which_families_have_such_blocks(name: str, taken: int, tmp_path: Path) 
 @pytest.mark.parametrize(("name", "scheme", "dtype"), [
     ("llama", "w4a16g32", "bfloat16"), ("llama", "nf4g32", "bfloat16"), ("llama", "fp8", "float32"), ("qwen2", "w3a16g32-asym", "float16"),
     ("qwen2", "w2a16g32, outliers=0.01", "bfloat16"), ("mistral", "nvfp4", "bfloat16"), ("llama", "w4a8g32", "bfloat16"),
-    ("qwen2", "w8a8", "float32"),
+    ("qwen2", "w8a8", "float32"), ("qwen3", "w4a16g32", "bfloat16"),
 ])  # fmt: skip
 def test_a_block_has_the_bits_of_its_modules(name: str, scheme: str, dtype: str, tmp_path: Path) -> None:
     model, mask = compress.load(packed(name, tmp_path, scheme), dtype), torch.ones(3, 20, dtype=torch.long)

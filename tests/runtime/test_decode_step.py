@@ -22,7 +22,7 @@ from support import SHARED, run
 
 KINDS = (QuickNorm, QuickAttention, QuickGated)
 TAKEN = {
-    "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 0, 2), "gemma2": (9, 0, 0), "mixtral": (5, 2, 0),
+    "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "gemma2": (9, 0, 0), "mixtral": (5, 2, 0),
     "gpt2": (0, 0, 0),
 }  # fmt: skip
 """Norms, attention and gated products that take a quick forward, of two blocks."""
@@ -67,6 +67,19 @@ def test_quick_forwards_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not calls
     model(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=False)  # gradients of norms are wanted
     assert "norm" not in calls
+
+
+def test_norms_of_heads_may_be_listened_to_and_learn(tmp_path: Path) -> None:
+    model: Any = compress.load(packed("qwen3", tmp_path), "float32")
+    meant, norm, seen = said(model, 2), model.model.layers[0].self_attn.q_norm, list[Any]()
+    norm.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    assert torch.allclose(said(model, 2), meant, atol=1e-5)
+    assert seen[1] == (2 * model.config.num_attention_heads, model.config.head_dim)
+    model.requires_grad_(False)
+    norm.weight.requires_grad_(True)
+    held = GrowingCache(model.config)
+    model(input_ids=torch.ones(1, 1, dtype=torch.long), **{argument(model): held}).logits.sum().backward()
+    assert norm.weight.grad is not None
 
 
 def test_hooks_and_gradients_are_kept(tmp_path: Path) -> None:
