@@ -7,8 +7,7 @@ TORCH_INDEX ?=
 export PYTHONSAFEPATH = 1
 
 BIN = $(VENV)/bin
-# What is imported is compiled then; thousands of files never are.
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES = $(shell git ls-files '*.py' 2>/dev/null)
 
 .PHONY: install demo check quick test fuzz faults slow kill readers engines readers-table formats cubins cpu-kernels gpu bench real prune-results gallery lint types wheel wheel-check docs demo-model clean kquants

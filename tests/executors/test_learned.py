@@ -15,16 +15,16 @@ from compress.errors import CompressError, CoverageError
 from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build as model_of
 from forked import compress
-from support import do, goes_on, ready_inputs, rows, step_of, tensors, tiny_llama, tree
+from support import do, goes_on, ready_inputs, rows, shared, step_of, tensors, tiny_llama, tree
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 LEARN = "quantize.learned(epochs=6, batch=4, micro_batch=4, held_out=0"
 ROUND = "quantize.rtn(scheme=w3a16g32, ragged=divide)"
 
 
-@pytest.mark.parametrize("scheme", [
+@pytest.mark.parametrize("scheme", shared([
     "w2a16g32", "w3a16g32-asym", "w4a16g32-min", "w8a8", "nf4g32", "fp4g32", "mxfp4", "nvfp4", "fp8-afp8", "w4a8g32-afp8",
-])  # fmt: skip
+]))  # fmt: skip
 def test_every_scheme_comes_closer(scheme: str, tiny: Path, tmp_path: Path) -> None:
     """In each block, and in what the model predicts."""
     do(tiny, tmp_path / "out", f"{CALIBRATE} | quantize.rtn(scheme={scheme}, ragged=divide) | {LEARN})")

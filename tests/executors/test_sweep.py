@@ -296,10 +296,10 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("name", "recipes"), [
-    ("llama", (RESIDUAL, *SMOOTH)),
-    ("mixtral", ("prune.wanda(sparsity=2:4)", GPTQ)),
+    ("mixtral", (RESIDUAL, *SMOOTH)),
+    pytest.param("llama", (RESIDUAL, *SMOOTH), marks=pytest.mark.slow),
+    pytest.param("mixtral", ("prune.wanda(sparsity=2:4)", GPTQ), marks=pytest.mark.slow),
     pytest.param("llama", ("prune.wanda(sparsity=2:4)", GPTQ), marks=pytest.mark.slow),
-    pytest.param("mixtral", (RESIDUAL, *SMOOTH), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_two_processes_equal_one(name: str, recipes: tuple[str, ...], source: Any, tmp_path: Path) -> None:
     """Every byte, whatever the pass: batches are cut alike, and their statistics add up without rounding."""

@@ -25,7 +25,7 @@ from compress.numerics.rounding import nearest
 from compress.spec.corrections import Lowrank, Outliers
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
-from support import shared
+from support import few, shared
 
 SCHEMES = [
     "w4a16", "w4a16g128", "w4a16g64-asym", "w4a16g32-asym", "w4a16g256", "w4a16g16", "w3a16", "w3a16g64-asym", "w3a16g16-asym", "w2a16g256",
@@ -95,7 +95,7 @@ def test_the_smallest_and_the_odd(shape: tuple[int, int], text: str) -> None:
     close(load_backend("triton").linear(x, packed, None, False), x, dense)
 
 
-@pytest.mark.parametrize("text", ["w8a16g64", "fp8", "nvfp4"])
+@pytest.mark.parametrize("text", few(["w8a16g64", "fp8", "nvfp4"], "fp8"))
 def test_splits_of_columns_are_added_in_order(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, dense = packed_of(text, (40, 1300), torch.float16)
     x, bias, backend = torch.randn(3, 1300).half(), torch.randn(40).half(), load_backend("triton")

@@ -27,7 +27,7 @@ from compress.spec.recipe import parse_one_liner
 from compress.spec.scheme import Scheme
 from compress.spec.weight_state import State
 from families import GGUF, build, build_gguf
-from support import linear, logits, random_codes, run, step_of, tiny_llama
+from support import linear, logits, random_codes, run, shared, step_of, tiny_llama
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -48,7 +48,7 @@ def same_tensors(one: Path, other: Path) -> None:
         assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize("name", shared([*GGUF]))
 def test_pack_and_unpack_bit_for_bit(name: str, tmp_path: Path) -> None:
     """Codes, scales and every dense tensor, of every architecture."""
     result = run(build_gguf(name, tmp_path), tmp_path / "out", "quantize.rtn(scheme=w4a16g32) | pack(format=gguf)")

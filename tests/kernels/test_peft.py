@@ -21,7 +21,7 @@ from compress.layerwise.dense_view import DenseView
 from compress.layerwise.model import build
 from compress.numerics import qtensor
 from families import build as build_family
-from support import load, logits, run, step_of
+from support import load, logits, run, shared, step_of
 
 peft = pytest.importorskip("peft")
 Source = Callable[[str], Path]
@@ -44,8 +44,7 @@ def theirs(artifact: Path) -> Any:
     return peft.PeftModel.from_pretrained(load(artifact, dtype=torch.float32), artifact, subfolder=ADAPTER)
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "qwen3"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("name", "recipe"), shared(["llama", "tied", "gpt2", "qwen3"], [*RECIPES]))
 def test_peft_computes_what_we_mean(name: str, recipe: str, source: Source, tmp_path: Path) -> None:
     result = run(source(name), tmp_path / "out", f"{RECIPES[recipe]} | pack(format=peft)")
     model = theirs(tmp_path / "out")

@@ -15,7 +15,7 @@ from compress.layerwise.dense_view import DenseView
 from compress.layerwise.meta_model import MetaModel
 from compress.layerwise.stepwise import ForwardHooks, StepwiseForward
 from families import FAMILIES, build
-from support import load, logits
+from support import load, logits, shared
 
 Source = Callable[[str], Path]
 
@@ -58,8 +58,7 @@ def resident(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "dtype"), shared([*FAMILIES], [torch.float32, torch.bfloat16]))
 def test_logits_are_those_of_the_whole_model(name: str, dtype: torch.dtype, source: Source) -> None:
     ours = walker(source(name), dtype)
     got, whole = logits(ours), load(source(name), dtype=dtype)

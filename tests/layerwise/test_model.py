@@ -16,7 +16,7 @@ from compress.errors import FormatError, InputError
 from compress.layerwise.model import build
 from families import FAMILIES
 from families import build as build_family
-from support import dense_meaning, load, logits, run, step_of, tiny_llama
+from support import dense_meaning, load, logits, run, shared, step_of, tiny_llama
 
 RAGGED = "quantize.rtn(scheme=w4a16g64, ragged=divide, targets=[linear, embeddings])"
 """Embeddings too, and with them every head that is tied to them."""
@@ -65,7 +65,7 @@ def test_canonical_codes_mean_what_they_say(name: str, source: Source, tmp_path:
     assert ours.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", shared([*FAMILIES]))
 def test_embeddings_and_tied_heads_in_codes(name: str, source: Source, tmp_path: Path) -> None:
     run(source(name), tmp_path / "out", RAGGED)
     ours = build(open_checkpoint(tmp_path / "out"))
@@ -91,7 +91,7 @@ REFUSED = ("llama4", "olmo_hybrid")
 """Families that no format holds."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", shared([*FAMILIES]))
 def test_packed_codes_mean_the_same(name: str, source: Source, tmp_path: Path) -> None:
     recipe = next((recipe for recipe, names in PACKED.items() if name in names), "quantize.rtn(scheme=w4a16g32) | pack")
     if name in REFUSED:

@@ -18,7 +18,7 @@ from compress.executors import smooth as fold
 from compress.pipeline.resolve import resolve
 from compress.spec.recipe import parse_one_liner
 from families import EXPERTS, build
-from support import CALIBRATE, do, kl, load, logits, ready_inputs, run, tiny_llama, tree
+from support import CALIBRATE, do, kl, load, logits, ready_inputs, run, shared, tiny_llama, tree
 
 TOKENS = f"calibrate(data='{ready_inputs()}', samples=6)"
 AWQ = "quantize.smooth(scheme=w3a16g16, ragged=divide)"
@@ -47,7 +47,7 @@ def reasons(manifest: Manifest) -> dict[str, int]:
     return {note.reason: note.count for note in manifest.notes if note.what == "not smoothed"}
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", shared([*KNOWN]))
 def test_function_is_kept(name: str, tmp_path: Path) -> None:
     """Logits in fp32 differ by rounding only, though every norm and linear of the table has changed."""
     source = in_fp32(name, tmp_path)

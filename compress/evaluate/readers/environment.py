@@ -161,7 +161,7 @@ def _build(environment: Environment, place: Path, lock: int, tell: Tell) -> None
             pip = [str(interpreter(building)), "-m", "pip"]
             _stays_here(run([*pip, "config", "list"], "pip's configuration", silent=True), where)
             for call in environment.requirements:
-                run([*pip, "install", "--no-compile", *call], f"pip install {' '.join(w for w in call)}")
+                run([*pip, "install", *call], f"pip install {' '.join(w for w in call)}")
             found = json.loads(run([pip[0], "-c", _VERSIONS], "the list of its packages", silent=True)[-1])
         _as_pinned(environment, found, where, log)
         shutil.rmtree(building / "tmp")

@@ -14,7 +14,7 @@ from compress.errors import CompressError
 from compress.executors.train.record import Record
 from compress.layerwise.dense_view import DenseView
 from compress.numerics.qtensor import QTensor
-from support import do, losses, ready_inputs, step_of, tiny_llama, tree
+from support import do, few, losses, ready_inputs, step_of, tiny_llama, tree
 
 ROUND = "quantize.rtn(scheme=w3a16g32, ragged=divide)"
 TRAIN = f"distill.logits(data='{ready_inputs()}', samples=6, batch=6, micro_batch=3, latent=true"
@@ -43,7 +43,7 @@ def test_codes_move_and_the_loss_falls_below_that_of_scales_alone(scheme: str, t
         assert found[-1] < losses(tmp_path / "scales")[-1]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gpt_oss", "phi3"])
+@pytest.mark.parametrize("name", few(["mixtral", "gpt2", "gpt_oss", "phi3"], "gpt2", "gpt_oss"))
 def test_every_family_learns(name: str, source: Callable[[str], Path], tmp_path: Path) -> None:
     """Also where experts or projections are fused on load, and with a Conv1D."""
     targets = "[linear, experts]" if name in ("mixtral", "gpt_oss") else "[linear]"
