@@ -1,4 +1,4 @@
-"""Every scheme by a library of CPU kernels, and attention, against fp64. As a program it checks a library that is not loaded elsewhere.
+"""Every scheme by a library of CPU kernels, and attention, against fp64, and blocks. As a program it checks a library that is not loaded elsewhere.
 
 python simd_oracle.py LIBRARY ISA
 """
@@ -137,10 +137,11 @@ if __name__ == "__main__":
     held = Library(Path(sys.argv[1]), sys.argv[2])
     found = [line for scheme in SCHEMES for line in differences(held, scheme)]
     found += [line for dtype in ROUNDING for line in attends(held, dtype)]
+    from block_oracle import block_differences
     from integers_oracle import INTEGERS, integer_differences
 
     found += [line for scheme in INTEGERS for line in integer_differences(held, scheme)]
-    print(
-        "\n".join(found) or f"{len(SCHEMES)} schemes, {len(INTEGERS)} by integers, and attention by {held.isa}: as fp64 has them"
-    )
+    found += block_differences(held)
+    said = f"{len(SCHEMES)} schemes, {len(INTEGERS)} by integers, and attention by {held.isa}: as fp64 has them"
+    print("\n".join(found) or said)
     sys.exit(1 if found else 0)

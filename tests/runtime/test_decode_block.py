@@ -12,18 +12,25 @@ from torch import nn
 from transformers import DynamicCache
 
 import compress
-from compress.kernels.cpu.library import Library
+from block_oracle import block_differences
+from compress.kernels.cpu.library import Library, library
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime.decode_block import QuickBlock, block_of
 from compress.runtime.decode_step import quicken
 from decoding import packed, said
 from families import build as build_family
+from simd_oracle import USABLE
 from support import SHARED, run
 
 
 @pytest.fixture(autouse=True)
 def products_of_torch() -> None:
     """Here products are those of the backend simd, which blocks are made of."""
+
+
+@pytest.mark.parametrize("isa", USABLE)
+def test_a_block_is_its_steps_one_after_another(isa: str) -> None:
+    assert list(block_differences(Library(library().path, isa))) == []
 
 
 def blocks(model: nn.Module) -> list[Any]:
