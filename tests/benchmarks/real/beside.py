@@ -45,6 +45,12 @@ def kl(row: dict[str, Any], text: str) -> float:
     return float(quality["kl"]["value"])
 
 
+def kl_told(row: dict[str, Any], text: str) -> str:
+    """It and its error, with two digits that count."""
+    quality = row["quality"] if text == "text" else row["also"]["quality"]
+    return estimate(quality["kl"], ".4f" if kl(row, text) >= 0.01 else ".6f")
+
+
 def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
     """A row of a table; `best` has the lowest KL of another tool on each text."""
     run = row.get("run") or row.get("made")
@@ -53,8 +59,8 @@ def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
     # A bar would end the cell.
     label = "`" + " \\| ".join(passes) + "`" if row["kind"] == "ours" else row["asked"]
     return (
-        label, f"{row['tensor_bytes'] / 1e6:.1f}", estimate(row["quality"]["kl"], ".4f"), of["text"],
-        estimate(row["also"]["quality"]["kl"], ".4f"), of["also"], estimate(row["quality"]["perplexity"], ".2f"),
+        label, f"{row['tensor_bytes'] / 1e6:.1f}", kl_told(row, "text"), of["text"],
+        kl_told(row, "also"), of["also"], estimate(row["quality"]["perplexity"], ".2f"),
         f"{run['cpu_seconds']:,.0f}" if run else "", gigabytes(run["peak_bytes"]) if run else "",
     )  # fmt: skip
 
