@@ -28,6 +28,8 @@ _TOKENS, _TOKENS_IN_FP32, _TOKENS_IN_PAIRS = 96, 24, 8
 precision, and values of codes are no bfloat16 numbers; the third there, where kernels of ours multiply what is rounded."""
 _TOKENS_ROUNDED = 512
 """The most tokens for which kernels of ours multiply what is rounded faster than torch does."""
+_CACHED = 1 << 21
+"""The most activations that a cache holds. With more of them codes are decoded several times, and those of 8 bits take longest."""
 
 
 class Simd(Fused):
@@ -66,7 +68,8 @@ class Simd(Fused):
     def linear(self, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, turned: bool) -> torch.Tensor:
         tokens = x.shape[0]
         rounded = tokens > exact_up_to(packed, x.dtype)
-        if rounded and (tokens > _TOKENS_ROUNDED or not _pairs(x.dtype)):
+        again = packed.scheme.bits == 8 and tokens * packed.columns > _CACHED
+        if rounded and (tokens > _TOKENS_ROUNDED or again or not _pairs(x.dtype)):
             return by_chunks(self, x, packed, bias)
         out = self.product(x, packed, bias, rounded)
         return out if packed.state.lowrank is None else out.add_(packed.by_factors(x))
