@@ -177,7 +177,7 @@ def test_rows_are_kept_and_one_that_fails_is_reported(tmp_path: Path, cache: Pat
     assert "| `rtn-w3g64` | 3.250 | 0.0 | 0.5000 ± 0.0050 | 0.5000 ± 0.0050 | 20.00 ± 0.20 | 50.0% ± 0.5% |" in text
     assert "| `gptq-w3g64` | failed: compress run expected: y got: status 4: x: z do: w |" in text
     assert "| `nf4`" not in text
-    assert ", `nf4`, " in next(line for line in text.splitlines() if line.startswith("Not measured: "))
+    assert ", `nf4`, " in next(line for line in text.splitlines() if line.startswith("Not measured here: "))
     # Known to another run on the same inputs, and to none on others.
     assert there.known("rtn-w3g64")["quality"]
     other = Protocol(**{**vars(protocol), "tokens": 32})
@@ -281,7 +281,7 @@ def test_the_page_has_a_row_for_each_method_and_what_it_was_measured_on() -> Non
         "| `gptq-w3g64` | 3.250 | 99.9 | 0.3480 ± 0.0348 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 190% | 1.35 GB | 1.23x |"
         in text
     )
-    assert "\nNot measured: `rtn-w4g64`, `w3g64-stored`.\n" in text
+    assert "\nNot measured here: `rtn-w4g64`, `w3g64-stored`.\n" in text
     assert (
         "| auto-round 0.16.1: w3a16g64 |  | 99.9 | 0.3480 ± 0.0348 | 0.3480 ± 0.0348 | 30.00 ± 3.00 | 70.0% ± 7.0% | 61 | 50 | 1.35 GB |"
         in text

@@ -49,7 +49,7 @@ def page(found: dict[str, Any], remarks: str = "") -> str:
             *table(PEER_HEAD, [peer_cells(row) for row in peers]), "",
         ]  # fmt: skip
     lines += notes(rows)
-    lines += [f"Not measured: {', '.join(absent)}.", ""] if absent else []
+    lines += [f"Not measured here: {', '.join(absent)}.", ""] if absent else []
     return "\n".join([*lines, *protocol(found)]) + "\n"
 
 
