@@ -29,7 +29,7 @@ precision, and values of codes are no bfloat16 numbers; the third there, where k
 _TOKENS_ROUNDED = 512
 """The most tokens for which kernels of ours multiply what is rounded faster than torch does."""
 _CACHED = 1 << 21
-"""The most activations that a cache holds. With more of them codes are decoded several times, and those of 8 bits take longest."""
+"""The most activations that a cache holds: with more of them codes are decoded several times; those of 8 bits take longest."""
 
 
 class Simd(Fused):

@@ -25,9 +25,9 @@ scheme; on the embedded model 0.067 and 0.071 (3 bits everywhere 0.079). By abs 
 weight, it is better than a line between 2 bits in groups of 32 (1.07 with 2.5) and 3 bits (0.353 with 3.25), which has 0.74
 there.
 
-Patterns of zeros are not among the choices, for there would be nothing to choose: half of the weights with 4 bits and their places
-(2:4, w4a16g64) take as many bits as all of them with 3, and leave 1.5 to 1.7 times the error of outputs in the median of each kind of
-matrix, and less than those in one of 210 (SmolLM2-135M, both by GPTQ from 16 x 512 tokens).
+Patterns of zeros are not among the choices, for there would be nothing to choose: half of the weights with 4 bits and their
+places (2:4, w4a16g64) take as many bits as all of them with 3, and leave 1.5 to 1.7 times the error of outputs in the median of
+each kind of matrix, and less than those in one of 210 (SmolLM2-135M, both by GPTQ from 16 x 512 tokens).
 """
 
 from __future__ import annotations
