@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
+import integers_oracle
+import simd_oracle
 from compress.kernels.cpu.library import DTYPES, CBlock, CLinear, CScaled, Library
-from compress.kernels.native.integers import Integers, rounding
-from compress.kernels.native.packed import Packed, pack
-from compress.kernels.native.simd import Simd, weight_of
-from compress.numerics.rounding import nearest
+from compress.kernels.native.integers import rounding
+from compress.kernels.native.simd import weight_of
 from compress.spec.scheme import Scheme
-from compress.spec.weight_state import State
 
 WIDTH, HEADS, GROUPS, SIZE, INNER = 64, 4, 2, 16, 96
 ROOM, COUNT = 8, 6
@@ -23,13 +22,6 @@ SHAPES = {
     "query": (HEADS * SIZE, WIDTH), "key": (GROUPS * SIZE, WIDTH), "value": (GROUPS * SIZE, WIDTH), "output": (WIDTH, HEADS * SIZE),
     "gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER),
 }  # fmt: skip
-
-
-def prepared(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> Packed:
-    """A random weight as its backend keeps it."""
-    packed = Packed(State(scheme), rows, columns, pack(nearest(torch.randn(rows, columns).to(dtype), scheme, dtype).q))
-    backend = Integers() if scheme.inputs else Simd()
-    return Packed(State(scheme), rows, columns, backend.prepare(packed))
 
 
 def block_differences(library: Library) -> Iterator[str]:
@@ -42,7 +34,8 @@ def block_differences(library: Library) -> Iterator[str]:
 
 
 def _alike(library: Library, scheme: Scheme, dtype: torch.dtype, batch: int, headed: bool, masked: bool) -> bool:
-    weights = {name: prepared(scheme, *shape, dtype) for name, shape in SHAPES.items()}
+    prepared = integers_oracle.prepared if scheme.inputs else simd_oracle.prepared
+    weights = {name: prepared(scheme, *shape, dtype)[0] for name, shape in SHAPES.items()}
     norms = {
         name: torch.rand(width).to(dtype) + 1
         for name, width in (("first", WIDTH), ("second", WIDTH), ("query", SIZE), ("key", SIZE))

@@ -53,7 +53,7 @@ def block_of(layer: Any) -> CBlock | None:
     attention, gated = layer._modules["self_attn"], layer._modules["mlp"]
     inner = [attention._modules[name] for name in HEAD_NORMS if name in attention._modules]
     modules = [attention, gated, *(layer._modules[name] for name in NORMS), *inner]
-    linears = [module for module in chain(attention._modules.values(), gated._modules.values()) if module not in inner]
+    linears = [*attention._modules.values(), *gated._modules.values()]
     if any(module._forward_hooks or module._forward_pre_hooks for module in chain(modules, linears)):
         return None
     made: Made | None = layer.__dict__.get("quick_made")

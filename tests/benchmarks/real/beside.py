@@ -39,16 +39,20 @@ def of_scheme(rows: dict[str, dict[str, Any]], scheme: str) -> list[dict[str, An
     return [rows[name] for name in names if "quality" in rows.get(name, {})]
 
 
+def quality(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """What was measured; `text` is text or also."""
+    found: dict[str, Any] = row["quality"] if text == "text" else row["also"]["quality"]
+    return found
+
+
 def kl(row: dict[str, Any], text: str) -> float:
-    """In nats per token; `text` is text or also."""
-    quality = row["quality"] if text == "text" else row["also"]["quality"]
-    return float(quality["kl"]["value"])
+    """In nats per token."""
+    return float(quality(row, text)["kl"]["value"])
 
 
 def kl_told(row: dict[str, Any], text: str) -> str:
     """It and its error, with two digits that count."""
-    quality = row["quality"] if text == "text" else row["also"]["quality"]
-    return estimate(quality["kl"], ".4f" if kl(row, text) >= 0.01 else ".6f")
+    return estimate(quality(row, text)["kl"], ".4f" if kl(row, text) >= 0.01 else ".6f")
 
 
 def cells(row: dict[str, Any], best: dict[str, float]) -> tuple[str, ...]:
