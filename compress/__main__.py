@@ -32,16 +32,19 @@ def main() -> None:
     """The command that the arguments name; ends in SystemExit."""
     if sys.platform == "win32":
         sys.exit("compress runs on Linux and macOS: it relies on pread, flock and atomic renames. Use WSL on Windows.")
-    for folder in shadowed():
-        print(f"warning: {folder} shadows a package of that name; run with PYTHONSAFEPATH=1", file=sys.stderr)
-    # Large pages for large tensors: fewer page faults, and fewer gaps that stay in memory. torch reads it when it is loaded.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # A thread of libgomp that waits spins for microseconds before it sleeps, not for a millisecond: beside other work, spinning
-    # takes the cores from the threads that are waited for. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) halves a sweep's speed.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from compress.cli.guard import STOPPED, close_output, stopped
+    from compress.cli.signals import STOPPED, answer, close_output, stopped
 
+    # Until a command is found, which says how it can be resumed.
+    answer()
     try:
+        for folder in shadowed():
+            print(f"warning: {folder} shadows a package of that name; run with PYTHONSAFEPATH=1", file=sys.stderr)
+        # Large pages for large tensors: fewer page faults, and fewer gaps that stay in memory. torch reads it when it is loaded.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        # A thread of libgomp that waits spins for microseconds before it sleeps, not for a millisecond: beside other work,
+        # spinning takes the cores from the threads that are waited for. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) halves a
+        # sweep's speed.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         from compress.cli.app import build
         from compress.cli.complete import words
 
@@ -69,7 +72,7 @@ def run() -> None:
         sys.exit(str(status))
     # What was registered for the end; and then at once, for Python would look several times through all that torch and
     # transformers have made before it ends: 1.5 of 5 seconds.
-    from compress.cli.guard import close_output
+    from compress.cli.signals import close_output
 
     atexit._run_exitfuncs()
     close_output()

@@ -68,23 +68,42 @@ def test_ctrl_c_of_a_real_process(after: float | None, model: Path, tmp_path: Pa
         assert f"\n  compress run {model} '{tmp_path / 'a b'}' -p" in said
 
 
-def test_ctrl_c_while_arguments_are_read_has_words() -> None:
-    """typer itself would end with the status alone."""
-    code = """
-import sys
+COMMAND = """
+import os, signal, sys, time
 from compress import __main__
 from compress.cli import app
 def interrupted(arguments):
-    import typer
-    made = typer.Typer()
-    @made.callback(invoke_without_command=True)
-    def nothing(value: str = typer.Option("", parser=lambda text: exec("raise KeyboardInterrupt"))): ...
-    return made
+    {body}
 app.build = interrupted
 sys.argv = ["compress", "--value", "x"]
 __main__.main()
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # typer itself would end with the status alone.
+        """import typer
+    made = typer.Typer()
+    @made.callback(invoke_without_command=True)
+    def nothing(value: str = typer.Option("", parser=lambda text: exec("raise KeyboardInterrupt"))): ...
+    return made""",
+        # Python drops what a destructor raises.
+        """class Interrupted:
+        def __del__(self): os.kill(os.getpid(), signal.SIGINT)
+    Interrupted()
+    time.sleep(60)""",
+        # A library that catches everything.
+        """try: os.kill(os.getpid(), signal.SIGINT)
+    except BaseException: pass
+    time.sleep(60)""",
+    ],
+    ids=["arguments", "destructor", "caught"],
+)
+def test_ctrl_c_outside_a_command_has_words(body: str) -> None:
+    command = [sys.executable, "-P", "-c", COMMAND.format(body=body)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
 
 
