@@ -58,7 +58,7 @@ def _alike(library: Library, scheme: Scheme, dtype: torch.dtype, batch: int, hea
     job.x, job.out, job.cos, job.sin, job.angles = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), SIZE
     job.keys, job.values, job.batch, job.count, job.room = caches[0][0].data_ptr(), caches[0][1].data_ptr(), batch, COUNT, ROOM
     job.mask, job.mask_batch = (None, 0) if mask is None else (mask.data_ptr(), COUNT)
-    library.block(job)
+    library.blocks([job])
 
     def multiplied(name: str, given: torch.Tensor) -> torch.Tensor:
         packed, found = weights[name], given.new_empty(batch, SHAPES[name][0])

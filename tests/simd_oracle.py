@@ -118,6 +118,18 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, m
     return torch.einsum("bhk,bhke->bhe", scores.softmax(-1), v)
 
 
+def plain(library: Library, dtype: torch.dtype) -> Iterator[str]:
+    """What products by plain matrices get wrong, a line each."""
+    for rows, columns in ((48, 256), (33, 96), (1, 32)):
+        for tokens in (1, 2, 3, 4, 7, 21):
+            (weight, _), (x, _) = (at_the_end_of_a_page(torch.randn(n, columns).to(dtype)) for n in (rows, tokens))
+            bias = torch.randn(rows).to(dtype)
+            for added in (bias, None):
+                error = _error(library.dense(weight, x, added), x, weight, torch.zeros(rows) if added is None else added)
+                if not float(error.max()) <= 1:
+                    yield f"{library.isa}: plain, {rows} x {columns}, {dtype}, {tokens} tokens: {float(error.max()):.2f} of what may be"
+
+
 def at_the_end_of_a_page(tensor: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]:
     """A copy after which comes a page that may not be touched."""
     size, page = tensor.numel() * tensor.itemsize, mmap.PAGESIZE
@@ -136,7 +148,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     held = Library(Path(sys.argv[1]), sys.argv[2])
     found = [line for scheme in SCHEMES for line in differences(held, scheme)]
-    found += [line for dtype in ROUNDING for line in attends(held, dtype)]
+    found += [line for dtype in ROUNDING for line in (*attends(held, dtype), *plain(held, dtype))]
     from block_oracle import block_differences
     from integers_oracle import INTEGERS, integer_differences
 

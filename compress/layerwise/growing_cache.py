@@ -23,6 +23,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     keys: torch.Tensor
     values: torch.Tensor
     _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+    _views: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *more: Any, **options: Any
@@ -31,29 +32,42 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if key_states.requires_grad or value_states.requires_grad:
             found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *more, **options)
             return found
-        had, until, key_room, value_room = self.more(key_states, value_states)
+        texts, groups, tokens, size = key_states.shape
+        had, until = self.get_seq_length(), self.get_seq_length() + tokens
+        key_room, value_room = self.room(texts, groups, size, until, key_states, value_states.shape[-1])
         key_room[..., had:until, :], value_room[..., had:until, :] = key_states, value_states
+        self.reach(until)
         return self.keys, self.values
 
-    def more(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-        """Makes `keys` and `values` longer by as many tokens as these have, for someone to write them: (from, until, rooms)."""
+    def room(
+        self, texts: int, groups: int, size: int, until: int, like: torch.Tensor, values: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tensors [texts, groups, tokens, size] with room for `until` tokens, that begin with those there are."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            empty = like.new_empty(texts, groups, 0, size)
+            self.lazy_initialization(empty, empty)
         had = self.get_seq_length()
-        until = had + key_states.shape[-2]
         if self._rooms is None or not had or until > self._rooms[0].shape[-2] or not self._is_here():
             most = until + max(ROOM, until // 4)
-            key_room, value_room = (new.new_empty(*new.shape[:-2], most, new.shape[-1]) for new in (key_states, value_states))
+            self._rooms = like.new_empty(texts, groups, most, size), like.new_empty(texts, groups, most, values or size)
             if had:
-                key_room[..., :had, :], value_room[..., :had, :] = self.keys, self.values
-            self._rooms = key_room, value_room
-        key_room, value_room = self._rooms
-        self.keys, self.values = key_room[..., :until, :], value_room[..., :until, :]
-        return had, until, key_room, value_room
+                for room, held in zip(self._rooms, (self.keys, self.values), strict=True):
+                    room[..., :had, :] = held
+                self.reach(had)
+        return self._rooms
+
+    def reach(self, until: int) -> None:
+        """So many tokens count from now on."""
+        assert self._rooms is not None
+        keys, values = self._rooms
+        self.keys, self.values = keys[..., :until, :], values[..., :until, :]
+        self._views = self.keys, self.values
 
     def _is_here(self) -> bool:
         """Whether keys and values are still views: beams and batches that are chosen from are tensors of their own."""
         assert self._rooms is not None
+        if self.keys is self._views[0] and self.values is self._views[1]:
+            return True
         held = zip((self.keys, self.values), self._rooms, strict=True)
         return all(one.data_ptr() == room.data_ptr() and one.shape[:-2] == room.shape[:-2] for one, room in held)
 

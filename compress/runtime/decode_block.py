@@ -1,35 +1,32 @@
-"""Decode block: a decoder block of a Llama for a token of each text, in one call.
+"""Decode block: what a kernel gets of a decoder block, for a token of each text.
 
-Norms, products, rotation, cache, attention and gated products are the kernels that modules would call, so that a block has the
-same bits; what is saved is Python between them, which in a small model takes longer than the products. Adapters, hooks, weights
-that were moved or replaced, and caches of other kinds go by the modules' own code.
+Norms, products, rotation, cache, attention and gated products, as Llama, Mistral, Qwen2 and Qwen3 have them, are the kernels that
+modules would call, so that a block has the same bits; what is saved is Python between them, which in a small model takes longer
+than the products. Adapters, hooks, and weights that were moved or replaced go by the modules' own code.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
 
-from compress.kernels.cpu.library import DTYPES, LANES, MOST, CBlock, CLinear, CScaled, library
+from compress.kernels.cpu.library import DTYPES, LANES, MOST, CBlock, CLinear, CScaled
 from compress.kernels.native.integers import rounding
 from compress.kernels.native.modules import PackedLinear, PackedWeight, Rounds
 from compress.kernels.native.simd import exact_up_to, weight_of
-from compress.layerwise.growing_cache import GrowingLayer
-from compress.runtime.attention import NAME, masks_keys
-from compress.runtime.one_token import takes_rotated
 
 ATTENTION, GATED = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("q_norm", "k_norm")
 """Of each head of queries and of keys, in families that have them."""
 _NORM_FIELDS = ("first_norm", "second_norm", "query_norm", "key_norm")
+_values: Callable[[dict[Any, Any]], Any] = dict.values
 _FIELDS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
@@ -37,61 +34,64 @@ _FIELDS = ("query", "key", "value", "output", "gate", "up", "down")
 class Made:
     """What was made of a block's parts: its arguments, or none where the kernel does not take it."""
 
+    places: tuple[dict[str, Any], ...]
+    """Of modules, parameters and buffers."""
     held: tuple[Any, ...]
-    """Modules and tensors of which it was made."""
-    job: CBlock | None
+    """What they held, of which it was made."""
+    hooks: tuple[dict[int, Any], ...]
+    job: CBlock | None = None
     kept: tuple[Any, ...] = ()
     """What the arguments have addresses of."""
 
+    def holds(self) -> bool:
+        """Whether it is what would be made now. Every block is asked at every token, so this is a few loops in C."""
+        same = all(map(is_, chain.from_iterable(map(_values, self.places)), self.held))
+        return same and sum(map(len, self.places)) == len(self.held) and not any(self.hooks)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Made:
         """A copy of a block has other parts."""
-        return Made((), None)
+        return Made((), (None,), ())
 
 
 def block_of(layer: Any) -> CBlock | None:
     """The arguments of a block whose modules are quick, made once for the same parts; None if a module has to be called."""
-    attention, gated = layer._modules["self_attn"], layer._modules["mlp"]
-    inner = [attention._modules[name] for name in HEAD_NORMS if name in attention._modules]
-    modules = [attention, gated, *(layer._modules[name] for name in NORMS), *inner]
-    linears = [*attention._modules.values(), *gated._modules.values()]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in chain(modules, linears)):
-        return None
     made: Made | None = layer.__dict__.get("quick_made")
-    if made is None or not _same(made.held, _held(modules, linears)):
-        made = layer.__dict__["quick_made"] = _made(tuple(_held(modules, linears)), *modules)
+    if made is None or not made.holds():
+        made = layer.__dict__["quick_made"] = _parts(layer)
+        if any(made.hooks):
+            return None
     return made.job
 
 
-def _same(held: tuple[Any, ...], now: Iterator[Any]) -> bool:
-    return all(map(is_, held, now)) and next(now, now) is now
+def _parts(layer: Any) -> Made:
+    attention, gated = layer._modules["self_attn"], layer._modules["mlp"]
+    inner = [attention._modules[name] for name in HEAD_NORMS if name in attention._modules]
+    norms = [*(layer._modules[name] for name in NORMS), *inner]
+    linears = [*attention._modules.values(), *gated._modules.values()]
+    weights = [linear._modules["packed_weight"] for linear in linears if "packed_weight" in linear._modules]
+    called = [attention, gated, *norms, *linears]
+    hooks = [hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    places = [layer._modules, attention._modules, gated._modules, *(norm._parameters for norm in norms)]
+    places += [place for linear in linears for place in (linear._modules, linear._parameters)]
+    places += [weight._buffers for weight in weights]
+    found = Made((*places,), (*chain.from_iterable(map(_values, places)),), (*hooks,))
+    return found if any(hooks) else _made(found, attention, gated, *norms)
 
 
-def _held(modules: list[Any], linears: list[Any]) -> Iterator[Any]:
-    yield from modules
-    yield from linears
-    for norm in modules[2:]:
-        yield norm._parameters["weight"]
-    for linear in linears:
-        weight = linear._modules.get("packed_weight")
-        if weight is not None:
-            yield from (weight, linear._parameters.get("bias"))
-            yield from weight._buffers.values()
-
-
-def _made(held: tuple[Any, ...], attention: Any, gated: Any, *norms: Any) -> Made:
-    """`norms` are those of the block, and of heads if there are such."""
+def _made(parts: Made, attention: Any, gated: Any, *norms: Any) -> Made:
+    """With its arguments; `norms` are those of the block, and of heads if there are such."""
     linears = [attention._modules.get(name) for name in ATTENTION] + [gated._modules.get(name) for name in GATED]
     scales = [norm._parameters["weight"] for norm in norms]
     dtype, size = scales[0].dtype, attention.head_dim
     if not all(_takes(linear, dtype) for linear in linears) or any(one.dtype != dtype for one in scales):
-        return Made(held, None)
+        return parts
     weights = [linear._modules["packed_weight"].whole()[0] for linear in linears]
     query, key, value, output, gate, up, down = weights
     inputs = {query.columns, key.columns, value.columns, gate.columns, up.columns, output.rows, down.rows}
     fits = inputs == {scales[0].numel()} == {scales[1].numel()} and gate.rows == up.rows == down.columns
     fits = fits and key.rows == value.rows and query.rows == output.columns and all(one.numel() == size for one in scales[2:])
     if not fits or size % LANES or size > MOST or query.rows % size or key.rows % size:
-        return Made(held, None)
+        return parts
     job = CBlock(
         heads=query.rows // size, groups=key.rows // size, size=size, scale=attention.scaling, dtype=DTYPES[dtype],
     )  # fmt: skip
@@ -104,7 +104,7 @@ def _made(held: tuple[Any, ...], attention: Any, gated: Any, *norms: Any) -> Mad
         rounds = linear._modules["packed_weight"].backend == "integers"
         how = ctypes.addressof(rounding(weight)) if rounds else None
         setattr(job, field, CLinear(ctypes.addressof(structure), place, exact_up_to(weight, dtype), how))
-    return Made(held, job, (weights, structures))
+    return replace(parts, job=job, kept=(weights, structures))
 
 
 def _takes(linear: Any, dtype: torch.dtype) -> bool:
@@ -119,42 +119,3 @@ def _takes(linear: Any, dtype: torch.dtype) -> bool:
     state = weight.work.state
     plain = state.lowrank is None and state.columns is None and weight.work.experts is None and "forward" not in vars(weight)
     return plain and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
-
-
-class QuickBlock(nn.Module):
-    """Mixed into x + attention(norm(x)), and to that the gated products of its norm."""
-
-    training: bool
-    quick_cache: str
-
-    def forward(self, *given: Any, **named: Any) -> Any:
-        x: Any = given[0] if len(given) == 1 else named.get("hidden_states")
-        held: Any = named.get(self.quick_cache)
-        angles: Any = named.get("position_embeddings")
-        attention: Any = self._modules["self_attn"]
-        quick = x is not None and len(given) < 2 and held is not None and not self.training and not torch.is_grad_enabled()
-        if quick and attention.config._attn_implementation == NAME and takes_rotated(x, angles, attention.head_dim):
-            found = _run(self, x, angles, held.layers, attention.layer_idx, named.get("attention_mask"))
-            if found is not None:
-                return found
-        return super().forward(*given, **named)
-
-
-def _run(layer: Any, x: torch.Tensor, angles: Any, layers: Any, number: int, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """What a block makes of x [texts, 1, width]; None if a module has to be called."""
-    cache: Any = layers[number] if number < len(layers) else None
-    job = block_of(layer) if type(cache) is GrowingLayer else None
-    if job is None or DTYPES[x.dtype] != job.dtype:
-        return None
-    texts = x.shape[0]
-    like = x.new_empty(texts, job.groups, 1, job.size)
-    if mask is not None and not masks_keys(mask, texts, cache.get_seq_length() + 1):
-        return None
-    _, job.count, keys, values = cache.more(like, like)
-    out = torch.empty_like(x)
-    job.x, job.out, job.cos, job.sin = x.data_ptr(), out.data_ptr(), angles[0].data_ptr(), angles[1].data_ptr()
-    job.keys, job.values, job.batch, job.room = keys.data_ptr(), values.data_ptr(), texts, keys.shape[2]
-    job.angles = 0 if angles[0].shape[0] == 1 else job.size
-    job.mask, job.mask_batch = (None, 0) if mask is None else (mask.data_ptr(), 0 if mask.shape[0] == 1 else mask.stride(0))
-    library().block(job)
-    return out

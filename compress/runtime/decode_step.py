@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import partial, wraps
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from compress.kernels.cpu.library import DTYPES, library
 from compress.kernels.native.modules import PackedLinear
 from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime.attention import NAME, attention, has_kernels
-from compress.runtime.decode_block import ATTENTION, GATED, HEAD_NORMS, NORMS, QuickBlock, block_of
+from compress.runtime.decode_block import ATTENTION, GATED, HEAD_NORMS, NORMS, block_of
+from compress.runtime.decode_chain import QuickBlock, link
 from compress.runtime.one_token import takes, takes_rotated
 
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest difference from a module's own code, as a share of the norm: its own rounding."""
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
+_LEAST = 1 << 18
+"""Numbers of a matrix."""
 _LOG = logging.getLogger("compress")
 
 
@@ -43,6 +47,18 @@ class QuickNorm(nn.Module):
         if not takes(x, weight) or (weight.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)  # type: ignore[no-any-return]
         return library().norm(x, weight, self.quick_epsilon, self.quick_plus_one)
+
+
+class QuickLinear(nn.Module):
+    """Mixed into a product by a large matrix that is not packed, such as a head."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if not takes(x, weight) or learns or not weight.is_contiguous():
+            return super().forward(x)  # type: ignore[no-any-return]
+        return library().dense(weight, x, bias)
 
 
 class QuickGated(nn.Module):
@@ -114,6 +130,11 @@ def quicken(model: Any) -> int:
         # A block after what it has.
         modules = [module for module in list(model.modules())[::-1] if "forward" not in vars(module)]
         taken = [module for module in modules if trial.quickened(module)]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for quick, blocks in groupby(module, lambda block: isinstance(block, QuickBlock)):
+                if quick:
+                    link([*blocks])
     kinds = Counter(type(module).__name__ for module in taken)
     _LOG.info("one call each for a token: %s", ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing")
     return len(taken)
@@ -132,6 +153,8 @@ class _Trial:
             return self._block(module)
         if type(module).__name__.endswith("RMSNorm") and not children and own == {"weight"}:
             return self._norm(module)
+        if type(module) is nn.Linear:
+            return self._linear(module)
         if own or not all(isinstance(module._modules.get(name), PackedLinear) for name in children - {"act_fn", *HEAD_NORMS}):
             return False
         if children == {*GATED, "act_fn"}:
@@ -145,6 +168,14 @@ class _Trial:
             run = partial(self._attended, module, config=module.config, size=module.head_dim)
             return self._becomes(module, QuickAttention, run, self._texts(module, "q_proj"))
         return False
+
+    def _linear(self, module: nn.Linear) -> bool:
+        """Of columns that the kernel takes, and not so small that calling it takes longer."""
+        weight, bias = module.weight, module.bias
+        fits = weight.dtype in DTYPES and not weight.shape[1] % 32 and weight.numel() > _LEAST
+        if not fits or (bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous())):
+            return False
+        return self._becomes(module, QuickLinear, module, self._numbers(weight.shape[1], (1.0,), weight.dtype))
 
     def _norm(self, module: Any) -> bool:
         epsilon = next((value for name in _EPSILONS if isinstance(value := vars(module).get(name), float)), None)
@@ -165,6 +196,7 @@ class _Trial:
         if not quick or block_of(module) is None:
             return False
         vars(module)["quick_cache"] = self.cache_name
+        link([module])
         run = partial(self._attended, module, config=parts[0].config, size=parts[0].head_dim)
         return self._becomes(module, QuickBlock, run, self._texts(parts[0], "q_proj"))
 

@@ -1,4 +1,4 @@
-// Block: norms, products, rotation, cache, attention and gated products of a decoder block, in one call.
+// Block: norms, products, rotation, cache, attention and gated products of decoder blocks that follow each other, in one call.
 //
 // Every part is the kernel that a module would call, and is rounded as there, so that a block has the same bits.
 #include <stdlib.h>
@@ -8,6 +8,7 @@
 #include "arrange.h"
 #include "attention.h"
 #include "steps.h"
+#include "team.h"
 
 EXPORT int NAME(product, ISA)(const Weight*, const Work*);
 EXPORT int NAME(integers, ISA)(const Weight*, const Work*, const Rounding*);
@@ -50,11 +51,8 @@ void added(const Block& job, const void* x, const void* more, void* out) {
   added<F16>(x, more, count, out);
 }
 
-}  // namespace
-
-// Computes, and puts keys and values into the last place of the cache. Returns 0, or 1 if there is no memory.
-EXPORT int NAME(block, ISA)(const Block* given) {
-  const Block& job = *given;
+// Puts keys and values into the last place of the cache. Returns 0, or 1 if there is no memory.
+int computed(const Block& job) {
   const int64_t bytes = job.dtype == F32 ? 4 : 2, width = job.query.weight->columns, inner = job.gate.weight->rows;
   const int64_t queries = job.heads * job.size, keys = job.groups * job.size, row = job.size * bytes;
   const int64_t sizes[] = {width, queries, keys, keys, queries, width, inner, inner, inner};
@@ -94,4 +92,30 @@ EXPORT int NAME(block, ISA)(const Block* given) {
   added(job, job.out, result, job.out);
   free(room);
   return failed;
+}
+
+struct Walk {
+  Block* blocks;
+  int64_t count;
+  int failed;
+};
+
+void walk(void* given) {
+  Walk& all = *(Walk*)given;
+  for (int64_t i = 0; i < all.count && !all.failed; i++) all.failed = computed(all.blocks[i]);
+}
+
+}  // namespace
+
+// Computes one after another, each with the dtype and threads of the first. Returns 0, or 1 if there is no memory.
+EXPORT int NAME(blocks, ISA)(Block* blocks, int64_t count) {
+  Walk all{blocks, count, 0};
+  const Parallel parallel = blocks->parallel;
+  if (!parallel || blocks->threads < 2) {
+    walk(&all);
+    return all.failed;
+  }
+  for (int64_t i = 0; i < count; i++) blocks[i].parallel = together;
+  as_team(parallel, blocks->threads, walk, &all);
+  return all.failed;
 }

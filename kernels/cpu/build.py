@@ -34,7 +34,7 @@ OPTIONS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )  # fmt: skip
-UNITS = ("product", "integers", "expand", "attention", "steps", "block")
+UNITS = ("product", "integers", "expand", "attention", "steps", "block", "dense")
 """Sources that are compiled once for each instruction set."""
 GLIBC = (2, 28)
 """The newest version of glibc of which the shipped library may need a symbol."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,8 @@ LANES, MOST = 16, 1024
 """Sizes of heads that `attend` takes: multiples of the first up to the second."""
 _ALONE = 160_000
 """Products of a weight and an activation that a second thread must have, or waiting for it costs more."""
+_ALONE_IN_TEAM = 20_000
+"""The same where threads spin between products."""
 _LOG = logging.getLogger("compress")
 
 
@@ -54,6 +56,12 @@ class CWork(ctypes.Structure):
         ("parallel", c_void_p),
         ("rounded", c_int32),
     )
+
+
+class CDense(ctypes.Structure):
+    """`Dense` of dense.h."""
+
+    _fields_ = (("weight", c_void_p), ("rows", c_int64), ("columns", c_int64), ("work", CWork))
 
 
 class CRounding(ctypes.Structure):
@@ -152,13 +160,13 @@ class Library:
             self._expand: Any = getattr(held, f"expand_{self.isa}")
             self._integer_rows: Any = getattr(held, f"integer_rows_{self.isa}")
             self._attend: Callable[..., int] = getattr(held, f"attend_{self.isa}")
-            self._block: Callable[..., int] = getattr(held, f"block_{self.isa}")
-            self._norm, self._rotary, self._mix, self._gate = (
-                getattr(held, f"{name}_{self.isa}") for name in ("norm", "rotary", "mix", "gate")
+            self._blocks: Callable[..., int] = getattr(held, f"blocks_{self.isa}")
+            self._norm, self._rotary, self._mix, self._gate, self._dense = (
+                getattr(held, f"{name}_{self.isa}") for name in ("norm", "rotary", "mix", "gate", "dense")
             )
         except (OSError, AttributeError) as error:
             raise MachineError(str(path), "a library of kernels", str(error), "install compress again") from None
-        for function in (self._expand, self._integer_rows, self._norm, self._rotary, self._mix, self._gate):
+        for function in (self._expand, self._integer_rows, self._norm, self._rotary, self._mix, self._gate, self._dense):
             function.restype = None
         self.parallel = _parallel()
 
@@ -168,23 +176,33 @@ class Library:
 
         `rounded` tells that values may be rounded to x's dtype first, as `expand` rounds them.
         """
-        if self._product(ctypes.byref(weight), ctypes.byref(self._asked(weight, x, bias, out, offsets, rounded))):
+        if self._product(
+            ctypes.byref(weight), ctypes.byref(self._asked(weight.rows * weight.columns, x, bias, out, offsets, rounded))
+        ):
             raise MemoryError(f"activations of {x.shape[0]} tokens")
 
     def integers(self, weight: CWeight, rounding: CRounding, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
                  offsets: torch.Tensor | None = None) -> None:  # fmt: skip
         """The same by whole numbers, once activations are rounded to such; codes in the order of integers.cpp."""
-        asked = self._asked(weight, x, bias, out, offsets)
+        asked = self._asked(weight.rows * weight.columns, x, bias, out, offsets)
         if self._integers(ctypes.byref(weight), ctypes.byref(asked), ctypes.byref(rounding)):
             raise MemoryError(f"activations of {x.shape[0]} tokens")
 
-    def _asked(self, weight: CWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
-               offsets: torch.Tensor | None, rounded: bool = False) -> CWork:  # fmt: skip
+    def dense(self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., columns] of a few tokens by plain numbers [rows, columns], all neighbours; columns are a multiple of 32."""
+        rows, columns = weight.shape
+        out = x.new_empty(*x.shape[:-1], rows)
+        asked = self._asked(weight.numel(), x.view(-1, columns), bias, out)
+        self._dense(ctypes.byref(CDense(weight.data_ptr(), rows, columns, asked)))
+        return out
+
+    def _asked(self, numbers: int, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+               offsets: torch.Tensor | None = None, rounded: bool = False) -> CWork:  # fmt: skip
         tokens, experts = x.shape[0], 1 if offsets is None else len(offsets) - 1
         return CWork(
             x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
             None if offsets is None else offsets.data_ptr(), tokens, x.stride(0), experts, DTYPES[x.dtype],
-            min(torch.get_num_threads(), 1 + weight.rows * weight.columns * tokens // _ALONE), self.parallel, rounded,
+            min(torch.get_num_threads(), 1 + numbers * tokens // _ALONE), self.parallel, rounded,
         )  # fmt: skip
 
     def expand(self, weight: CWeight, rows: slice | torch.Tensor, out: torch.Tensor, integers: bool = False) -> None:
@@ -249,11 +267,13 @@ class Library:
         self._gate(ctypes.byref(CGate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), DTYPES[gate.dtype])))
         return out
 
-    def block(self, job: CBlock) -> None:
-        """A decoder block of one token of each text; `alone`, `threads` and `parallel` are set here."""
-        job.alone, job.threads, job.parallel = _ALONE, torch.get_num_threads(), self.parallel
-        if self._block(ctypes.byref(job)):
-            raise MemoryError(f"a block of {job.batch} tokens")
+    def blocks(self, jobs: Sequence[CBlock]) -> None:
+        """Decoder blocks of one token of each text, one after another; `alone`, `threads` and `parallel` are set here."""
+        threads = torch.get_num_threads()
+        for job in jobs:
+            job.alone, job.threads, job.parallel = _ALONE_IN_TEAM, threads, self.parallel
+        if self._blocks((CBlock * len(jobs))(*jobs), c_int64(len(jobs))):
+            raise MemoryError(f"a block of {jobs[0].batch} tokens")
 
     def __str__(self) -> str:
         threads = f"{torch.get_num_threads()} threads of torch's OpenMP" if self.parallel else "one thread: torch has no OpenMP"

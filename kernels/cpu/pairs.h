@@ -16,7 +16,7 @@ struct Looked {
   explicit Looked(const Weight& w) {
     uint16_t values[64];
     for (int i = 0; i < 64; i++) {
-      const int code = D::BITS == 2 && i >= 32 ? i / 4 & 3 : i & ((1 << D::BITS) - 1);
+      const int code = (D::BITS <= 3 && i >= 32 ? i / 4 : i) & ((1 << D::BITS) - 1);
       values[i] = bits_of(D::BITS <= 4 ? w.table[code] : code - w.middle) >> 16;
     }
     table = _mm512_loadu_si512(values), above = _mm512_loadu_si512(values + 32);
@@ -26,10 +26,16 @@ struct Looked {
   __m512i value(__m512i low, __m512i high, int p) const {
     // A lookup takes five bits, in which two planes of 2 bits are, and `above` passes over the first.
     if constexpr (D::BITS == 2) return _mm512_permutexvar_epi16(_mm512_srli_epi16(low, p / 2 * 4), p % 2 ? above : table);
+    if constexpr (D::BITS == 3) {
+      // Every second plane has its upper bit where the next one has its lower ones: one word for the even planes, one for the odd.
+      __m512i lower = _mm512_srli_epi16(low, p / 4 * 8), upper = _mm512_srli_epi16(high, p / 4);
+      __m512i every = _mm512_ternarylogic_epi32(_mm512_set1_epi16(p % 2 ? 0xcc : 0x33), lower, upper, 0xca);
+      return _mm512_permutexvar_epi16(_mm512_srli_epi16(every, p % 4 / 2 * 4), p % 2 ? above : table);
+    }
     __m512i code = _mm512_srli_epi16(low, D::LOW * p);
     if constexpr (D::PAIRS) {
       // Where the upper bits lie, less where they belong; a lookup passes over what is above them.
-      const int off = D::BITS == 3 ? 2 * (p % 4) + p / 4 : D::MORE * p - 4;
+      const int off = D::MORE * p - 4;
       __m512i upper = off < 0 ? _mm512_slli_epi16(high, off < 0 ? -off : 0) : _mm512_srli_epi16(high, off < 0 ? 0 : off);
       code = _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << D::LOW) - 1), code, upper, 0xca);  // the first chooses
     }

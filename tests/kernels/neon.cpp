@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "dense.h"
 #include "steps.h"
 #include "weight.h"
 
@@ -26,6 +27,8 @@ extern "C" void gate_neon(const Gate*);
 extern "C" void gate_plain(const Gate*);
 extern "C" int attend_neon(const Attention*);
 extern "C" int attend_plain(const Attention*);
+extern "C" void dense_neon(const Dense*);
+extern "C" void dense_plain(const Dense*);
 
 static uint32_t state = 1;
 static uint32_t bits() { return state = state * 1664525u + 1013904223u; }
@@ -114,6 +117,20 @@ int main() {
     for (int i = 0; i < 3 * 37; i++)
       if (!(fabs(one[i] - two[i]) <= 2e-6 && fabs(three[i] - four[i]) <= 2e-6)) {
         failed++, printf("steps, plus one %d: %d\n", plus_one, i);
+        break;
+      }
+  }
+  for (int tokens : {1, 2, 7}) {
+    float x[7 * 96], weight[37 * 96], bias[37], one[7 * 37], two[7 * 37];
+    for (float& v : x) v = uniform();
+    for (float& v : weight) v = uniform();
+    for (float& v : bias) v = uniform();
+    dense_neon(new Dense{weight, 37, 96, Work{x, bias, one, nullptr, tokens, 96, 1, F32, 1, nullptr, 0}});
+    dense_plain(new Dense{weight, 37, 96, Work{x, bias, two, nullptr, tokens, 96, 1, F32, 1, nullptr, 0}});
+    compared++;
+    for (int i = 0; i < tokens * 37; i++)
+      if (!(fabs(one[i] - two[i]) <= 2e-5)) {
+        failed++, printf("dense, %d tokens: %d\n", tokens, i);
         break;
       }
   }

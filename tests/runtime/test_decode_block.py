@@ -15,7 +15,8 @@ import compress
 from block_oracle import block_differences
 from compress.kernels.cpu.library import Library, library
 from compress.layerwise.growing_cache import GrowingCache, argument
-from compress.runtime.decode_block import QuickBlock, block_of
+from compress.runtime.decode_block import block_of
+from compress.runtime.decode_chain import QuickBlock
 from compress.runtime.decode_step import quicken
 from decoding import packed, said
 from families import build as build_family
@@ -73,10 +74,10 @@ def test_a_block_rounds_activations_where_that_was_asked_for(tmp_path: Path) -> 
 
 
 def test_blocks_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls, own = compress.load(packed("llama", tmp_path), "bfloat16"), list[int](), Library.block
-    monkeypatch.setattr(Library, "block", lambda self, job: (calls.append(job.count), own(self, job))[1])
+    model, calls, own = compress.load(packed("llama", tmp_path), "bfloat16"), list[list[int]](), Library.blocks
+    monkeypatch.setattr(Library, "blocks", lambda self, jobs: (calls.append([job.count for job in jobs]), own(self, jobs))[1])
     said(model, 2)
-    assert calls == [10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15]
+    assert calls == [[count] * 2 for count in range(10, 16)]
 
 
 def test_a_block_follows_its_parts(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_block_follows_its_parts(tmp_path: Path) -> None:
 
 def test_other_caches_and_gradients_go_by_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = compress.load(packed("llama", tmp_path), "bfloat16")
-    monkeypatch.setattr(Library, "block", lambda *given: pytest.fail("a block was called"))
+    monkeypatch.setattr(Library, "blocks", lambda *given: pytest.fail("a block was called"))
     assert torch.equal(said(model, 1, kind=DynamicCache), said(by_modules(model), 1, kind=DynamicCache))
     held = GrowingCache(model.config)
     for ids in (torch.ones(1, 5, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)):
@@ -125,13 +126,13 @@ def test_a_block_with_rotated_inputs_or_factors_calls_its_modules(tmp_path: Path
 
 
 def test_a_kernel_that_is_wrong_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, own = by_modules(compress.load(packed("llama", tmp_path), "float32")), Library.block
+    model, own = by_modules(compress.load(packed("llama", tmp_path), "float32")), Library.blocks
 
-    def wrong(self: Library, job: Any) -> None:
-        job.first_epsilon += 1
-        own(self, job)
+    def wrong(self: Library, jobs: Any) -> None:
+        jobs[0].first_norm.epsilon += 1
+        own(self, jobs)
 
-    monkeypatch.setattr(Library, "block", wrong)
+    monkeypatch.setattr(Library, "blocks", wrong)
     quicken(model)
     assert not blocks(model)
 
