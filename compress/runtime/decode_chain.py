@@ -1,9 +1,9 @@
 """Decode chain: decoder blocks that run when the first of them is called.
 
-That is for a token of each text. Between two blocks a forward of transformers does nothing but hand over numbers, in a dozen calls
-of Python that take as long as a small block. So the first block computes the others, too, and each gives out its own numbers when
-it is called with what the one before it gave. New keys and values lie in room that a cache has to spare, and count once their
-block is called. A block that is called with anything else, or was changed, is computed for itself.
+That is for a token of each text. Between two blocks a forward of transformers does nothing but hand over numbers, in a dozen
+calls of Python that take as long as a small block. So the first block computes the others, too, and each gives out its own
+numbers when it is called with what the one before it gave. New keys and values lie in room that a cache has to spare, and
+count once their block is called. A block that is called with anything else, or was changed, is computed for itself.
 """
 
 from __future__ import annotations
