@@ -21,6 +21,7 @@ from compress.runtime.attention import attend_by_kernel
 from compress.runtime.decode_step import quicken
 from compress.runtime.fill import PackedWeights
 from compress.runtime.generation_cache import grow_caches
+from compress.runtime.large_pages import into_large_pages
 
 _PACKED = re.compile(r"\.packed_weights?\.")
 
@@ -76,6 +77,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         self.filling.fill()
+        into_large_pages(model)
         attend_by_kernel(model)
         quicken(model)
         grow_caches(model)
