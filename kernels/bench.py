@@ -2,8 +2,8 @@
 
 A case is a weight and a number of tokens; every round runs all products of the weight in turn. Before anything is timed, each
 product is checked against an fp32 product by the dequantized weight, and a wrong one is not timed. A product cycles through
-several equal weights, more than any cache holds, like the layers of a model. On a GPU a round replays a CUDA graph. Bytes are
-those of the weight in memory; bandwidth is these bytes divided by the time.
+several equal weights, more than any cache holds, like the layers of a model, on a CPU in large pages as a model has them. On a
+GPU a round replays a CUDA graph. Bytes are those of the weight in memory; bandwidth is these bytes divided by the time.
 
 A weight is made of some rows of random numbers, which are rounded and then repeated.
 """
@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import linear
 
 from compress.errors import CompressError, UsageError
+from compress.kernels.cpu.large_pages import LargePages, size_of
 from compress.kernels.dispatch import BACKENDS, Backend, Work, ask
 from compress.kernels.native.layout import Native
 from compress.kernels.native.narrow import whole
@@ -183,7 +184,9 @@ def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype,
 
     packed = replace(few, rows=rows, parts={name: repeated(name, part) for name, part in few.parts.items()})
     dense = meant.to(dtype).repeat(times, 1)
-    found = [_product(DENSE, dense.nbytes, lambda: partial(_dense, dense.clone()), exact, False)]
+    found = [
+        _product(DENSE, dense.nbytes, lambda n: [partial(_dense, own["w"]) for own in _copies({"w": dense}, n)], exact, False)
+    ]
     for name in BACKENDS if backend is None else (backend,):
         work = Work(state, rows, columns, dtype, packed.parts.get("scale", packed.parts["tiles"]).dtype, device)
         taken, refused = ask(work, name)
@@ -197,7 +200,7 @@ def made(rows: int, columns: int, state: State, device: str, dtype: torch.dtype,
         own, rounds = exact, taken.rounds_inputs
         if rounds and scheme is not None and scheme.inputs:
             own, rounds = partial(_of_rounded, exact, scheme), False
-        found.append(_product(name, size, partial(_copied, taken, held), own, True, rounds))
+        found.append(_product(name, size, partial(_runs, taken, held), own, True, rounds))
     if backend is None:
         found += [_other(what, make, exact) for what, make in others(packed, dtype)]
     return found
@@ -223,15 +226,17 @@ def random_weight(state: State, rows: int, columns: int, dtype: torch.dtype, exp
     return Packed(state, rows, columns, parts if state.scheme is None else whole(parts, state.scheme, columns))
 
 
-def _product(what: str, weight_bytes: int, copy: Callable[[], Call], exact: Call, ours: bool, rounds: bool = False) -> Product:
-    return Product(what, weight_bytes, [copy() for _ in range(-(-WEIGHT_BYTES // weight_bytes))], exact, ours, rounds)
+def _product(
+    what: str, weight_bytes: int, copies: Callable[[int], list[Call]], exact: Call, ours: bool, rounds: bool = False
+) -> Product:
+    return Product(what, weight_bytes, copies(-(-WEIGHT_BYTES // weight_bytes)), exact, ours, rounds)
 
 
 def _other(what: str, make: Callable[[], Other], exact: Call) -> Product:
     """A third-party product; if it cannot be made, one that raises the error, which its row then reports."""
     try:
         other = make()
-        return _product(what, other.weight_bytes, other.copy, other.exact or exact, False)
+        return _product(what, other.weight_bytes, lambda n: [other.copy() for _ in range(n)], other.exact or exact, False)
     except Exception as error:
         return Product(what, 0, [partial(_raise, error)], exact, False)
 
@@ -248,9 +253,19 @@ def _dense(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return linear(x, w)
 
 
-def _copied(backend: Backend, packed: Packed) -> Call:
-    own = replace(packed, parts={name: part.clone() for name, part in packed.parts.items()})
-    return lambda x: backend.linear(x, own, None, False)
+def _runs(backend: Backend, packed: Packed, count: int) -> list[Call]:
+    def run(x: torch.Tensor, own: Packed) -> torch.Tensor:
+        return backend.linear(x, own, None, False)
+
+    return [partial(run, own=replace(packed, parts=parts)) for parts in _copies(packed.parts, count)]
+
+
+def _copies(parts: Mapping[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
+    """Copies of all parts; on a CPU where the weights of a model that is loaded lie."""
+    on_cpu = all(part.device.type == "cpu" for part in parts.values())
+    pages = LargePages.of(count * sum(map(size_of, parts.values()))) if on_cpu else None
+    copied = torch.clone if pages is None else pages.copied
+    return [{name: copied(part) if part.numel() else part.clone() for name, part in parts.items()} for _ in range(count)]
 
 
 def measured(case: Case, products: Sequence[Product], x: torch.Tensor) -> list[Row]:

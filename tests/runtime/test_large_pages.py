@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import compress
+from compress.kernels.cpu import large_pages
 from compress.kernels.native.modules import PackedWeight
-from compress.runtime import large_pages
+from compress.runtime.large_pages import into_large_pages
 from decoding import packed, said
 
 
@@ -58,5 +59,5 @@ def test_systems_without_large_pages_keep_the_small_ones(tmp_path: Path, monkeyp
     monkeypatch.setattr(large_pages, "PAGE", 4096)
     for system in (SimpleNamespace(), SimpleNamespace(**{**vars(mmap), "mmap": Refusing})):
         monkeypatch.setattr(large_pages, "mmap", system)
-        assert large_pages.into_large_pages(model) == 0
+        assert into_large_pages(model) == 0
     assert [part.data_ptr() for part in weights(model)] == before
