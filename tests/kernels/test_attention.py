@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,18 @@ def test_numbers_that_are_none_stay_so(isa: str) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The keys of each call of the kernel, by itself or in a block."""
     found: list[int] = []
-    plain, whole = Library.attend, Library.block
+    plain, whole = Library.attend, Library.blocks
 
     def attend(self: Library, query: torch.Tensor, key: torch.Tensor, *more: Any) -> torch.Tensor:
         found.append(key.shape[2])
         return plain(self, query, key, *more)
 
-    def block(self: Library, job: CBlock) -> None:
-        found.append(job.count)
-        whole(self, job)
+    def blocks(self: Library, jobs: Sequence[CBlock]) -> None:
+        found.extend(job.count for job in jobs)
+        whole(self, jobs)
 
     monkeypatch.setattr(Library, "attend", attend)
-    monkeypatch.setattr(Library, "block", block)
+    monkeypatch.setattr(Library, "blocks", blocks)
     return found
 
 
