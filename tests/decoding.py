@@ -1,13 +1,15 @@
-"""What tests of decoding share: a packed model of a family, and what a model says token by token."""
+"""What tests of decoding share: a packed model, one without whole blocks, and what a model says token by token."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.layerwise.growing_cache import GrowingCache, argument
+from compress.runtime.decode_chain import QuickBlock
 from families import build
 from support import run
 
@@ -15,6 +17,15 @@ from support import run
 def packed(name: str, tmp_path: Path, scheme: str = "w4a16g32") -> Path:
     run(build(name, tmp_path), tmp_path / "out", f"quantize.rtn(scheme={scheme}, ragged=channel) | pack(format=native)")
     return tmp_path / "out"
+
+
+def by_modules(model: Any) -> Any:
+    """A copy whose blocks call their modules."""
+    found = copy.deepcopy(model)
+    for block in found.modules():
+        if isinstance(block, QuickBlock):
+            block.__class__ = type(block).__mro__[2]
+    return found
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from compress.layerwise.growing_cache import GrowingCache, argument
 from compress.runtime.decode_block import block_of
 from compress.runtime.decode_chain import QuickBlock
 from compress.runtime.decode_step import quicken
-from decoding import packed, said
+from decoding import by_modules, packed, said
 from families import build as build_family
 from simd_oracle import USABLE
 from support import SHARED, run
@@ -36,14 +35,6 @@ def test_a_block_is_its_steps_one_after_another(isa: str) -> None:
 
 def blocks(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, QuickBlock)]
-
-
-def by_modules(model: Any) -> Any:
-    """A copy whose blocks call their modules."""
-    found = copy.deepcopy(model)
-    for block in blocks(found):
-        block.__class__ = type(block).__mro__[2]
-    return found
 
 
 @pytest.mark.parametrize(("name", "taken"), [

@@ -14,8 +14,7 @@ import torch
 import compress
 from compress.kernels.cpu.library import Library
 from compress.layerwise.growing_cache import GrowingCache, argument
-from compress.runtime.decode_chain import QuickBlock
-from decoding import packed, said
+from decoding import by_modules, packed, said
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +33,6 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls, own = list[int](), Library.blocks
     monkeypatch.setattr(Library, "blocks", lambda self, jobs: (calls.append(len(jobs)), own(self, jobs))[1])
     return calls
-
-
-def by_modules(model: Any) -> Any:
-    """A copy whose blocks call their modules."""
-    found = copy.deepcopy(model)
-    for block in found.modules():
-        if isinstance(block, QuickBlock):
-            block.__class__ = type(block).__mro__[2]
-    return found
 
 
 CHANGES: list[Callable[..., Any]] = [
