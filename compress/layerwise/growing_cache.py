@@ -33,7 +33,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *more, **options)
             return found
         texts, groups, tokens, size = key_states.shape
-        had, until = self.get_seq_length(), self.get_seq_length() + tokens
+        had = self.get_seq_length()
+        until = had + tokens
         key_room, value_room = self.room(texts, groups, size, until, key_states, value_states.shape[-1])
         key_room[..., had:until, :], value_room[..., had:until, :] = key_states, value_states
         self.reach(until)

@@ -8,7 +8,6 @@ than the products. Adapters, hooks, and weights that were moved or replaced go b
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import is_
@@ -26,7 +25,6 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("q_norm", "k_norm")
 """Of each head of queries and of keys, in families that have them."""
 _NORM_FIELDS = ("first_norm", "second_norm", "query_norm", "key_norm")
-_values: Callable[[dict[Any, Any]], Any] = dict.values
 _FIELDS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
@@ -45,11 +43,11 @@ class Made:
 
     def holds(self) -> bool:
         """Whether it is what would be made now. Every block is asked at every token, so this is a few loops in C."""
-        same = all(map(is_, chain.from_iterable(map(_values, self.places)), self.held))
+        same = all(map(is_, chain.from_iterable(map(dict.values, self.places)), self.held))
         return same and sum(map(len, self.places)) == len(self.held) and not any(self.hooks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Made:
-        """A copy of a block has other parts."""
+        """One that holds for no parts, for a copy of a block has others."""
         return Made((), (None,), ())
 
 
@@ -74,7 +72,7 @@ def _parts(layer: Any) -> Made:
     places = [layer._modules, attention._modules, gated._modules, *(norm._parameters for norm in norms)]
     places += [place for linear in linears for place in (linear._modules, linear._parameters)]
     places += [weight._buffers for weight in weights]
-    found = Made((*places,), (*chain.from_iterable(map(_values, places)),), (*hooks,))
+    found = Made((*places,), (*chain.from_iterable(map(dict.values, places)),), (*hooks,))
     return found if any(hooks) else _made(found, attention, gated, *norms)
 
 

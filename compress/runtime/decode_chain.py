@@ -129,7 +129,7 @@ class QuickBlock(nn.Module):
             chain, place, layers = self.quick_chain, self.quick_place, held.layers
             ahead = chain.ahead
             if ahead is not None and ahead.given_to(place, x, (layers, angles, mask)):
-                if place + 1 == len(chain.blocks):
+                if place + 1 == ahead.first + len(ahead.lengths):
                     chain.ahead = None
                 return ahead.taken(place)
             attention: Any = self._modules["self_attn"]

@@ -30,7 +30,7 @@ ALIKE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest difference from a module's own code, as a share of the norm: its own rounding."""
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _LEAST = 1 << 18
-"""Numbers of a matrix."""
+"""Numbers that a matrix has at most whose product is left to torch, because calling a kernel takes longer."""
 _LOG = logging.getLogger("compress")
 
 

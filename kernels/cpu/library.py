@@ -176,9 +176,8 @@ class Library:
 
         `rounded` tells that values may be rounded to x's dtype first, as `expand` rounds them.
         """
-        if self._product(
-            ctypes.byref(weight), ctypes.byref(self._asked(weight.rows * weight.columns, x, bias, out, offsets, rounded))
-        ):
+        asked = self._asked(weight.rows * weight.columns, x, bias, out, offsets, rounded)
+        if self._product(ctypes.byref(weight), ctypes.byref(asked)):
             raise MemoryError(f"activations of {x.shape[0]} tokens")
 
     def integers(self, weight: CWeight, rounding: CRounding, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/cpu_kernels.py [--json recipes/cpu-kernels.json] [--page recipes/cpu-kernels.md]
 
-All of them in one run. Each row is timed by a fresh process of `compress bench --kernels` for each backend, with the dense product in the same rounds, from
-memory that no cache holds. Ten minutes on 2 cores.
+A fresh process of `compress bench --kernels` for each backend times them one after another, with the dense product in the same
+rounds, from memory that no cache holds. Two minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BACKENDS = {
     "integers": ("w4a8g64", "w8a8"),
     "int4pack": ("w4a16g64",),
 }
-WIDEST = "w4a16g64"
+COMPARED = "w4a16g64"
 """What times of one token are compared with."""
 
 
@@ -73,27 +73,22 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     yield from (
         "# Products on CPUs, shape by shape", "",
         "bf16 activations by packed weights, from memory that no cache holds: the time of one token, the weight's bytes by it, the time",
-        f"by that of {WIDEST}, and for some numbers of tokens the speed by that of torch's dense product in the same round. Written by",
+        f"by that of {COMPARED}, and for some numbers of tokens the speed by that of torch's dense product in the same round. Written by",
         "`tests/benchmarks/cpu_kernels.py`; cpu-kernels.json has every round and every command.", "",
         "```sh", "python tests/benchmarks/cpu_kernels.py --json recipes/cpu-kernels.json --page recipes/cpu-kernels.md", "```",
     )  # fmt: skip
     for shape, where in SHAPES.items():
         yield from ("", f"## {shape.replace('x', ' x ')}: {where}", "")
-        head = [
-            "",
-            "1 token",
-            "of the weight",
-            f"of {WIDEST}",
-            *(f"{tokens} tokens" if tokens > 1 else "1 token" for tokens in TOKENS),
-        ]
+        speeds = (f"{tokens} tokens" if tokens > 1 else "1 token" for tokens in TOKENS)
+        head = ["", "1 token", "of the weight", f"of {COMPARED}", *speeds]
         yield "| " + " | ".join(head) + " |"
         yield "| " + " | ".join(["---", *["---:"] * (len(head) - 1)]) + " |"
-        widest = _best(first, shape, f"codes({WIDEST})", 1, "simd")
+        compared = _best(first, shape, f"codes({COMPARED})", 1, "simd")
         for run in found["runs"]:
             for scheme in BACKENDS[run["backend"]]:
                 state = scheme if "(" in scheme else f"codes({scheme})"
                 name = scheme.replace("codes(w4a16g64)+masked(2:4)", "2:4, w4a16g64")
-                row = _row(run, shape, state, widest)
+                row = _row(run, shape, state, compared)
                 yield "| " + " | ".join([name + " by torch's int4" * (run["backend"] == "int4pack"), *row]) + " |"
     yield ""
     copies = ", ".join(f"{run['peak_bandwidth'] / 1e9:.0f}" for run in found["runs"])
@@ -102,10 +97,10 @@ def page(found: dict[str, Any]) -> Iterator[str]:
         yield "Other processes were at work."
 
 
-def _row(run: dict[str, Any], shape: str, state: str, widest: float) -> Iterator[str]:
+def _row(run: dict[str, Any], shape: str, state: str, compared: float) -> Iterator[str]:
     ours = _best(run, shape, state, 1, run["backend"])
     size = next(row["weight_bytes"] for row in run["rows"] if row["state"] == state and _is(row, shape, 1, run["backend"]))
-    yield from (f"{ours * 1e6:.0f} us", f"{size / ours / 1e9:.1f} GB/s", f"{ours / widest:.2f}")
+    yield from (f"{ours * 1e6:.0f} us", f"{size / ours / 1e9:.1f} GB/s", f"{ours / compared:.2f}")
     for tokens in TOKENS:
         yield f"{_best(run, shape, state, tokens, 'dense') / _best(run, shape, state, tokens, run['backend']):.2f}x"
 
