@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int TOGETHER = 16;  // tokens for which rows stay in a cache
+constexpr int TOGETHER = 16;      // tokens for which rows stay in a cache
+constexpr int LATER = 16 << 10;  // bytes beyond the next rows that the second cache is asked for
 
 struct Run {
   const Dense& job;
@@ -41,7 +42,9 @@ void add(const char* rows, int64_t bytes, int64_t ahead, const char* x, int64_t 
     typename S::V w[ROWS];
     for (int r = 0; r < ROWS; r++) {
       w[r] = S::read(rows + r * bytes, k);
-      __builtin_prefetch(rows + ahead + (ROWS * k / S::COUNT + r) * S::BYTES);
+      const char* next = rows + ahead + (ROWS * k / S::COUNT + r) * S::BYTES;
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + LATER, 0, 2);
     }
     for (int m = 0; m < TOKENS; m++) {
       const auto v = S::read(x + m * stride, k);

@@ -42,18 +42,18 @@ void put_block(F even, F odd, char* out, int64_t at, int64_t count) {
   if (to == room) memcpy(out + at * size, room, size * count);
 }
 
-// A row of a chunk. With BOTH a block of 2 W columns has two groups.
+// Row r of a tile in a chunk. With BOTH a block of 2 W columns has two groups.
 template <class D, int DTYPE, bool BOTH>
-void put_row(const Weight& w, const uint16_t* words, const Context& with, int64_t c, const float* scale, const float* shift, char* out) {
+void put_row(const Weight& w, const uint16_t* words, const Context& with, int64_t c, int r, const float* scale, const float* shift, char* out) {
   F values[D::COLUMNS / W];
   decode_row<D>(words, with, values);
   for (int v = 0; v < D::COLUMNS / W; v += 2) {
     const int64_t column = c * D::COLUMNS + v * W, g = column >> w.shift;
     if (column >= w.columns) return;
-    F s = BOTH ? halves(scale[g * 16], scale[g * 16 + 16]) : splat(scale[g * 16]);
+    F s = BOTH ? halves(scale + g * 16, r) : splat(scale[g * 16 + r]);
     F even = values[v], odd = values[v + 1];
     if (shift) {
-      F add = BOTH ? halves(shift[g * 16], shift[g * 16 + 16]) : splat(shift[g * 16]);
+      F add = BOTH ? halves(shift + g * 16, r) : splat(shift[g * 16 + r]);
       even = w.minimum ? (even + with.middle) * s + add : (even + add) * s;
       odd = w.minimum ? (odd + with.middle) * s + add : (odd + add) * s;
     } else {
@@ -80,7 +80,7 @@ void put_rows(Rows& rows) {
     for (int64_t c = 0; c < w.chunks; c++)
       for (int64_t r = 0; r < count; r++) {
         const uint16_t* at = w.tiles + ((tile * w.chunks + c) * 16 + lane + r) * D::WORDS;
-        put_row<D, DTYPE, BOTH>(w, at, with, c, scale + lane + r, shift ? shift + lane + r : nullptr, (char*)rows.out + (from + r) * bytes);
+        put_row<D, DTYPE, BOTH>(w, at, with, c, (int)(lane + r), scale, shift, (char*)rows.out + (from + r) * bytes);
       }
   }
   free(scale);

@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr int JOINED = 3;  // tokens from which it pays to join halves of integers decoded as fp32
 constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not panels
 constexpr int FEWER = 8;   // the same of what panels have at half the size, once it is rounded
 constexpr int TURN = 16;   // tokens that a thread arranges in its turn
@@ -25,7 +24,7 @@ struct Run {
   Job job;
   int64_t columns, parts;  // of a part of an arranged token, and how many
   bool few, pairs;
-  bool undivided;  // whether sums are divided, and not scales
+  bool divided;  // whether scales are divided, and not sums, of which there are fewer
   AddRows rows;
   AddPanels panels;
   int64_t next;  // the tokens, then the tiles that are next in turn
@@ -81,7 +80,7 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, f
   float* shift = scale + TILES * grid;
   const float divisor = divisor_of(w, expert);
   for (int i = 0; i < tiles; i++) {
-    scales_of(w, at + i, run.undivided ? 1 : divisor, scale + i * grid);
+    scales_of(w, at + i, run.divided ? divisor : 1, scale + i * grid);
     if (job.totals) shifts_of(w, at + i, scale + i * grid, shift + i * grid);
   }
   const uint16_t* codes = w.tiles + at * job.words;
@@ -95,14 +94,14 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, f
       for (int m = 0; m < count; m++) {
         alignas(64) float out[16];
         sums(room + m * 16, out);
-        finish(job, run.undivided ? divisor : 1, shift, t, first + m, out);
+        finish(job, run.divided ? 1 : divisor, shift, t, first + m, out);
       }
     } else {
       memset((void*)room, 0, sizeof(F) * NV * count);
       run.panels(job, codes, tiles, scale, grid, first, count, room);
       for (int m = 0; m < count; m++) {
         __builtin_prefetch((char*)work.out + ((first + m + 8) * w.rows + 16 * t) * size, 1);
-        for (int i = 0; i < tiles; i++) finish(job, run.undivided ? divisor : 1, shift + i * grid, t + i, first + m, (float*)room + (m * TILES + i) * 16);
+        for (int i = 0; i < tiles; i++) finish(job, run.divided ? 1 : divisor, shift + i * grid, t + i, first + m, (float*)room + (m * TILES + i) * 16);
       }
     }
     first += count;
@@ -157,7 +156,7 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   // With scales of few bits values are bfloat16 numbers, too. Others may have to be rounded, which is faster where groups are small.
   const bool product = w.exact && (w.scales == BYTE_E8M0 || (w.scales == BYTE_E4M3 && w.grid == TABLE));
   const bool scaled = work->dtype == BF16 && !few && !totals && (product || (work->rounded && (!w.exact || w.shift < 8)));
-  const bool pairs = scaled || (work->dtype == BF16 && w.exact && (w.bits < 8 || w.grid != INTEGER || each >= JOINED));
+  const bool pairs = scaled || (work->dtype == BF16 && w.exact);
 #else
   const bool scaled = false, pairs = false;
 #endif
@@ -169,7 +168,7 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   if (!room) return 1;
   float* sums = totals ? (float*)(room + bytes) : nullptr;
   Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, columns, parts, few, pairs,
-          scaled && w.exact, rows_for(w, pairs), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
+          totals || (scaled && !w.exact), rows_for(w, pairs, each), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
   const auto runs = [&](void (*does)(void*), bool together) {
     run.next = 0;
     if (together && work->parallel && work->threads > 1)

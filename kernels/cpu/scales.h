@@ -24,18 +24,17 @@ void stored(const void* from, int64_t at, int64_t count, int32_t dtype, float* o
       break;
     default:  // E4M3
       for (int64_t i = 0; i < count; i++)
-        out[i] = from_bits((uint32_t)(bytes[i] & 0x80) << 24 | (uint32_t)(bytes[i] & 0x7f) << 20) * 0x1p120f;
+        out[i] = from_bits((uint32_t)(int8_t)bytes[i] << 20 & 0x87f00000) * 0x1p120f;
   }
 }
 
-// Two of them: of the columns in the lower half of a vector, and in the upper.
-inline F halves(float low, float high) {
+// Row r of two groups: that of the columns in the lower half of a vector, and of those in the upper.
+inline F halves([[maybe_unused]] const float* s, [[maybe_unused]] int r) {
 #if W == 16
-  return _mm512_mask_broadcastss_ps(splat(low), 0xff00, _mm_set_ss(high));
+  const S first = {0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
+  return _mm512_permutex2var_ps(load(s), (__m512i)(first + r), load(s + 16));
 #else
-  F v;
-  for (int l = 0; l < W; l++) v[l] = l < W / 2 ? low : high;
-  return v;
+  return F{};  // others have no vectors of two groups
 #endif
 }
 
