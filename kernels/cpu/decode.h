@@ -82,8 +82,8 @@ template <class D>
 U upper_of(const uint16_t* row, int first) {
   if constexpr (!D::PAIRS) return U{};
   constexpr int lanes = D::PAIRS ? D::PAIRS : 1;
-  U found{}, index, place;
-  memcpy(&found, row + 32 + 2 * first / lanes, 4 * W / lanes);
+  const U found = beginning<4 * W / lanes>(row + 32 + 2 * first / lanes);
+  U index, place;
   for (uint32_t l = 0; l < W; l++) index[l] = l / lanes, place[l] = l % lanes;
   return D::upper(__builtin_shuffle(found, index), place);
 }

@@ -64,9 +64,7 @@ struct InPairs : Pairs<D, FOLD> {
   void decode(const uint16_t* row, V* out) const {
     V low = _mm512_loadu_si512(row), high{};
     if constexpr (D::PAIRS) {
-      if constexpr (D::PAIRS == 2) high = _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(row + 32)));
-      else high = _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i*)(row + 32)));
-      high = _mm512_permutexvar_epi16(word, high);
+      high = _mm512_permutexvar_epi16(word, (V)beginning<64 / D::PAIRS>(row + 32));
       high = D::BITS == 3 ? _mm512_shuffle_epi8(high, byte) : _mm512_srlv_epi16(high, shift);
     }
     for (int p = 0; p < D::PLANES; p++) out[p] = with.value(low, high, p);
@@ -127,7 +125,8 @@ F added_to(F total, const typename P::V* values, const typename P::V* x, const F
   return total;
 }
 
-// Adds a tile's products for the token `first` to sums [16], each a vector to be summed. Activations of a chunk stay in registers.
+// Adds a tile's products for the token `first` to sums [16], each a vector to be summed. Activations of a chunk stay in
+// registers where there are enough of them.
 template <class P>
 void add_token(const Job& job, const uint16_t* tile, const float* scale, int64_t first, F* sums) {
   using V = typename P::V;
@@ -136,16 +135,16 @@ void add_token(const Job& job, const uint16_t* tile, const float* scale, int64_t
   const P with(w);
   for (int64_t c = 0; c < w.chunks; c++) {
     const float* s = scale + (c * D::COLUMNS >> w.shift) * 16;
-    const V* from = (const V*)job.x + (c * job.work.tokens + first) * P::VECTORS;
-    V x[P::VECTORS], values[P::PARTS * P::VECTORS];
+    const V* x = (const V*)job.x + (c * job.work.tokens + first) * P::VECTORS;
+    V held[P::VECTORS], values[P::PARTS * P::VECTORS];
     F scales[P::VECTORS / P::EACH];
-    for (int i = 0; i < P::VECTORS; i++) x[i] = from[i];
+    for (int i = 0; i < P::VECTORS; i++) held[i] = x[i];
 #pragma GCC unroll 2  // of more loads than two in turn the processor does not see the order
     for (int r = 0; r < 16; r++, tile += D::WORDS) {
       ask(tile);
       with.decode(tile, values);
       row_scales<P>(s, r, scales);
-      sums[r] = added_to<P>(sums[r], values, x, scales);
+      sums[r] = added_to<P>(sums[r], values, W == 16 ? held : x, scales);
     }
   }
 }

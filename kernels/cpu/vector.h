@@ -33,6 +33,19 @@ inline U words(const uint16_t* p) {  // words in pairs, the even one in the low 
   memcpy(&v, p, sizeof v);
   return v;
 }
+// So many bytes, half or a quarter of a vector, and anything behind them. Copied to a vector in memory they would be waited for.
+template <int BYTES>
+U beginning(const void* p) {
+#if defined(__AVX512F__)
+  return (U)(BYTES == 32 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)) : _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (U)_mm256_castsi128_si256(BYTES == 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p));
+#else
+  U v{};
+  memcpy(&v, p, BYTES);
+  return v;
+#endif
+}
 inline F number(U v) { return __builtin_convertvector((S)v, F); }  // below 2^31
 
 // The upper halves of fp32 numbers, which are all of them where they are bfloat16 numbers: the even ones in the low halves.
