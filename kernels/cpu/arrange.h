@@ -56,15 +56,11 @@ inline float as(float v, int32_t dtype) {
   return dtype == F32 ? v : dtype == BF16 ? from_bits((uint32_t)bf16_of(v) << 16) : half_to_float(half_of(v));
 }
 
-typedef uint16_t Narrow __attribute__((vector_size(2 * W)));
-
 // W neighbouring numbers as fp32.
 template <int32_t DTYPE>
 F numbers(const void* x, int64_t i) {
   if (DTYPE == F32) return load((const float*)x + i);
-  Narrow h;
-  memcpy(&h, (const uint16_t*)x + i, sizeof h);
-  const U high = __builtin_convertvector(h, U) << 16;
+  const U high = widened((const uint16_t*)x + i) << 16;
   return DTYPE == BF16 ? (F)high : from_half(high);
 }
 

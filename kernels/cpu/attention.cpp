@@ -4,13 +4,14 @@
 // added up in their order. So any number of threads gives the same bits.
 #include <stdlib.h>
 
-#include "arrange.h"
 #include "attention.h"
+#include "dots.h"
 
 namespace {
 
 constexpr int64_t SPLIT = 256;  // keys at a time
 constexpr int LANES = 16;       // what head sizes must divide by
+constexpr int MOST = 1024;      // numbers of a key at most
 
 struct Run {
   const Attention& job;
@@ -35,27 +36,40 @@ void add_values(const void* value, int64_t at, int64_t row, const float* weights
     for (int i = 0; i < VECTORS; i++) store(out + q * stride + i * W, total[q][i]);
 }
 
-// Weights of keys for a query of scaled numbers, [count] of SPLIT; their largest score and their sum go behind a part's values.
-template <int32_t DTYPE>
-void weigh(const Attention& job, const float* query, int64_t at, const uint8_t* mask, int64_t count, float* weights, float* part) {
-  for (int64_t k = 0; k < SPLIT; k += 16) {
-    F total[16] = {};
-    for (int i = 0; i < 16 && k + i < count; i++)
-      for (int64_t d = 0; d < job.size; d += W)
-        total[i] = fma(load(query + d), numbers<DTYPE>(job.key, at + (k + i) * job.key_row + d), total[i]);
-    if (k < count) sums(total, weights + k);
-    for (int i = 0; i < 16; i++)
-      if (k + i >= count || (mask && !mask[k + i])) weights[k + i] = -__builtin_inff();
+// Scores of keys, each a product with a query: QUERIES by [count] of SPLIT. D has the keys' numbers, and Q those of the queries as
+// they are kept, each in its MOST.
+template <class Q, class D, int QUERIES>
+void score(const Attention& job, const float* queries, int64_t at, int64_t count, float* scores) {
+  F total[QUERIES][16] = {};
+  for (int64_t k = 0; k < count; k += 16) {
+    for (int i = 0; i < 16 && k + i < count; i++) {
+      F sum[QUERIES] = {};
+      for (int64_t d = 0; d < job.size; d += D::COUNT) {
+        const auto key = D::read(job.key, at + (k + i) * job.key_row + d);
+        for (int q = 0; q < QUERIES; q++) sum[q] = D::more(key, Q::read(queries + q * MOST, d), sum[q]);
+      }
+      for (int q = 0; q < QUERIES; q++) total[q][i] = sum[q];
+    }
+    for (int q = 0; q < QUERIES; q++) sums(total[q], scores + q * SPLIT + k);
   }
-  float most = -__builtin_inff();
-  for (int64_t k = 0; k < count; k++) most = weights[k] > most ? weights[k] : most;
+}
+
+// Scores [count] become weights; the largest and the sum of weights go behind a part's values.
+void weigh(const Attention& job, const uint8_t* mask, int64_t count, float* weights, float* part) {
+  const int64_t padded = (count + W - 1) / W * W;
+  for (int64_t k = 0; k < padded; k += W) store(weights + k, load(weights + k) * splat(job.scale));
+  for (int64_t k = 0; k < padded; k++)
+    if (k >= count || (mask && !mask[k])) weights[k] = -__builtin_inff();
+  F largest = splat(-__builtin_inff());
+  for (int64_t k = 0; k < padded; k += W) largest = chosen(load(weights + k) > largest, load(weights + k), largest);
+  float most = -__builtin_inff(), sum = 0;
+  for (int i = 0; i < W; i++) most = largest[i] > most ? largest[i] : most;
   F total{};
-  for (int64_t k = 0; k < SPLIT; k += W) {
+  for (int64_t k = 0; k < padded; k += W) {
     // Where no key counts none has a weight.
     const F found = most == -__builtin_inff() ? F{} : exponential(load(weights + k) - splat(most));
     store(weights + k, found), total += found;
   }
-  float sum = 0;
   for (int i = 0; i < W; i++) sum += total[i];
   part[job.values] = most, part[job.values + 1] = sum;
 }
@@ -68,12 +82,21 @@ void some_queries(const Run& run, int64_t b, int64_t group, int64_t head, int64_
   const int64_t value = b * job.value_batch + group * job.value_group + from * job.value_row;
   float* part = run.parts + ((b * job.heads + head) * run.splits + split) * run.stride;
   const int64_t stride = run.splits * run.stride;
-  alignas(64) float weights[QUERIES * SPLIT], scaled[1024];
+  const bool together = Dots<DTYPE>::COUNT > W && job.size % Dots<DTYPE>::COUNT == 0;
+  alignas(64) float weights[QUERIES * SPLIT], queries[QUERIES * MOST];
   for (int q = 0; q < QUERIES; q++) {
     const int64_t at = b * job.query_batch + (head + q) * job.query_head;
-    for (int64_t d = 0; d < job.size; d += W) store(scaled + d, numbers<DTYPE>(job.query, at + d) * splat(job.scale));
-    weigh<DTYPE>(job, scaled, key, job.mask ? job.mask + b * job.mask_batch + from : nullptr, count, weights + q * SPLIT, part + q * stride);
+    if (together)
+      memcpy(queries + q * MOST, (const uint16_t*)job.query + at, 2 * job.size);
+    else
+      for (int64_t d = 0; d < job.size; d += W) store(queries + q * MOST + d, numbers<DTYPE>(job.query, at + d));
   }
+  if (together)
+    score<Dots<DTYPE>, Dots<DTYPE>, QUERIES>(job, queries, key, count, weights);
+  else
+    score<Each<F32>, Each<DTYPE>, QUERIES>(job, queries, key, count, weights);
+  for (int q = 0; q < QUERIES; q++)
+    weigh(job, job.mask ? job.mask + b * job.mask_batch + from : nullptr, count, weights + q * SPLIT, part + q * stride);
   int64_t e = 0;
   for (; e + 4 * W <= job.values; e += 4 * W)
     add_values<DTYPE, QUERIES, 4>(job.value, value + e, job.value_row, weights, count, part + e, stride);

@@ -3,7 +3,7 @@
 // Sums are in fp32. Threads take 16 rows in turn; every sum is made by one of them, in one order.
 #include "dense.h"
 
-#include "job.h"
+#include "dots.h"
 
 namespace {
 
@@ -14,24 +14,6 @@ struct Run {
   const Dense& job;
   int64_t next;
 };
-
-template <int32_t DTYPE>
-struct Single {
-  using V = F;
-  static constexpr int COUNT = W, BYTES = W * (DTYPE == F32 ? 4 : 2);
-  static V read(const void* x, int64_t i) { return numbers<DTYPE>(x, i); }
-  static F more(V a, V b, F c) { return fma(a, b, c); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Single<BF16> {
-  using V = __m512i;
-  static constexpr int COUNT = 32, BYTES = 64;
-  static V read(const void* x, int64_t i) { return _mm512_loadu_si512((const uint16_t*)x + i); }
-  static F more(V a, V b, F c) { return dot(a, b, c); }
-};
-#endif
 
 // Sums of ROWS rows by TOKENS tokens, each a vector to be summed; a token's are 16 from the next one's. Memory is asked for what
 // lies `ahead` of the rows, in its own order.
@@ -96,11 +78,11 @@ void worker(void* given) {
     for (int64_t t = from; t < from + step && t < all; t++) {
       const int rows = job.rows - 16 * t < 16 ? (int)(job.rows - 16 * t) : 16;
       if (job.work.dtype == F32)
-        tile<Single<F32>>(job, 16 * t, rows);
+        tile<Dots<F32>>(job, 16 * t, rows);
       else if (job.work.dtype == BF16)
-        tile<Single<BF16>>(job, 16 * t, rows);
+        tile<Dots<BF16>>(job, 16 * t, rows);
       else
-        tile<Single<F16>>(job, 16 * t, rows);
+        tile<Dots<F16>>(job, 16 * t, rows);
     }
   }
 }

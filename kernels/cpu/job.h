@@ -3,6 +3,7 @@
 
 #include "arrange.h"
 #include "decode.h"
+#include "dots.h"
 #include "scales.h"
 
 namespace {  // each instruction set has its own
@@ -14,9 +15,5 @@ struct Job {
   float* totals;        // [M, G]: sums of activations, or none
   int64_t tiles, words;  // of a matrix; of a tile
 };
-
-#if defined(__AVX512BF16__)
-inline F dot(__m512i a, __m512i b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
-#endif
 
 }  // namespace

@@ -23,6 +23,7 @@ namespace {  // each instruction set has its own
 typedef float F __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef int32_t S __attribute__((vector_size(4 * W)));
+typedef uint16_t Narrow __attribute__((vector_size(2 * W)));
 typedef F Unaligned __attribute__((aligned(4)));
 
 inline F splat(float v) { return v - F{}; }
@@ -44,6 +45,18 @@ U beginning(const void* p) {
   U v{};
   memcpy(&v, p, BYTES);
   return v;
+#endif
+}
+// W neighbouring numbers of 16 bits as 32; compilers make several operations of a conversion.
+inline U widened(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  Narrow h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, U);
 #endif
 }
 inline F number(U v) { return __builtin_convertvector((S)v, F); }  // below 2^31
