@@ -120,7 +120,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, m
 
 def plain(library: Library, dtype: torch.dtype) -> Iterator[str]:
     """What products by plain matrices get wrong, a line each."""
-    for rows, columns in ((48, 256), (33, 96), (1, 32)):
+    for rows, columns in ((48, 256), (33, 96), (1, 32), (1513, 32)):
         for tokens in (1, 2, 3, 4, 7, 21):
             (weight, _), (x, _) = (at_the_end_of_a_page(torch.randn(n, columns).to(dtype)) for n in (rows, tokens))
             bias = torch.randn(rows).to(dtype)

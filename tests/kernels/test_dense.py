@@ -22,9 +22,10 @@ def test_products(dtype: torch.dtype, isa: str) -> None:
     assert list(plain(Library(library().path, isa), dtype)) == []
 
 
-def test_any_number_of_threads_has_the_same_bits() -> None:
-    weight, x, before = torch.randn(5000, 64), torch.randn(3, 64), torch.get_num_threads()
-    found = []
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_any_number_of_threads_has_the_same_bits(tokens: int) -> None:
+    weight, before = torch.randn(5000, 64), torch.get_num_threads()
+    x, found = torch.randn(tokens, 64), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         found.append(library().dense(weight, x, None))
