@@ -4,6 +4,7 @@
 #include "dense.h"
 
 #include "dots.h"
+#include "turns.h"
 
 namespace {
 
@@ -94,10 +95,8 @@ void some_tiles(const Dense& job, int64_t from, int64_t until) {
 void worker(void* given) {
   Run& run = *(Run*)given;
   const Dense& job = run.job;
-  const int64_t all = (job.rows + 15) / 16, step = 1 + all / (8 * job.work.threads);
   const auto some = job.work.dtype == F32 ? some_tiles<Dots<F32>> : job.work.dtype == BF16 ? some_tiles<Dots<BF16>> : some_tiles<Dots<F16>>;
-  for (int64_t from; (from = __atomic_fetch_add(&run.next, step, __ATOMIC_RELAXED)) < all;)
-    some(job, from, from + step < all ? from + step : all);
+  in_turns(run.next, (job.rows + 15) / 16, job.work.threads, [&](int64_t from, int64_t until) { some(job, from, until); });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "scales.h"
+#include "turns.h"
 #include "whole_inputs.h"
 
 namespace {
@@ -189,15 +190,16 @@ void round_inputs(void* given) {
 
 void worker(void* given) {
   Run& run = *(Run*)given;
-  const int64_t of = (run.tiles + TILES - 1) / TILES, all = of * run.work.experts, step = 1 + all / (8 * run.work.threads);
+  const int64_t of = (run.tiles + TILES - 1) / TILES;
   float* grid = room_for(run, 2 * TILES * 16 * run.weight.groups);
   if (!grid) return;
   by_bits(run.weight.bits, [&](auto codes) {
-    for (int64_t from; (from = __atomic_fetch_add(&run.next, step, __ATOMIC_RELAXED)) < all;)
-      for (int64_t i = from; i < from + step && i < all; i++) {
+    in_turns(run.next, of * run.work.experts, run.work.threads, [&](int64_t from, int64_t until) {
+      for (int64_t i = from; i < until; i++) {
         const int64_t t = i % of * TILES, left = run.tiles - t;
         some_tiles<decltype(codes)::BITS>(run, i / of, t, (int)(left < TILES ? left : TILES), grid);
       }
+    });
   });
   free(grid);
 }

@@ -7,6 +7,7 @@
 
 #include "panels.h"
 #include "rows.h"
+#include "turns.h"
 
 namespace {
 
@@ -15,6 +16,7 @@ constexpr int FEWER = 8;   // the same of what panels have at half the size, onc
 constexpr int TURN = 16;   // tokens that a thread arranges in its turn
 constexpr int64_t LEAST = 64, MOST = 512;  // tokens at a time, by panels,
 constexpr int64_t CACHED = 4 << 20;        // between which so many bytes of them decide
+constexpr int64_t ALONE = 128;             // tokens of a thread from which each has its own: caches share nothing that is written
 
 struct Chunk {
   int columns, words;  // words of a row
@@ -110,23 +112,51 @@ void some_tiles(const Run& run, int64_t expert, int64_t t, int tiles, F* room, f
 
 void worker(void* given) {
   Run& run = *(Run*)given;
-  const int64_t each = run.few ? 1 : TILES, of = (run.job.tiles + each - 1) / each, all = of * run.job.work.experts;
-  const int64_t step = 1 + all / (8 * run.job.work.threads);
+  const int64_t each = run.few ? 1 : TILES, of = (run.job.tiles + each - 1) / each;
   const int64_t sums = W * (run.few ? 16 * FEW : NV * MOST);
   float* room = (float*)aligned_alloc(64, 4 * (sums + 2 * TILES * 16 * run.job.weight.groups));
   if (!room) {
     __atomic_store_n(&run.failed, 1, __ATOMIC_RELAXED);
     return;
   }
-  for (;;) {
-    const int64_t from = __atomic_fetch_add(&run.next, step, __ATOMIC_RELAXED);
-    if (from >= all) break;
-    for (int64_t i = from; i < from + step && i < all; i++) {
+  in_turns(run.next, of * run.job.work.experts, run.job.work.threads, [&](int64_t from, int64_t until) {
+    for (int64_t i = from; i < until; i++) {
       const int64_t t = i % of * each, left = run.job.tiles - t;
       some_tiles(run, i / of, t, (int)(left < each ? left : each), (F*)room, room + sums);
     }
-  }
+  });
   free(room);
+}
+
+// Parts of the tokens, each by one thread.
+struct Parts {
+  const Weight& weight;
+  const Work& work;
+  int64_t count, next;
+  int failed;
+};
+
+}  // namespace
+
+EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work);
+
+namespace {
+
+int multiply_part(const Parts& parts, int64_t i, bool alone) {
+  const Work& work = parts.work;
+  const int64_t from = work.tokens * i / parts.count, until = work.tokens * (i + 1) / parts.count, size = work.dtype == F32 ? 4 : 2;
+  Work some = work;
+  some.x = (const char*)work.x + from * work.stride * size;
+  some.out = (char*)work.out + from * parts.weight.rows * size;
+  some.tokens = until - from;
+  if (alone) some.parallel = nullptr, some.threads = 1;
+  return NAME(product, ISA)(&parts.weight, &some);
+}
+
+void take_parts(void* given) {
+  Parts& parts = *(Parts*)given;
+  for (int64_t i; (i = __atomic_fetch_add(&parts.next, 1, __ATOMIC_RELAXED)) < parts.count;)
+    if (multiply_part(parts, i, true)) __atomic_store_n(&parts.failed, 1, __ATOMIC_RELAXED);
 }
 
 }  // namespace
@@ -134,21 +164,18 @@ void worker(void* given) {
 // Multiplies. Returns 0, or 1 if there is no memory for activations or sums.
 EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   const Weight& w = *weight;
-  const int64_t size = work->dtype == F32 ? 4 : 2, fit = CACHED / (size * w.columns);
-  const int64_t most = fit < LEAST ? LEAST : fit < MOST ? fit : MOST;
+  // Every tile goes through all activations, which a cache must hold.
+  const int64_t fit = CACHED / ((work->dtype == F32 ? 4 : 2) * w.columns), most = fit < LEAST ? LEAST : fit < MOST ? fit : MOST;
+  const int64_t threads = work->parallel ? work->threads : 1, each_thread = work->tokens / threads;
+  if (!work->offsets && threads > 1 && each_thread >= ALONE) {
+    Parts parts{w, *work, threads * ((each_thread + most - 1) / most), 0, 0};
+    work->parallel(take_parts, &parts, work->threads, 0);
+    return parts.failed;
+  }
   if (!work->offsets && work->tokens > most) {
-    // Every tile goes through all activations, which a cache must hold.
-    const int64_t times = (work->tokens + most - 1) / most;
-    int failed = 0;
-    for (int64_t i = 0; i < times && !failed; i++) {
-      const int64_t from = work->tokens * i / times, until = work->tokens * (i + 1) / times;
-      Work some = *work;
-      some.x = (const char*)work->x + from * work->stride * size;
-      some.out = (char*)work->out + from * w.rows * size;
-      some.tokens = until - from;
-      failed = NAME(product, ISA)(weight, &some);
-    }
-    return failed;
+    Parts parts{w, *work, (work->tokens + most - 1) / most, 0, 0};
+    for (; parts.next < parts.count && !parts.failed; parts.next++) parts.failed = multiply_part(parts, parts.next, false);
+    return parts.failed;
   }
   const int64_t each = work->tokens / (work->offsets ? work->experts : 1);
   const bool few = each <= (work->rounded && !w.exact ? FEWER : FEW), totals = w.zero || w.minimum;

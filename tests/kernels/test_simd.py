@@ -127,7 +127,7 @@ def test_what_rounds_values_is_no_further_off_than_a_dense_weight(text: str) -> 
     assert ours <= 1.02 * ((x @ dense.bfloat16().T).double() - exact).norm()
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, 700])
 def test_threads_change_no_bit(tokens: int) -> None:
     held, _ = prepared(Scheme.parse("w4a16g64-asym"), 272, 768, torch.bfloat16)
     x, before, found = torch.randn(tokens, 768).bfloat16(), torch.get_num_threads(), []
