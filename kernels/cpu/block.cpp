@@ -107,7 +107,7 @@ void walk(void* given) {
 
 }  // namespace
 
-// Computes one after another, each with the dtype and threads of the first. Returns 0, or 1 if there is no memory.
+// Computes one after another, by as many threads as the first has. Returns 0, or 1 if there is no memory.
 EXPORT int NAME(blocks, ISA)(Block* blocks, int64_t count) {
   Walk all{blocks, count, 0};
   const Parallel parallel = blocks->parallel;

@@ -15,7 +15,7 @@ constexpr int FEW = 12;    // tokens up to which rows are multiplied, and not pa
 constexpr int FEWER = 8;   // the same of what panels have at half the size, once it is rounded
 constexpr int TURN = 16;   // tokens that a thread arranges in its turn
 constexpr int64_t LEAST = 64, MOST = 512;  // tokens at a time, by panels,
-constexpr int64_t CACHED = 4 << 20;        // between which so many bytes of them decide
+constexpr int64_t CACHED = 8 << 20;        // between which so many bytes of them decide
 constexpr int64_t ALONE = 128;             // tokens of a thread from which each has its own: caches share nothing that is written
 
 struct Chunk {
