@@ -36,8 +36,8 @@ void add_values(const void* value, int64_t at, int64_t row, const float* weights
     for (int i = 0; i < VECTORS; i++) store(out + q * stride + i * W, total[q][i]);
 }
 
-// Scores of keys, each a product with a query: QUERIES by [count] of SPLIT. D has the keys' numbers, and Q those of the queries as
-// they are kept, each in its MOST.
+// Scores of keys, each a product with a query: QUERIES by [count] of SPLIT. D reads the keys' numbers, and Q those of the queries,
+// which are kept MOST apart.
 template <class Q, class D, int QUERIES>
 void score(const Attention& job, const float* queries, int64_t at, int64_t count, float* scores) {
   F total[QUERIES][16] = {};

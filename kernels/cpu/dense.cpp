@@ -95,7 +95,8 @@ void some_tiles(const Dense& job, int64_t from, int64_t until) {
 void worker(void* given) {
   Run& run = *(Run*)given;
   const Dense& job = run.job;
-  const auto some = job.work.dtype == F32 ? some_tiles<Dots<F32>> : job.work.dtype == BF16 ? some_tiles<Dots<BF16>> : some_tiles<Dots<F16>>;
+  const int32_t dtype = job.work.dtype;
+  const auto some = dtype == F32 ? some_tiles<Dots<F32>> : dtype == BF16 ? some_tiles<Dots<BF16>> : some_tiles<Dots<F16>>;
   in_turns(run.next, (job.rows + 15) / 16, job.work.threads, [&](int64_t from, int64_t until) { some(job, from, until); });
 }
 

@@ -44,7 +44,8 @@ void put_block(F even, F odd, char* out, int64_t at, int64_t count) {
 
 // Row r of a tile in a chunk. With BOTH a block of 2 W columns has two groups.
 template <class D, int DTYPE, bool BOTH>
-void put_row(const Weight& w, const uint16_t* words, const Context& with, int64_t c, int r, const float* scale, const float* shift, char* out) {
+void put_row(const Weight& w, const uint16_t* words, const Context& with, int64_t c, int r, const float* scale, const float* shift,
+             char* out) {
   F values[D::COLUMNS / W];
   decode_row<D>(words, with, values);
   for (int v = 0; v < D::COLUMNS / W; v += 2) {

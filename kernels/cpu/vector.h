@@ -38,9 +38,11 @@ inline U words(const uint16_t* p) {  // words in pairs, the even one in the low 
 template <int BYTES>
 U beginning(const void* p) {
 #if defined(__AVX512F__)
-  return (U)(BYTES == 32 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)) : _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+  if constexpr (BYTES == 32) return (U)_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return (U)_mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
-  return (U)_mm256_castsi128_si256(BYTES == 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p));
+  if constexpr (BYTES == 16) return (U)_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  return (U)_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)p));
 #else
   U v{};
   memcpy(&v, p, BYTES);
