@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "dots.h"
+#include "turns.h"
 
 namespace {
 
@@ -158,10 +159,7 @@ EXPORT int NAME(attend, ISA)(const Attention* job) {
   float* parts = (float*)aligned_alloc(64, 4 * job->batch * job->heads * splits * stride);
   if (!parts) return 1;
   Run run{*job, splits, stride, parts, 0};
-  if (job->parallel && job->threads > 1)
-    job->parallel(worker, &run, job->threads, 0);
-  else
-    worker(&run);
+  by_threads(*job, worker, &run);
   for (int64_t number = 0; number < job->batch * job->heads; number++) join(run, number);
   free(parts);
   return 0;

@@ -104,8 +104,5 @@ void worker(void* given) {
 
 EXPORT void NAME(dense, ISA)(const Dense* job) {
   Run run{*job, 0};
-  if (job->work.parallel && job->work.threads > 1)
-    job->work.parallel(worker, &run, job->work.threads, 0);
-  else
-    worker(&run);
+  by_threads(job->work, worker, &run);
 }

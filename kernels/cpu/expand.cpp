@@ -6,6 +6,7 @@
 #include "arrange.h"
 #include "decode.h"
 #include "scales.h"
+#include "turns.h"
 
 namespace {
 
@@ -104,8 +105,5 @@ void worker(void* given) {
 
 EXPORT void NAME(expand, ISA)(Rows* rows) {
   rows->next = 0;
-  if (rows->parallel && rows->threads > 1)
-    rows->parallel(worker, rows, rows->threads, 0);
-  else
-    worker(rows);
+  by_threads(*rows, worker, rows);
 }

@@ -204,14 +204,6 @@ void worker(void* given) {
   free(grid);
 }
 
-// Runs on as many threads as are allowed, if there is enough to do.
-void in_turn(void (*what)(void*), Run& run, bool enough) {
-  if (enough && run.work.parallel && run.work.threads > 1)
-    run.work.parallel(what, &run, run.work.threads, 0);
-  else
-    what(&run);
-}
-
 }  // namespace
 
 // Multiplies. Returns 0, or 1 if there is no memory.
@@ -225,8 +217,11 @@ EXPORT int NAME(integers, ISA)(const Weight* weight, const Work* work, const Rou
   if (!room) return 1;
   x.q = (int8_t*)room, x.scale = (float*)(room + bytes), x.total = (int32_t*)(x.scale + tokens * x.spans), x.lean = x.scale + 2 * tokens * x.spans;
   Run run{*weight, *work, *how, x, (weight->rows + 15) / 16, blocks, 0, 0, 0};
-  in_turn(round_inputs, run, tokens * weight->columns > 20000);
-  if (!run.failed) in_turn(worker, run, true);
+  if (tokens * weight->columns > 20000)
+    by_threads(*work, round_inputs, &run);
+  else
+    round_inputs(&run);
+  if (!run.failed) by_threads(*work, worker, &run);
   free(room);
   return run.failed;
 }

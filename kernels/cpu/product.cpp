@@ -196,15 +196,12 @@ EXPORT int NAME(product, ISA)(const Weight* weight, const Work* work) {
   float* sums = totals ? (float*)(room + bytes) : nullptr;
   Run run{{w, *work, room, sums, (w.rows + 15) / 16, w.chunks * 16 * words}, columns, parts, few, pairs,
           totals || (scaled && !w.exact), rows_for(w, pairs, each), panels_for(w, scaled ? SCALED : pairs ? PAIRED : SINGLE), 0, 0};
-  const auto runs = [&](void (*does)(void*), bool together) {
-    run.next = 0;
-    if (together && work->parallel && work->threads > 1)
-      work->parallel(does, &run, work->threads, 0);
-    else
-      does(&run);
-  };
-  runs(arranger, !few);
-  runs(worker, true);
+  if (few)
+    arranger(&run);
+  else
+    by_threads(*work, arranger, &run);
+  run.next = 0;
+  by_threads(*work, worker, &run);
   free(room);
   return run.failed;
 }

@@ -1,7 +1,7 @@
 // Turns: what threads take of the tiles that are left, many at first and one by one in the end, so that all are done together.
 #pragma once
 
-#include <stdint.h>
+#include "weight.h"
 
 namespace {  // each instruction set has its own
 
@@ -17,6 +17,15 @@ void in_turns(int64_t& next, int64_t all, int32_t threads, Does does) {
     does(from, until);
     from = __atomic_load_n(&next, __ATOMIC_RELAXED);
   }
+}
+
+// Does it by as many threads as a job has.
+template <class Job>
+void by_threads(const Job& job, void (*does)(void*), void* given) {
+  if (job.parallel && job.threads > 1)
+    job.parallel(does, given, job.threads, 0);
+  else
+    does(given);
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ inline U words(const uint16_t* p) {  // words in pairs, the even one in the low 
   memcpy(&v, p, sizeof v);
   return v;
 }
+
 // So many bytes, half or a quarter of a vector, and anything behind them. Copied to a vector in memory they would be waited for.
 template <int BYTES>
 U beginning(const void* p) {
@@ -49,6 +50,7 @@ U beginning(const void* p) {
   return v;
 #endif
 }
+
 // W neighbouring numbers of 16 bits as 32; compilers make several operations of a conversion.
 inline U widened(const uint16_t* p) {
 #if defined(__AVX512F__)
@@ -61,6 +63,7 @@ inline U widened(const uint16_t* p) {
   return __builtin_convertvector(h, U);
 #endif
 }
+
 inline F number(U v) { return __builtin_convertvector((S)v, F); }  // below 2^31
 
 // The upper halves of fp32 numbers, which are all of them where they are bfloat16 numbers: the even ones in the low halves.
