@@ -2,12 +2,14 @@
 
 python peer_process.py REQUEST.json: the request names the peer, the model, the token ids (safetensors), bits, group and where
 to save; `answer` gets the seconds of each stage, those of the whole process among them, and versions. Knows nothing of ours.
+AutoRound's blocks are kept as they are made, for all of them take hours: a process that is ended costs one of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from importlib import metadata
@@ -22,6 +24,8 @@ class Stages:
 
     def __init__(self) -> None:
         self.last, self.seconds = BEGUN, {}
+        self.before: dict[str, float] = {}
+        """What processes before this one took for blocks that are kept: how many, seconds, CPU seconds."""
 
     def end(self, name: str) -> None:
         now = time.perf_counter()
@@ -116,12 +120,56 @@ def auto_round(request: dict[str, Any], ids: list[list[int]], stages: Stages) ->
         model, tokenizer, **asked, iters=request["iters"],
         nsamples=len(ids), seqlen=len(ids[0]), batch_size=8, dataset=batches, device_map="cpu",
     )  # fmt: skip
+    stages.before = keep_blocks(Path(request["blocks"]))
     tuner.quantize()
     stages.end("quantize")
     tuner.save_quantized(request["out"], format="llm_compressor" if form else "auto_gptq")
     tokenizer.save_pretrained(request["out"])
     stages.end("save")
     return "auto-round"
+
+
+def keep_blocks(folder: Path) -> dict[str, float]:
+    """AutoRound's blocks are kept in `folder` from now on; those that lie there are taken instead of being tuned.
+
+    A block comes with the streams that leave it and the states of all generators, so the blocks after it become what they would
+    have become. These files are the benchmark's own; nothing that was downloaded is unpickled.
+    """
+    import numpy
+    import torch
+    from auto_round.algorithms.composer import AlgorithmComposer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "state.pt"
+    kept = torch.load(state, weights_only=False) if state.is_file() else {"blocks": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+    before = {name: kept[name] for name in ("blocks", "seconds", "cpu_seconds")}
+    tune = AlgorithmComposer.compress_block
+
+    def replace(file: Path, value: Any) -> None:
+        torch.save(value, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+
+    def kept_or_tuned(self: Any, block: Any, inputs: Any, others: Any, block_ctx: Any, **more: Any) -> tuple[Any, Any]:
+        file = folder / f"{block_ctx.block_index}.pt"
+        if block_ctx.block_index < before["blocks"]:
+            block.__dict__.update(torch.load(file, weights_only=False).__dict__)
+            if block_ctx.block_index + 1 < before["blocks"]:
+                return more.get("q_inputs"), inputs
+            random.setstate(kept["random"])
+            numpy.random.set_state(kept["numpy"])
+            torch.set_rng_state(kept["torch"])
+            return kept.pop("streams")
+        begun, used = time.perf_counter(), time.process_time()
+        streams = tune(self, block, inputs, others, block_ctx=block_ctx, **more)
+        kept["seconds"] += time.perf_counter() - begun
+        kept["cpu_seconds"] += time.process_time() - used
+        generators = {"random": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+        replace(file, block)
+        replace(state, {**kept, **generators, "blocks": block_ctx.block_index + 1, "streams": streams})
+        return streams
+
+    AlgorithmComposer.compress_block = kept_or_tuned
+    return before
 
 
 def ones(ids: list[list[int]]) -> list[list[int]]:
@@ -138,7 +186,7 @@ def main(request: dict[str, Any]) -> None:
     peer = {"llm-compressor": llm_compressor, "gptqmodel": gptqmodel, "auto-round": auto_round}[request["peer"]]
     package = peer(request, ids, stages)
     answer = {
-        "stages": stages.seconds, "whole_seconds": round(time.perf_counter() - BEGUN, 2),
+        "stages": stages.seconds, "whole_seconds": round(time.perf_counter() - BEGUN, 2), "before": stages.before,
         "versions": {name: metadata.version(name) for name in (package, "torch", "transformers")},
     }  # fmt: skip
     Path(request["answer"]).write_text(json.dumps(answer))

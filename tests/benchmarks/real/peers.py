@@ -105,13 +105,14 @@ def quantized(
         return place / "artifact", json.loads((place / "made.json").read_text())
     python = ensure(PEERS[row.peer](), tell)
     place.parent.mkdir(parents=True, exist_ok=True)
-    log = place.with_name(f"{place.name}.log")
+    log, blocks = place.with_name(f"{place.name}.log"), place.with_name(f"{place.name}.blocks")
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.tmp-") as scratch:
         made, request, answer = Path(scratch) / "made", Path(scratch) / "request.json", Path(scratch) / "answer.json"
         made.mkdir()
         asked = {
             "peer": row.peer, "model": str(model.absolute()), "ids": str(ids.absolute()), "bits": row.bits, "group": row.group,
-            "iters": iters, "method": row.method, "sparsity": row.sparsity, "form": row.form, "activations": row.activations, "out": str(made / "artifact"), "answer": str(answer),
+            "iters": iters, "method": row.method, "sparsity": row.sparsity, "form": row.form, "activations": row.activations,
+            "out": str(made / "artifact"), "answer": str(answer), "blocks": str(blocks),
         }  # fmt: skip
         request.write_text(json.dumps(asked))
         offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
@@ -128,6 +129,10 @@ def quantized(
             "asked": row.told(iters), "command": " ".join(command[:3]) + " REQUEST.json", "request": asked, **usage.facts(),
             **json.loads(answer.read_text()), "packages": packages(python), "tensor_bytes": tensor_bytes(artifact),
         }  # fmt: skip
+        if before := facts.get("before"):
+            facts["seconds"] += before["seconds"]
+            facts["cpu_seconds"] += before["cpu_seconds"]
+            facts["stages"]["quantize"] += before["seconds"]
         if artifact != made / "artifact":
             os.rename(artifact, made / "found")
             shutil.rmtree(made / "artifact", ignore_errors=True)
@@ -135,6 +140,7 @@ def quantized(
         (made / "made.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         shutil.rmtree(place, ignore_errors=True)
         os.rename(made, place)
+    shutil.rmtree(blocks, ignore_errors=True)
     return place / "artifact", facts
 
 
