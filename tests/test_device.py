@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {
     "gptq": "quantize.gptq(scheme=w4a16g32)",
     "as stored": "quantize.gptq(scheme=w3a16g32-asym, order=stored, outliers=0.01, targets=[re:.*v_proj.*, re:.*down_proj.*])",
+    "both": "quantize.gptq(scheme=w3a16g32, feedback=both)",
     "floats": "quantize.gptq(scheme=nvfp4, sweeps=0, targets=re:.*v_proj.*)",
     "activations": "quantize.gptq(scheme=nvfp4-anvfp4, sweeps=0, targets=re:.*v_proj.*)",
     "quik": "quantize.quik(targets=[re:.*v_proj.*, re:.*down_proj.*])",
@@ -51,10 +52,12 @@ RECIPES = {
     "awq": "quantize.smooth(scheme=w4a16g32, steps=3)",
     "smoothquant": "quantize.smooth(method=smoothquant)",
     "lorc": "quantize.rtn(scheme=w2a16g32) | quantize.lorc(weighted=true, rank=4)",
-    "llm_mq": "quantize.llm_mq(bits=3, schemes=[w2a16g32, w3a16g32, w4a16g32], outliers=0.01, method=rtn, clip=none)",
+    "llm_mq": "quantize.llm_mq(bits=3, mode=abs, schemes=[w2a16g32, w3a16g32, w4a16g32], outliers=0.01, method=rtn, clip=none)",
+    "llm_mq by kl": "quantize.llm_mq(bits=3, schemes=[w2a16g32, w3a16g32, w4a16g32], method=rtn)",
 }
 ONCE_A_WEIGHT = {
-    "gptq.solve", "gptq._stack", "input_peaks.put", "wanda.solve", "hessian.errors", "owl.outlier_share", "lorc.solve", "smooth.put", "smoothing.cost", "llm_mq._felt",
+    "gptq.solve", "gptq._stack", "input_peaks.put", "wanda.solve", "hessian.errors", "owl.outlier_share", "lorc.solve", "smooth.put", "smoothing.cost", "llm_mq._felt", "llm_mq.costs_by_both",
+    "output_grams.write",
     "masks._bin", "masks.keep_above", "masks.holds", "outliers.gather", "anomalies.watch", "anomalies.<genexpr>",
     "rounding.largest", "scales.divisor", "grid.round_to_nearest", "gradients._take", "device.moved",
 }  # fmt: skip
@@ -72,8 +75,10 @@ SENT = {
     "device.moved",
     "floats._tables",
     "scales.divisor",
+    "output_grams.read",
+    "backward_batch.finish",
 }
-"""What loads: weights, batches, tables of grids."""
+"""What loads: weights, batches, tables of grids, Gram matrices, and a random number for each token."""
 PARKED = {"hidden_state_offload._to_host", "hidden_state_offload.fetch", "spill.put", "spill.get"}
 
 

@@ -29,7 +29,7 @@ _COLUMNS = (
     "over all: of the whole model"
 )
 
-_ALWAYS = ("skipped", "left alone by default", "ragged", "undecided", "kv cache", "no kv cache")
+_ALWAYS = ("skipped", "left alone by default", "ragged", "costs", "undecided", "kv cache", "no kv cache")
 """Counted lines that are printed for every step, not for the last alone."""
 
 

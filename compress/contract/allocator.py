@@ -65,9 +65,8 @@ class Allocator(ABC):
         """Whether `costs` gets sums over samples of the squares of gradients instead of the mean gradient."""
         return False
 
-    @property
-    def weighs_outputs(self) -> bool:
-        """Whether it is shown what a weight reads and gradients by its outputs (`costs_by_both`), not gradients of the weight."""
+    def weighs_outputs(self, weights: Sequence[Weight]) -> bool:
+        """Whether it is shown what these weights read and gradients by their outputs (`costs_by_both`), not by themselves."""
         return False
 
     def prepare_inputs(self, statistic: Hessian) -> Any:

@@ -62,7 +62,7 @@ def by_gradients(
     from compress.executors.gradients import GradientSweep, begun
     from compress.layerwise.memory_estimate import batch_tokens
 
-    if allocator.weighs_outputs:
+    if allocator.weighs_outputs([offer.weight for offer in offers]):
         return by_both(step, allocator, offers, source, tokens, folder, ctx)
     # Squares are those of samples.
     most = 1 if allocator.squares else batch_tokens(source.config)

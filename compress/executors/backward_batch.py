@@ -65,6 +65,12 @@ class _Gate(torch.autograd.Function):
         return None, None, None
 
 
+def drawn(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """A label for each row of probabilities, by a number from [0, 1) for each: the first whose sum so far is larger."""
+    sums = p.cumsum(1)
+    return torch.searchsorted(sums, chances * sums[:, -1:], right=True).clamp_(max=p.shape[1] - 1)[:, 0]
+
+
 class BackwardBatch:
     """One batch: the blocks that it has gone through, and the gradients of their outputs."""
 
@@ -156,12 +162,14 @@ class BackwardBatch:
         grad, loss = logits.detach(), 0.0
         flat = grad.flatten(0, 1)
         step = max(1, _LOGITS // flat.shape[-1])
-        draw = None if self.seed is None else torch.Generator(grad.device).manual_seed(self.seed)
-        for rows, following in zip(places.split(step), labels.split(step), strict=True):
+        if self.seed is not None:
+            # The same on every device.
+            chances = torch.rand(len(places), 1, generator=torch.Generator().manual_seed(self.seed)).to(grad.device).split(step)
+        for number, (rows, following) in enumerate(zip(places.split(step), labels.split(step), strict=True)):
             log_p = torch.log_softmax(flat[rows].float(), dim=-1)
             loss -= float(log_p.gather(1, following[:, None]).sum())
             p = log_p.exp_()
-            wanted = following if draw is None else torch.multinomial(p, 1, generator=draw)[:, 0]
+            wanted = following if self.seed is None else drawn(p, chances[number])
             p[torch.arange(len(rows), device=p.device), wanted] -= 1
             flat[rows] = p.mul_(weight).to(grad.dtype)
         flat[~self.batch.scored.flatten()] = 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compress.device import made_on
 from compress.executors.across import add_up
 from compress.executors.backward_batch import BackwardBatch
 from compress.executors.output_grams import OutputSweep
@@ -76,7 +77,7 @@ class BothSweep(OutputSweep):
             if self._mask is not None and self._mask.numel() == len(rows):
                 rows = rows[self._mask.reshape(-1).bool()]
             if owner not in self._inputs:
-                self._inputs[owner] = Hessian(x.shape[-1])
+                self._inputs[owner] = made_on(self.meta_model.device, Hessian, x.shape[-1])
             self._inputs[owner].add(rows)
 
         return hook

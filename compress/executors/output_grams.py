@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint.atomic import write_text
 from compress.context import Context
 from compress.contract.shapes import ObservingPass
-from compress.device import CPU
+from compress.device import CPU, made_on
 from compress.executors.across import add_up
 from compress.executors.backward_batch import BackwardBatch
 from compress.executors.gradients import GradientSweep, Take, begun
@@ -106,7 +106,7 @@ class OutputSweep(GradientSweep):
 
     def _watched(self, mine: list[Weight], walks: list[BackwardBatch], block: Block, step: int) -> dict[str, OutputGrams]:
         """Goes back through a block, and adds up what its weights are felt by."""
-        held = {weight.name: OutputGrams(weight.out_features) for weight in mine}
+        held = {weight.name: made_on(self.meta_model.device, OutputGrams, weight.out_features) for weight in mine}
         hooks = [
             self.meta_model.module_at(path).register_forward_hook(_watches(held[weight.name]))
             for weight in mine

@@ -26,7 +26,7 @@ from compress.spec.weight_state import DENSE, Note
 LASTING = (
     "skipped", "ragged", "nonfinite", "fallback", "unrouted", "damping", "clamped", "zero rows", "large error", "trained",
     "smoothed", "rotated", "untied", "sliced", "kv cache", "no kv cache", "default text", "domains", "repeated", "no loss",
-    "left alone by default", NOTE,
+    "left alone by default", "costs", NOTE,
 )  # fmt: skip
 """Words of counted lines that still hold after later steps."""
 

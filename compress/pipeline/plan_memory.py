@@ -106,7 +106,7 @@ def needs_of(
     if isinstance(allocator, InputAllocator):
         there = max(there, sweep_bytes(allocator, around.weights, alike, config, around.tokens, size))
     if allocator is not None and allocator.reads_gradients:
-        bytes_of = both_bytes if allocator.weighs_outputs else reverse_bytes
+        bytes_of = both_bytes if allocator.weighs_outputs(touched) else reverse_bytes
         needed, taken = bytes_of(around.weights, touched, config, around.tokens, size)
         scratch = max(scratch, taken)
         there = max(there, needed)

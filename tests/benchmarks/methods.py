@@ -27,23 +27,23 @@ BUDGETS = {
     "4": (
         "gptq(scheme=w4a16g32)", "rtn(scheme=w4a16g32, clip=mse)", "rtn(scheme=nf4g32, clip=mse)", "gptq(scheme=nf4g32)",
         "rtn(scheme=fp4g32, clip=mse)", "gptq(scheme=fp4g32)", "rtn(scheme=mxfp4)", "gptq(scheme=mxfp4)", "rtn(scheme=nvfp4)",
-        "gptq(scheme=nvfp4)", f"llm_mq(size={{bytes}}B, schemes={MIX.format(g=32)})",
+        "gptq(scheme=nvfp4)", f"llm_mq(mode=abs, size={{bytes}}B, schemes={MIX.format(g=32)})",
         "gptq(scheme=w3a16g32) | quantize.lorc(bpw=1.0)", "loftq(scheme=w3a16g32, rank=4, clip=mse)",
     ),
     "3": (
         "gptq(scheme=w3a16g32)", "rtn(scheme=w3a16g32, clip=mse)", "gptq(scheme=nf3g32)",
-        f"llm_mq(size={{bytes}}B, schemes={MIX.format(g=32)})", "gptq(scheme=w3a16g64) | quantize.lorc(bpw=0.25)",
+        f"llm_mq(mode=abs, size={{bytes}}B, schemes={MIX.format(g=32)})", "gptq(scheme=w3a16g64) | quantize.lorc(bpw=0.25)",
         "gptq(scheme=w2a16g32) | quantize.lorc(bpw=1.0)", "gptq(scheme=w2a16g32) | quantize.lorc(bpw=1.0, weighted=true)",
         "loftq(scheme=w2a16g32, rank=4, clip=mse)",
     ),
     "2.5": (
         "gptq(scheme=w2a16g16)", "rtn(scheme=w2a16g16, clip=mse)", "gptq(scheme=nf2g16)",
-        f"llm_mq(size={{bytes}}B, schemes={MIX.format(g=32)})", "gptq(scheme=w2a16g32) | quantize.lorc(bpw=0.5)",
+        f"llm_mq(mode=abs, size={{bytes}}B, schemes={MIX.format(g=32)})", "gptq(scheme=w2a16g32) | quantize.lorc(bpw=0.5)",
         "gptq(scheme=w2a16g32) | quantize.lorc(bpw=0.5, weighted=true)",
     ),
     "2": (
         "gptq(scheme=w2a16g32)", "rtn(scheme=w2a16g32, clip=mse)", "gptq(scheme=nf2g32)",
-        f"llm_mq(size={{bytes}}B, schemes={MIX.format(g=64)})", "gptq(scheme=w2a16g64) | quantize.lorc(bpw=0.25)",
+        f"llm_mq(mode=abs, size={{bytes}}B, schemes={MIX.format(g=64)})", "gptq(scheme=w2a16g64) | quantize.lorc(bpw=0.25)",
         "gptq(scheme=w2a16g64) | quantize.lorc(bpw=0.25, weighted=true)",
     ),
 }  # fmt: skip

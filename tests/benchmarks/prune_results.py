@@ -123,7 +123,7 @@ def mission_rows() -> list[Row]:
     """The whole way in one recipe, beside plain 2-bit GPTQ of the unpruned model; and to a tenth of 16 bits."""
     learn = "data={train}, length=256, batch=16, micro_batch=8, lr=1e-3"
     small = f"{{calibrate}} | prune.sheared(layers=7, ffn=640, samples=2048, {learn}) | distill.logits(samples=4000, {learn})"
-    mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, ragged=divide)"
+    mix = "quantize.llm_mq(schemes=[w2a16g32, w3a16g32, w4a16g32], bits=2.5, mode=abs, ragged=divide)"
     ends = "quantize.rtn(scheme=w4a16g32, targets=[embeddings, head], clip=mse)"
     # 1.6 MB: rows of 256 columns, which 2-bit codes fill in our layout.
     starts = {

@@ -207,7 +207,7 @@ from compress.spec.recipe import parse_one_liner
 result = run_recipe(parse_one_liner(sys.argv[3]), open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Context())
 print(json.dumps([peak_resident_bytes(), result.plan.peak_bytes, result.plan.bits(result.plan.steps[-1], list(result.manifest.weights))]))
 """
-    recipe = f"calibrate(data='{ids}', samples=2) | quantize.llm_mq(bits=3, method=rtn, clip=none)"
+    recipe = f"calibrate(data='{ids}', samples=2) | quantize.llm_mq(bits=3, mode=abs, method=rtn, clip=none)"
     done = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out", recipe], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     peak, planned, bits = json.loads(done.stdout.splitlines()[-1])

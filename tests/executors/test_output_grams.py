@@ -16,6 +16,7 @@ from compress.checkpoint.reader import open_checkpoint
 from compress.context import Context
 from compress.errors import CompressError
 from compress.executors import output_grams
+from compress.executors.backward_batch import drawn
 from compress.executors.output_grams import OutputSweep
 from compress.executors.sweep import Sweep
 from compress.layerwise.batches import Batch, cut
@@ -28,6 +29,12 @@ from support import SHARED, do, load, ready_inputs, run, tiny_llama
 
 CALIBRATE = f"calibrate(data='{ready_inputs(12)}', samples=12)"
 BOTH = "quantize.gptq(scheme=w3a16g32, ragged=divide, feedback=both)"
+
+
+def labels(p: torch.Tensor, seed: int) -> torch.Tensor:
+    """One for each row of probabilities: how many sums of them a random number reaches."""
+    sums, chances = p.cumsum(1), torch.rand(len(p), 1, generator=torch.Generator().manual_seed(seed))
+    return (sums <= chances * sums[:, -1:]).sum(1)
 
 
 def by_autograd(source: Path, batches: list[Batch], weights: list[Weight]) -> dict[str, torch.Tensor]:
@@ -51,9 +58,16 @@ def by_autograd(source: Path, batches: list[Batch], weights: list[Weight]) -> di
         model.get_submodule(weight.module).register_forward_hook(watch(weight.name))
     for number, batch in enumerate(batches):
         logits = model(**batch.inputs).logits[batch.scored]
-        drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=torch.Generator().manual_seed(number))[:, 0]
+        drawn = labels(logits.float().softmax(-1), number)
         (torch.nn.functional.cross_entropy(logits, drawn, reduction="sum") / total).backward()
     return {name: sums / tokens[name] for name, sums in found.items()}
+
+
+def test_labels_come_as_often_as_they_are_probable() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0]).expand(40_000, 6)
+    found = drawn(p, torch.rand(40_000, 1, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(found.bincount(minlength=6) / 40_000, p[0], atol=0.01)
+    assert drawn(p[:2], torch.tensor([[0.0], [1 - 2**-24]])).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3", "mixtral", "falcon"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 import compress.demo
 import forked
+from allocations import CALIBRATE, SCHEMES, mq, rows
 from compress.architecture.weight_map import resolve as resolve_names
 from compress.checkpoint.reader import open_checkpoint
 from compress.checkpoint.writer import Writer
@@ -32,17 +32,7 @@ from compress.spec.weight_state import State
 from families import build
 from support import dense_meaning, do, linear, load, logits, ready_inputs, run, step_of, tiny_llama, tree
 
-SCHEMES = ("w2a16g32-asym", "w3a16g32-asym", "w4a16g32-asym")
 TEXT = Path(compress.demo.__file__).parent / "text"
-CALIBRATE = f"calibrate(data='{ready_inputs()}', samples=6)"
-
-
-def mq(options: str, schemes: tuple[str, ...] = SCHEMES) -> str:
-    return f"{CALIBRATE} | quantize.llm_mq(schemes=[{', '.join(schemes)}], {options})"
-
-
-def rows(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["weight"]: row for row in map(json.loads, (out / "allocation.jsonl").read_text().splitlines())}
 
 
 def bits_of(table: dict[str, dict[str, Any]]) -> float:
@@ -71,74 +61,10 @@ def test_costs_are_sums_over_gradient_times_error(mode: str, felt: Any, tiny: Pa
             assert row["costs"][f"codes({scheme})"] == pytest.approx(wanted, rel=2e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_kl_costs_are_what_inputs_and_gradients_by_outputs_say(method: str, tiny: Path, tmp_path: Path) -> None:
-    """tr(G D H D^T) / 2, with H and G of plain autograd, labels drawn as the sweep draws them, and D of what is then rounded."""
-    do(tiny, tmp_path / "out", mq(f"bits=4, mode=kl, method={method}, clip=none"))
-    drawn_from = load_file(step_of(tmp_path / "out", "calibrate") / "calibration.safetensors")
-    model, ids = load(tiny, dtype=torch.float32), drawn_from["input_ids"]
-    x, g = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
-
-    def watch(name: str) -> Any:
-        def hook(_: Any, given: Any, output: torch.Tensor) -> None:
-            x[name] = given[0].detach().flatten(0, -2).double()
-            output.register_hook(lambda gradient: g.update({name: gradient.flatten(0, -2).double()}))
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "layers" in name:
-            module.register_forward_hook(watch(name))
-    predicted = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-    drawn = torch.multinomial(predicted.float().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    torch.nn.functional.cross_entropy(predicted, drawn, reduction="sum").backward()
-    table, codes = rows(tmp_path / "out"), DenseView(open_checkpoint(tmp_path / "out"))
-    assert len(table) == 14
-    for name, row in table.items():
-        path = name.removesuffix(".weight")
-        w = model.get_parameter(name).detach().bfloat16()
-        if method == "gptq":  # 4 bits are what it was solved for with, up to ties
-            q, schemes, near = codes.qtensor(name), SCHEMES[-1:], 0.05
-            if not path.startswith("model.layers.0.self_attn.") or path.endswith("o_proj"):
-                continue  # what others read has changed by then
-        else:
-            q, schemes, near = None, SCHEMES, 2e-3
-        for scheme in schemes:
-            meant = (q or nearest(w, Scheme.parse(scheme), torch.bfloat16).q).dequantize().double()
-            d = w.double() - meant
-            wanted = float((((g[path].T @ g[path]) / len(g[path])) @ d * (d @ (x[path].T @ x[path] / len(x[path])))).sum()) / 2
-            assert row["costs"][f"codes({scheme})"] == pytest.approx(wanted, rel=near)
-
-
-def test_kl_is_of_linears_and_what_is_no_linear_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CoverageError, match="mode=kl measures linears inside blocks, and it is an expert"):
-        run(build("mixtral", tmp_path), tmp_path / "out", mq("bits=3, mode=kl"))
-    with pytest.raises(CoverageError, match="mode=kl measures linears inside blocks, and it is a Conv1D"):
-        run(build("gpt2", tmp_path), tmp_path / "out", mq("bits=3, mode=kl"))
-
-
-def test_what_rounds_in_the_end_takes_the_corrections(tiny: Path, tmp_path: Path) -> None:
-    """With one scheme to choose it is quantize.gptq with these options."""
-    more = "correct=residual, feedback=both"
-    run(tiny, tmp_path / "mq", mq(f"bits=3, mode=kl, {more}", SCHEMES[1:2]))
-    run(tiny, tmp_path / "gptq", f"{CALIBRATE} | quantize.gptq(scheme={SCHEMES[1]}, {more})")
-    a, b = (DenseView(open_checkpoint(tmp_path / name)) for name in ("mq", "gptq"))
-    for name in a.weights:
-        first, second = a.qtensor(name), b.qtensor(name)
-        assert first is not None
-        assert second is not None
-        assert torch.equal(first.codes, second.codes)
-    for options in ("method=rtn, correct=residual", "correct=residual, outliers=0.01"):
-        with pytest.raises(RecipeError, match=r"only with method=gptq|not with correct or feedback"):
-            run(tiny, tmp_path / "out", mq(f"bits=3, {options}"))
-    with pytest.raises(CoverageError, match="scales that rows share"):
-        run(tiny, tmp_path / "out", mq("bits=8, feedback=both", ("fp8-tensor", "w4a16g32")))
-
-
 def test_in_bfloat16_costs_are_nearly_the_same(tiny: Path, tmp_path: Path) -> None:
     """Batches in bfloat16 add to gradients in fp32."""
     for dtype in ("float32", "bfloat16"):
-        do(tiny, tmp_path / dtype, mq("bits=3"), dtype=dtype)
+        do(tiny, tmp_path / dtype, mq("bits=3, mode=abs"), dtype=dtype)
     exact, found = (rows(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
     for name, row in exact.items():
         assert found[name]["costs"] != row["costs"]
@@ -256,8 +182,8 @@ def test_a_table_is_reused_and_planned_exactly(tiny: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_outliers_stand_beside_two_bits_only_and_cost_nothing(method: str, tiny: Path, tmp_path: Path) -> None:
     """Exactly as many as are told, bit-equal to the source, in the bytes of the plan, and in a table that is reused."""
-    run(tiny, tmp_path / "without", mq(f"bits=3, method={method}"))
-    result = run(tiny, tmp_path / "out", mq(f"bits=2.6, outliers=0.01, method={method}"))
+    run(tiny, tmp_path / "without", mq(f"bits=3, mode=abs, method={method}"))
+    result = run(tiny, tmp_path / "out", mq(f"bits=2.6, mode=abs, outliers=0.01, method={method}"))
     without, table, source = rows(tmp_path / "without"), rows(tmp_path / "out"), open_checkpoint(tiny)
     two = {name for name, row in table.items() if row["state"].startswith("codes(w2")}
     assert two == {name for name, row in table.items() if "outliers(0.01)" in row["state"]}

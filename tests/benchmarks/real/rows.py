@@ -130,8 +130,8 @@ ROWS = (
     Row("nf4", "quantize.rtn(scheme=nf4g64, clip=mse)", data=False, form="native"),
     Row("mxfp4", "quantize.gptq(scheme=mxfp4)"),
     Row("nvfp4", "quantize.gptq(scheme=nvfp4)"),
-    Row("llm_mq-3.0", f"quantize.llm_mq(bits=3.0, schemes={MIX})"),
-    Row("llm_mq-2.5", f"quantize.llm_mq(bits=2.5, schemes={MIX})"),
+    Row("llm_mq-3.0", f"quantize.llm_mq(bits=3.0, schemes={MIX}, mode=abs)"),
+    Row("llm_mq-2.5", f"quantize.llm_mq(bits=2.5, schemes={MIX}, mode=abs)"),
     *(
         Row(f"llm_mq-{bits}-kl{more}", f"quantize.llm_mq(bits={bits}, schemes={MIX}, mode=kl{options})")
         for bits in (2.5, 3.0, 3.5)
