@@ -232,6 +232,11 @@ def test_a_peer_runs_once_and_a_failure_is_told_with_its_log(
     assert ".log" in str(caught.value)
     assert [path.suffix for path in (cache / "peers").iterdir() if path.is_dir()] == []
 
+    rounds = json.dumps({"quantization_config": {"config_groups": {"group_0": {"input_activations": {"num_bits": 4}}}}})
+    (tmp_path / "peer_process.py").write_text(made.replace('"{}"', repr(rounds)))
+    with pytest.raises(MachineError, match="activations in few bits"):
+        peers.quantized(row, *asked)
+
     (tmp_path / "peer_process.py").write_text(made)
     artifact, facts = peers.quantized(row, *asked)
     assert (artifact / "config.json").is_file()

@@ -112,7 +112,7 @@ def auto_round(request: dict[str, Any], ids: list[list[int]], stages: Stages) ->
     form = request.get("form")
     # Of weights alone, as ours are.
     asked = (
-        {"scheme": form.upper(), "act_bits": 16}
+        {"scheme": form.upper(), "act_bits": 16, "act_data_type": "float"}
         if form
         else {"scheme": "W4A16", "bits": request["bits"], "group_size": request["group"], "sym": True}
     )
@@ -124,9 +124,20 @@ def auto_round(request: dict[str, Any], ids: list[list[int]], stages: Stages) ->
     tuner.quantize()
     stages.end("quantize")
     tuner.save_quantized(request["out"], format="llm_compressor" if form else "auto_gptq")
+    if form:
+        name_weights_alone(Path(request["out"]))
     tokenizer.save_pretrained(request["out"])
     stages.end("save")
     return "auto-round"
+
+
+def name_weights_alone(folder: Path) -> None:
+    """Takes activations out of config.json: AutoRound writes its preset, which rounds them, also where they were left as they are."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def keep_blocks(folder: Path) -> dict[str, float]:

@@ -125,6 +125,9 @@ def quantized(
                 row.name, f"{row.peer} to quantize", lines[-1] if lines else f"status {usage.status}", f"see {log}"
             )
         artifact = _artifact(made / "artifact")
+        if (found := _rounds_activations(artifact)) != bool(row.activations):
+            got = "a config.json with activations in few bits" if found else "one without"
+            raise MachineError(row.name, row.told(iters), got, "ask the tool otherwise")
         facts = {
             "asked": row.told(iters), "command": " ".join(command[:3]) + " REQUEST.json", "request": asked, **usage.facts(),
             **json.loads(answer.read_text()), "packages": packages(python), "tensor_bytes": tensor_bytes(artifact),
@@ -142,6 +145,11 @@ def quantized(
         os.rename(made, place)
     shutil.rmtree(blocks, ignore_errors=True)
     return place / "artifact", facts
+
+
+def _rounds_activations(artifact: Path) -> bool:
+    groups = json.loads((artifact / "config.json").read_text()).get("quantization_config", {}).get("config_groups", {})
+    return any(group.get("input_activations") for group in groups.values())
 
 
 def _artifact(folder: Path) -> Path:
