@@ -5,7 +5,8 @@
 The peer's importance matrix is what llama-imatrix computes, the mean square of each input of a matrix, here over the very tokens that
 ours are calibrated on (llama-imatrix takes text alone, and cuts it otherwise). The peer's file says which type each matrix has; ours
 give each the same type, so both have the same bytes. Both are GGUF files that are opened and compared with the source as `compress
-eval` does. What was made and measured is kept in the cache by its inputs; a row that failed has its reason in the page.
+eval` does. What was made is kept in the cache by its inputs, and what was measured in recipes/kquants.json, beside the page; a row that
+failed has its reason there. The larger model is also measured on a text of another kind.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ PEER, METHODS = "llama.cpp", {"rtn": "clip=mse", "gptq": ""}
 KINDS = ("Q4_K_M", "Q3_K_M", "Q2_K", "Q4_0", "Q8_0")
 """What the peer is asked for, as its command line has it."""
 HEAD = ("row", "bits/weight", "bytes", "KL to source", "perplexity", "same top-1")
+ALSO = ("on the second text", "perplexity")
+"""Further columns of a model that is measured on two texts."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Case:
     name: str
     protocol: Protocol
     kinds: tuple[str, ...]
+    store: Path = ROOT / "recipes" / "kquants.json"
+    """What was measured of every case; rows of other inputs are as if they were not there."""
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -76,14 +81,18 @@ class Case:
     def source(self) -> Checkpoint:
         return open_checkpoint(self.protocol.model)
 
-    @cached_property
-    def windows(self) -> torch.Tensor:
+    def quality(self, artifact: Checkpoint, against: bool = True) -> dict[str, Any]:
+        """What is measured of an artifact, on each text."""
         p = self.protocol
-        return token_windows(p.model, p.text, p.window, p.tokens)
+        texts = {"quality": p.text, **({"also": p.also} if p.also else {})}
+        return {
+            key: facts(compare(self.source if against else None, artifact, token_windows(p.model, text, p.window, p.tokens)))
+            for key, text in texts.items()
+        }
 
     @cached_property
     def folder(self) -> Path:
-        """Where everything of it is kept."""
+        """Where what is made of it is kept."""
         key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:12]
         return folder_of("kquants") / f"{self.name}-{key}"
 
@@ -96,13 +105,23 @@ class Case:
         """Its rows, in the order of the table."""
         return [f"{self.name}-source"] + [f"{self.name}-{tool}-{kind}" for kind in self.kinds for tool in (PEER, *METHODS)]
 
-    def file(self, name: str) -> Path:
-        return self.folder / "rows" / f"{name}.json"
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What was measured, by the names of rows."""
+        found = stored(self.store).get(self.name, {})
+        rows: dict[str, dict[str, Any]] = found["rows"] if found.get("inputs") == self.inputs else {}
+        return rows
 
     def known(self, name: str) -> dict[str, Any]:
         """A row as it was measured; its name alone if it was not."""
-        file = self.file(name)
-        return json.loads(file.read_text()) if file.is_file() else {"name": name}
+        return self.rows().get(name, {"name": name})
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Puts a row into the JSON file."""
+        kept = {"inputs": self.inputs, "rows": {**self.rows(), row["name"]: row}}
+        text = json.dumps({**stored(self.store), self.name: kept}, indent=1, ensure_ascii=False)
+        made = self.store.with_name(f".{self.store.name}")
+        made.write_text(f"{text}\n")
+        os.replace(made, self.store)
 
     def measure(self, name: str) -> dict[str, Any]:
         """Makes and measures a row, and keeps it; one that fails has its message for numbers."""
@@ -114,15 +133,16 @@ class Case:
                 row |= self.row(tool, kind, Path(scratch))
             except CompressError as error:
                 row["error"] = " ".join(str(error).split())
+        there = machine()
+        row["machine"] = f"{there['cpu']}, {there['isa']}, {there['cores']} cores"
         row["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.file(name).parent.mkdir(parents=True, exist_ok=True)
-        self.file(name).write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+        self.keep(row)
         return row
 
     def row(self, tool: str, kind: str, scratch: Path) -> dict[str, Any]:
         """The numbers of a row. Raises CompressError."""
         if tool == "source":
-            return {"tensor_bytes": self.source.nbytes, "quality": facts(compare(None, self.source, self.windows))}
+            return {"tensor_bytes": self.source.nbytes, **self.quality(self.source, against=False)}
         peer, found = self.peer(kind), {}
         if tool == PEER:
             file = peer
@@ -133,7 +153,7 @@ class Case:
             file = result.out / "model.gguf"
             found = {"passes": passes, "seconds": result.seconds}
         artifact = open_source(str(file if tool == PEER else file.parent))
-        return {**found, **sizes(file), "quality": facts(compare(self.source, artifact, self.windows))}
+        return {**found, **sizes(file), **self.quality(artifact)}
 
     def passes(self, method: str, peer: Path) -> Iterator[dict[str, Any]]:
         """A recipe that gives each matrix the type that it has in the peer's file; the coarsest last, for it sees what was lost.
@@ -199,6 +219,12 @@ class Case:
                 out = run_recipe(parse_one_liner(passes), self.source, Path(scratch) / "out", Context()).out
                 os.replace(out / name, file)
         return file
+
+
+def stored(file: Path) -> dict[str, Any]:
+    """The JSON file of what was measured, by cases."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 def write_importance(model: Path, ids: torch.Tensor, data: str, file: Path) -> None:
@@ -271,18 +297,20 @@ def cases() -> Iterator[Case]:
     """The models. Raises CompressError where one cannot be had."""
     text, calibrate = DATA / "wiki.valid.jsonl", DATA / "wiki.train.jsonl"
     yield Case("wide", Protocol(wide_llama(tell), text, calibrate, samples=64, length=256, tokens=8192, window=256), KINDS)
-    yield Case("smol", Protocol(real_model(tell), text, calibrate, samples=16, length=512, tokens=2048, window=512), ("Q4_K_M",))
+    smol = Protocol(real_model(tell), text, calibrate, 64, length=512, tokens=8192, window=512, also=DATA / "speech.valid.jsonl")
+    yield Case("smol", smol, ("Q4_K_M",))
 
 
-def cells(row: dict[str, Any], weights: int) -> tuple[str, ...]:
-    """A row of the table, of a model with so many weights."""
+def cells(row: dict[str, Any], weights: int, width: int = len(HEAD)) -> tuple[str, ...]:
+    """A row of a table with so many columns, of a model with so many weights."""
     label = f"`{row['name'].partition('-')[2]}`"
     if "quality" not in row:
-        return label, f"failed: {row['error']}".replace("|", "\\|") if "error" in row else "not measured", *[""] * (len(HEAD) - 2)
-    quality = row["quality"]
+        return label, f"failed: {row['error']}".replace("|", "\\|") if "error" in row else "not measured", *[""] * (width - 2)
+    quality, also = row["quality"], row.get("also")
+    further = (estimate(also["kl"], ".5f"), estimate(also["perplexity"], ".2f")) if also else ()
     return (
         label, f"{8 * row['tensor_bytes'] / weights:.3f}", f"{row['tensor_bytes']:,}", estimate(quality["kl"], ".5f"),
-        estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"),
+        estimate(quality["perplexity"], ".2f"), estimate(quality["top1"], ".1%"), *further,
     )  # fmt: skip
 
 
@@ -292,22 +320,22 @@ def section(case: Case) -> list[str]:
     inputs = case.inputs
     peers = [row for row in rows if "asked" in row and "types" in row]
     kinds = [f"* {row['asked']}: {', '.join(f'{count} {kind}' for kind, count in row['types'].items())}" for row in peers]
-    commits = sorted({row["commit"] for row in rows if row.get("commit")})
+    commits, machines = (sorted({row[key] for row in rows if row.get(key)}) for key in ("commit", "machine"))
+    head = (*HEAD, *(ALSO if p.also else ()))
     return [
-        f"## {inputs['model']['name']}", "", *markdown(HEAD, [cells(row, weights) for row in rows]), "",
+        f"## {inputs['model']['name']}", "", *markdown(head, [cells(row, weights, len(head)) for row in rows]), "",
         *(["Types of the matrices, as the peer chooses them and ours take them:", "", *kinds, ""] if kinds else []),
         f"Protocol: first {p.tokens:,} tokens of {p.text.name} (sha256 {inputs['text']['sha256'][:16]}), windows of {p.window} without overlap,",
         f"fp32, no BOS, first token of a window not scored; {p.samples} x {p.length} tokens of {p.calibrate.name} (sha256 "
         f"{inputs['calibrate']['sha256'][:16]}),",
         f"seed 0, for GPTQ and for the importance matrix. Model: sha256 {inputs['model']['sha256'][:16]}. compress {', '.join(commits)}.",
-        "",
+        *([f"Second text: as many tokens of {p.also.name}."] if p.also else []), f"Machines: {'; '.join(machines)}.", "",
     ]  # fmt: skip
 
 
 def page(found: list[Case], remarks: str) -> str:
     """recipes/kquants.md."""
     built = next((row["built"] for case in found for name in case.names() if "built" in (row := case.known(name))), "")
-    there = machine()
     return "\n".join([
         "# K-quants beside llama-quantize", "",
         "What `make kquants` measured: GGUF files of `llama-quantize` with an importance matrix, and ours with the same type for each",
@@ -319,7 +347,6 @@ def page(found: list[Case], remarks: str) -> str:
         REMARKS, remarks.strip("\n"), END, "",
         *(line for case in found if any("commit" in case.known(name) for name in case.names()) for line in section(case)),
         f"llama.cpp: {built}, built from its source package for a CPU with AVX2. `wide-llama` is made by tests/benchmarks/wide_llama.py.",
-        f"Machine: {there['cpu']}, {there['isa']}, {there['cores']} cores.",
     ]) + "\n"  # fmt: skip
 
 
@@ -345,7 +372,6 @@ def main() -> int:
                 row = case.measure(name)
                 failed += "error" in row
                 tell(f"    {row.get('error') or cells(row, case.weights)}")
-                args.page.write_text(page(found, remarks_of(args.page)))
     except CompressError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

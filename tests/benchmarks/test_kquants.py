@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ QUALITY = {name: {"value": 0.25, "error": 0.01} for name in ("kl", "perplexity",
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Path) -> Case:
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     protocol = Protocol(demo_model, TEXT / "evaluation.jsonl", TEXT / "calibration.jsonl", 4, 32, 64, 32)
-    return Case("demo", protocol, ("Q4_K_M",))
+    return Case("demo", protocol, ("Q4_K_M",), tmp_path / "kquants.json")
 
 
 def test_ours_has_the_types_and_the_bytes_of_the_peers_file(case: Case, tmp_path: Path) -> None:
@@ -62,8 +63,7 @@ def test_a_type_that_no_scheme_has_is_told(case: Case, tmp_path: Path, monkeypat
 def test_the_page_has_every_row_and_keeps_remarks(case: Case) -> None:
     row = {"name": "demo-llama.cpp-Q4_K_M", "asked": "Q4_K_M", "built": "a package 1.0", "types": {"Q4_K": 3, "Q6_K": 2},
            "tensor_bytes": 1_000_000, "quality": QUALITY, "commit": "c"}  # fmt: skip
-    case.file(row["name"]).parent.mkdir(parents=True)
-    case.file(row["name"]).write_text(json.dumps(row))
+    case.keep(row)
     text = page([case], "A remark.")
     assert "<!-- remarks -->\nA remark.\n<!-- end -->" in text
     bits = f"{8_000_000 / case.weights:.3f}"
@@ -71,6 +71,20 @@ def test_the_page_has_every_row_and_keeps_remarks(case: Case) -> None:
     assert "* Q4_K_M: 3 Q4_K, 2 Q6_K" in text
     assert text.count("not measured") == 3
     assert "llama.cpp: a package 1.0" in text
+    case.keep({"name": "demo-source", "quality": QUALITY, "tensor_bytes": 1})
+    assert case.known(row["name"]) == row
+    assert "quality" in case.known("demo-source")
+    assert "quality" not in replace(case, protocol=replace(case.protocol, samples=8)).known(row["name"])
+
+
+def test_a_second_text_has_its_columns(case: Case) -> None:
+    two = replace(case, protocol=replace(case.protocol, also=case.protocol.calibrate))
+    two.keep({"name": "demo-source", "quality": QUALITY, "also": QUALITY, "tensor_bytes": 1, "commit": "c"})
+    text = page([two], "")
+    assert "| same top-1 | on the second text | perplexity |" in text
+    assert "| 25.0% ± 1.0% | 0.25000 ± 0.01000 | 0.25 ± 0.01 |" in text
+    assert f"Second text: as many tokens of {case.protocol.calibrate.name}." in text
+    assert {"quality", "also"} <= two.row("source", "", two.store).keys()
 
 
 def test_a_tool_that_fails_is_told_by_its_last_line(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
